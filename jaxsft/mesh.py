@@ -71,6 +71,16 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of every leaf of a batch."""
+    return NamedSharding(mesh, partition_spec("b t"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a scalar, or of anything that every device holds whole."""
+    return NamedSharding(mesh, partition_spec(""))
+
+
 def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """Sizes of the five axes, `fsdp` filled in with the devices that the other axes leave over.
 

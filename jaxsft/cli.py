@@ -1,0 +1,161 @@
+"""The command line: one short function per command, and what an error looks like.
+
+Exit codes: 0 done, 1 error, 65 bad data, 74 a save failed, 75 stopped on request (start again to continue).
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsft.config import Config, ConfigError, config_keys, load_config
+from jaxsft.data.sources import DataError
+
+ERROR, BAD_DATA, SAVE_FAILED = 1, 65, 74
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """train, or continue, the run of a config; ends with an exported model"""
+    _start()
+    from jaxsft.train import train
+
+    return train(_config(args))
+
+
+def preview_command(args: argparse.Namespace) -> int:
+    """show what will be trained, token by token; no weights are read"""
+    from jaxsft.preview import make_preview, print_preview, write_html
+    from jaxsft.train import make_loader, open_tokenizer, prepare_data, run_folder
+
+    config = _config(args)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    data = prepare_data(config, tokenizer, config.data.train)
+    folder = run_folder(config)
+    preview = make_preview(
+        make_loader(config, data), data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name
+    )
+    print_preview(preview)
+    # Beside the run folder, which belongs to `train`.
+    path = folder.parent / f"{folder.name}.preview.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_html(preview, path)
+    print(f"page: {path}")
+    return 0
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
+    _start()
+    from jaxsft.checkpoint import Checkpointer
+    from jaxsft.evaluate import describe
+    from jaxsft.mesh import make_mesh
+    from jaxsft.step import abstract_state
+    from jaxsft.train import load_params, make_examiner, open_model, open_tokenizer, run_folder
+
+    config = _config(args)
+    mesh = make_mesh(config.mesh)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
+    examiner = make_examiner(config, tokenizer, pretrained, mesh)
+    if examiner is None:
+        raise ConfigError("data.eval: required to evaluate, not given")
+    with contextlib.closing(Checkpointer(run_folder(config) / "checkpoints", config.checkpoint, print)) as checkpointer:
+        state = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
+    if state is None:
+        print(f"no checkpoint in {run_folder(config)}: evaluating {config.model.path} ({config.model.weights} weights)")
+        params = load_params(pretrained, mesh, seed=config.seed)
+    else:
+        print(f"evaluating checkpoint {int(state.step)} of {run_folder(config)}")
+        params = state.params
+    print(describe(examiner.examine(params)))
+    return 0
+
+
+def chat_command(args: argparse.Namespace) -> int:
+    """talk to a model folder, such as the export of a run"""
+    _start()
+    from jaxsft.converse import converse
+    from jaxsft.generate import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    converse(args.model_dir, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens)
+    return 0
+
+
+def keys_command(args: argparse.Namespace) -> int:
+    """list every config key: type, default, meaning"""
+    rows = [("key", "type", "default", "meaning"), *config_keys()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code. Mistakes of the user are one message, bugs a traceback."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.command(args)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_DATA if isinstance(error, DataError) else ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = ERROR
+    except Exception as error:
+        code = SAVE_FAILED if type(error).__name__ == "SaveError" else ERROR
+        if code == SAVE_FAILED:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    if _is_one_of_several():
+        # The other processes wait for this one; only its death, not its exception, is noticed.
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxsft", description="Supervised fine-tuning in JAX, exactly.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        subparser.set_defaults(command=command)
+        return subparser
+
+    for name, command in (("train", train_command), ("preview", preview_command), ("evaluate", evaluate_command)):
+        subparser = add(name, command)
+        subparser.add_argument("config", help="YAML file")
+        subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+    subparser = add("chat", chat_command)
+    subparser.add_argument("model_dir", help="Hugging Face folder")
+    subparser.add_argument("--system", help="system prompt")
+    subparser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    subparser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the probabilities that is drawn from")
+    subparser.add_argument("--seed", type=int, default=0)
+    subparser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
+    add("keys", keys_command)
+    return parser
+
+
+def _config(args: argparse.Namespace) -> Config:
+    return load_config(args.config, args.overrides)
+
+
+def _start() -> None:
+    from jaxsft.mesh import start_processes
+
+    start_processes()
+
+
+def _is_one_of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -1,0 +1,162 @@
+"""Held-out loss and sample answers of a model.
+
+In: a model, prepared held-out data, and the conversations that it was made from. Out: token-weighted loss, perplexity
+and accuracy; answers to the prompts that those conversations end with, beside the answers expected.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxsft.config import EvalConfig
+from jaxsft.data.chat import prompt_tokens
+from jaxsft.data.formats import Conversation, Document
+from jaxsft.data.loader import Loader
+from jaxsft.generate import Generator
+from jaxsft.metrics import divide
+from jaxsft.pretrained import OpenTokenizer
+from jaxsft.step import Model, make_eval_step, put_batch
+
+
+class Question(NamedTuple):
+    """A prompt whose answer is known: a held-out conversation without its last turn."""
+
+    prompt: str
+    """what the user said last."""
+    tokens: list[int]
+    """the whole prompt, as the model is given it."""
+    expected: str
+
+
+class Answer(NamedTuple):
+    """What a model answered."""
+
+    question: Question
+    text: str
+    """without the stop token and surrounding blanks."""
+    stopped: bool
+    """it ended by itself."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Right to the letter, and ended by itself."""
+        return self.stopped and self.text == self.question.expected
+
+
+class Result(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    samples: list[Answer]
+
+
+def held_out_loss(eval_step: Callable, params: Any, frozen: Any, loader: Loader, mesh: Mesh) -> dict[str, float]:
+    """Loss (nats per trained token, over all of them at once), perplexity and accuracy over one pass."""
+    sums = None
+    for step in range(loader.steps_per_epoch):
+        batch = put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
+        with jax.set_mesh(mesh):
+            batch_sums = eval_step(params, frozen, batch)
+        sums = batch_sums if sums is None else jax.tree.map(lambda a, b: a + b, sums, batch_sums)
+    loss_sum, weight_sum, correct_sum, trained_tokens = map(float, jax.device_get(sums))
+    loss = divide(loss_sum, weight_sum)
+    return {
+        "eval_loss": loss,
+        "eval_perplexity": math.exp(min(loss, 700.0)),  # e^700 is about as large as a float can be
+        "eval_accuracy": divide(correct_sum, weight_sum),
+        "eval_trained_tokens": trained_tokens,
+    }
+
+
+def make_questions(conversations: Sequence[Conversation | Document], tokenizer: Any) -> list[Question]:
+    """The prompts of those conversations that end with text of the assistant; plain text has none.
+
+    Raises:
+        DataError: the chat template refuses a conversation.
+    """
+    questions = []
+    for conversation in conversations:
+        if isinstance(conversation, Document):
+            continue
+        *earlier, last = conversation.messages
+        if last["role"] != "assistant" or not last.get("content") or not earlier:
+            continue
+        tokens = prompt_tokens(
+            earlier, tokenizer, tools=conversation.tools, template_kwargs=conversation.template_kwargs
+        )
+        questions.append(Question(str(earlier[-1].get("content", "")), tokens, last["content"].strip()))
+    return questions
+
+
+def answer_questions(
+    questions: Sequence[Question], generator: Generator, params: Any, tokenizer: Any, config: EvalConfig
+) -> list[Answer]:
+    """Greedy answers; to all questions where exact match is asked for, else to the samples that are shown."""
+    questions = questions if config.exact_match else questions[: config.samples]
+    found = generator.answers(params, [q.tokens for q in questions], max_new_tokens=config.max_new_tokens)
+    answers = []
+    for question, tokens in zip(questions, found, strict=True):
+        stopped = tokens[-1] in generator.stop_ids
+        text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=False)
+        answers.append(Answer(question, text.strip(), stopped))
+    return answers
+
+
+def exact_match(answers: Sequence[Answer]) -> dict[str, float]:
+    """Share of the answers that are right to the letter and ended by themselves; nothing when there are none."""
+    return {"eval_exact_match": sum(a.is_exact for a in answers) / len(answers)} if answers else {}
+
+
+class Examiner:
+    """Examines states of one run: held-out loss, and answers to the same questions each time."""
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        *,
+        model: Model,
+        frozen: Any,
+        mesh: Mesh,
+        loader: Loader,
+        questions: Sequence[Question],
+        tokenizer: OpenTokenizer,
+    ) -> None:
+        self._config, self._frozen, self._mesh = config, frozen, mesh
+        self._loader, self._questions, self._tokenizer = loader, questions, tokenizer.tokenizer
+        self._eval_step = make_eval_step(model, frozen, mesh)
+        self._generator = Generator(model, mesh, stop_ids=tokenizer.stops)
+
+    def examine(self, params: Any) -> Result:
+        """Measures the loss and, where samples or exact match are asked for, answers questions greedily."""
+        metrics = held_out_loss(self._eval_step, params, self._frozen, self._loader, self._mesh)
+        answers = answer_questions(self._questions, self._generator, params, self._tokenizer, self._config)
+        if self._config.exact_match:
+            metrics |= exact_match(answers)
+        return Result(metrics, answers[: self._config.samples])
+
+
+def describe(result: Result) -> str:
+    """The lines that a user sees of an evaluation."""
+    metrics = result.metrics
+    text = (
+        f"held-out loss {metrics['eval_loss']:.4f}  perplexity {metrics['eval_perplexity']:.4g}  "
+        f"accuracy {metrics['eval_accuracy']:.1%}"
+    )
+    if "eval_exact_match" in metrics:
+        text += f"  exact match {metrics['eval_exact_match']:.1%}"
+    for answer in result.samples:
+        ending = "" if answer.stopped else "  (did not stop)"
+        text += (
+            f"\n  prompt    {_one_line(answer.question.prompt)}\n  answer    {_one_line(answer.text)}{ending}"
+            f"\n  expected  {_one_line(answer.question.expected)}"
+        )
+    return text
+
+
+def _one_line(text: str, width: int = 160) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= width else f"{text[: width - 3]}..."

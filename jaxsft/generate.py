@@ -1,0 +1,167 @@
+"""Answers of a model: sampling with a key/value cache.
+
+One function is compiled, for the prompt and again for a single token: it writes keys and values into the cache and
+draws the next token of every row. In: prompts as token ids. Out: the ids of the answers, up to and with the stop token.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxsft.mesh import ROW_AXES, partition_spec, replicated, shardings
+from jaxsft.model.decoder import Cache
+from jaxsft.step import Model
+
+PROMPT_MULTIPLE = 64
+"""Prompts are padded to a multiple of this, so that few shapes are compiled."""
+MAX_ROWS = 64
+"""Prompts answered at once, per device that holds rows."""
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draws from the fewest tokens whose probabilities reach this sum."""
+    seed: int = 0
+
+
+class Generator:
+    """Answers prompts with one model; holds the compiled step, not the parameters."""
+
+    def __init__(self, model: Model, mesh: Mesh, *, stop_ids: Sequence[int]) -> None:
+        self._mesh = mesh
+        self.stop_ids = frozenset(stop_ids)
+        graphdef = model.graphdef
+
+        def advance(
+            params: Any, cache: Cache, tokens: Any, segment_ids: Any, positions: Any, last: Any, sampling: Sampling
+        ) -> tuple[Cache, jax.Array]:
+            """Reads tokens [B, T] into the cache; the next token of each row follows the one at index `last` [B]."""
+            decoder = nnx.merge(graphdef, params)
+            hidden, cache = decoder(tokens, segment_ids, positions, cache=cache)
+            hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+            logits = decoder.logits(hidden)[:, 0]
+            key = jax.random.fold_in(jax.random.key(sampling.seed), cache.length)
+            return cache, draw(logits, sampling, key)
+
+        def make_cache(params: Any, rows: int, size: int) -> Cache:
+            return nnx.merge(graphdef, params).make_cache(rows, size)
+
+        # Only the rows are cut; inside, the partitioner decides. The constraints of training would not fit single tokens.
+        self._rows, whole = NamedSharding(mesh, partition_spec("b")), replicated(mesh)
+        params = shardings(mesh, model.params)
+        # Every process passes the same prompts and sees all the answers.
+        self._advance = jax.jit(
+            advance,
+            in_shardings=(params, None, self._rows, self._rows, self._rows, self._rows, whole),
+            out_shardings=(None, whole),
+            donate_argnums=1,
+        )
+        self._make_cache = jax.jit(make_cache, static_argnums=(1, 2), in_shardings=(params,))
+
+    def answers(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+    ) -> list[list[int]]:
+        """The answer to each prompt: ids up to and with a stop id, or `max_new_tokens` of them.
+
+        Raises:
+            ValueError: a prompt is empty.
+        """
+        answers: list[list[int]] = []
+        for columns, group in self._groups(params, prompts, max_new_tokens, sampling):
+            found: list[list[int]] = [[] for _ in range(group)]
+            for column in columns:
+                for answer, token in zip(found, column, strict=False):
+                    if not (answer and answer[-1] in self.stop_ids):
+                        answer.append(int(token))
+                if all(answer[-1] in self.stop_ids for answer in found):
+                    break
+            answers += found
+        return answers
+
+    def stream(
+        self, params: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = Sampling()
+    ) -> Iterator[int]:
+        """The answer to one prompt, token by token as they are made, the stop id last."""
+        for columns, _ in self._groups(params, [prompt], max_new_tokens, sampling):
+            for column in columns:
+                yield int(column[0])
+                if int(column[0]) in self.stop_ids:
+                    return
+
+    def _groups(
+        self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[tuple[Iterator[np.ndarray], int]]:
+        """Groups of prompts that are answered at once: their columns of tokens [B], and how many rows are real."""
+        if not all(prompts):
+            raise ValueError("a prompt has no tokens")
+        row_multiple = math.prod(self._mesh.shape[axis] for axis in ROW_AXES)
+        size = _round_up(max(map(len, prompts), default=1), PROMPT_MULTIPLE)
+        rows = _round_up(min(len(prompts), MAX_ROWS * row_multiple), row_multiple)
+        for first in range(0, len(prompts), rows):
+            group = prompts[first : first + rows]
+            yield self._columns(params, group, (rows, size), max_new_tokens, sampling), len(group)
+
+    def _columns(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        shape: tuple[int, int],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Iterator[np.ndarray]:
+        """One token of every row at a time. Prompts start at slot 0 and are padded behind; answers follow the padding.
+
+        Attention goes by segment and position, not by slot, so the padding between prompt and answer is never seen.
+        """
+        rows, size = shape
+        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+            segment_ids[row, : len(prompt)] = 1
+        positions = np.arange(size, dtype=np.int32) * segment_ids
+        lengths = segment_ids.sum(axis=1, dtype=np.int32)
+        scalars = Sampling(np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.seed))
+        cache = self._make_cache(params, rows, size + max_new_tokens)
+        last = np.maximum(lengths - 1, 0)
+        for i in range(max_new_tokens):
+            on_devices = map(self._put, (tokens, segment_ids, positions, last))
+            cache, column = self._advance(params, cache, *on_devices, scalars)
+            next_tokens = np.asarray(column)
+            yield next_tokens
+            tokens, segment_ids = next_tokens[:, None], np.ones((rows, 1), np.int32)
+            positions, last = (lengths + i)[:, None], np.zeros(rows, np.int32)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
+
+
+def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
+    """The next token of each row, int32 [B], from logits [B, V]; nucleus sampling of Holtzman et al., 2020."""
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+    probabilities = jax.nn.softmax(scaled)
+    descending = jnp.sort(probabilities, axis=-1, descending=True)
+    # Kept are the tokens before which the sum of more likely ones is still short of top_p.
+    is_kept = jnp.cumsum(descending, axis=-1) - descending < sampling.top_p
+    threshold = jnp.min(jnp.where(is_kept, descending, 1.0), axis=-1, keepdims=True)
+    sampled = jax.random.categorical(key, jnp.where(probabilities >= threshold, scaled, -jnp.inf))
+    return jnp.where(sampling.temperature > 0, sampled, greedy).astype(jnp.int32)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,208 @@
+"""The train step and the evaluation step: pure functions of state and batch, compiled in one place.
+
+A step is `train_step(state, frozen, batch) -> (state, metrics)`: a scan over microbatches sums the gradients of
+the loss *sum* in float32, one division by the sum of all weights follows, then clipping and the optimizer. A loss or
+gradient that is not finite leaves parameters and optimizer as they were and is counted.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsft.batch import Batch
+from jaxsft.config import OptimConfig
+from jaxsft.loss import LossSums, next_token_loss
+from jaxsft.mesh import batch_sharding, constrain, replicated, shardings
+from jaxsft.metrics import StepMetrics
+from jaxsft.model.decoder import Decoder
+from jaxsft.optim import make_optimizer, make_schedule
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; `params` and moments are pytrees of `nnx.Param` with their `axes`."""
+
+    step: jax.Array
+    """int32 scalar: the number of steps done, which is also the position in the data."""
+    params: Any
+    opt_state: Any
+
+
+class Model(NamedTuple):
+    """A decoder without its values: the static part, and what every parameter looks like."""
+
+    graphdef: Any
+    params: Any
+    """abstract parameters: `nnx.Param`s of ShapeDtypeStruct, with `axes`."""
+
+
+def abstract_model(make_decoder: Callable[[nnx.Rngs], Decoder]) -> Model:
+    """The structure of a decoder, without allocating it."""
+    return Model(*nnx.split(nnx.eval_shape(lambda: make_decoder(nnx.Rngs(0))), nnx.Param))
+
+
+def random_params(make_decoder: Callable[[nnx.Rngs], Decoder], mesh: Mesh, *, seed: int) -> Any:
+    """Random parameters, each shard drawn on the device that holds it; the same values on every mesh."""
+    abstract = abstract_model(make_decoder).params
+
+    def init() -> Any:
+        return nnx.state(make_decoder(nnx.Rngs(seed)), nnx.Param)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=shardings(mesh, abstract))()
+
+
+def init_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """The state before step 0, of parameters that it takes over; moments are born sharded like their parameters."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, optim, mesh))
+    with jax.set_mesh(mesh):
+        init = functools.partial(_first_state, optim=optim)
+        return jax.jit(init, out_shardings=state_shardings, donate_argnums=0)(params)
+
+
+def _first_state(params: Any, *, optim: OptimConfig) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optim).init(params))
+
+
+def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, to restore a checkpoint into."""
+    state = jax.eval_shape(functools.partial(_first_state, optim=optim), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(mesh, state),
+    )
+
+
+def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: Mesh) -> Batch:
+    """A batch on the devices, leaves [B, T] = `shape`; each process builds only the rows that its devices hold.
+
+    Args:
+        rows_of: builds some rows of the batch on the host, leaves [rows, T].
+        shape: rows of the whole batch, and their length.
+        mesh: where the rows go.
+    """
+    built: dict[tuple[int, int], Batch] = {}
+
+    def part(index: tuple[slice, ...], field: str) -> np.ndarray:
+        (start, stop, _), positions = index[0].indices(shape[0]), index[1]
+        rows = (start, stop)
+        if rows not in built:
+            built[rows] = rows_of(slice(start, stop))
+        return getattr(built[rows], field)[:, positions]
+
+    def leaf(field: str) -> jax.Array:
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), functools.partial(part, field=field))
+
+    return Batch(*map(leaf, Batch._fields))
+
+
+def forward_loss(graphdef: Any, params: Any, frozen: Any, batch: Batch) -> LossSums:
+    """Runs the model on one (micro)batch of leaves [B, T] and returns the sums of the loss."""
+    model = nnx.merge(graphdef, params, frozen)
+    hidden = model(batch.tokens, batch.segment_ids, batch.positions)
+    return next_token_loss(hidden, model.unembedding, batch.targets, batch.loss_weights)
+
+
+def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+    """Leaves [B, T] to [A, B / A, T]: row r goes to microbatch r mod A, so that no row leaves its device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = constrain(x.reshape(-1, num_microbatches, x.shape[1]), "b a t")
+        return constrain(x.swapaxes(0, 1), "a b t")
+
+    return jax.tree.map(split, batch)
+
+
+def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch) -> tuple[Any, LossSums]:
+    """Float32 gradients of the loss sum, and the loss sums, over all microbatches (leaves [A, B, T])."""
+
+    def loss_sum(params: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
+        sums = forward_loss(graphdef, params, frozen, batch)
+        return sums.loss_sum, sums
+
+    def add(total: Any, batch: Batch) -> tuple[Any, None]:
+        (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, total, (gradients, sums)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero)
+    (gradients, sums), _ = jax.lax.scan(add, nothing, microbatches)
+    return gradients, sums
+
+
+def make_train_step(
+    model: Model, frozen: Any, optim: OptimConfig, *, num_steps: int, num_microbatches: int, mesh: Mesh
+) -> Callable:
+    """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
+
+    Args:
+        model: structure of the decoder; its `params` are those trained.
+        frozen: abstract untouched parameters (an empty State when all are trained).
+        optim: schedule, optimizer and clipping.
+        num_steps: steps of the whole run, for the schedule.
+        num_microbatches: forward-backward passes that a batch is cut into.
+        mesh: where everything lives.
+    """
+    schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
+
+    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        microbatches = split_microbatches(batch, num_microbatches)
+        gradients, sums = summed_gradients(model.graphdef, state.params, frozen, microbatches)
+        # Without a trained token the gradient is 0, and must not become 0 / 0.
+        weight_sum = jnp.where(sums.weight_sum > 0, sums.weight_sum, 1.0)
+        gradients = jax.tree.map(lambda g: g / weight_sum, gradients)
+        grad_norm = optax.global_norm(gradients)
+        if optim.clip_norm is not None:
+            scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+
+        learning_rate = schedule(state.step)
+        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(
+            lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), state.params, directions
+        )
+
+        is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        is_token = batch.segment_ids > 0
+        metrics = StepMetrics(
+            sums=sums,
+            tokens=jnp.sum(is_token, dtype=jnp.float32),
+            attention_pairs=jnp.sum(jnp.where(is_token, batch.positions + 1, 0), dtype=jnp.float32),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=1.0 - is_finite,
+        )
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model.params, optim, mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(model: Model, frozen: Any, mesh: Mesh) -> Callable:
+    """Compiles `(params, frozen, batch) -> LossSums`, batch leaves [B, T]; no gradients are computed."""
+
+    def eval_step(params: Any, frozen: Any, batch: Batch) -> LossSums:
+        return forward_loss(model.graphdef, params, frozen, batch)
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings(mesh, model.params), shardings(mesh, frozen), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )

@@ -1,0 +1,279 @@
+"""A whole run on one page: prepare, start or continue, train, evaluate, export.
+
+`train(config)` reads top to bottom in the order in which things happen. Everything exact lives below it: which tokens
+are trained in `data/`, what a step computes in `step.py`, what a checkpoint promises in `checkpoint.py`.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsft.checkpoint import Checkpointer, StopSignal, claim_run_folder
+from jaxsft.config import Config, dump_config
+from jaxsft.batch import Batch
+from jaxsft.data.formats import load_conversations
+from jaxsft.data.loader import Loader, Prepared, prefetch, prepare
+from jaxsft.evaluate import Examiner, describe, make_questions
+from jaxsft.mesh import check_divisible, make_mesh
+from jaxsft.metrics import Console, MetricsFile, Speedometer, Stopwatch, summarise
+from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
+from jaxsft.preview import make_preview, write_html
+from jaxsft.report import plot_run
+from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
+
+DONE, STOPPED = 0, 75
+"""Exit codes; a run that was stopped continues when it is started again."""
+
+
+def train(config: Config) -> int:
+    """Trains, or continues, the run that a config describes; returns the exit code.
+
+    Raises:
+        ConfigError, DataError: mistakes of the user; before a weight is read where that is possible.
+        SaveError: a checkpoint could not be written.
+    """
+    console = Console()
+    folder = run_folder(config)
+    mesh = make_mesh(config.mesh)
+
+    # What is trained, and on what.
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
+    num_microbatches = _check_batch(config, pretrained, mesh)
+    data = prepare_data(config, tokenizer, config.data.train)
+    loader = make_loader(config, data)
+    num_steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
+    frozen: Any = nnx.State({})
+    examiner = make_examiner(config, tokenizer, pretrained, mesh)
+    claim_run_folder(folder, _fingerprint(config, data, pretrained))
+    _describe_run(folder, config, loader, data, tokenizer)
+
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say)
+    with contextlib.closing(checkpointer), contextlib.closing(console), StopSignal() as stop:
+        # The state: where a former start of this run left off, or the weights to begin with.
+        state = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
+        if state is None:
+            state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
+        first = int(state.step)
+        console.say(_summary(config, state, loader, data, mesh, num_steps=num_steps))
+        if first >= num_steps and (folder / "export").exists():
+            console.say(f"this run is finished; its model is in {folder / 'export'}")
+            return DONE
+
+        train_step = make_train_step(
+            pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
+        )
+        metrics_file = MetricsFile(folder / "metrics.jsonl", step=first)
+        totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
+        speedometer = Speedometer(**_flop_sizes(pretrained))
+
+        def evaluate(step: int) -> float | None:
+            if examiner is None:
+                return None
+            result = examiner.examine(state.params)
+            metrics_file.write({"step": step} | result.metrics)
+            console.say(f"step {step}  {describe(result)}")
+            return result.metrics["eval_loss"]
+
+        if first == 0:
+            evaluate(0)
+        make_batch = functools.partial(_place_batch, loader, mesh)
+        watch, window = Stopwatch(), []
+        with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches, jax.set_mesh(mesh):
+            for step in range(first, num_steps):
+                if signal := stop.at(step):
+                    checkpointer.save(step, state)
+                    checkpointer.wait()
+                    console.say(f"{signal}: saved step {step}; start the same command again to continue")
+                    return STOPPED
+                state, step_metrics = train_step(state, frozen, watch.wait(batches))
+                window.append(step_metrics)
+                done = step + 1
+
+                if done % config.train.log_every == 0 or done == num_steps:
+                    line, totals = summarise(window := jax.device_get(window), totals, batch_positions=math.prod(loader.shape))
+                    line |= speedometer.read(window, watch)
+                    metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
+                    console.step(done, num_steps, line)
+                    window = []
+
+                is_evaluated = done == num_steps or (config.eval.every is not None and done % config.eval.every == 0)
+                pause = time.perf_counter()
+                eval_loss = evaluate(done) if is_evaluated else None
+                is_best = eval_loss is not None and eval_loss < best_loss
+                if done % config.checkpoint.every == 0 or done == num_steps or is_best:
+                    checkpointer.save(done, state, eval_loss=eval_loss)
+                if is_best:
+                    best_loss = eval_loss
+                watch.leave_out(pause)
+
+        checkpointer.wait()
+        export_model(pretrained, tokenizer, state.params, folder / "export")
+    if jax.process_index() == 0:
+        console.say(f"loss curve: {plot_run(folder)}")
+    console.say(f"model, ready for transformers: {folder / 'export'}")
+    return DONE
+
+
+def run_folder(config: Config) -> epath.Path:
+    """The folder of a run; absolute, or a bucket."""
+    assert config.run_dir is not None, "load_config fills it in"
+    folder = epath.Path(config.run_dir)
+    return folder if "://" in config.run_dir else folder.expanduser().resolve()
+
+
+def make_examiner(config: Config, tokenizer: OpenTokenizer, pretrained: Pretrained, mesh: Mesh) -> Examiner | None:
+    """What examines the states of this run on `data.eval`; None where there is none.
+
+    Raises:
+        DataError: the held-out rows are not usable.
+    """
+    if config.data.eval is None:
+        return None
+    data = prepare_data(config, tokenizer, config.data.eval, limit=config.eval.examples)
+    conversations = load_conversations(config.data.eval, format=config.data.format, limit=config.eval.examples)
+    rows = config.train.microbatch_size or config.train.batch_size
+    return Examiner(
+        config.eval,
+        model=pretrained.model,
+        frozen=nnx.State({}),
+        mesh=mesh,
+        loader=Loader(
+            data,
+            seq_len=config.data.seq_len,
+            batch_size=rows,
+            seed=config.seed,
+            packing=config.data.packing,
+            shuffle=False,
+        ),
+        questions=make_questions(conversations.conversations, tokenizer.tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def prepare_data(config: Config, tokenizer: OpenTokenizer, source: str, *, limit: int | None = None) -> Prepared:
+    return prepare(
+        config.data,
+        source,
+        tokenizer.tokenizer,
+        tokenizer_files_key=tokenizer.key,
+        stops=tokenizer.stops,
+        limit=limit,
+    )
+
+
+def make_loader(config: Config, data: Prepared) -> Loader:
+    return Loader(
+        data,
+        seq_len=config.data.seq_len,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        packing=config.data.packing,
+    )
+
+
+def _place_batch(loader: Loader, mesh: Mesh, step: int) -> Batch:
+    return put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
+
+
+def _check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:
+    """Refuses a mesh that the model or the batch does not fit; returns the number of microbatches."""
+    rows = config.train.microbatch_size or config.train.batch_size
+    key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
+    check_divisible(mesh, pretrained.model.params, {f"{key} (b)": rows, "data.seq_len (t)": config.data.seq_len})
+    return config.train.batch_size // rows
+
+
+def _fingerprint(config: Config, data: Prepared, pretrained: Pretrained) -> dict[str, Any]:
+    """What must be equal for a run to be continued: the data in its order, and the model."""
+    model = json.dumps(pretrained.hf_config, sort_keys=True).encode()
+    return {f"data: {name}": value for name, value in data.report["fingerprint"].items()} | {
+        "seed": config.seed,
+        "data.packing": config.data.packing,
+        "train.batch_size": config.train.batch_size,
+        "model.weights": config.model.weights,
+        "model: config.json": hashlib.sha256(model).hexdigest()[:16],
+    }
+
+
+def _describe_run(folder: epath.Path, config: Config, loader: Loader, data: Prepared, tokenizer: OpenTokenizer) -> None:
+    """Writes the resolved config and the preview of the first batch into the run folder."""
+    if jax.process_index() == 0:
+        (folder / "config.yaml").write_text(dump_config(config))
+        preview = make_preview(loader, data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
+        write_html(preview, folder / "preview.html")
+
+
+def _flop_sizes(pretrained: Pretrained) -> dict[str, int]:
+    """What `metrics.train_flops` needs to know of a model."""
+    config = pretrained.decoder_config
+    leaves = jax.tree.leaves(pretrained.model.params)
+    matmul_params = sum(leaf.size for leaf in leaves if leaf.ndim > 1)
+    if not config.tie_embeddings:
+        matmul_params -= config.vocab_size * config.hidden_size  # the embedding table is looked up, not multiplied
+    return {
+        "matmul_params": matmul_params,
+        "attention_width": config.num_layers * config.num_heads * config.head_dim,
+    }
+
+
+def _summary(config: Config, state: Any, loader: Loader, data: Prepared, mesh: Mesh, *, num_steps: int) -> str:
+    """What the user should know before the first step, with the arithmetic behind it."""
+    report = data.report
+    rows, seq_len = loader.shape
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
+    gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    fill = report["tokens"] / (loader.num_rows * seq_len)
+    dropped = (
+        f"{report['overlong_examples']:,} of more than {seq_len:,} tokens dropped "
+        f"({report['overlong_tokens']:,} tokens; the longest, {report['longest']['tokens']:,}, at "
+        f"{report['longest']['origin']})"
+        if report["overlong_examples"]
+        else "none dropped"
+    )
+    lines = [
+        ("model", f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}"),
+        ("rows", f"{report['rows']:,} of format {report['format']} ({report['format_reason']}): {config.data.train}"),
+        ("examples", f"{report['examples']:,} kept, {dropped}"),
+        (
+            "tokens",
+            f"{report['tokens']:,}, of which {report['trained_tokens']:,} are trained "
+            f"({report['trained_tokens'] / report['tokens']:.1%})",
+        ),
+        (
+            "packing",
+            f"{loader.num_rows:,} rows of {seq_len:,} tokens, {fill:.1%} full"
+            + ("" if config.data.packing else " (data.packing is off)"),
+        ),
+        (
+            "steps",
+            f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {loader.steps_per_epoch:,} make an epoch, "
+            f"{num_steps / loader.steps_per_epoch:.4g} epochs",
+        ),
+        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process"),
+        (
+            "memory",
+            f"{state_bytes / 2**20:,.0f} MiB of parameters and optimizer state, {gradient_bytes / 2**20:,.0f} MiB of "
+            "gradients per device, activations besides",
+        ),
+    ]
+    if report["columns_ignored"]:
+        lines.insert(2, ("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    if int(state.step):
+        lines.append(("continuing", f"from step {int(state.step):,}"))
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def _shard_bytes(leaf: jax.Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,112 @@
+"""Attention against the naive formula: dense scores, repeated key/value heads, one softmax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft.model.attention import attention
+
+SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
+POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
+
+
+def naive(q, k, v, segment_ids, positions):
+    groups = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (positions[:, None, :] <= positions[:, :, None])
+    weights = jnp.where(allowed[:, None], jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
+    return jnp.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512):
+    return attention(
+        q,
+        k,
+        v,
+        q_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+        q_positions=positions,
+        kv_positions=positions,
+        block_size=block_size,
+    )
+
+
+def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(2, length, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    return [scale * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("block_size", [1, 5, 12, 37, 512])
+def test_equals_the_naive_formula_in_value_and_gradients_for_every_block_size(num_kv_heads, block_size):
+    arrays = qkv(num_kv_heads=num_kv_heads)
+    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+    expected, expected_vjp = jax.vjp(lambda *a: naive(*a, SEGMENTS, POSITIONS), *arrays)
+    given, given_vjp = jax.vjp(lambda *a: packed(*a, block_size=block_size), *arrays)
+    np.testing.assert_allclose(given, expected, atol=2e-6)
+    for ours, theirs in zip(given_vjp(cotangent), expected_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_padding_gives_no_nan_in_value_or_gradients_even_with_huge_scores():
+    for segment_ids in (SEGMENTS, np.zeros_like(SEGMENTS)):
+        for block_size in (5, 512):
+            given, vjp = jax.vjp(lambda *a: packed(*a, segment_ids, block_size=block_size), *qkv(scale=1e3))  # noqa: B023
+            assert all(np.isfinite(x).all() for x in (given, *vjp(jnp.ones_like(given))))
+
+
+@pytest.mark.parametrize("block_size", [5, 512])
+def test_no_segment_feels_another(block_size):
+    arrays = qkv()
+
+    def segment_sum(segment):
+        return lambda *a: jnp.where((SEGMENTS == segment)[:, :, None, None], packed(*a, block_size=block_size), 0).sum()
+
+    for segment in (1, 2, 3):
+        for gradient in jax.grad(segment_sum(segment), (0, 1, 2))(*arrays):
+            assert np.all(np.asarray(gradient)[SEGMENTS != segment] == 0)
+            assert np.any(np.asarray(gradient)[SEGMENTS == segment] != 0)
+
+    changed = [jnp.where((SEGMENTS == 2)[:, :, None, None], x + 3, x) for x in arrays]
+    before, after = (np.asarray(packed(*x, block_size=block_size)) for x in (arrays, changed))
+    np.testing.assert_array_equal(before[SEGMENTS != 2], after[SEGMENTS != 2])
+
+
+def test_queries_against_a_longer_cache_equal_the_same_queries_in_the_sequence():
+    q, k, v = qkv()
+    expected = packed(q, k, v)[:, 20:30]
+    room = [(0, 0), (0, 9)]
+    given = attention(
+        q[:, 20:30],
+        *(jnp.pad(x, [*room, (0, 0), (0, 0)]) for x in (k, v)),
+        q_segment_ids=SEGMENTS[:, 20:30],
+        kv_segment_ids=np.pad(SEGMENTS, room),
+        q_positions=POSITIONS[:, 20:30],
+        kv_positions=np.pad(POSITIONS, room),
+        block_size=4,
+    )
+    np.testing.assert_allclose(given, expected, atol=2e-6)
+
+
+def test_bfloat16_in_bfloat16_out_with_a_float32_softmax():
+    arrays = [x.astype(jnp.bfloat16) for x in qkv()]
+    given = packed(*arrays)
+    assert given.dtype == jnp.bfloat16
+    expected = naive(*(x.astype(jnp.float32) for x in arrays), SEGMENTS, POSITIONS)
+    np.testing.assert_allclose(given.astype(jnp.float32), expected, atol=0.03)
+
+
+def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
+    def bytes_at(length):
+        arrays = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2, 2)]
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        gradient = jax.grad(lambda q, k, v, s, p: packed(q, k, v, s, p, 64).sum(), (0, 1, 2))
+        return jax.jit(gradient).lower(*arrays, ids, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_at(8192) < 4.5 * bytes_at(2048)

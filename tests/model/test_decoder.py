@@ -1,0 +1,175 @@
+"""The decoder: packed rows, the cache, remat, meshes, and random weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsft.config import MeshConfig
+from jaxsft.mesh import make_mesh, shardings
+from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.layers import Rope
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=64,
+    rms_norm_eps=1e-5,
+    rope=Rope(theta=10000.0),
+    tie_embeddings=False,
+    attention_bias=True,
+    mlp_bias=True,
+    initializer_range=0.1,
+)
+
+
+def make(config=CONFIG, *, compute_dtype="float32", remat="none", seed=0):
+    return Decoder(config, compute_dtype=compute_dtype, param_dtype="float32", remat=remat, rngs=nnx.Rngs(seed))
+
+
+def row(*lengths, size):
+    """A row with segments of these lengths: tokens, segment_ids, positions, each [1, size]."""
+    fill = size - sum(lengths)
+    segment_ids = [number for number, length in enumerate(lengths, 1) for _ in range(length)] + [0] * fill
+    positions = [position for length in (*lengths, fill) for position in range(length)]
+    tokens = np.random.default_rng(sum(lengths)).integers(0, CONFIG.vocab_size, size)
+    return [np.array([values], np.int32) for values in (tokens, segment_ids, positions)]
+
+
+def projected(hidden):
+    """A number that depends on every hidden state (their squares would not do: the norm makes their sum constant)."""
+    return (hidden * jax.random.normal(jax.random.key(9), hidden.shape)).sum()
+
+
+def test_a_packed_row_gives_the_hidden_states_of_its_segments_alone():
+    model = make()
+    tokens, segment_ids, positions = row(7, 12, 3, size=26)
+    packed = model(tokens, segment_ids, positions)
+    for start, end in ((0, 7), (7, 19), (19, 22)):
+        ones = np.ones((1, end - start), np.int32)
+        alone = model(tokens[:, start:end], ones, positions[:, start:end])
+        np.testing.assert_allclose(packed[:, start:end], alone, atol=3e-6)
+
+
+def test_changing_one_segment_changes_no_bit_of_another():
+    model = make()
+    tokens, segment_ids, positions = row(7, 12, 3, size=26)
+    changed = np.where(segment_ids == 2, (tokens + 1) % 96, tokens)
+    before, after = (np.asarray(model(each, segment_ids, positions)) for each in (tokens, changed))
+    np.testing.assert_array_equal(before[segment_ids != 2], after[segment_ids != 2])
+    assert np.all(np.any(before[segment_ids == 2] != after[segment_ids == 2], axis=-1))
+
+
+def test_prefill_and_single_steps_with_a_cache_give_the_hidden_states_of_the_whole():
+    model = make()
+    # A left-padded row beside a full one, as generation makes them.
+    length, prompt = 14, 6
+    tokens = np.random.default_rng(0).integers(0, 96, (2, length)).astype(np.int32)
+    segment_ids = np.array([[0] * 3 + [1] * 11, [1] * 14], np.int32)
+    positions = np.array([[0, 0, 0, *range(11)], [*range(14)]], np.int32)
+    whole = model(tokens, segment_ids, positions)
+
+    step = jax.jit(lambda model, cache, *rows: model(*rows, cache=cache))
+    cache = model.make_cache(2, 20)
+    pieces = []
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, length))]:
+        hidden, cache = step(model, cache, *(each[:, start:end] for each in (tokens, segment_ids, positions)))
+        pieces.append(hidden)
+    assert int(cache.length) == length
+    given = np.concatenate(pieces, axis=1)
+    np.testing.assert_allclose(given[segment_ids > 0], whole[segment_ids > 0], atol=3e-6)
+    assert np.isfinite(given).all()
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_value_nor_gradients(remat):
+    rows = row(7, 12, size=20)
+
+    def value_and_gradient(remat):
+        graphdef, state = nnx.split(make(remat=remat))
+        return jax.jit(jax.value_and_grad(lambda state: projected(nnx.merge(graphdef, state)(*rows))))(state)
+
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
+        value_and_gradient(remat),
+        value_and_gradient("none"),
+    )
+
+
+def test_bfloat16_compute_is_near_float32_and_logits_are_float32():
+    rows = row(7, 12, size=20)
+    exact, rounded = make(), make(compute_dtype="bfloat16")
+    hidden = rounded(*rows)
+    assert hidden.dtype == jnp.bfloat16 and rounded.logits(hidden).dtype == jnp.float32
+    np.testing.assert_allclose(hidden.astype(jnp.float32), exact(*rows), atol=0.15)
+
+
+def test_tied_embeddings_have_no_head_of_their_own():
+    tied = make(dataclasses.replace(CONFIG, tie_embeddings=True))
+    assert "lm_head" not in nnx.state(tied)
+    np.testing.assert_array_equal(tied.unembedding, tied.embed_tokens.weight[...])
+    assert make().unembedding is not make().embed_tokens.weight[...]
+
+
+def test_every_weight_names_its_dims_and_no_two_draws_are_equal():
+    leaves = jax.tree.leaves(nnx.state(make()), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    for leaf in leaves:
+        assert leaf.shape == tuple(CONFIG.sizes[letter] for letter in leaf.get_metadata("axes").split())
+    drawn = [np.asarray(leaf[...]).ravel() for leaf in leaves if np.std(leaf[...]) > 0]
+    assert len(drawn) == 9
+    assert len({tuple(values[:8]) for values in drawn}) == 9
+    assert all(abs(np.std(values) - 0.1) < 0.01 and abs(np.mean(values)) < 0.01 for values in drawn)
+
+
+MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(axes):
+    rows = [np.repeat(each, 8, axis=0) for each in row(7, 12, 3, size=32)]
+    abstract = nnx.state(jax.eval_shape(make))
+    graphdef = nnx.graphdef(jax.eval_shape(make))
+
+    def value_and_gradient(state, *rows):
+        def loss(state):
+            hidden = nnx.merge(graphdef, state)(*rows)
+            return projected(hidden), hidden
+
+        return jax.value_and_grad(loss, has_aux=True)(state)
+
+    results = []
+    for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(**axes))):
+        sharded = shardings(mesh, abstract)
+        with jax.set_mesh(mesh):
+            state = jax.jit(lambda: nnx.state(make()), out_shardings=sharded)()
+            results.append((state, jax.jit(value_and_gradient)(state, *rows)))
+    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4), results[0][1], results[1][1]
+    )
+
+
+def test_under_fsdp_only_a_layer_at_a_time_is_gathered():
+    config = dataclasses.replace(CONFIG, num_layers=16, hidden_size=128, intermediate_size=512, vocab_size=64)
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config, remat="full")))
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    rows = [jax.ShapeDtypeStruct((8, 16), jnp.int32)] * 3
+    sharded = shardings(mesh, abstract)
+
+    def loss(state, *rows):
+        return projected(nnx.merge(graphdef, state)(*rows))
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), in_shardings=(sharded, None, None, None), out_shardings=sharded)
+        memory = step.lower(abstract, *rows).compile().memory_analysis()
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
+    assert memory.argument_size_in_bytes < 1.1 * whole / 8 + 8 * 16 * 12
+    assert memory.temp_size_in_bytes < whole / 2

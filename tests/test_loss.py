@@ -1,0 +1,102 @@
+"""The chunked loss against the plain formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsft import loss as loss_module
+from jaxsft.config import MeshConfig
+from jaxsft.loss import next_token_loss
+from jaxsft.mesh import make_mesh
+
+
+def plain_loss(hidden, unembedding, targets, weights):
+    """The definition, with all logits at once."""
+    log_probs = jax.nn.log_softmax((hidden @ unembedding.T).astype(jnp.float32))
+    return -(weights * jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]).sum()
+
+
+def make_inputs(rows=4, seq_len=24, width=16, vocab_size=40, trained_share=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    weights = rng.choice([0.0, 1.0, 0.3], p=[1 - trained_share, trained_share / 2, trained_share / 2], size=(rows, seq_len))
+    return (
+        jnp.asarray(rng.normal(size=(rows, seq_len, width)), jnp.float32),
+        jnp.asarray(rng.normal(size=(vocab_size, width)), jnp.float32),
+        jnp.asarray(rng.integers(0, vocab_size, (rows, seq_len)), jnp.int32),
+        jnp.asarray(weights, jnp.float32),
+    )
+
+
+def relative_error(a, b):
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+@pytest.mark.parametrize("trained_share", [0.03, 0.5, 1.0])
+def test_value_and_gradients_equal_the_plain_formula(monkeypatch, trained_share):
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)  # the smallest chunk: 128 tokens
+    inputs = make_inputs(rows=8, seq_len=100, trained_share=trained_share)
+    hidden, unembedding, targets, weights = inputs
+
+    def chunked(h, u):
+        return next_token_loss(h, u, targets, weights).loss_sum
+
+    value, gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, unembedding)
+    expected, expected_gradients = jax.value_and_grad(plain_loss, argnums=(0, 1))(*inputs)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(chunked)(hidden, unembedding), expected, rtol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected_gradient) < 1e-6
+
+
+def test_the_other_sums_are_counted_by_hand():
+    hidden = jnp.eye(3)[None, :, :] * 5
+    unembedding = jnp.eye(3)
+    sums = next_token_loss(hidden, unembedding, jnp.array([[0, 2, 2]]), jnp.array([[1.0, 0.5, 0.25]]))
+    assert float(sums.weight_sum) == 1.75
+    assert float(sums.correct_sum) == 1.25  # the first and the last target are the largest logit
+    assert float(sums.trained_tokens) == 3
+
+
+def test_an_all_masked_batch_gives_zero_and_zero_gradients():
+    hidden, unembedding, targets, weights = make_inputs()
+    hidden = hidden.at[0, 0].set(jnp.nan)  # what is not trained must not be able to matter
+
+    def chunked(h, u):
+        return next_token_loss(h, u, targets, weights * 0).loss_sum
+
+    value, gradients = jax.value_and_grad(chunked, argnums=(0, 1))(hidden, unembedding)
+    assert float(value) == 0
+    assert all(float(jnp.abs(gradient).max()) == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("shape", [{"data": 8}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"context": 2, "tensor": 4}])
+def test_every_mesh_gives_the_plain_formula(shape):
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1, **shape}))
+    inputs = make_inputs(rows=8)
+    hidden, unembedding, targets, weights = inputs
+
+    def chunked(h, u):
+        return next_token_loss(h, u, targets, weights).loss_sum
+
+    with jax.set_mesh(mesh):
+        value, gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))(hidden, unembedding)
+    expected, expected_gradients = jax.value_and_grad(plain_loss, argnums=(0, 1))(*inputs)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient, expected_gradient) < 1e-6
+
+
+def temporary_bytes(function, rows):
+    inputs = make_inputs(rows=rows, seq_len=512, width=32, vocab_size=8192)
+    hidden, unembedding, targets, weights = inputs
+    gradient = jax.grad(lambda h, u: function(h, u, targets, weights), argnums=(0, 1))
+    return jax.jit(gradient).lower(hidden, unembedding).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
+    logits_bytes = 512 * 8192 * 4  # of one more row
+    chunked = [temporary_bytes(lambda *a: next_token_loss(*a).loss_sum, rows) for rows in (16, 32)]
+    plain = [temporary_bytes(plain_loss, rows) for rows in (16, 32)]
+    assert chunked[1] - chunked[0] < 0.05 * 16 * logits_bytes
+    assert plain[1] - plain[0] > 16 * logits_bytes  # so the measure does see logits
