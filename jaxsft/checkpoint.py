@@ -79,13 +79,13 @@ class Checkpointer:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
-    def save(self, step: int, state: Any, *, eval_loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, *, eval_loss: float = math.inf) -> None:
         """Begins to save; returns when the state is copied and may be donated.
 
         Args:
             step: the step that the state is before.
             state: pytree of arrays.
-            eval_loss: held-out loss of this state, where it was measured; decides which checkpoint is the best.
+            eval_loss: held-out loss of this state, infinity where it was not measured; decides which one is the best.
 
         Raises:
             SaveError: this or the previous save failed.
@@ -97,7 +97,7 @@ class Checkpointer:
         leaves = _leaves_by_name(state)
         meta = {
             "step": step,
-            "eval_loss": eval_loss if eval_loss is None or math.isfinite(eval_loss) else None,
+            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
             "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
         }
         try:
@@ -282,7 +282,9 @@ def _problem(folder: epath.Path) -> str | None:
     if not differing:
         return None
     name = differing[0]
-    return f"{len(differing)} files differ from its seal, first {name}: {sealed.get(name)} sealed, {found.get(name)} found"
+    return (
+        f"{len(differing)} files differ from its seal, first {name}: {sealed.get(name)} sealed, {found.get(name)} found"
+    )
 
 
 def _checksums(folder: epath.Path) -> dict[str, dict[str, int]]:

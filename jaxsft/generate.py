@@ -27,11 +27,14 @@ MAX_ROWS = 64
 class Sampling(NamedTuple):
     """How a token is drawn."""
 
-    temperature: float = 0.0
+    temperature: float
     """0 takes the most likely token."""
-    top_p: float = 1.0
+    top_p: float
     """Draws from the fewest tokens whose probabilities reach this sum."""
-    seed: int = 0
+    seed: int
+
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, seed=0)
 
 
 class Generator:
@@ -56,7 +59,7 @@ class Generator:
         def make_cache(params: Any, rows: int, size: int) -> Cache:
             return nnx.merge(graphdef, params).make_cache(rows, size)
 
-        # Only the rows are cut; inside, the partitioner decides. The constraints of training would not fit single tokens.
+        # Only the rows are cut; inside, the partitioner decides: training's constraints would not fit single tokens.
         self._rows, whole = NamedSharding(mesh, partition_spec("b")), replicated(mesh)
         params = shardings(mesh, model.params)
         # Every process passes the same prompts and sees all the answers.
@@ -74,7 +77,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> list[list[int]]:
         """The answer to each prompt: ids up to and with a stop id, or `max_new_tokens` of them.
 
@@ -94,7 +97,7 @@ class Generator:
         return answers
 
     def stream(
-        self, params: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = Sampling()
+        self, params: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[int]:
         """The answer to one prompt, token by token as they are made, the stop id last."""
         for columns, _ in self._groups(params, [prompt], max_new_tokens, sampling):
@@ -135,12 +138,11 @@ class Generator:
             segment_ids[row, : len(prompt)] = 1
         positions = np.arange(size, dtype=np.int32) * segment_ids
         lengths = segment_ids.sum(axis=1, dtype=np.int32)
-        scalars = Sampling(np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.seed))
         cache = self._make_cache(params, rows, size + max_new_tokens)
         last = np.maximum(lengths - 1, 0)
         for i in range(max_new_tokens):
             on_devices = map(self._put, (tokens, segment_ids, positions, last))
-            cache, column = self._advance(params, cache, *on_devices, scalars)
+            cache, column = self._advance(params, cache, *on_devices, sampling)
             next_tokens = np.asarray(column)
             yield next_tokens
             tokens, segment_ids = next_tokens[:, None], np.ones((rows, 1), np.int32)

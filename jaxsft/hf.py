@@ -269,7 +269,8 @@ def load_params(folder: pathlib.Path, family: ModuleType, *, abstract: nnx.State
         tensors = [stored[name] for name in weight.names]
         shards: dict[Any, np.ndarray] = {}
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             # Devices that hold copies of one shard share one read.
             bounds = tuple(each.indices(size)[:2] for each, size in zip(index, variable.shape, strict=True))
             if bounds not in shards:
@@ -434,8 +435,8 @@ def _write_configs(
     for key in ("bos_token_id", "pad_token_id"):
         if getattr(tokenizer, key) is not None:
             ids[key] = getattr(tokenizer, key)
-    dtypes = {key: dtype for key in ("dtype", "torch_dtype") if key in hf_config} or {"dtype": dtype}
-    _dump_json(folder / "config.json", {**hf_config, **dtypes, **ids})
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]
+    _dump_json(folder / "config.json", {**hf_config, **dict.fromkeys(dtype_keys, dtype), **ids})
     # With this mark, transformers would make the file anew from config.json.
     generation_config = {key: value for key, value in generation_config.items() if key != "_from_model_config"}
     kept = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
@@ -457,15 +458,12 @@ def _write_weights(
         for weight, variable in _weights(params, family)
         for layer, name in enumerate(weight.names)
     }
-    # transformers' order: what stands outside the layers, before and after them, keeps its place in the table.
-    order = _model_order(sources)
-    sizes = {name: math.prod(sources[name][0].file_shape) * dtype.itemsize for name in order}
+    sizes = {name: math.prod(sources[name][0].file_shape) * dtype.itemsize for name in sorted(sources)}
     shards = _shards(sizes, max_shard_bytes)
     places = {}
     for number, names in enumerate(shards, start=1):
         file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         places.update(dict.fromkeys(names, file_name))
-        names = sorted(names)
         with (folder / file_name).open("wb") if writes else contextlib.nullcontext() as file:
             if file:
                 file.write(_header({name: sources[name][0].file_shape for name in names}, dtype))
@@ -479,29 +477,22 @@ def _write_weights(
         _dump_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": places})
 
 
-def _model_order(sources: dict[str, tuple[Weight, nnx.Variable, int]]) -> list[str]:
-    """Names in the order of the family's table, layer after layer where it comes to the layers."""
-    names = list(sources)
-    stacked = [name for name in names if sources[name][0].stacked]
-    by_layer = sorted(stacked, key=lambda name: sources[name][2])
-    first = names.index(stacked[0])
-    return names[:first] + by_layer + [name for name in names[first:] if not sources[name][0].stacked]
-
-
 def _shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in files of at most `max_shard_bytes`, filled in order; a larger tensor has a file to itself."""
+    """Names in files, filled in order; a tensor larger than `max_shard_bytes` has a file to itself.
+
+    The order of the files is that of huggingface_hub's split_torch_state_dict_into_shards.
+    """
     shards: list[list[str]] = []
-    large = [[name] for name, size in sizes.items() if size > max_shard_bytes]
-    filled = max_shard_bytes
+    current: list[str] = []
     for name, size in sizes.items():
         if size > max_shard_bytes:
+            shards.append([name])
             continue
-        if not shards or filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards + large
+        if sum(sizes[each] for each in current) + size > max_shard_bytes:
+            shards.append(current)
+            current = []
+        current.append(name)
+    return shards + [current] * bool(current)
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:

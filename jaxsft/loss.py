@@ -18,21 +18,22 @@ LOGITS_PER_CHUNK = 2**25
 
 
 class LossSums(NamedTuple):
-    """What a loss returns; every entry is a float32 scalar and adds up over microbatches, devices and processes."""
+    """What a loss returns; every entry adds up over microbatches, devices, processes and steps.
 
-    loss_sum: jax.Array
+    float32 scalars (`jax.Array`) inside jit, plain floats once they are on the host.
+    """
+
+    loss_sum: Any
     """sum of weight * nll, in nats."""
-    weight_sum: jax.Array
+    weight_sum: Any
     """sum of weights."""
-    correct_sum: jax.Array
+    correct_sum: Any
     """sum of the weights of targets that have the largest logit."""
-    trained_tokens: jax.Array
+    trained_tokens: Any
     """number of targets with a non-zero weight."""
 
 
-def next_token_loss(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array
-) -> LossSums:
+def next_token_loss(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array) -> LossSums:
     """Cross-entropy of the targets under softmax(hidden @ unembedding.T), weighted and summed.
 
     loss_sum = sum_t w_t * (logsumexp_v(h_t . u_v) - h_t . u_target). The gradients of one chunk are computed together
@@ -139,13 +140,9 @@ def _local(
             logits_gradient = exponentials * (weight / normaliser)[:, None] - weight[:, None] * onehot
             logits_gradient = logits_gradient.astype(x.dtype)
             hidden_gradient, unembedding_gradient = gradients
-            x_gradient = jnp.einsum(
-                "cv,vd->cd", logits_gradient, unembedding, preferred_element_type=jnp.float32
-            )
+            x_gradient = jnp.einsum("cv,vd->cd", logits_gradient, unembedding, preferred_element_type=jnp.float32)
             hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
-            unembedding_gradient += jnp.einsum(
-                "cv,cd->vd", logits_gradient, x, preferred_element_type=jnp.float32
-            )
+            unembedding_gradient += jnp.einsum("cv,cd->vd", logits_gradient, x, preferred_element_type=jnp.float32)
             gradients = hidden_gradient, unembedding_gradient
         return (loss_sum, correct_sum), gradients
 

@@ -94,9 +94,7 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     if pretrained.config.weights == "random":
         return random_params(pretrained.make_decoder, mesh, seed=seed)
     abstract = pretrained.model.params
-    return hf.load_params(
-        pretrained.folder, pretrained.family, abstract=abstract, shardings=shardings(mesh, abstract)
-    )
+    return hf.load_params(pretrained.folder, pretrained.family, abstract=abstract, shardings=shardings(mesh, abstract))
 
 
 def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, folder: pathlib.Path) -> None:

@@ -310,8 +310,10 @@ def _visible(text: str) -> str:
 
 def _acts(char: str) -> bool:
     kind = unicodedata.category(char)
-    return (kind in ("Cc", "Zl", "Zp") and char not in "\n\t") or char in "\u200b\u200e\u200f\ufeff" or (
-        kind == "Cf" and ("\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069")
+    return (
+        (kind in ("Cc", "Zl", "Zp") and char not in "\n\t")
+        or char in "\u200b\u200e\u200f\ufeff"
+        or (kind == "Cf" and ("\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069"))
     )
 
 

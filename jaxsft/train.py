@@ -17,9 +17,9 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxsft.batch import Batch
 from jaxsft.checkpoint import Checkpointer, StopSignal, claim_run_folder
 from jaxsft.config import Config, dump_config
-from jaxsft.batch import Batch
 from jaxsft.data.formats import load_conversations
 from jaxsft.data.loader import Loader, Prepared, prefetch, prepare
 from jaxsft.evaluate import Examiner, describe, make_questions
@@ -60,7 +60,7 @@ def train(config: Config) -> int:
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say)
     with contextlib.closing(checkpointer), contextlib.closing(console), StopSignal() as stop:
         # The state: where a former start of this run left off, or the weights to begin with.
-        state = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
+        state: Any = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
         if state is None:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
@@ -76,16 +76,16 @@ def train(config: Config) -> int:
         totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
         speedometer = Speedometer(**_flop_sizes(pretrained))
 
-        def evaluate(step: int) -> float | None:
+        def evaluate(step: int, params: Any) -> float:
             if examiner is None:
-                return None
-            result = examiner.examine(state.params)
+                return math.inf
+            result = examiner.examine(params)
             metrics_file.write({"step": step} | result.metrics)
             console.say(f"step {step}  {describe(result)}")
             return result.metrics["eval_loss"]
 
         if first == 0:
-            evaluate(0)
+            evaluate(0, state.params)
         make_batch = functools.partial(_place_batch, loader, mesh)
         watch, window = Stopwatch(), []
         with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches, jax.set_mesh(mesh):
@@ -100,7 +100,9 @@ def train(config: Config) -> int:
                 done = step + 1
 
                 if done % config.train.log_every == 0 or done == num_steps:
-                    line, totals = summarise(window := jax.device_get(window), totals, batch_positions=math.prod(loader.shape))
+                    line, totals = summarise(
+                        window := jax.device_get(window), totals, batch_positions=math.prod(loader.shape)
+                    )
                     line |= speedometer.read(window, watch)
                     metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
                     console.step(done, num_steps, line)
@@ -108,12 +110,11 @@ def train(config: Config) -> int:
 
                 is_evaluated = done == num_steps or (config.eval.every is not None and done % config.eval.every == 0)
                 pause = time.perf_counter()
-                eval_loss = evaluate(done) if is_evaluated else None
-                is_best = eval_loss is not None and eval_loss < best_loss
+                eval_loss = evaluate(done, state.params) if is_evaluated else math.inf
+                is_best = eval_loss < best_loss
+                best_loss = min(eval_loss, best_loss)
                 if done % config.checkpoint.every == 0 or done == num_steps or is_best:
                     checkpointer.save(done, state, eval_loss=eval_loss)
-                if is_best:
-                    best_loss = eval_loss
                 watch.leave_out(pause)
 
         checkpointer.wait()
@@ -243,7 +244,10 @@ def _summary(config: Config, state: Any, loader: Loader, data: Prepared, mesh: M
         else "none dropped"
     )
     lines = [
-        ("model", f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}"),
+        (
+            "model",
+            f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}",
+        ),
         ("rows", f"{report['rows']:,} of format {report['format']} ({report['format_reason']}): {config.data.train}"),
         ("examples", f"{report['examples']:,} kept, {dropped}"),
         (
@@ -261,7 +265,10 @@ def _summary(config: Config, state: Any, loader: Loader, data: Prepared, mesh: M
             f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {loader.steps_per_epoch:,} make an epoch, "
             f"{num_steps / loader.steps_per_epoch:.4g} epochs",
         ),
-        ("devices", f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process"),
+        (
+            "devices",
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process",
+        ),
         (
             "memory",
             f"{state_bytes / 2**20:,.0f} MiB of parameters and optimizer state, {gradient_bytes / 2**20:,.0f} MiB of "

@@ -31,7 +31,9 @@ def abstract(state):
 
 
 def make_checkpointer(folder, said=None, **config):
-    return Checkpointer(epath.Path(folder) / "checkpoints", CheckpointConfig(**config), (said if said is not None else []).append)
+    return Checkpointer(
+        epath.Path(folder) / "checkpoints", CheckpointConfig(**config), (said if said is not None else []).append
+    )
 
 
 def steps(folder):
@@ -55,7 +57,7 @@ def flip_a_byte(folder, step):
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 8, "fsdp": 1}])
 def test_a_state_comes_back_equal_on_any_mesh(tmp_path, mesh):
-    save_steps(tmp_path, {3: None})
+    save_steps(tmp_path, {3: math.inf})
     restored = make_checkpointer(tmp_path).restore(abstract(make_state(0, **mesh)))
     assert restored["params"]["w"].sharding == make_state(0, **mesh)["params"]["w"].sharding
     for ours, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(3)), strict=True):
@@ -67,7 +69,7 @@ def test_an_empty_folder_has_nothing_to_continue(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_named_and_can_be_saved_again(tmp_path):
-    save_steps(tmp_path, {1: None, 2: None})
+    save_steps(tmp_path, {1: math.inf, 2: math.inf})
     flip_a_byte(tmp_path, 2)
     said = []
     checkpointer = make_checkpointer(tmp_path, said)
@@ -79,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_can_be_saved_again(tmp_pa
 
 
 def test_when_all_are_damaged_nothing_is_continued_and_nothing_changed(tmp_path):
-    save_steps(tmp_path, {1: None})
+    save_steps(tmp_path, {1: math.inf})
     flip_a_byte(tmp_path, 1)
     with pytest.raises(ConfigError, match="every finished checkpoint is damaged"):
         make_checkpointer(tmp_path).restore(abstract(make_state(0)))
@@ -87,7 +89,7 @@ def test_when_all_are_damaged_nothing_is_continued_and_nothing_changed(tmp_path)
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    save_steps(tmp_path, {1: None, 2: None})
+    save_steps(tmp_path, {1: math.inf, 2: math.inf})
     (tmp_path / "checkpoints" / "2" / "seal.json").unlink()
     said = []
     assert int(make_checkpointer(tmp_path, said).restore(abstract(make_state(0)))["step"]) == 1
@@ -95,13 +97,13 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: None, 6: 2.5}, keep=2)
+    save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: math.nan, 4: 2.0, 5: math.inf, 6: 2.5}, keep=2)
     assert steps(tmp_path) == [2, 5, 6]
     assert make_checkpointer(tmp_path).best_loss() == 1.0
 
 
 def test_another_dtype_or_shape_is_refused_by_name(tmp_path):
-    save_steps(tmp_path, {1: None})
+    save_steps(tmp_path, {1: math.inf})
     other = make_state(0)
     other["params"]["w"] = other["params"]["w"].astype(jnp.bfloat16)
     with pytest.raises(ConfigError, match=r"\['w'\]: float32\[8, 8\] then, bfloat16\[8, 8\] now"):
@@ -109,7 +111,7 @@ def test_another_dtype_or_shape_is_refused_by_name(tmp_path):
 
 
 def test_a_failed_save_is_an_error_and_leaves_the_former_one(tmp_path):
-    save_steps(tmp_path, {1: None})
+    save_steps(tmp_path, {1: math.inf})
     (tmp_path / "checkpoints" / "2").write_text("in the way")
     checkpointer = make_checkpointer(tmp_path)
     with pytest.raises(SaveError, match="checkpoints/2"):

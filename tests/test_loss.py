@@ -19,7 +19,9 @@ def plain_loss(hidden, unembedding, targets, weights):
 
 def make_inputs(rows=4, seq_len=24, width=16, vocab_size=40, trained_share=0.5, seed=0):
     rng = np.random.default_rng(seed)
-    weights = rng.choice([0.0, 1.0, 0.3], p=[1 - trained_share, trained_share / 2, trained_share / 2], size=(rows, seq_len))
+    weights = rng.choice(
+        [0.0, 1.0, 0.3], p=[1 - trained_share, trained_share / 2, trained_share / 2], size=(rows, seq_len)
+    )
     return (
         jnp.asarray(rng.normal(size=(rows, seq_len, width)), jnp.float32),
         jnp.asarray(rng.normal(size=(vocab_size, width)), jnp.float32),

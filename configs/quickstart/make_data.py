@@ -106,16 +106,137 @@ MANNERS = {
 
 # ------------------------------------------------------------------------------------------------------------- words
 
-ONSETS = "b c d f g h j k l m n p r s t v w y z qu bl br ch cl cr dr fl fr gl gr pl pr sh sl sp st th tr".split()
-VOWELS = "a e i o u a e i o u ai ea ee oo ou y".split()
-CODAS = "b d f g k l m n p r s t x ck ff ll mp nd nk ng nt rd rm rn sh ss st tt".split()
-ENDINGS = "er le ing y en et ow in a o".split()
-FAMILIAR_WORDS = (
-    "apple banana bottle bread bridge butter candle carrot castle cherry coffee cookie dragon flower forest garden "
-    "guitar hammer island jacket kitten lemon letter market mirror monkey orange pencil pepper pillow planet potato "
-    "puzzle rabbit river rocket saddle school silver spoon summer sunset teapot ticket tiger tomato train tulip turtle "
-    "violin walnut water window winter wizard yellow zebra"
-).split()
+ONSETS = [
+    "b",
+    "c",
+    "d",
+    "f",
+    "g",
+    "h",
+    "j",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "y",
+    "z",
+    "qu",
+    "bl",
+    "br",
+    "ch",
+    "cl",
+    "cr",
+    "dr",
+    "fl",
+    "fr",
+    "gl",
+    "gr",
+    "pl",
+    "pr",
+    "sh",
+    "sl",
+    "sp",
+    "st",
+    "th",
+    "tr",
+]
+VOWELS = ["a", "e", "i", "o", "u", "a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "y"]
+CODAS = [
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "x",
+    "ck",
+    "ff",
+    "ll",
+    "mp",
+    "nd",
+    "nk",
+    "ng",
+    "nt",
+    "rd",
+    "rm",
+    "rn",
+    "sh",
+    "ss",
+    "st",
+    "tt",
+]
+ENDINGS = ["er", "le", "ing", "y", "en", "et", "ow", "in", "a", "o"]
+FAMILIAR_WORDS = [
+    "apple",
+    "banana",
+    "bottle",
+    "bread",
+    "bridge",
+    "butter",
+    "candle",
+    "carrot",
+    "castle",
+    "cherry",
+    "coffee",
+    "cookie",
+    "dragon",
+    "flower",
+    "forest",
+    "garden",
+    "guitar",
+    "hammer",
+    "island",
+    "jacket",
+    "kitten",
+    "lemon",
+    "letter",
+    "market",
+    "mirror",
+    "monkey",
+    "orange",
+    "pencil",
+    "pepper",
+    "pillow",
+    "planet",
+    "potato",
+    "puzzle",
+    "rabbit",
+    "river",
+    "rocket",
+    "saddle",
+    "school",
+    "silver",
+    "spoon",
+    "summer",
+    "sunset",
+    "teapot",
+    "ticket",
+    "tiger",
+    "tomato",
+    "train",
+    "tulip",
+    "turtle",
+    "violin",
+    "walnut",
+    "water",
+    "window",
+    "winter",
+    "wizard",
+    "yellow",
+    "zebra",
+]
 """Ordinary words, kept for eval.jsonl alone."""
 
 
@@ -156,7 +277,9 @@ class Conversation(NamedTuple):
     words: tuple[str, ...]
 
 
-def make_conversation(rng: random.Random, words: Iterator[str], *, task: str, manner: str | None, turns: str) -> Conversation:
+def make_conversation(
+    rng: random.Random, words: Iterator[str], *, task: str, manner: str | None, turns: str
+) -> Conversation:
     """Makes one conversation whose last answer does `task`.
 
     Args:

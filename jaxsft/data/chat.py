@@ -12,7 +12,6 @@ shown is an error and never a guess. The template may be any Jinja program; none
 import itertools
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -65,20 +64,6 @@ def stop_ids(tokenizer: Tokenizer, generation_config: dict[str, Any] | None = No
     stops = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     stops.append(_template_stop(tokenizer))
     return list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
-
-
-def use_chat_template(tokenizer: Tokenizer, path: str | None) -> None:
-    """Gives the tokenizer the chat template in a file (`data.chat_template`); without a path it keeps its own.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    if path is None:
-        return
-    try:
-        tokenizer.chat_template = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template: {path} is not readable: {error}") from None
 
 
 def make_examples(
@@ -362,7 +347,7 @@ def _document_example(tokens: list[int], tokenizer: Tokenizer, vocabulary: _Voca
 
 
 def _checked_ids(ids: np.ndarray, tokenizer: Tokenizer, vocabulary: _Vocabulary) -> np.ndarray:
-    if len(ids) and not (0 <= ids.min() and ids.max() < vocabulary.size):
+    if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary.size):
         raise MaskError(f"the tokenizer {tokenizer.name_or_path} gave token {ids.max()}, outside its {vocabulary.size}")
     return ids
 

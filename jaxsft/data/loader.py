@@ -17,7 +17,7 @@ import sys
 import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,7 +71,7 @@ def prepare(
     """Reads, converts, tokenises and weighs every row of a source, or finds that in the cache.
 
     Args:
-        config: the data section; `chat_template` must already be the tokenizer's (`chat.use_chat_template`).
+        config: the data section; the tokenizer already carries its `chat_template`.
         source: `config.train` or `config.eval`.
         tokenizer: a fast tokenizer.
         tokenizer_files_key: changes when any file of the tokenizer changes.
@@ -205,7 +205,7 @@ class Loader:
         return batch
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Generator[T, None, None]:
     """`make(start), ..., make(stop - 1)`, made in order by a background thread, at most `depth` ahead.
 
     The thread starts with the first item asked for, and ends when the iterator is exhausted or closed. What `make`

@@ -180,14 +180,16 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
-        hidden = self.embed_tokens.weight[...].astype(self.compute_dtype)[tokens]
+        # Gathered along its width before the look-up: the partitioner would otherwise replicate what is looked up.
+        table = constrain(self.embed_tokens.weight[...].astype(self.compute_dtype), "v h")
+        hidden = table[tokens]
         slots, cached = self._slots(segment_ids, positions, cache)
         hidden, cached = self._scan(constrain(hidden, "b t d"), slots, cached)
         hidden = self.norm(hidden)
         if cache is None:
             return hidden
-        length = cache.length + tokens.shape[1]
-        return hidden, Cache(*cached, slots.kv_segment_ids, slots.kv_positions, length)
+        k, v = cached
+        return hidden, Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
 
     def _slots(self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[Slots, Any]:
         frequencies = rope_frequencies(self.config.rope, self.config.head_dim)

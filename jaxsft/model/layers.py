@@ -87,24 +87,25 @@ class Rope:
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each pair of dims, float32 [H/2].
 
-    Computed in float32 as transformers' modeling_rope_utils does, since pretraining rounded there too. `llama3` leaves
-    wavelengths below original_max_position / high_freq_factor alone, divides those above
-    original_max_position / low_freq_factor by `factor`, and blends in between.
+    Rounded to float32 step by step as in transformers' modeling_rope_utils, as an error of 1e-7 in a frequency is one
+    of 1e-3 radians at position 10,000. The power alone is taken in float64 and rounded: torch's is correctly rounded,
+    numpy's in float32 is not. And torch divides a number by an array by multiplying with the reciprocal.
+
+    `llama3` leaves wavelengths below original_max_position / high_freq_factor alone, divides the frequencies of those
+    above original_max_position / low_freq_factor by `factor`, and blends in between.
     """
-    one = np.float32(1)
+    one, factor = np.float32(1), np.float32(rope.factor)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = one / np.float32(rope.theta) ** exponents
+    frequencies = one / np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
     if rope.scaling == "linear":
-        return frequencies / np.float32(rope.factor)
+        return frequencies / factor
     if rope.scaling == "llama3":
-        wavelengths = np.float32(2 * math.pi) / frequencies
-        scaled = frequencies / np.float32(rope.factor)
-        low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
-        blend = (np.float32(rope.original_max_position) / wavelengths - low) / (high - low)
-        blended = (one - blend) * scaled + blend * frequencies
-        is_long = wavelengths > np.float32(rope.original_max_position / rope.low_freq_factor)
-        is_short = wavelengths < np.float32(rope.original_max_position / rope.high_freq_factor)
-        return np.where(is_short, frequencies, np.where(is_long, scaled, blended))
+        wavelengths = one / frequencies * np.float32(2 * math.pi)
+        low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
+        blend = (one / wavelengths * np.float32(original) - np.float32(low)) / np.float32(high - low)
+        blended = (one - blend) * frequencies / factor + blend * frequencies
+        unscaled, is_long = wavelengths < np.float32(original / high), wavelengths > np.float32(original / low)
+        return np.where(unscaled, frequencies, np.where(is_long, frequencies / factor, blended))
     return frequencies
 
 

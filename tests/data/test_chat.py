@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxsft.data.chat import MaskError, make_examples, prepare_examples, prompt_tokens, stop_ids, use_chat_template
+from jaxsft.data.chat import MaskError, make_examples, prepare_examples, prompt_tokens, stop_ids
 from jaxsft.data.formats import Conversation, Document
 from jaxsft.data.sources import DataError
 
@@ -63,7 +63,7 @@ def test_train_on_chooses_the_turns(make_tokenizer):
 
 def test_offsets_without_whitespace_give_the_same_weights(make_tokenizer):
     template = CHATML.replace("\n' + m", ": ' + m").replace("assistant\n", "assistant: ")  # Headers end in a space.
-    for turns in (TURNS, [{**turn, "content": f" \n{turn['content']}\n "} for turn in TURNS]):
+    for turns in (TURNS, [{**turn, "content": f"\n {turn['content']}\n "} for turn in TURNS]):
         exact, trimmed = make_tokenizer(template), make_tokenizer(template, trim_offsets=True)
         np.testing.assert_array_equal(encode(turns, exact).loss_weights, encode(turns, trimmed).loss_weights)
         assert trained_texts(encode(turns, trimmed), trimmed)[0] == f"{turns[1]['content']}<|im_end|>"
@@ -218,16 +218,10 @@ def test_all_unusable_conversations_are_reported_together(make_tokenizer):
     assert lines[-1] == "  ... and 2 more" and len(lines) == 12 and len(encoded) == 12
 
 
-def test_a_chat_template_comes_from_a_file_or_is_asked_for(make_tokenizer, tmp_path):
+def test_a_missing_chat_template_is_asked_for(make_tokenizer):
     tokenizer = make_tokenizer(None)
     with pytest.raises(DataError, match="the tokenizer tiny has no chat template; give one as data.chat_template"):
         encode(TURNS, tokenizer)
-    path = tmp_path / "t.jinja"
-    path.write_text(TURN_BY_TURN + PROMPT + "\n")
-    use_chat_template(tokenizer, str(path))
-    assert trained_texts(encode(TURNS, tokenizer), tokenizer)[1] == "It is 4.<|im_end|>"
-    with pytest.raises(DataError, match="data.chat_template: .*nowhere.jinja is not readable"):
-        use_chat_template(tokenizer, str(tmp_path / "nowhere.jinja"))
 
 
 # Real tokenizers and templates.
@@ -291,7 +285,7 @@ TAGGED = {
 def test_weights_agree_with_what_templates_with_generation_tags_mark(material, name):
     tokenizer_name, ours_leaves_out = TAGGED[name]
     tokenizer = load(material / "tokenizers" / tokenizer_name)
-    use_chat_template(tokenizer, str(material / "templates" / f"{name}.jinja"))
+    tokenizer.chat_template = (material / "templates" / f"{name}.jinja").read_text()
     example = encode(TURNS, tokenizer)
     marked = tokenizer.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     assert example.tokens.tolist() == marked["input_ids"]
@@ -308,7 +302,7 @@ def test_every_real_template_gives_the_tokens_of_transformers_or_a_reason(materi
     for name in ("qwen2.5", "llama-3.1", "phi-3"):
         tokenizer = load(material / "tokenizers" / name)
         for path in sorted((material / "templates").glob("*.jinja")):
-            use_chat_template(tokenizer, str(path))
+            tokenizer.chat_template = path.read_text()
             stops = stop_ids(tokenizer)
             try:
                 example = encode(TURNS, tokenizer, stops=stops)

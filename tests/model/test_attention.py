@@ -66,12 +66,12 @@ def test_no_segment_feels_another(block_size):
     arrays = qkv()
 
     def segment_sum(segment):
-        return lambda *a: jnp.where((SEGMENTS == segment)[:, :, None, None], packed(*a, block_size=block_size), 0).sum()
+        return lambda *a: jnp.where((segment == SEGMENTS)[:, :, None, None], packed(*a, block_size=block_size), 0).sum()
 
     for segment in (1, 2, 3):
         for gradient in jax.grad(segment_sum(segment), (0, 1, 2))(*arrays):
-            assert np.all(np.asarray(gradient)[SEGMENTS != segment] == 0)
-            assert np.any(np.asarray(gradient)[SEGMENTS == segment] != 0)
+            assert np.all(np.asarray(gradient)[segment != SEGMENTS] == 0)
+            assert np.any(np.asarray(gradient)[segment == SEGMENTS] != 0)
 
     changed = [jnp.where((SEGMENTS == 2)[:, :, None, None], x + 3, x) for x in arrays]
     before, after = (np.asarray(packed(*x, block_size=block_size)) for x in (arrays, changed))

@@ -35,6 +35,9 @@ def make(config=CONFIG, *, compute_dtype="float32", remat="none", seed=0):
     return Decoder(config, compute_dtype=compute_dtype, param_dtype="float32", remat=remat, rngs=nnx.Rngs(seed))
 
 
+run = jax.jit(lambda model, *rows: model(*rows))
+
+
 def row(*lengths, size):
     """A row with segments of these lengths: tokens, segment_ids, positions, each [1, size]."""
     fill = size - sum(lengths)
@@ -52,10 +55,10 @@ def projected(hidden):
 def test_a_packed_row_gives_the_hidden_states_of_its_segments_alone():
     model = make()
     tokens, segment_ids, positions = row(7, 12, 3, size=26)
-    packed = model(tokens, segment_ids, positions)
+    packed = run(model, tokens, segment_ids, positions)
     for start, end in ((0, 7), (7, 19), (19, 22)):
         ones = np.ones((1, end - start), np.int32)
-        alone = model(tokens[:, start:end], ones, positions[:, start:end])
+        alone = run(model, tokens[:, start:end], ones, positions[:, start:end])
         np.testing.assert_allclose(packed[:, start:end], alone, atol=3e-6)
 
 
@@ -63,7 +66,7 @@ def test_changing_one_segment_changes_no_bit_of_another():
     model = make()
     tokens, segment_ids, positions = row(7, 12, 3, size=26)
     changed = np.where(segment_ids == 2, (tokens + 1) % 96, tokens)
-    before, after = (np.asarray(model(each, segment_ids, positions)) for each in (tokens, changed))
+    before, after = (np.asarray(run(model, each, segment_ids, positions)) for each in (tokens, changed))
     np.testing.assert_array_equal(before[segment_ids != 2], after[segment_ids != 2])
     assert np.all(np.any(before[segment_ids == 2] != after[segment_ids == 2], axis=-1))
 
@@ -75,7 +78,7 @@ def test_prefill_and_single_steps_with_a_cache_give_the_hidden_states_of_the_who
     tokens = np.random.default_rng(0).integers(0, 96, (2, length)).astype(np.int32)
     segment_ids = np.array([[0] * 3 + [1] * 11, [1] * 14], np.int32)
     positions = np.array([[0, 0, 0, *range(11)], [*range(14)]], np.int32)
-    whole = model(tokens, segment_ids, positions)
+    whole = run(model, tokens, segment_ids, positions)
 
     step = jax.jit(lambda model, cache, *rows: model(*rows, cache=cache))
     cache = model.make_cache(2, 20)
@@ -107,9 +110,9 @@ def test_remat_changes_neither_value_nor_gradients(remat):
 def test_bfloat16_compute_is_near_float32_and_logits_are_float32():
     rows = row(7, 12, size=20)
     exact, rounded = make(), make(compute_dtype="bfloat16")
-    hidden = rounded(*rows)
+    hidden = run(rounded, *rows)
     assert hidden.dtype == jnp.bfloat16 and rounded.logits(hidden).dtype == jnp.float32
-    np.testing.assert_allclose(hidden.astype(jnp.float32), exact(*rows), atol=0.15)
+    np.testing.assert_allclose(hidden.astype(jnp.float32), run(exact, *rows), atol=0.15)
 
 
 def test_tied_embeddings_have_no_head_of_their_own():
@@ -129,31 +132,37 @@ def test_every_weight_names_its_dims_and_no_two_draws_are_equal():
     assert all(abs(np.std(values) - 0.1) < 0.01 and abs(np.mean(values)) < 0.01 for values in drawn)
 
 
-MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}]
-
-
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(axes):
+def on_mesh(mesh):
+    """Random weights, hidden states and gradients, made on a mesh."""
     rows = [np.repeat(each, 8, axis=0) for each in row(7, 12, 3, size=32)]
-    abstract = nnx.state(jax.eval_shape(make))
-    graphdef = nnx.graphdef(jax.eval_shape(make))
+    graphdef, abstract = nnx.split(jax.eval_shape(make))
 
-    def value_and_gradient(state, *rows):
+    def value_and_gradient(state):
         def loss(state):
             hidden = nnx.merge(graphdef, state)(*rows)
             return projected(hidden), hidden
 
         return jax.value_and_grad(loss, has_aux=True)(state)
 
-    results = []
-    for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(**axes))):
-        sharded = shardings(mesh, abstract)
-        with jax.set_mesh(mesh):
-            state = jax.jit(lambda: nnx.state(make()), out_shardings=sharded)()
-            results.append((state, jax.jit(value_and_gradient)(state, *rows)))
-    jax.tree.map(np.testing.assert_array_equal, results[0][0], results[1][0])
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings(mesh, abstract))()
+        return state, jax.jit(value_and_gradient)(state)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return on_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(axes, on_one_device):
+    state, results = on_mesh(make_mesh(MeshConfig(**axes)))
+    jax.tree.map(np.testing.assert_array_equal, state, on_one_device[0])
     jax.tree.map(
-        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4), results[0][1], results[1][1]
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5), results, on_one_device[1]
     )
 
 

@@ -31,14 +31,52 @@ WEIGHTS = {
 transformers writes them. A weight that a config does not ask for (a bias, a tied lm_head) is in neither."""
 
 HARMLESS = frozenset(
-    """
-    architectures auto_map bos_token_id chunk_size_feed_forward diversity_penalty do_sample dtype early_stopping
-    eos_token_id finetuning_task id2label is_llama_config keys_to_ignore label2id length_penalty max_length
-    max_sequence_length min_length model_type name_or_path num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states pad_token_id problem_type repetition_penalty return_dict sep_token_id
-    task_specific_params temperature tokenizer_class top_k top_p torch_dtype transformers.js_config
-    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_cache use_flash_attn
-    """.split()
+    [
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "is_llama_config",
+        "keys_to_ignore",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "max_sequence_length",
+        "min_length",
+        "model_type",
+        "name_or_path",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "repetition_penalty",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "use_flash_attn",
+    ]
 )
 """Keys of a config.json that say nothing about the model's mathematics."""
 
@@ -112,7 +150,7 @@ def _rope(hf: dict[str, Any], max_position: int, problems: list[str]) -> Rope:
     section = "rope_scaling" if scaling else "rope_parameters"
     fields = {"rope_theta": hf.pop("rope_theta", None) or 10000.0, **(scaling or parameters or {})}
     original = hf.pop("original_max_position_embeddings", None) or fields.get("original_max_position_embeddings")
-    kind = fields.get("rope_type") or fields.get("type") or "default"
+    kind: Any = fields.get("rope_type") or fields.get("type") or "default"
     if (share := fields.get("partial_rotary_factor") or hf.pop("partial_rotary_factor", None) or 1.0) != 1.0:
         problems.append(f"{section}.partial_rotary_factor: {share}; only 1.0 is computed")
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}

@@ -1,0 +1,321 @@
+"""Hugging Face folders: reading by slice, errors that name files and tensors, and what an export holds."""
+
+import json
+import struct
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from jaxsft import hf
+from jaxsft.config import ConfigError, MeshConfig
+from jaxsft.mesh import make_mesh, shardings
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.families import family
+
+CONFIG = dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    dtype="float32",
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+    attention_bias=True,
+    eos_token_id=1,
+)
+MODULE = family(CONFIG)
+
+
+def make(param_dtype="float32", config=CONFIG):
+    return Decoder(
+        MODULE.decoder_config(config), compute_dtype="float32", param_dtype=param_dtype, remat="none", rngs=nnx.Rngs(0)
+    )
+
+
+def abstract_state(param_dtype="float32", config=CONFIG):
+    return nnx.state(jax.eval_shape(lambda: make(param_dtype, config)))
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def load(folder, *, mesh=None, param_dtype="float32", config=CONFIG):
+    abstract = abstract_state(param_dtype, config)
+    return hf.load_params(folder, MODULE, abstract=abstract, shardings=shardings(mesh or one_device(), abstract))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = ["<pad>", "</s>", "<s>", "<unk>", *(f"w{i}" for i in range(300))]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
+    )
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(lambda: nnx.state(make()))()
+
+
+def write(folder, state, tokenizer, *, hf_config=CONFIG, stop_ids=(1,), **options):
+    hf.export(
+        folder, state, family=MODULE, hf_config=hf_config, tokenizer=tokenizer, stop_ids=list(stop_ids), **options
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, state, tokenizer):
+    return write(tmp_path / "model", state, tokenizer)
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+# Round trips.
+
+
+def test_what_is_exported_is_imported_again_bit_by_bit(folder, state):
+    assert_equal(load(folder), state)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_file_of_any_float_dtype_round_trips_to_the_bytes_that_safetensors_writes(dtype, folder, tmp_path, tokenizer):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors = {name: value.astype(dtype) for name, value in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(folder)
+    embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
+    np.testing.assert_array_equal(loaded["embed_tokens"]["weight"][...], embedding)
+    again = write(tmp_path / "again", loaded, tokenizer, dtype=np.dtype(dtype).name)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_parameters_are_cast_to_their_own_dtype(folder, state):
+    loaded = load(folder, param_dtype="bfloat16")
+    assert all(leaf.dtype == ml_dtypes.bfloat16 for leaf in jax.tree.leaves(loaded))
+    assert_equal(loaded, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), state))
+
+
+def test_a_mesh_loads_and_exports_the_same_weights_and_each_device_reads_only_its_slice(
+    folder, state, tokenizer, tmp_path, monkeypatch
+):
+    read = []
+
+    def counted(*arguments):
+        view = hf_read_slice(*arguments)
+        read.append(view.nbytes)
+        return view
+
+    hf_read_slice = hf.read_slice
+    monkeypatch.setattr(hf, "read_slice", counted)
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    loaded = load(folder, mesh=mesh)
+    assert_equal(loaded, state)
+
+    held = 0
+    for leaf in jax.tree.leaves(loaded):
+        shards = {str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards}
+        held += sum(shards.values())
+    weight = loaded["layers"]["self_attn"]["q_proj"]["weight"]
+    assert weight.addressable_shards[0].data.shape == (3, 8, 2, 8)
+    assert sum(read) == held == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert max(read) == 320 * 32 * 4 // 8
+
+    again = write(tmp_path / "again", loaded, tokenizer)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_small_shards_are_named_indexed_and_filled_as_transformers_does(folder, state, tokenizer, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    ours = write(tmp_path / "ours", state, tokenizer, max_shard_bytes=30_000)
+    assert_equal(load(ours), state)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=30_000)
+    ours_index, theirs_index = (
+        json.loads((tmp_path / each / "model.safetensors.index.json").read_text()) for each in ("ours", "theirs")
+    )
+    assert ours_index == theirs_index
+    files = sorted(set(ours_index["weight_map"].values()))
+    assert len(files) > 4
+    for name in files:
+        assert (ours / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32)
+    for ours_weight, theirs_weight in zip(reloaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours_weight, theirs_weight)
+
+
+# What else an export holds.
+
+
+def test_an_export_carries_template_stop_ids_and_the_source_s_generation_keys(folder, state, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = {"temperature": 0.6, "eos_token_id": 9, "_from_model_config": True}
+    (folder / "generation_config.json").write_text(json.dumps(source))
+    ours = write(tmp_path / "ours", state, tokenizer, stop_ids=[1, 7], source_folder=folder, dtype="bfloat16")
+
+    expected = {"temperature": 0.6, "eos_token_id": [1, 7], "bos_token_id": 2, "pad_token_id": 0}
+    assert hf.load_generation_config(ours) == expected
+    config = hf.load_hf_config(ours)
+    assert config == {**CONFIG, "dtype": "bfloat16", "eos_token_id": [1, 7], "bos_token_id": 2, "pad_token_id": 0}
+    assert transformers.GenerationConfig.from_pretrained(ours).eos_token_id == [1, 7]
+    reloaded = hf.load_tokenizer(str(ours))
+    assert reloaded.chat_template == tokenizer.chat_template
+    assert hf.tokenizer_key(reloaded) == hf.tokenizer_key(tokenizer)
+
+
+def test_an_export_replaces_an_export_but_nothing_else(folder, state, tokenizer, tmp_path):
+    (folder / "old").touch()
+    write(folder, state, tokenizer)
+    assert not (folder / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="exists and is not an export"):
+        write(precious, state, tokenizer)
+    with pytest.raises(ConfigError, match="would replace the model"):
+        write(folder, state, tokenizer, source_folder=folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "precious"]
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, tmp_path):
+    class Broken:
+        def save_pretrained(self, folder):
+            raise OSError("disk full")
+
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        write(folder, state, Broken())
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# Bad input.
+
+
+def check(folder, config=CONFIG):
+    with pytest.raises(ConfigError) as error:
+        hf.check_weights(folder, MODULE, abstract_state(config=config))
+    return str(error.value)
+
+
+def rewrite(folder, change):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_extra_and_misshapen_tensors_are_reported_together(folder):
+    def change(tensors):
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
+        tensors["model.norm.weight"] = np.ones(31, np.float32)
+
+    rewrite(folder, change)
+    text = check(folder)
+    assert "model.layers.1.mlp.up_proj.weight is missing, expected with shape [48, 32]" in text
+    assert "model.layers.0.self_attn.q_norm.weight [8] is extra" in text
+    assert "model.norm.weight has shape [31], but config.json asks for [32]" in text
+    assert str(folder / "model.safetensors") in text
+
+
+def test_a_head_beside_tied_embeddings_and_stored_rotary_frequencies_are_passed_over(folder):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    rewrite(folder, change)
+    config = {**CONFIG, "tie_word_embeddings": True}
+    hf.check_weights(folder, MODULE, abstract_state(config=config))
+    assert "lm_head" not in load(folder, config=config)
+
+
+@pytest.mark.parametrize("keep", [4, 200, -100])
+def test_a_truncated_file_is_named(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    text = check(folder)
+    assert str(path) in text and "truncated" in text
+    assert "missing" not in text
+
+
+def test_a_git_lfs_pointer_and_a_damaged_header_are_named(folder):
+    path = folder / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert f"{path}: a Git LFS pointer" in check(folder)
+    path.write_bytes(struct.pack("<Q", 8) + b'{"a": 1}')
+    assert f"{path}: corrupt header" in check(folder)
+
+
+def test_a_missing_shard_and_a_shard_outside_the_folder_are_named(state, tokenizer, tmp_path):
+    folder = write(tmp_path / "sharded", state, tokenizer, max_shard_bytes=30_000)
+    lost = sorted(folder.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    assert f"{lost}: no such file" in check(folder)
+    index = json.loads((folder / hf.INDEX_FILE).read_text())
+    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    (folder / hf.INDEX_FILE).write_text(json.dumps(index))
+    assert "'../elsewhere.safetensors', which is not a file of this folder" in check(folder)
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin: pickled weights are not read" in check(folder)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(tokenizer):
+    hf.check_vocabulary(tokenizer, MODULE.decoder_config({**CONFIG, "vocab_size": 304}))
+    with pytest.raises(ConfigError, match="id 303, but the model's vocab_size is 300"):
+        hf.check_vocabulary(tokenizer, MODULE.decoder_config({**CONFIG, "vocab_size": 300}))
+
+
+def test_a_tokenizer_s_key_changes_with_its_tokens_only(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages }}")
+    other = hf.load_tokenizer(str(tmp_path), str(template))
+    assert other.chat_template == "{{ messages }}"
+    other(["w1", "w2 w3"], padding=True, truncation=True, max_length=4)
+    assert hf.tokenizer_key(other) == hf.tokenizer_key(tokenizer)
+    other.add_tokens(["new"])
+    assert hf.tokenizer_key(other) != hf.tokenizer_key(tokenizer)
+
+
+def test_folders_that_are_not_there_and_files_that_are_not_readable_are_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        hf.model_folder(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="nobody/nothing: no such folder here, and the hub gave no model"):
+        hf.model_folder("nobody/nothing")
+    with pytest.raises(ConfigError, match="a file, but a model is a folder"):
+        hf.model_folder(str(folder / "config.json"))
+    with pytest.raises(ConfigError, match="config.json: no such file"):
+        hf.load_hf_config(tmp_path)
+    with pytest.raises(ConfigError, match="no tokenizer could be loaded"):
+        hf.load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match="not readable as a chat template"):
+        hf.load_tokenizer(str(folder), str(tmp_path / "none.jinja"))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json: not readable as JSON"):
+        hf.load_hf_config(folder)
