@@ -1,7 +1,9 @@
 """Eight simulated CPU devices for every test, and the real material where this machine has it."""
 
+import json
 import os
 import pathlib
+import shutil
 
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,3 +28,50 @@ def material() -> pathlib.Path:
     if not MATERIAL.is_dir():
         pytest.skip(f"needs the real material folder, looked for at {MATERIAL} (set JAXSFT_MATERIAL)")
     return MATERIAL
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> pathlib.Path:
+    """A model folder without weights that every mesh of the tests can cut: the quickstart's tokenizer, 2 layers."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(REPO / "configs" / "quickstart" / name, folder)
+    config = json.loads((REPO / "configs" / "quickstart" / "config.json").read_text())
+    config |= {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "initializer_range": 0.1,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> pathlib.Path:
+    """`train.jsonl` and `eval.jsonl` of a few conversations."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    for name, count in (("train.jsonl", 120), ("eval.jsonl", 12)):
+        lines = (REPO / "configs" / "quickstart" / name).read_text().splitlines(keepends=True)[:count]
+        (folder / name).write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model, tiny_data, tmp_path_factory) -> pathlib.Path:
+    """A config file that trains `tiny_model` on `tiny_data`, 12 steps; tests override what they are about."""
+    folder = tmp_path_factory.mktemp("tiny_config")
+    (folder / "tiny.yaml").write_text(
+        f"""
+model: {{path: {tiny_model}, weights: random, remat: none}}
+data: {{train: {tiny_data}/train.jsonl, eval: {tiny_data}/eval.jsonl, seq_len: 128, cache: {folder}/cache}}
+train: {{batch_size: 8, steps: 12, log_every: 1}}
+optim: {{learning_rate: 1e-2, warmup_steps: 2, weight_decay: 0.1}}
+eval: {{samples: 0, max_new_tokens: 8}}
+checkpoint: {{every: 4}}
+"""
+    )
+    return folder / "tiny.yaml"

@@ -1,0 +1,232 @@
+"""The step: the same loss and gradients however the batch is cut, and nothing changed by what is not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsft import train as train_module
+from jaxsft.batch import Batch
+from jaxsft.config import MeshConfig, load_config
+from jaxsft.data.loader import Loader
+from jaxsft.mesh import make_mesh
+from jaxsft.pretrained import load_params, open_model, open_tokenizer
+from jaxsft.step import (
+    forward_loss,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    put_batch,
+    split_microbatches,
+    summed_gradients,
+)
+
+FROZEN = nnx.State({})
+
+
+@pytest.fixture(scope="module")
+def run(tiny_config):
+    """Config, model and prepared data."""
+    config = load_config(tiny_config)
+    tokenizer = open_tokenizer(config.model)
+    return config, open_model(config.model, tokenizer), train_module.prepare_data(config, tokenizer, config.data.train)
+
+
+def make_loader(run, **keys):
+    config, _, data = run
+    return Loader(data, **{"seq_len": 128, "batch_size": 8, "seed": 0, "packing": True} | keys)
+
+
+def mesh_of(num_devices=8, **sizes):
+    return make_mesh(MeshConfig(**sizes), jax.devices()[:num_devices])
+
+
+def gradients_of(run, batches, mesh, *, num_microbatches=1):
+    """Loss and gradients of all batches together, as one host tree, from the seed's parameters."""
+    config, pretrained, _ = run
+    params = load_params(pretrained, mesh, seed=config.seed)
+
+    @jax.jit
+    def compute(params, batch):
+        microbatches = split_microbatches(batch, num_microbatches)
+        return summed_gradients(pretrained.model.graphdef, params, FROZEN, microbatches)
+
+    total = None
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            part = compute(params, put_batch(lambda r, b=batch: jax.tree.map(lambda x: x[r], b), batch[0].shape, mesh))
+            part = jax.device_get(part)
+            total = part if total is None else jax.tree.map(np.add, total, part)
+    gradients, sums = total
+    return float(sums.loss_sum / sums.weight_sum), jax.tree.map(lambda g: g / sums.weight_sum, gradients)
+
+
+def assert_equal(ours, expected, *, tolerance=1e-5):
+    np.testing.assert_allclose(ours[0], expected[0], rtol=tolerance)
+    for path, gradient in jax.tree_util.tree_flatten_with_path(ours[1])[0]:
+        other = functools.reduce(lambda tree, key: tree[key.key] if hasattr(key, "key") else tree, path, expected[1])
+        other = other.get_value() if isinstance(other, nnx.Variable) else other
+        scale = np.linalg.norm(other)
+        assert scale > 0, f"{path}: no gradient"
+        assert np.linalg.norm(gradient - other) < tolerance * scale, f"{path}"
+
+
+@pytest.fixture(scope="module")
+def on_one_device(run):
+    return gradients_of(run, [make_loader(run).batch(0)], mesh_of(1))
+
+
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 4 x fsdp 2": {"tensor": 4, "fsdp": 2},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context 2 x fsdp 4": {"context": 2, "fsdp": 4},
+    "expert 2 x data 4": {"expert": 2, "data": 4},
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_loss_and_gradients_are_equal_on_every_mesh(run, on_one_device, name):
+    mesh = mesh_of(**MESHES[name])
+    assert_equal(gradients_of(run, [make_loader(run).batch(0)], mesh), on_one_device)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2}])
+def test_loss_and_gradients_are_equal_for_every_accumulation(run, on_one_device, num_microbatches, sizes):
+    mesh = mesh_of(sizes["fsdp"], **sizes)
+    batch = make_loader(run).batch(0)
+    assert_equal(gradients_of(run, [batch], mesh, num_microbatches=num_microbatches), on_one_device)
+
+
+def test_loss_and_gradients_are_equal_packed_or_one_example_per_row(run):
+    packed, single = make_loader(run), make_loader(run, packing=False, batch_size=40)
+    assert packed.num_rows < single.num_rows == 120
+    ours = gradients_of(run, [packed.batch(step) for step in range(packed.steps_per_epoch)], mesh_of(1))
+    expected = gradients_of(run, [single.batch(step) for step in range(3)], mesh_of(1))
+    assert_equal(ours, expected)
+
+
+def test_padding_changes_nothing(run, on_one_device):
+    """The same rows, in rows of twice the length."""
+    batch = make_loader(run).batch(0)
+    longer = Batch(*(np.pad(leaf, ((0, 4), (0, 128))) for leaf in batch))
+    assert_equal(gradients_of(run, [longer], mesh_of(1)), on_one_device)
+
+
+def test_no_segment_sees_another(run):
+    """Changing the tokens of one segment leaves the loss of every other one as it was, to the bit."""
+    config, pretrained, _ = run
+    mesh = mesh_of(1)
+    params = load_params(pretrained, mesh, seed=config.seed)
+    batch = make_loader(run).batch(0)
+    of_second = batch.segment_ids == 2
+    assert of_second.any()
+    others = batch._replace(loss_weights=np.where(of_second, 0, batch.loss_weights))
+    changed = others._replace(tokens=np.where(of_second, (batch.tokens + 1) % 90, batch.tokens))
+    loss = jax.jit(functools.partial(forward_loss, pretrained.model.graphdef))
+    before, after = loss(params, FROZEN, others), loss(params, FROZEN, changed)
+    assert float(before.loss_sum) == float(after.loss_sum) > 0
+    swapped = loss(params, FROZEN, batch._replace(tokens=changed.tokens))
+    assert float(swapped.loss_sum) != float(loss(params, FROZEN, batch).loss_sum)  # so the change does change its own
+
+
+def make_step(run, mesh, *, num_microbatches=1, **optim):
+    config, pretrained, _ = run
+    section = config.optim.model_copy(update=optim)
+    state = init_state(load_params(pretrained, mesh, seed=config.seed), section, mesh)
+    step = make_train_step(
+        pretrained.model, FROZEN, section, num_steps=12, num_microbatches=num_microbatches, mesh=mesh
+    )
+    return state, step
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_run_compiles_its_step_once(run, sizes):
+    mesh = mesh_of(**sizes)
+    state, step = make_step(run, mesh)
+    loader = make_loader(run)
+    with jax.set_mesh(mesh):
+        for index in range(3):
+            state, _ = step(state, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
+    assert step._cache_size() == 1
+    _, pretrained, _ = run
+    eval_step = make_eval_step(pretrained.model, FROZEN, mesh)
+    with jax.set_mesh(mesh):
+        for index in range(2):
+            eval_step(state.params, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
+    assert eval_step._cache_size() == 1
+
+
+def test_parameters_and_moments_are_cut_by_the_table(run):
+    mesh = mesh_of(fsdp=2, tensor=4)
+    state, step = make_step(run, mesh)
+    loader = make_loader(run)
+    with jax.set_mesh(mesh):
+        state, _ = step(state, FROZEN, put_batch(functools.partial(loader.batch, 0), loader.shape, mesh))
+    moments = state.opt_state[0]
+    for tree in (state.params, moments.mu, moments.nu):
+        shares = {
+            name: tree["layers"]["self_attn"][name]["weight"].get_value().addressable_shards[0].data.shape
+            for name in ("q_proj", "k_proj", "o_proj")
+        }
+        # q "l d n h" [2, 32, 8, 4], k "l d k h" [2, 32, 4, 4], o "l n h d" [2, 8, 4, 32]; d over fsdp 2, heads over 4
+        assert shares == {"q_proj": (2, 16, 2, 4), "k_proj": (2, 16, 1, 4), "o_proj": (2, 2, 4, 16)}
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+    assert held < 0.14 * whole  # an eighth, and the norms that only fsdp cuts
+
+
+def test_a_loss_that_is_not_finite_leaves_the_state_and_is_counted(run):
+    mesh = mesh_of(1)
+    state, step = make_step(run, mesh)
+    loader = make_loader(run)
+    good = loader.batch(0)
+    bad = good._replace(loss_weights=np.where(good.loss_weights > 0, np.inf, 0).astype(np.float32))
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, FROZEN, put_batch(lambda r: good, loader.shape, mesh))
+        assert float(metrics.skipped) == 0
+        before = jax.device_get((state.params, state.opt_state))
+        state, metrics = step(state, FROZEN, put_batch(lambda r: bad, loader.shape, mesh))
+        assert float(metrics.skipped) == 1
+        assert int(state.step) == 2  # the data goes on
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+        state, metrics = step(state, FROZEN, put_batch(lambda r: good, loader.shape, mesh))
+    assert float(metrics.skipped) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+def test_a_batch_without_trained_tokens_only_decays(run):
+    mesh = mesh_of(1)
+    state, step = make_step(run, mesh, weight_decay=0.0)
+    loader = make_loader(run)
+    empty = loader.batch(0)._replace(loss_weights=np.zeros(loader.shape, np.float32))
+    before = jax.device_get(state.params)
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, FROZEN, put_batch(lambda r: empty, loader.shape, mesh))
+    assert float(metrics.skipped) == 0
+    assert float(metrics.grad_norm) == 0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
+
+
+def test_clipping_bounds_the_norm_and_reports_it_as_it_was(run):
+    mesh = mesh_of(1)
+    loader = make_loader(run)
+    moments = {}
+    for clip_norm in (None, 1e-3):
+        state, step = make_step(run, mesh, clip_norm=clip_norm)
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, FROZEN, put_batch(functools.partial(loader.batch, 0), loader.shape, mesh))
+        squares = [jnp.sum(leaf**2) for leaf in jax.tree.leaves(state.opt_state[0].mu)]
+        moments[clip_norm] = float(metrics.grad_norm), float(jnp.sqrt(sum(squares)) / 0.1)  # mu = (1 - beta1) g
+    np.testing.assert_allclose(moments[None][0], moments[None][1], rtol=1e-5)
+    np.testing.assert_allclose(moments[1e-3], (moments[None][0], 1e-3), rtol=1e-5)
+
+
+def test_microbatches_take_their_rows_in_turn():
+    batch = Batch(*(np.arange(6)[:, None] * np.ones((1, 2), np.int32),) * 5)
+    assert split_microbatches(batch, 3).tokens[:, :, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
