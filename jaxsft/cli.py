@@ -19,7 +19,6 @@ ERROR, BAD_DATA, SAVE_FAILED = 1, 65, 74
 
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
-    _start()
     from jaxsft.train import train
 
     return train(_config(args))
@@ -48,7 +47,6 @@ def preview_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
-    _start()
     from jaxsft.checkpoint import Checkpointer
     from jaxsft.evaluate import describe
     from jaxsft.mesh import make_mesh
@@ -76,7 +74,6 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def chat_command(args: argparse.Namespace) -> int:
     """talk to a model folder, such as the export of a run"""
-    _start()
     from jaxsft.converse import converse
     from jaxsft.generate import Sampling
 
@@ -95,9 +92,16 @@ def keys_command(args: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code. Mistakes of the user are one message, bugs a traceback."""
+    """Runs a command; returns its exit code. Mistakes of the user are one message, bugs a traceback.
+
+    Called without arguments it is this process's program, which may be one of several of a cluster.
+    """
     args = _parser().parse_args(arguments)
     try:
+        if arguments is None and args.command in (train_command, evaluate_command):
+            from jaxsft.mesh import start_processes
+
+            start_processes()
         return args.command(args)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -145,12 +149,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _config(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
-
-
-def _start() -> None:
-    from jaxsft.mesh import start_processes
-
-    start_processes()
 
 
 def _is_one_of_several() -> bool:

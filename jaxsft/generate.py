@@ -113,8 +113,8 @@ class Generator:
         if not all(prompts):
             raise ValueError("a prompt has no tokens")
         row_multiple = math.prod(self._mesh.shape[axis] for axis in ROW_AXES)
-        size = _round_up(max(map(len, prompts), default=1), PROMPT_MULTIPLE)
-        rows = _round_up(min(len(prompts), MAX_ROWS * row_multiple), row_multiple)
+        size = _round_up(max(map(len, prompts), default=0), PROMPT_MULTIPLE)
+        rows = _round_up(min(max(len(prompts), 1), MAX_ROWS * row_multiple), row_multiple)
         for first in range(0, len(prompts), rows):
             group = prompts[first : first + rows]
             yield self._columns(params, group, (rows, size), max_new_tokens, sampling), len(group)

@@ -18,6 +18,7 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 DIM_AXES: dict[str, tuple[str, ...]] = {
     "b": ("data", "fsdp", "expert"),
+    "u": ("data", "expert"),
     "t": ("context",),
     "d": ("fsdp",),
     "n": ("tensor",),
@@ -29,7 +30,10 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "h": (),
     "l": (),
 }
-"""Letter of a dim (the glossary of names) to the mesh axes that it is cut over."""
+"""Letter of a dim (the glossary of names) to the mesh axes that it is cut over.
+
+`u` are rows on the way out of a table that is cut over fsdp by its width: the same bytes per device as `b`.
+"""
 
 ROW_AXES = DIM_AXES["b"]
 

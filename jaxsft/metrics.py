@@ -209,7 +209,7 @@ class MetricsFile:
         if jax.process_index() == 0:
             part = self._path.parent / (self._path.name + ".part")
             part.write_text("".join(line + "\n" for line in self._lines))
-            part.rename(self._path)
+            part.replace(self._path)
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What the first step will train, for the eye: tokens coloured by weight, and what became of the rows.
 
-In: a loader and its prepared data. Out: a plain `Preview`, printed to a terminal or written as one HTML page. The weights
-are traced back from the batch that the devices get, not from the mask code, so the picture shows what is really
-trained. Needs neither the model's weights nor an accelerator.
+In: a loader and its prepared data. Out: a plain `Preview`, printed to a terminal or written as one HTML page. Weights
+of tokens are traced back from the batch that the devices get, not from the mask code, so the picture shows what is
+really trained. Needs neither the weights of a model nor an accelerator.
 """
 
 import html
@@ -220,6 +220,7 @@ def _texts(tokens: Sequence[int], tokenizer: Tokenizer, special: set[int]) -> It
         return tokenizer.decode(tokens[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     context = done = 0
+    pending = ""
     for end in range(1, len(tokens) + 1):
         if tokens[end - 1] in special:
             text = tokenizer.added_tokens_decoder[tokens[end - 1]].content
@@ -228,9 +229,14 @@ def _texts(tokens: Sequence[int], tokenizer: Tokenizer, special: set[int]) -> It
             text = after[len(before) :] if after.startswith(before) else decode(done, end)
             can_grow = end < len(tokens) and tokens[end] not in special and end - done < _LONGEST_CHARACTER
             if text.endswith("\N{REPLACEMENT CHARACTER}") and can_grow:
+                pending = text
                 continue
+            if pending and text.startswith(pending):
+                # Nothing came of waiting: the sign stands for itself, or for bytes that are no text.
+                yield pending, end - 1 - done
+                text, done = text[len(pending) :], end - 1
         yield text, end - done
-        context, done = done, end
+        context, done, pending = done, end, ""
 
 
 def _headline(loader: Loader, prepared: Prepared, seq_len: int) -> tuple[Fact, ...]:
@@ -240,11 +246,15 @@ def _headline(loader: Loader, prepared: Prepared, seq_len: int) -> tuple[Fact, .
     return (
         Fact("Examples", f"{examples:,}", f"of {report['rows']:,} rows{dropped}"),
         Fact("Tokens", f"{tokens:,}", f"{tokens / examples:,.0f} per example on average"),
-        Fact("Trained", _share(report["trained_tokens"], tokens), f"of the tokens: {report['trained_tokens']:,}"),
         Fact(
-            "Packing",
+            "Trained",
+            _share(report["trained_tokens"], tokens),
+            f"of the tokens: {report['trained_tokens']:,} carry loss",
+        ),
+        Fact(
+            "Rows filled",
             _share(tokens, positions),
-            f"of {loader.num_rows:,} rows of {seq_len:,} filled, {examples / loader.num_rows:.1f} examples in each",
+            f"{loader.num_rows:,} rows of {seq_len:,}, {examples / loader.num_rows:.1f} examples each",
         ),
     )
 
@@ -287,13 +297,14 @@ def _drops(report: dict[str, Any], seq_len: int) -> tuple[Drop, ...]:
 
 
 def _length_bars(prepared: Prepared) -> tuple[Bar, ...]:
-    """10 to 20 bars, each a power of two wide, and one for what was dropped."""
+    """At most 20 bars, each a power of two wide, and one for what was dropped."""
     longest = int(prepared.lengths.max())
     width = 1
     while longest > 20 * width:
         width *= 2
-    counts = np.bincount((prepared.lengths - 1) // width)
-    bars = [Bar(index * width + 1, (index + 1) * width, int(count)) for index, count in enumerate(counts)]
+    bins = (prepared.lengths - 1) // width
+    counts = np.bincount(bins)
+    bars = [Bar(at * width + 1, (at + 1) * width, int(counts[at])) for at in range(int(bins.min()), len(counts))]
     if prepared.report["overlong_examples"]:
         bars.append(Bar(longest + 1, None, prepared.report["overlong_examples"]))
     return tuple(bars)
@@ -354,7 +365,8 @@ def print_preview(preview: Preview, console: "Console | None" = None, *, num_exa
         for segment in row.segments[: num_examples - shown]:
             say((f"── {_segment_heading(segment)}", "dim"))
             text = _segment_text(segment, coloured)
-            text.right_crop(text.plain.endswith("\n"))
+            if text.plain.endswith("\n"):
+                text.right_crop(1)
             say(text)
             shown += 1
 
@@ -412,7 +424,7 @@ def write_html(preview: Preview, path: str | os.PathLike[str]) -> None:
     """Writes the preview as one self-contained page, without scripts; `path` may be gs:// and the like."""
     from etils import epath
 
-    epath.Path(path).write_text(make_html(preview))
+    epath.Path(path).write_bytes(make_html(preview).encode())
 
 
 def make_html(preview: Preview) -> str:
@@ -447,12 +459,12 @@ def make_html(preview: Preview) -> str:
 <div class="card"><h2>Tokens per example</h2>{_html_histogram(preview)}<h2>Dropped</h2>{_html_drops(preview)}</div>
 </section>
 <section>
-<h2>Step 0, token by token</h2>
+<h2>Step 0, token by token
+<small>{shown} examples in the order trained; point at a token for its id, position and weight</small></h2>
 <p class="legend"><span><i class="t trained">trained</i> the model learns to write it</span>
 <span><i class="t trained stop">stop</i> trained, ends the answer</span>
 <span><i class="t special">special</i> control token</span>
-<span><i class="t">context</i> read, not trained</span>
-<span class="hint">{shown} examples in the order trained; point at a token for its id, position and weight</span></p>
+<span><i class="t">context</i> read, not trained</span></p>
 {rows}
 </section>
 <footer>Made by jaxsft. Weights were traced back from the batch's targets and checked against the examples.</footer>
@@ -527,23 +539,25 @@ def _html_drops(preview: Preview) -> str:
 
 def _html_histogram(preview: Preview) -> str:
     """Bars upwards, as SVG; the last one, in red, is what was dropped."""
-    bars, width, height, base = preview.lengths, 560, 170, 140
+    bars, width, height, base = preview.lengths, 560, 220, 190
     most = max(bar.num_examples for bar in bars)
-    step = width / len(bars)
+    step = min(width / len(bars), 60)
     every = -(-len(bars) // 8)
     parts = []
     for index, bar in enumerate(bars):
         tall = bar.num_examples / most * (base - 18)
         name = f"{bar.first:,} to {bar.last:,}" if bar.last else f"over {preview.seq_len:,}, dropped"
+        kind = "bar" if bar.last else "bar dropped"
         parts.append(
-            f'<rect class="{"bar" if bar.last else "bar dropped"}" x="{index * step + 1:.1f}" y="{base - tall:.1f}" '
-            f'width="{step - 2:.1f}" height="{tall:.1f}" rx="1.5"><title>{name} tokens: {bar.num_examples:,}</title></rect>'
+            f'<rect class="{kind}" x="{index * step + 1:.1f}" y="{base - tall:.1f}" width="{step - 2:.1f}" '
+            f'height="{tall:.1f}" rx="1.5"><title>{name} tokens: {bar.num_examples:,}</title></rect>'
         )
+        # The last label would run over the edge, so it ends where its bar ends.
+        place = f'x="{(index + 0.5) * step:.1f}"' if bar.last else f'x="{(index + 1) * step - 1:.1f}" class="end"'
         if bar.num_examples == most or bar.last is None:
-            parts.append(f'<text x="{(index + 0.5) * step:.1f}" y="{base - tall - 5:.1f}">{bar.num_examples:,}</text>')
-        label = f"{bar.last:,}" if bar.last else "dropped"
+            parts.append(f'<text {place} y="{base - tall - 5:.1f}">{bar.num_examples:,}</text>')
         if bar.last is None or (index % every == every - 1 and (bars[-1].last or index < len(bars) - 2)):
-            parts.append(f'<text x="{(index + 0.5) * step:.1f}" y="{base + 16}">{label}</text>')
+            parts.append(f'<text {place} y="{base + 16}">{f"{bar.last:,}" if bar.last else "dropped"}</text>')
     parts.append(f'<line x1="0" x2="{width}" y1="{base}" y2="{base}"/>')
     label = "Histogram of tokens per example"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
@@ -555,13 +569,14 @@ _CSS = """
   --special-ink: #4a3fb0; --bar: #5b7fd6; --off: #cfd6e2; --cut: rgba(20, 30, 50, .10); }
 @media (prefers-color-scheme: dark) {
   :root { --page: #0f131a; --card: #171c26; --ink: #e4e8f0; --soft: #98a2b5; --line: #2a3240;
-    --trained: #17472b; --trained-ink: #b9f5cd; --mark: #3fc777; --stop: #e5534b; --stop-ink: #fff; --special: #2b2950;
+    --trained: #1a5232; --trained-ink: #b9f5cd; --mark: #3fc777; --stop: #e5534b; --stop-ink: #fff; --special: #2b2950;
     --special-ink: #bdb5ff; --bar: #6d8fe6; --off: #3c4658; --cut: rgba(255, 255, 255, .11); } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1 { margin: 0; font-size: 24px; overflow-wrap: anywhere; } h2 { margin: 0 0 10px; font-size: 16px; }
 header p, footer, .hint, small { color: var(--soft); } header p { margin: 2px 0 20px; }
+h2 small { margin-left: 8px; font-size: 13px; font-weight: 400; }
 section { margin-bottom: 26px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 14px; }
 .tile, .card, details { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
@@ -577,10 +592,11 @@ tr:first-child > * { border-top: 0; } th { color: var(--soft); font-weight: 500;
 .drops :is(th, td):not(:first-child) { width: 90px; text-align: right; font-variant-numeric: tabular-nums; }
 .none { margin: 0; color: var(--soft); }
 svg { display: block; width: 100%; margin-bottom: 14px; } svg text { fill: var(--soft); font-size: 12px;
-  text-anchor: middle; } svg line { stroke: var(--line); } .bar { fill: var(--bar); }
+  text-anchor: middle; } svg .end { text-anchor: end; } svg line { stroke: var(--line); } .bar { fill: var(--bar); }
 .bar.dropped { fill: var(--stop); }
 .legend { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 0 0 12px;
   padding: 9px 0; background: var(--page); font-size: 13px; color: var(--soft); }
+.legend span { display: inline-flex; align-items: center; gap: 6px; } footer { font-size: 13px; }
 .legend .t { font-style: normal; } .legend .t:not(.trained, .special) { color: var(--ink); }
 details { margin-bottom: 16px; padding: 0 16px 16px; }
 summary { padding: 12px 0; cursor: pointer; font-weight: 600; }

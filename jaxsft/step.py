@@ -158,7 +158,7 @@ def make_train_step(
         # Without a trained token the gradient is 0, and must not become 0 / 0.
         weight_sum = jnp.where(sums.weight_sum > 0, sums.weight_sum, 1.0)
         gradients = jax.tree.map(lambda g: g / weight_sum, gradients)
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         if optim.clip_norm is not None:
             scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
             gradients = jax.tree.map(lambda g: g * scale, gradients)

@@ -104,6 +104,7 @@ def train(config: Config) -> int:
                         window := jax.device_get(window), totals, batch_positions=math.prod(loader.shape)
                     )
                     line |= speedometer.read(window, watch)
+                    line |= {"rows_crc": loader.rows_crc(done - len(window), done)}
                     metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
                     console.step(done, num_steps, line)
                     window = []

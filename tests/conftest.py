@@ -1,14 +1,20 @@
 """Eight simulated CPU devices for every test, and the real material where this machine has it."""
 
+import atexit
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Workers and the runs that tests start as processes of their own share what they compile; gone with the session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest

@@ -156,6 +156,13 @@ class Loader:
         ids = self._epoch_order(epoch)[index * self._batch_size : (index + 1) * self._batch_size]
         return np.pad(ids, (0, self._batch_size - len(ids)), constant_values=-1)
 
+    def rows_crc(self, start: int, stop: int) -> int:
+        """CRC-32 of the row ids of steps `start` to `stop - 1`: equal where two runs trained on the same rows."""
+        crc = 0
+        for step in range(start, stop):
+            crc = zlib.crc32(self.row_ids(step).astype("<i8").tobytes(), crc)
+        return crc
+
     def examples_in_row(self, row: int) -> np.ndarray:
         """The examples of a packed row in order, int32; none for -1."""
         return self._plan.examples[slice(*self._plan.row_starts[row : row + 2])] if row >= 0 else np.zeros(0, np.int32)

@@ -180,9 +180,8 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
-        # Gathered along its width before the look-up: the partitioner would otherwise replicate what is looked up.
-        table = constrain(self.embed_tokens.weight[...].astype(self.compute_dtype), "v h")
-        hidden = table[tokens]
+        # Looked up where the table lies, and only then cut by rows: in one step, the partitioner would replicate it all.
+        hidden = constrain(self.embed_tokens.weight[...].astype(self.compute_dtype)[tokens], "u t d")
         slots, cached = self._slots(segment_ids, positions, cache)
         hidden, cached = self._scan(constrain(hidden, "b t d"), slots, cached)
         hidden = self.norm(hidden)

@@ -1,0 +1,275 @@
+"""Whole runs: stopped, killed, continued, on other devices, in several processes; and what a user sees of mistakes."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+
+from jaxsft.cli import main
+from jaxsft.config import load_config
+from jaxsft.train import train
+
+EXACT = ("loss", "accuracy", "grad_norm", "learning_rate", "total_tokens", "rows_crc")
+
+
+def start(config, overrides, *, devices=8, **environment):
+    """The command as a user starts it."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+    command = [sys.executable, "run.py", "train", config, *overrides]
+    repo = pathlib.Path(__file__).resolve().parents[1]
+    return subprocess.Popen(
+        command, cwd=repo, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, timeout=240):
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def metrics(folder):
+    """Metrics by step, of training and of evaluation."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return (
+        {line["step"]: {key: line[key] for key in EXACT} for line in lines if "loss" in line},
+        {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line},
+    )
+
+
+def arrays(folder, step=12):
+    checkpointer = ocp.StandardCheckpointer()
+    return checkpointer.restore(epath.Path(folder) / "checkpoints" / str(step) / "state")
+
+
+def wait_for_step(folder, step, process):
+    path = folder / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_config, tmp_path_factory):
+    """The run that nothing happened to, on 8 devices."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(load_config(tiny_config, [f"run_dir={folder}"])) == 0
+    return folder
+
+
+def assert_same_run(folder, whole, step=12):
+    assert metrics(folder) == metrics(whole)
+    ours, expected = arrays(folder, step), arrays(whole, step)
+    assert ours.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+
+
+def test_a_run_writes_all_that_its_folder_should_hold(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "preview.html", "loss.png", "checkpoints", "export"}
+    last = json.loads((whole_run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["step"] == 12
+    assert last.keys() >= {"grad_norm", "learning_rate", "trained_tokens", "padding_share", "tokens_per_second"}
+    assert last.keys() >= {"data_wait_share", "memory_gib", "epoch", "skipped_steps"}
+    assert 0 <= last["data_wait_share"] < 1
+    losses = [line["loss"] for line in metrics(whole_run)[0].values()]
+    assert losses[-1] < losses[0]
+
+
+def test_the_resolved_config_reproduces_the_run(whole_run, tmp_path):
+    again = tmp_path / "again"
+    assert train(load_config(whole_run / "config.yaml", [f"run_dir={again}"])) == 0
+    assert_same_run(again, whole_run)
+
+
+def test_a_finished_run_started_again_changes_nothing(whole_run, tiny_config):
+    def contents():
+        return {path: path.stat().st_mtime_ns for path in (whole_run / "export").iterdir()}
+
+    before = contents()
+    assert train(load_config(tiny_config, [f"run_dir={whole_run}"])) == 0
+    assert contents() == before
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_killed_at_random_and_continued_equals_never_killed_bitwise(whole_run, tiny_config, tmp_path, trial):
+    folder = tmp_path / "killed"
+    overrides = [f"run_dir={folder}", "checkpoint.every=2"]
+    chance = random.Random(trial)
+    process = start(tiny_config, overrides)
+    wait_for_step(folder, chance.randint(1, 11), process)
+    time.sleep(chance.random() * 0.2)
+    process.kill()
+    process.communicate()
+    code, output = finish(start(tiny_config, overrides))
+    assert code == 0, output
+    assert_same_run(folder, whole_run)
+
+
+def test_sigterm_saves_exits_with_75_and_the_same_command_continues(whole_run, tiny_config, tmp_path):
+    folder = tmp_path / "stopped"
+    process = start(tiny_config, [f"run_dir={folder}", "checkpoint.every=100"])
+    wait_for_step(folder, 3, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    (saved,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert 3 <= saved <= 12
+    assert f"SIGTERM: saved step {saved}" in output
+    code, output = finish(start(tiny_config, [f"run_dir={folder}", "checkpoint.every=100"]))
+    assert code == 0, output
+    assert_same_run(folder, whole_run)
+
+
+def test_a_run_continued_on_another_device_count_sees_the_same_rows(whole_run, tiny_config, tmp_path):
+    folder = tmp_path / "moved"
+    overrides = [f"run_dir={folder}", "checkpoint.every=100"]
+    process = start(tiny_config, overrides)
+    wait_for_step(folder, 4, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+    code, output = finish(start(tiny_config, overrides, devices=2))
+    assert code == 0, output
+    ours, expected = metrics(folder)[0], metrics(whole_run)[0]
+    assert [line["rows_crc"] for line in ours.values()] == [line["rows_crc"] for line in expected.values()]
+    for step in expected:
+        np.testing.assert_allclose(ours[step]["loss"], expected[step]["loss"], rtol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
+    folder = tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cluster = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    }
+    overrides = [f"run_dir={folder}"]
+    processes = [start(tiny_config, overrides, devices=4, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
+    results = [finish(process) for process in processes]
+    assert [code for code, _ in results] == [0, 0], "\n".join(output for _, output in results)
+    (ours, ours_eval), (expected, expected_eval) = metrics(folder), metrics(whole_run)
+    assert ours.keys() == expected.keys()
+    for step in expected:
+        assert ours[step]["rows_crc"] == expected[step]["rows_crc"]
+        np.testing.assert_allclose(ours[step]["loss"], expected[step]["loss"], rtol=1e-6)
+        np.testing.assert_allclose(ours[step]["grad_norm"], expected[step]["grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(list(ours_eval.values()), list(expected_eval.values()), rtol=1e-6)
+    assert (folder / "export" / "model.safetensors").stat().st_size == (
+        whole_run / "export" / "model.safetensors"
+    ).stat().st_size
+    assert "step 12" in results[0][1]
+    assert "step 12" not in results[1][1]  # one process speaks
+
+
+# Mistakes of the user: (overrides, exit code, what the one message says).
+MISTAKES = {
+    "unknown key": (["optim.learnin_rate=1"], 1, ["optim.learnin_rate: unknown key; did you mean optim.learning_rate"]),
+    "wrong type": (["train.batch_size=many"], 1, ["train.batch_size: 'many' given"]),
+    "missing data file": (["data.train=nowhere.jsonl"], 65, ["nowhere.jsonl"]),
+    "missing model folder": (["model.path=./nowhere"], 1, ["./nowhere: no such folder"]),
+    "missing weights": (
+        ["model.weights=pretrained"],
+        1,
+        ["neither model.safetensors nor model.safetensors.index.json"],
+    ),
+    "all too long": (["data.seq_len=8"], 65, ["no example is left", "data.seq_len=8"]),
+    "too long as an error": (["data.seq_len=48", "data.overlong=error"], 65, ["data.seq_len is 48", "train.jsonl:"]),
+    "mesh and devices": (["mesh.tensor=3"], 1, ["tensor 3 does not fit 8 devices"]),
+    "mesh and heads": (["mesh.tensor=8"], 1, ["number of key/value heads is 4, not a multiple of 8 (mesh.tensor 8)"]),
+    "mesh and rows": (["train.batch_size=4"], 1, ["train.batch_size: number of rows is 4, not a multiple of 8"]),
+    "another run": (["seed=5", "train.batch_size=16"], 1, ["seed: 0 then, 5 now", "train.batch_size: 8 then, 16 now"]),
+    "another template": (["data.train_on=last_turn"], 1, ["data: train_on: '\"assistant\"' then, '\"last_turn\"' now"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_clear_error_and_harms_nothing(whole_run, tiny_config, capsys, name):
+    overrides, expected_code, texts = MISTAKES[name]
+
+    def contents():
+        return {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+
+    before = contents()
+    code = main(["train", str(tiny_config), f"run_dir={whole_run}", *overrides])
+    error = capsys.readouterr().err
+    assert code == expected_code, error
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    for text in texts:
+        assert text in error
+    assert contents() == before
+
+
+BAD_ROWS = {
+    "not JSON": ('{"messages": [', "bad.jsonl:1"),
+    "no assistant turn": ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
+    "unknown role": ('{"messages": [{"role": "wizard", "content": "Hi"}]}', "unknown role 'wizard'"),
+    "unknown columns": ('{"colour": "blue"}', "no known format has the columns colour"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_named_by_file_and_line(tiny_config, tmp_path, capsys, name):
+    line, text = BAD_ROWS[name]
+    (tmp_path / "bad.jsonl").write_text(line + "\n")
+    code = main(["train", str(tiny_config), f"run_dir={tmp_path}/run", f"data.train={tmp_path}/bad.jsonl"])
+    error = capsys.readouterr().err
+    assert code == 65, error
+    assert text in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_template_that_fails_is_reported_with_its_own_words(tiny_config, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('only on Sundays') }}")
+    overrides = [f"run_dir={tmp_path}/run", f"data.chat_template={tmp_path}/t.jinja"]
+    assert main(["train", str(tiny_config), *overrides]) == 65
+    assert "only on Sundays" in capsys.readouterr().err
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_config, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for path in tiny_model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["train", str(tiny_config), f"run_dir={tmp_path}/run", f"model.path={folder}"]) == 1
+    assert "vocab_size is 64" in capsys.readouterr().err
+
+
+def test_evaluate_and_preview_work_on_a_run(whole_run, tiny_config, capsys):
+    assert main(["evaluate", str(tiny_config), f"run_dir={whole_run}"]) == 0
+    output = capsys.readouterr().out
+    assert "evaluating checkpoint 12" in output
+    assert f"held-out loss {metrics(whole_run)[1][12]:.4f}" in output
+    assert main(["preview", str(tiny_config), f"run_dir={whole_run}"]) == 0
+    assert (whole_run.parent / "whole.preview.html").exists()
+
+
+def test_chat_answers_what_is_asked(whole_run, repo):
+    command = [sys.executable, "run.py", "chat", str(whole_run / "export"), "--max-new-tokens", "5"]
+    done = subprocess.run(command, input="Hi\n/new\nHo\n", capture_output=True, text=True, cwd=repo, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3
+
+
+def test_keys_lists_every_key(capsys):
+    assert main(["keys"]) == 0
+    output = capsys.readouterr().out
+    assert "optim.learning_rate" in output
+    assert "Peak learning rate." in output
