@@ -307,7 +307,7 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: required, not given"
     if problem["type"] == "literal_error":
-        near = difflib.get_close_matches(str(given), problem["ctx"]["expected"].replace("'", "").split(", "), n=1)
+        near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: {given!r} given, expected {problem['ctx']['expected']}{hint}"
     message = problem["msg"].removeprefix("Value error, ")

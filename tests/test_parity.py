@@ -21,7 +21,7 @@ from jaxsft import evaluate, hf
 from jaxsft.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimConfig
 from jaxsft.data.formats import load_conversations
 from jaxsft.data.loader import Loader, Prepared, prepare
-from jaxsft.generate import Generator, Sampling, draw
+from jaxsft.generate import PROMPT_MULTIPLE, Generator, Sampling, draw
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.step import init_state, make_eval_step, make_train_step, put_batch
@@ -33,7 +33,7 @@ transformers.utils.logging.disable_progress_bar()
 
 NUM_STEPS = 50
 WARMUP_RATIO, FINAL_RATIO = 0.09, 0.1
-NEW_TOKENS = 32
+NUM_QUESTIONS, NEW_TOKENS = 5, 64
 NOTHING: Any = nnx.State({})
 
 TEMPLATE = """\
@@ -84,7 +84,7 @@ def open_setup(
     data: DataConfig,
     *,
     limit: int,
-    batch_size: int,
+    least_rows: int,
     num_microbatches: int,
     learning_rate: float,
     clip_norm: float,
@@ -99,7 +99,7 @@ def open_setup(
         stops=tokenizer.stops,
         limit=limit,
     )
-    loader = Loader(prepared, seq_len=data.seq_len, batch_size=batch_size, seed=0, packing=True)
+    loader = uneven_loader(prepared, data.seq_len, range(least_rows, 99, num_microbatches), seed=0, packing=True)
     optim = OptimConfig(
         learning_rate=learning_rate,
         schedule="cosine",
@@ -112,9 +112,15 @@ def open_setup(
     return Setup(tokenizer, pretrained, data, prepared, loader, optim, num_microbatches)
 
 
+def uneven_loader(data: Prepared, seq_len: int, batch_sizes: Sequence[int], **options: Any) -> Loader:
+    """With the first batch size that leaves an epoch's last batch to be filled up with rows of padding."""
+    loaders = (Loader(data, seq_len=seq_len, batch_size=size, **options) for size in batch_sizes)
+    return next(loader for loader in loaders if loader.num_rows % loader.shape[0])
+
+
 @pytest.fixture(scope="session")
 def stories(material, tmp_path_factory) -> Setup:
-    """stories260K on the shorter ones of 400 real instructions, with a template of our own; it stops on BOS as well."""
+    """stories260K on the shorter ones of 250 real instructions, with a template of our own; it stops on BOS as well."""
     folder = tmp_path_factory.mktemp("stories")
     model = folder / "model"
     shutil.copytree(material / "models" / "stories260K", model)
@@ -129,8 +135,8 @@ def stories(material, tmp_path_factory) -> Setup:
     return open_setup(
         ModelConfig(path=str(model)),
         data,
-        limit=400,
-        batch_size=3,
+        limit=250,
+        least_rows=2,
         num_microbatches=1,
         learning_rate=1e-3,
         clip_norm=3.5,
@@ -172,7 +178,7 @@ def llama(repo, tmp_path_factory) -> Setup:
         cache=str(folder / "cache"),
     )
     model = ModelConfig(path=str(folder / "model"), remat="none")
-    return open_setup(model, data, limit=250, batch_size=4, num_microbatches=2, learning_rate=5e-3, clip_norm=1.5)
+    return open_setup(model, data, limit=250, least_rows=4, num_microbatches=2, learning_rate=5e-3, clip_norm=1.5)
 
 
 @pytest.fixture(scope="session", params=["stories", "llama"])
@@ -260,10 +266,10 @@ def theirs(setup) -> Trained:
 
 def test_the_parity_run_exercises_packing_padding_rows_warm_up_and_clipping(setup, theirs):
     batches = [setup.loader.batch(step) for step in range(NUM_STEPS)]
-    assert sum(int(batch.segment_ids.max()) > 1 for batch in batches) == NUM_STEPS
+    assert sum(int(batch.segment_ids.max()) > 1 for batch in batches) > NUM_STEPS / 2
     assert any((batch.segment_ids == 0).all(axis=1).any() for batch in batches)
     assert setup.loader.steps_per_epoch < NUM_STEPS
-    assert 5 <= (theirs.norms > setup.optim.clip_norm).sum() <= NUM_STEPS - 5
+    assert 0 < (theirs.norms > setup.optim.clip_norm).sum() < NUM_STEPS
     assert theirs.losses[-5:].mean() < 0.9 * theirs.losses[:5].mean()
 
 
@@ -336,42 +342,33 @@ def with_stops(generator: Generator, stop_ids: Sequence[int]) -> Generator:
     return other
 
 
-STORIES = [
-    "Once",
-    "Lily and Tom went to the park. They saw a",
-    "One day, a little",
-    "The cat was sad. " * 12 + "Then",
-    "Once upon a time, there was a big dog named Max. Max liked to play with his ball. One day",
-]
-
-
-def test_a_pretrained_model_answers_prompts_of_any_length_as_in_transformers(stories):
-    tokenizer = stories.tokenizer.tokenizer
-    prompts = [tokenizer(text)["input_ids"] for text in STORIES]
-    assert len({len(prompt) for prompt in prompts}) == len(prompts) and max(map(len, prompts)) > 64
-    mesh = one_device()
-    generator = Generator(stories.pretrained.model, mesh, stop_ids=[])
-    answers = generator.answers(load_params(stories.pretrained, mesh, seed=0), prompts, max_new_tokens=64)
-    model = load_theirs(stories.pretrained.folder).eval()
-    model.generation_config.eos_token_id = None
-    assert answers == [their_answer(model, prompt, max_new_tokens=64) for prompt in prompts]
-    assert all(len(answer) == 64 for answer in answers)
-
-
 @pytest.fixture(scope="session")
 def questions(setup) -> list[evaluate.Question]:
-    """Six prompts of different lengths."""
+    """Prompts of different lengths, which all share one padded length."""
     source = setup.data_config.eval or setup.data_config.train
     conversations = load_conversations(source, format=None, limit=200).conversations
     found = evaluate.make_questions(conversations, setup.tokenizer.tokenizer)
-    by_length = {len(question.tokens): question for question in found if len(question.tokens) <= 120}
-    return [by_length[length] for length in sorted(by_length)[:: len(by_length) // 6]][:6]
+    by_length = {len(question.tokens): question for question in found if len(question.tokens) <= 2 * PROMPT_MULTIPLE}
+    lengths = sorted(by_length)
+    assert lengths[0] < PROMPT_MULTIPLE < lengths[-1]
+    return [by_length[lengths[i]] for i in np.linspace(0, len(lengths) - 1, NUM_QUESTIONS).astype(int)]
 
 
 @pytest.fixture(scope="session")
 def generator(setup) -> Generator:
     """Never stops."""
     return Generator(setup.pretrained.model, one_device(), stop_ids=[])
+
+
+def test_first_weights_answer_prompts_of_any_length_as_in_transformers(setup, generator, questions):
+    """The pretrained weights of stories260K, and random ones."""
+    prompts = [question.tokens for question in questions]
+    params = load_params(setup.pretrained, one_device(), seed=0)
+    answers = generator.answers(params, prompts, max_new_tokens=NEW_TOKENS)
+    model = load_theirs(setup.pretrained.folder).eval()
+    model.generation_config.eos_token_id = None
+    assert answers == [their_answer(model, prompt, max_new_tokens=NEW_TOKENS) for prompt in prompts]
+    assert all(len(answer) == NEW_TOKENS for answer in answers)
 
 
 @pytest.fixture(scope="session")
@@ -382,9 +379,15 @@ def unstopped(generator, ours, questions) -> list[list[int]]:
 @pytest.fixture(scope="session")
 def some_stops(setup, unstopped) -> list[int]:
     """The model's own stop ids, and one more at which some of the answers end later than at their first token."""
-    everywhere = set.intersection(*map(set, unstopped))
-    late = next(token for answer in unstopped for token in answer[3:] if token not in everywhere)
-    return [*setup.tokenizer.stops, late]
+    own = set(setup.tokenizer.stops)
+    unending = [set(answer) for answer in unstopped if not own & set(answer)]
+    late = next(
+        token
+        for answer in unstopped
+        for token in answer[3:]
+        if token not in own and not all(token in each for each in unending)
+    )
+    return [*own, late]
 
 
 def test_a_trained_model_stops_where_its_export_stops_in_transformers(
@@ -505,7 +508,7 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_top_p(top_p):
 
 
 def test_equally_likely_tokens_do_not_all_enter_the_nucleus_with_the_first():
-    """Logits made from bfloat16 or tied weights are often equal."""
+    """Rows of the embedding that pad the vocabulary, or were added alike, have the very same logits."""
     assert len(set(drawn(np.zeros(8), temperature=1.0, top_p=0.5).tolist())) == 4
     assert len(set(drawn(np.zeros(8), temperature=1.0, top_p=1e-6).tolist())) == 1
 
@@ -543,24 +546,16 @@ def their_sums(setup, exported) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "packing", "make_mesh_of"),
-    [(7, True, one_device), (3, False, one_device), (8, True, eight_devices)],
+    ("batch_sizes", "packing", "make_mesh_of"),
+    [(range(7, 99), True, one_device), (range(16, 99), False, one_device), (range(8, 99, 4), True, eight_devices)],
     ids=["packed", "one per row", "packed on a mesh"],
 )
 def test_held_out_loss_is_that_of_the_examples_one_by_one(
-    setup, exported, their_sums, batch_size, packing, make_mesh_of
+    setup, exported, their_sums, batch_sizes, packing, make_mesh_of
 ):
     mesh = make_mesh_of()
     opened = open_model(ModelConfig(path=str(exported)), setup.tokenizer)
-    loader = Loader(
-        setup.data,
-        seq_len=setup.data_config.seq_len,
-        batch_size=batch_size,
-        seed=1,
-        packing=packing,
-        shuffle=False,
-    )
-    assert loader.num_rows % batch_size, "the last batch is filled up with padding"
+    loader = uneven_loader(setup.data, setup.data_config.seq_len, batch_sizes, seed=1, packing=packing, shuffle=False)
     eval_step = make_eval_step(opened.model, NOTHING, mesh)
     metrics = evaluate.held_out_loss(eval_step, load_params(opened, mesh, seed=0), NOTHING, loader, mesh)
     assert metrics["eval_loss"] == pytest.approx(their_sums["loss"], rel=1e-5)
@@ -588,8 +583,8 @@ def test_an_exact_match_is_an_answer_that_is_right_and_has_stopped(setup, ours, 
     stopped = [tokens[: tokens.index(first[end])] if first[end] in tokens else tokens for tokens in unstopped]
     count = sum(first[end] in tokens for tokens in unstopped)
     stopping = with_stops(generator, [first[end]])
-    assert share(stopping, stopped) == count / 6
-    assert share(stopping, [stopped[0]] + [tokens + first for tokens in stopped[1:]]) == 1 / 6
+    assert share(stopping, stopped) == count / NUM_QUESTIONS
+    assert share(stopping, [stopped[0]] + [tokens + first for tokens in stopped[1:]]) == 1 / NUM_QUESTIONS
     assert evaluate.exact_match([]) == {}
 
 

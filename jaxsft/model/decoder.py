@@ -180,7 +180,7 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
-        # Looked up where the table lies, and only then cut by rows: in one step, the partitioner would replicate it all.
+        # Looked up where the table lies, and only then cut by rows: in one step, it would all be replicated.
         hidden = constrain(self.embed_tokens.weight[...].astype(self.compute_dtype)[tokens], "u t d")
         slots, cached = self._slots(segment_ids, positions, cache)
         hidden, cached = self._scan(constrain(hidden, "b t d"), slots, cached)

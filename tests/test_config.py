@@ -1,0 +1,120 @@
+"""The config: one report for all mistakes, YAML as people write it, and a resolved config that says the same."""
+
+import pathlib
+
+import pytest
+
+from jaxsft.config import Config, ConfigError, config_keys, dump_config, load_config
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+SMALLEST = "model: {path: m}\ndata: {train: d.jsonl}\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def report(tmp_path, text, overrides=()):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text), overrides)
+    return str(error.value)
+
+
+def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
+    text = report(
+        tmp_path,
+        "model: {path: m}\ndata: {train: d, seqlen: 3}\noptim: {schedule: cosin, beta1: 2}\nlearning_rate: 1\n",
+        ["optim.learning_rate=fast", "nonsense"],
+    )
+    assert "6 mistakes" in text
+    assert "data.seqlen: unknown key; did you mean data.seq_len" in text
+    assert (
+        "optim.schedule: 'cosin' given, expected 'constant', 'linear', 'cosine' or 'wsd' (did you mean cosine?)" in text
+    )
+    assert "optim.beta1: 2 given; input should be less than 1" in text
+    assert "learning_rate: unknown key; did you mean optim.learning_rate?" in text
+    assert "optim.learning_rate: 'fast' given; input should be a valid number" in text
+    assert "'nonsense': an override is written key=value" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {}\ndata: {train: d}", "model.path: required, not given"),
+        ("- a list", "a config is a mapping of keys, but this file holds a list"),
+        ("seed: 1\nseed: 2\n" + SMALLEST, "key 'seed' is given twice"),
+        ("a: [", "not readable as YAML"),
+        (
+            SMALLEST + "train: {batch_size: 8, microbatch_size: 3}",
+            "train: microbatch_size 3 does not divide batch_size 8",
+        ),
+        (SMALLEST + "train: {steps: 8, epochs: 3}", "train: give `steps` or `epochs`, not both"),
+        (SMALLEST + "optim: {warmup_steps: 8, warmup_ratio: 0.1}", "optim: give `warmup_steps` or `warmup_ratio`"),
+        (SMALLEST + "optim: {decay_ratio: 0.5}", "`decay_ratio` has no effect with schedule 'cosine'"),
+        (SMALLEST + "eval: {samples: 3}", "eval.samples: no effect without held-out rows; give data.eval"),
+        (SMALLEST + "train: {batch_size: true}", "train.batch_size: True given"),
+        (SMALLEST + "train: {batch_size: 0}", "train.batch_size: 0 given; input should be greater than or equal to 1"),
+    ],
+)
+def test_a_mistake_names_key_value_and_what_was_expected(tmp_path, text, expected):
+    assert expected in report(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.yaml: no such config file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    path = write(tmp_path, SMALLEST + "optim: {learning_rate: 1e-3, weight_decay: 0, epsilon: 1.0e-6}")
+    config = load_config(path, ["optim.learning_rate=2e-4"])
+    assert (config.optim.learning_rate, config.optim.weight_decay, config.optim.epsilon) == (2e-4, 0.0, 1e-6)
+
+
+def test_an_override_can_clear_a_value(tmp_path):
+    assert load_config(write(tmp_path, SMALLEST), ["optim.clip_norm=null"]).optim.clip_norm is None
+
+
+def test_the_run_folder_is_named_after_the_config(tmp_path):
+    assert load_config(write(tmp_path, SMALLEST)).run_dir == "runs/run"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SMALLEST,
+        SMALLEST + "train: {steps: 7}\noptim: {warmup_steps: 3, schedule: wsd, decay_ratio: 0.5}",
+        "model: {path: m}\ndata: {train: d, eval: e}\neval: {every: 5}",
+    ],
+)
+def test_the_resolved_config_says_the_same(tmp_path, text):
+    config = load_config(write(tmp_path, text), ["seed=3"])
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "resolved.yaml").model_dump() == config.model_dump()
+
+
+def test_every_key_is_explained():
+    keys = config_keys()
+    assert all(meaning for _, _, _, meaning in keys)
+    assert len({key for key, *_ in keys}) == len(keys) >= 40
+
+
+def test_every_key_has_an_effect():
+    """Each leaf key is read somewhere in the package outside config.py."""
+    sources = "".join(path.read_text() for path in (REPO / "jaxsft").rglob("*.py") if path.name != "config.py")
+    unread = [key for key, *_ in config_keys() if f".{key.rsplit('.', 1)[-1]}" not in sources]
+    # The mesh reads its sizes in a loop over the axes.
+    assert set(unread) <= {f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_of_the_project_loads_and_says_what_to_expect(path):
+    assert isinstance(load_config(path), Config)
+    header = path.read_text().split("\n\n")[0]
+    assert header.startswith("#")
+    for word in ("command", "hardware", "time", "loss"):
+        assert f"# {word}" in header, f"{path.name}: the header lacks `# {word}`"
+    assert f"run.py train configs/{path.name}" in header
