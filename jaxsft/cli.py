@@ -26,7 +26,8 @@ def train_command(args: argparse.Namespace) -> int:
 
 def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
-    from jaxsft.preview import make_preview, print_preview, write_html
+    from jaxsft.preview import make_preview, print_preview
+    from jaxsft.preview_page import write_html
     from jaxsft.train import make_loader, open_tokenizer, prepare_data, run_folder
 
     config = _config(args)

@@ -1,12 +1,78 @@
-"""Pictures of a run, from its `metrics.jsonl`."""
+"""What a run says about itself: the arithmetic before its first step, and pictures from its `metrics.jsonl`."""
 
+import math
 from typing import Any
 
+import jax
 from etils import epath
+from jax.sharding import Mesh
 
+from jaxsft.config import Config
+from jaxsft.data.loader import Loader
 from jaxsft.metrics import read_metrics
+from jaxsft.step import TrainState
 
 INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
+
+
+def start_summary(
+    config: Config, state: TrainState, loader: Loader, report: dict[str, Any], mesh: Mesh, *, num_steps: int
+) -> str:
+    """What the user should know before the first step, with the arithmetic behind it."""
+    rows, seq_len = loader.shape
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
+    gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
+    fill = report["tokens"] / (loader.num_rows * seq_len)
+    dropped = (
+        f"{report['overlong_examples']:,} of more than {seq_len:,} tokens dropped "
+        f"({report['overlong_tokens']:,} tokens; the longest, {report['longest']['tokens']:,}, at "
+        f"{report['longest']['origin']})"
+        if report["overlong_examples"]
+        else "none dropped"
+    )
+    lines = [
+        (
+            "model",
+            f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}",
+        ),
+        ("rows", f"{report['rows']:,} of format {report['format']} ({report['format_reason']}): {config.data.train}"),
+        ("examples", f"{report['examples']:,} kept, {dropped}"),
+        (
+            "tokens",
+            f"{report['tokens']:,}, of which {report['trained_tokens']:,} are trained "
+            f"({report['trained_tokens'] / report['tokens']:.1%})",
+        ),
+        (
+            "packing",
+            f"{loader.num_rows:,} rows of {seq_len:,} tokens, {fill:.1%} full"
+            + ("" if config.data.packing else " (data.packing is off)"),
+        ),
+        (
+            "steps",
+            f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {loader.steps_per_epoch:,} make an epoch, "
+            f"{num_steps / loader.steps_per_epoch:.4g} epochs",
+        ),
+        (
+            "devices",
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process",
+        ),
+        (
+            "memory",
+            f"{state_bytes / 2**20:,.0f} MiB of parameters and optimizer state, {gradient_bytes / 2**20:,.0f} MiB of "
+            "gradients per device, activations besides",
+        ),
+    ]
+    if report["columns_ignored"]:
+        lines.insert(2, ("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    if int(state.step):
+        lines.append(("continuing", f"from step {int(state.step):,}"))
+    return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def _shard_bytes(leaf: jax.Array) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def plot_run(folder: epath.Path) -> epath.Path:

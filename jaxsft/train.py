@@ -26,8 +26,9 @@ from jaxsft.evaluate import Examiner, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Console, MetricsFile, Speedometer, Stopwatch, summarise
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
-from jaxsft.preview import make_preview, write_html
-from jaxsft.report import plot_run
+from jaxsft.preview import make_preview
+from jaxsft.preview_page import write_html
+from jaxsft.report import plot_run, start_summary
 from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
 
 DONE, STOPPED = 0, 75
@@ -64,7 +65,7 @@ def train(config: Config) -> int:
         if state is None:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
-        console.say(_summary(config, state, loader, data, mesh, num_steps=num_steps))
+        console.say(start_summary(config, state, loader, data.report, mesh, num_steps=num_steps))
         if first >= num_steps and (folder / "export").exists():
             console.say(f"this run is finished; its model is in {folder / 'export'}")
             return DONE
@@ -226,62 +227,3 @@ def _flop_sizes(pretrained: Pretrained) -> dict[str, int]:
         "matmul_params": matmul_params,
         "attention_width": config.num_layers * config.num_heads * config.head_dim,
     }
-
-
-def _summary(config: Config, state: Any, loader: Loader, data: Prepared, mesh: Mesh, *, num_steps: int) -> str:
-    """What the user should know before the first step, with the arithmetic behind it."""
-    report = data.report
-    rows, seq_len = loader.shape
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
-    gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
-    fill = report["tokens"] / (loader.num_rows * seq_len)
-    dropped = (
-        f"{report['overlong_examples']:,} of more than {seq_len:,} tokens dropped "
-        f"({report['overlong_tokens']:,} tokens; the longest, {report['longest']['tokens']:,}, at "
-        f"{report['longest']['origin']})"
-        if report["overlong_examples"]
-        else "none dropped"
-    )
-    lines = [
-        (
-            "model",
-            f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}",
-        ),
-        ("rows", f"{report['rows']:,} of format {report['format']} ({report['format_reason']}): {config.data.train}"),
-        ("examples", f"{report['examples']:,} kept, {dropped}"),
-        (
-            "tokens",
-            f"{report['tokens']:,}, of which {report['trained_tokens']:,} are trained "
-            f"({report['trained_tokens'] / report['tokens']:.1%})",
-        ),
-        (
-            "packing",
-            f"{loader.num_rows:,} rows of {seq_len:,} tokens, {fill:.1%} full"
-            + ("" if config.data.packing else " (data.packing is off)"),
-        ),
-        (
-            "steps",
-            f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {loader.steps_per_epoch:,} make an epoch, "
-            f"{num_steps / loader.steps_per_epoch:.4g} epochs",
-        ),
-        (
-            "devices",
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process",
-        ),
-        (
-            "memory",
-            f"{state_bytes / 2**20:,.0f} MiB of parameters and optimizer state, {gradient_bytes / 2**20:,.0f} MiB of "
-            "gradients per device, activations besides",
-        ),
-    ]
-    if report["columns_ignored"]:
-        lines.insert(2, ("ignored", f"columns {', '.join(report['columns_ignored'])}"))
-    if int(state.step):
-        lines.append(("continuing", f"from step {int(state.step):,}"))
-    return "\n".join(f"{name:<11}{text}" for name, text in lines)
-
-
-def _shard_bytes(leaf: jax.Array) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

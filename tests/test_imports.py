@@ -9,7 +9,7 @@ LAYERS = [
     {"config", "batch", "mesh"},
     {"data", "model", "loss", "metrics"},
     {"hf", "optim", "step"},
-    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report"},
+    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "preview_page", "report"},
     {"train", "converse"},
     {"cli"},
 ]

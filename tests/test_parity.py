@@ -320,18 +320,11 @@ def test_an_export_after_training_stops_where_we_stop_and_speaks_the_same_templa
 # Generation.
 
 
-def their_answer(model: Any, prompt: list[int], *, max_new_tokens: int, stop_ids: Any = None) -> list[int]:
-    """Left out, `stop_ids` are what the model's own generation_config says."""
+def their_answer(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers generates greedily; it stops where the model's own generation_config says."""
     tokens = torch.tensor([prompt])
-    stops = {} if stop_ids is None else {"eos_token_id": list(stop_ids)}
-    out = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=0,
-        **stops,
-    )
+    options: Any = dict(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
     return out[0, len(prompt) :].tolist()
 
 
@@ -367,7 +360,7 @@ def test_first_weights_answer_prompts_of_any_length_as_in_transformers(setup, ge
     answers = generator.answers(params, prompts, max_new_tokens=NEW_TOKENS)
     model = load_theirs(setup.pretrained.folder).eval()
     model.generation_config.eos_token_id = None
-    assert answers == [their_answer(model, prompt, max_new_tokens=NEW_TOKENS) for prompt in prompts]
+    assert answers == [their_answer(model, prompt) for prompt in prompts]
     assert all(len(answer) == NEW_TOKENS for answer in answers)
 
 
@@ -400,7 +393,7 @@ def test_a_trained_model_stops_where_its_export_stops_in_transformers(
         answers = stopping.answers(ours.result, prompts, max_new_tokens=NEW_TOKENS)
         if stop_ids is some_stops:
             model.generation_config.eos_token_id = some_stops
-        assert answers == [their_answer(model, prompt, max_new_tokens=NEW_TOKENS) for prompt in prompts]
+        assert answers == [their_answer(model, prompt) for prompt in prompts]
         for answer, whole in zip(answers, unstopped, strict=True):
             assert answer == whole[: len(answer)] and not set(answer[:-1]) & set(stop_ids)
             assert len(answer) == NEW_TOKENS or answer[-1] in stop_ids

@@ -15,7 +15,8 @@ import rich.console
 from jaxsft.config import DataConfig
 from jaxsft.data.chat import stop_ids
 from jaxsft.data.loader import Loader, prepare
-from jaxsft.preview import make_html, make_pieces, make_preview, print_preview, write_html
+from jaxsft.preview import make_pieces, make_preview, print_preview
+from jaxsft.preview_page import make_html, write_html
 
 SYMBOLS = "Naïve 🦊 日本\n\tok"
 NASTY = "<script>alert(\"1\")</script> & <b title='x'> \x1b[31m\u202e"
