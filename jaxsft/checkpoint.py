@@ -30,7 +30,9 @@ CRC_READ_SIZE = 2**24
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; what was saved before is untouched."""
+    """A checkpoint could not be written; what was saved before is untouched. Its text is shown as it is."""
+
+    exit_code = 74
 
 
 def claim_run_folder(folder: epath.Path, fingerprint: dict[str, Any]) -> None:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError, config_keys, load_config
-from jaxsft.data.sources import DataError
 
-ERROR, BAD_DATA, SAVE_FAILED = 1, 65, 74
+BUG = 1
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -104,15 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             start_processes()
         return args.command(args)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = BAD_DATA if isinstance(error, DataError) else ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = ERROR
+        code = BUG
     except Exception as error:
-        code = SAVE_FAILED if type(error).__name__ == "SaveError" else ERROR
-        if code == SAVE_FAILED:
+        # Errors that say what the user can do carry their exit code; any other is a bug and shows where.
+        code = getattr(error, "exit_code", BUG)
+        if hasattr(error, "exit_code"):
             print(f"error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class ConfigError(ValueError):
     """A mistake of the user in the config or in the files that it names; its text is shown as it is."""
 
+    exit_code = 1
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

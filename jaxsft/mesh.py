@@ -75,6 +75,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def constrain_params(tree: Any) -> Any:
+    """Pins, inside jit, each weight of a state (or its gradient) to the sharding that its `axes` ask for."""
+
+    def of_leaf(leaf: nnx.Variable) -> nnx.Variable:
+        return leaf.replace(constrain(leaf.get_value(), leaf.get_metadata("axes")))
+
+    return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every leaf of a batch."""
     return NamedSharding(mesh, partition_spec("b t"))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxsft.batch import Batch
 from jaxsft.config import OptimConfig
 from jaxsft.loss import LossSums, next_token_loss
-from jaxsft.mesh import batch_sharding, constrain, replicated, shardings
+from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
 from jaxsft.metrics import StepMetrics
 from jaxsft.model.decoder import Decoder
 from jaxsft.optim import make_optimizer, make_schedule
@@ -129,10 +129,12 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
         (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
-        return jax.tree.map(jnp.add, total, (gradients, sums)), None
+        # Cut like the parameters at once, so that no device sums up whole gradients.
+        return jax.tree.map(jnp.add, total, (constrain_params(gradients), sums)), None
 
     zero = jnp.zeros((), jnp.float32)
-    nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(zero, zero, zero, zero)
+    no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    nothing = no_gradients, LossSums(zero, zero, zero, zero)
     (gradients, sums), _ = jax.lax.scan(add, nothing, microbatches)
     return gradients, sums
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 class DataError(ValueError):
     """A mistake of the user in the data; its text is shown as it is."""
 
+    exit_code = 65
+
 
 class Row(NamedTuple):
     """One row as it stands in the source."""
