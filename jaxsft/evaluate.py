@@ -26,7 +26,7 @@ class Question(NamedTuple):
     """A prompt whose answer is known: a held-out conversation without its last turn."""
 
     prompt: str
-    """what the user said last."""
+    """what was said before, in a line."""
     tokens: list[int]
     """the whole prompt, as the model is given it."""
     expected: str
@@ -88,7 +88,8 @@ def make_questions(conversations: Sequence[Conversation | Document], tokenizer: 
         tokens = prompt_tokens(
             earlier, tokenizer, tools=conversation.tools, template_kwargs=conversation.template_kwargs
         )
-        questions.append(Question(str(earlier[-1].get("content", "")), tokens, last["content"].strip()))
+        said = " | ".join(f"{message['role']}: {message.get('content') or ''}" for message in earlier)
+        questions.append(Question(said, tokens, last["content"].strip()))
     return questions
 
 
@@ -157,6 +158,7 @@ def describe(result: Result) -> str:
     return text
 
 
-def _one_line(text: str, width: int = 160) -> str:
+def _one_line(text: str, width: int = 200) -> str:
     text = text.replace("\n", "\\n")
-    return text if len(text) <= width else f"{text[: width - 3]}..."
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[-half:]}"

@@ -35,9 +35,9 @@ def start_summary(
     lines = [
         (
             "model",
-            f"{num_params:,} parameters in {config.model.param_dtype}, {config.model.weights}: {config.model.path}",
+            f"{config.model.path}: {num_params:,} {config.model.weights} parameters in {config.model.param_dtype}",
         ),
-        ("rows", f"{report['rows']:,} of format {report['format']} ({report['format_reason']}): {config.data.train}"),
+        ("rows", f"{config.data.train}: {report['rows']:,}, format {report['format']} ({report['format_reason']})"),
         ("examples", f"{report['examples']:,} kept, {dropped}"),
         (
             "tokens",

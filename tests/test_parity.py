@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import evaluate, hf
+from jaxsft import evaluate, generate, hf
 from jaxsft.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimConfig
 from jaxsft.data.formats import load_conversations
 from jaxsft.data.loader import Loader, Prepared, prepare
-from jaxsft.generate import PROMPT_MULTIPLE, Generator, Sampling, draw
+from jaxsft.generate import GREEDY, PROMPT_MULTIPLE, Generator, Sampling, draw
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.step import init_state, make_eval_step, make_train_step, put_batch
@@ -274,8 +274,9 @@ def test_the_parity_run_exercises_packing_padding_rows_warm_up_and_clipping(setu
 
 
 def test_fifty_steps_lose_what_a_plain_pytorch_loop_loses(ours, theirs):
-    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
-    np.testing.assert_allclose(ours.norms, theirs.norms, rtol=1e-3)
+    """Measured 5e-7 and 2e-6; decaying norms, or an epsilon of 1e-7 instead of 1e-8, shows at 3e-5 or more."""
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
+    np.testing.assert_allclose(ours.norms, theirs.norms, rtol=1e-4)
 
 
 # Export.
@@ -410,26 +411,37 @@ def test_a_mesh_gives_the_answers_of_one_device(setup, exported, questions, unst
     assert answers == unstopped
 
 
-def test_a_stream_is_the_answer_token_by_token(llama):
-    mesh = one_device()
-    params = load_params(llama.pretrained, mesh, seed=0)
-    prompt = llama.data.example(0).tokens.tolist()
-    generator = Generator(llama.pretrained.model, mesh, stop_ids=[])
-    for sampling in (Sampling(0.0, 1.0, 0), Sampling(1.0, 0.9, 3)):
-        options: Any = dict(max_new_tokens=NEW_TOKENS, sampling=sampling)
-        whole = list(generator.stream(params, prompt, **options))
-        assert len(whole) == NEW_TOKENS
-        stop = next(token for token in whole[5:] if token not in whole[:5])
-        for each in (generator, with_stops(generator, [stop])):
-            assert [list(each.stream(params, prompt, **options))] == each.answers(params, [prompt], **options)
-        assert list(with_stops(generator, [stop]).stream(params, prompt, **options)) == whole[: whole.index(stop) + 1]
+class Talker(NamedTuple):
+    """The random Llama before training, and short prompts for it."""
+
+    generator: Generator
+    params: Any
+    prompts: list[list[int]]
 
 
-def test_sampled_answers_are_a_function_of_the_seed(llama):
+@pytest.fixture(scope="session")
+def talker(llama) -> Talker:
     mesh = one_device()
-    params = load_params(llama.pretrained, mesh, seed=0)
-    prompt = llama.data.example(0).tokens.tolist()
+    prompts = [llama.data.example(index).tokens.tolist()[:length] for index, length in enumerate((20, 5, 12))]
     generator = Generator(llama.pretrained.model, mesh, stop_ids=[])
+    return Talker(generator, load_params(llama.pretrained, mesh, seed=0), prompts)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=3)])
+def test_a_stream_is_the_answer_token_by_token(talker, sampling):
+    generator, params, (prompt, *_) = talker
+    options: Any = dict(max_new_tokens=NEW_TOKENS, sampling=sampling)
+    whole = list(generator.stream(params, prompt, **options))
+    assert len(whole) == NEW_TOKENS
+    assert generator.answers(params, [prompt], **options) == [whole]
+    stop = next(token for token in whole[5:] if token not in whole[:5])
+    stopping, stopped = with_stops(generator, [stop]), whole[: whole.index(stop) + 1]
+    assert list(stopping.stream(params, prompt, **options)) == stopped
+    assert stopping.answers(params, [prompt], **options) == [stopped]
+
+
+def test_sampled_answers_are_a_function_of_the_seed(talker):
+    generator, params, (prompt, *_) = talker
     answers = [
         tuple(generator.stream(params, prompt, max_new_tokens=NEW_TOKENS, sampling=Sampling(1.0, 1.0, seed)))
         for seed in (0, 1, 2, 0)
@@ -437,13 +449,18 @@ def test_sampled_answers_are_a_function_of_the_seed(llama):
     assert answers[0] == answers[3] and len(set(answers)) == 3
 
 
-def test_no_prompts_have_no_answers_and_an_empty_prompt_is_refused(llama):
-    mesh = one_device()
-    params = load_params(llama.pretrained, mesh, seed=0)
-    generator = Generator(llama.pretrained.model, mesh, stop_ids=[])
+def test_more_prompts_than_fit_at_once_are_answered_in_groups_as_each_by_itself(talker, monkeypatch):
+    generator, params, prompts = talker
+    monkeypatch.setattr(generate, "MAX_ROWS", 2)
+    alone = [list(generator.stream(params, prompt, max_new_tokens=NEW_TOKENS)) for prompt in prompts]
+    assert generator.answers(params, prompts, max_new_tokens=NEW_TOKENS) == alone
+
+
+def test_no_prompts_have_no_answers_and_an_empty_prompt_is_refused(talker):
+    generator, params, prompts = talker
     assert generator.answers(params, [], max_new_tokens=4) == []
     with pytest.raises(ValueError, match="no tokens"):
-        generator.answers(params, [[5], []], max_new_tokens=4)
+        generator.answers(params, [*prompts, []], max_new_tokens=4)
 
 
 # Drawing one token.
@@ -567,17 +584,17 @@ def test_an_exact_match_is_an_answer_that_is_right_and_has_stopped(setup, ours, 
             for question, tokens in zip(questions, expected, strict=True)
         ]
         answers = evaluate.answer_questions(asked, generator, ours.result, tokenizer, config)
-        assert [answer.text for answer in answers[:1]] == [asked[0].expected]
+        assert answers[0].text == asked[0].expected
         return evaluate.exact_match(answers)["eval_exact_match"]
 
-    assert share(generator, unstopped) == 0.0  # all right, none has stopped
+    assert share(generator, unstopped) == 0.0  # all right, but none has stopped
     first = unstopped[0]
-    end = next(i for i in range(2, NEW_TOKENS) if first[i] not in first[:i])
-    stopped = [tokens[: tokens.index(first[end])] if first[end] in tokens else tokens for tokens in unstopped]
-    count = sum(first[end] in tokens for tokens in unstopped)
-    stopping = with_stops(generator, [first[end]])
-    assert share(stopping, stopped) == count / NUM_QUESTIONS
-    assert share(stopping, [stopped[0]] + [tokens + first for tokens in stopped[1:]]) == 1 / NUM_QUESTIONS
+    stop = next(token for index, token in enumerate(first) if index > 1 and token not in first[:index])
+    right = [answer[: answer.index(stop)] if stop in answer else answer for answer in unstopped]
+    num_stopped = sum(stop in answer for answer in unstopped)
+    stopping = with_stops(generator, [stop])
+    assert share(stopping, right) == num_stopped / NUM_QUESTIONS
+    assert share(stopping, [right[0]] + [answer + first for answer in right[1:]]) == 1 / NUM_QUESTIONS
     assert evaluate.exact_match([]) == {}
 
 
