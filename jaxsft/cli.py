@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 error, 65 bad data, 74 a save failed, 75 stopped on reques
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import traceback
@@ -137,12 +138,29 @@ def _parser() -> argparse.ArgumentParser:
     subparser = add("chat", chat_command)
     subparser.add_argument("model_dir", help="Hugging Face folder")
     subparser.add_argument("--system", help="system prompt")
-    subparser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
-    subparser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the probabilities that is drawn from")
-    subparser.add_argument("--seed", type=int, default=0)
-    subparser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
+    subparser.add_argument(
+        "--temperature", type=_number(float, 0, math.inf), default=0.0, help="0 takes the most likely token (default)"
+    )
+    subparser.add_argument(
+        "--top-p", type=_number(float, 0, 1), default=1.0, help="draw from the likeliest tokens that sum to this"
+    )
+    subparser.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0, help="of what is drawn")
+    subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
     add("keys", keys_command)
     return parser
+
+
+def _number(kind: type, least: float, most: float) -> Any:
+    """An argparse type: a number within bounds."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} given, expected {least} to {most}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it when it is no number at all
+    return parse
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxsft.config import EvalConfig
@@ -17,6 +18,7 @@ from jaxsft.data.chat import prompt_tokens
 from jaxsft.data.formats import Conversation, Document
 from jaxsft.data.loader import Loader
 from jaxsft.generate import Generator
+from jaxsft.loss import LossSums
 from jaxsft.metrics import divide
 from jaxsft.pretrained import OpenTokenizer
 from jaxsft.step import Model, make_eval_step, put_batch
@@ -56,13 +58,13 @@ class Result(NamedTuple):
 
 def held_out_loss(eval_step: Callable, params: Any, frozen: Any, loader: Loader, mesh: Mesh) -> dict[str, float]:
     """Loss (nats per trained token, over all of them at once), perplexity and accuracy over one pass."""
-    sums = None
+    totals = np.zeros(len(LossSums._fields))
     for step in range(loader.steps_per_epoch):
         batch = put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
         with jax.set_mesh(mesh):
-            batch_sums = eval_step(params, frozen, batch)
-        sums = batch_sums if sums is None else jax.tree.map(lambda a, b: a + b, sums, batch_sums)
-    loss_sum, weight_sum, correct_sum, trained_tokens = map(float, jax.device_get(sums))
+            # Added up in float64 on the host: float32 cannot count beyond 2^24 tokens.
+            totals += np.array(jax.device_get(eval_step(params, frozen, batch)), np.float64)
+    loss_sum, weight_sum, correct_sum, trained_tokens = map(float, totals)
     loss = divide(loss_sum, weight_sum)
     return {
         "eval_loss": loss,

@@ -117,7 +117,9 @@ class Generator:
         rows = _round_up(min(max(len(prompts), 1), MAX_ROWS * row_multiple), row_multiple)
         for first in range(0, len(prompts), rows):
             group = prompts[first : first + rows]
-            yield self._columns(params, group, (rows, size), max_new_tokens, sampling), len(group)
+            # Each group draws its own numbers; the first one those of the seed, as `stream` does.
+            group_sampling = sampling._replace(seed=sampling.seed + first)
+            yield self._columns(params, group, (rows, size), max_new_tokens, group_sampling), len(group)
 
     def _columns(
         self,
@@ -155,13 +157,13 @@ class Generator:
 def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     """The next token of each row, int32 [B], from logits [B, V]; nucleus sampling of Holtzman et al., 2020."""
     greedy = jnp.argmax(logits, axis=-1)
-    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+    descending = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+    scaled = jnp.take_along_axis(logits, descending, axis=-1) / jnp.maximum(sampling.temperature, 1e-6)
     probabilities = jax.nn.softmax(scaled)
-    descending = jnp.sort(probabilities, axis=-1, descending=True)
-    # Kept are the tokens before which the sum of more likely ones is still short of top_p.
-    is_kept = jnp.cumsum(descending, axis=-1) - descending < sampling.top_p
-    threshold = jnp.min(jnp.where(is_kept, descending, 1.0), axis=-1, keepdims=True)
-    sampled = jax.random.categorical(key, jnp.where(probabilities >= threshold, scaled, -jnp.inf))
+    # Kept are the tokens before which the sum of more likely ones is still short of top_p, and always the first.
+    is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p).at[..., 0].set(True)
+    choice = jax.random.categorical(key, jnp.where(is_kept, scaled, -jnp.inf))
+    sampled = jnp.take_along_axis(descending, choice[:, None], axis=-1)[:, 0]
     return jnp.where(sampling.temperature > 0, sampled, greedy).astype(jnp.int32)
 
 
