@@ -19,6 +19,8 @@ from jaxsft.mesh import shardings
 from jaxsft.model.decoder import Decoder, DecoderConfig
 from jaxsft.model.families import family as family_of
 from jaxsft.step import Model, abstract_model, random_params
+from jaxsft.weights import check_weights
+from jaxsft.weights import load_params as read_params
 
 
 class OpenTokenizer(NamedTuple):
@@ -85,7 +87,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
 
     model = abstract_model(make_decoder)
     if config.weights == "pretrained":
-        hf.check_weights(folder, family, model.params)
+        check_weights(folder, family, model.params)
     return Pretrained(folder, hf_config, family, decoder_config, make_decoder, model, config)
 
 
@@ -94,7 +96,7 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     if pretrained.config.weights == "random":
         return random_params(pretrained.make_decoder, mesh, seed=seed)
     abstract = pretrained.model.params
-    return hf.load_params(pretrained.folder, pretrained.family, abstract=abstract, shardings=shardings(mesh, abstract))
+    return read_params(pretrained.folder, pretrained.family, abstract=abstract, shardings=shardings(mesh, abstract))
 
 
 def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, folder: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from jaxsft import hf
+from jaxsft import hf, weights
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
@@ -50,7 +50,7 @@ def one_device():
 
 def load(folder, *, mesh=None, param_dtype="float32", config=CONFIG):
     abstract = abstract_state(param_dtype, config)
-    return hf.load_params(folder, MODULE, abstract=abstract, shardings=shardings(mesh or one_device(), abstract))
+    return weights.load_params(folder, MODULE, abstract=abstract, shardings=shardings(mesh or one_device(), abstract))
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +121,12 @@ def test_a_mesh_loads_and_exports_the_same_weights_and_each_device_reads_only_it
     read = []
 
     def counted(*arguments):
-        view = hf_read_slice(*arguments)
+        view = read_slice(*arguments)
         read.append(view.nbytes)
         return view
 
-    hf_read_slice = hf.read_slice
-    monkeypatch.setattr(hf, "read_slice", counted)
+    read_slice = weights.read_slice
+    monkeypatch.setattr(weights, "read_slice", counted)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     loaded = load(folder, mesh=mesh)
     assert_equal(loaded, state)
@@ -218,7 +218,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, 
 
 def check(folder, config=CONFIG):
     with pytest.raises(ConfigError) as error:
-        hf.check_weights(folder, MODULE, abstract_state(config=config))
+        weights.check_weights(folder, MODULE, abstract_state(config=config))
     return str(error.value)
 
 
@@ -248,7 +248,7 @@ def test_a_head_beside_tied_embeddings_and_stored_rotary_frequencies_are_passed_
 
     rewrite(folder, change)
     config = {**CONFIG, "tie_word_embeddings": True}
-    hf.check_weights(folder, MODULE, abstract_state(config=config))
+    weights.check_weights(folder, MODULE, abstract_state(config=config))
     assert "lm_head" not in load(folder, config=config)
 
 
@@ -274,9 +274,9 @@ def test_a_missing_shard_and_a_shard_outside_the_folder_are_named(state, tokeniz
     lost = sorted(folder.glob("model-*.safetensors"))[1]
     lost.unlink()
     assert f"{lost}: no such file" in check(folder)
-    index = json.loads((folder / hf.INDEX_FILE).read_text())
+    index = json.loads((folder / weights.INDEX_FILE).read_text())
     index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
-    (folder / hf.INDEX_FILE).write_text(json.dumps(index))
+    (folder / weights.INDEX_FILE).write_text(json.dumps(index))
     assert "'../elsewhere.safetensors', which is not a file of this folder" in check(folder)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import hf
+from jaxsft import hf, weights
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
@@ -66,7 +66,7 @@ def load(folder):
 
     graphdef, abstract = nnx.split(jax.eval_shape(make))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state = hf.load_params(folder, module, abstract=abstract, shardings=shardings(mesh, abstract))
+    state = weights.load_params(folder, module, abstract=abstract, shardings=shardings(mesh, abstract))
     return nnx.merge(graphdef, state), state, module, hf_config
 
 
