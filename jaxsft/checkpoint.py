@@ -46,8 +46,12 @@ def claim_run_folder(folder: epath.Path, fingerprint: dict[str, Any]) -> None:
         ConfigError: the folder holds another run (the differing fields are named), or something that is no run.
     """
     path = folder / "fingerprint.json"
+    part = folder / "fingerprint.json.part"
     if path.exists():
-        saved = json.loads(path.read_text())
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"run_dir: {path} is damaged ({error}); choose another run_dir") from None
         fields = [name for name in {**saved, **fingerprint} if saved.get(name) != fingerprint.get(name)]
         if fields:
             listed = "\n".join(f"  {f}: {saved.get(f)!r} then, {fingerprint.get(f)!r} now" for f in fields)
@@ -55,12 +59,16 @@ def claim_run_folder(folder: epath.Path, fingerprint: dict[str, Any]) -> None:
                 f"run_dir: {folder} holds another run, begun with other settings:\n{listed}\n"
                 "set these back to continue it, or choose another run_dir"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
         raise ConfigError(f"run_dir: {folder} exists and is not a run of jaxsft; choose another run_dir")
     _sync("run_folder")  # nobody may find the file that process 0 is about to write
     if jax.process_index() == 0 and not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fingerprint, indent=1) + "\n")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(fingerprint, indent=1) + "\n")
+            part.replace(path)
+        except OSError as error:
+            raise ConfigError(f"run_dir: {folder} cannot be made: {error}") from None
     _sync("run_folder_claimed")
 
 
@@ -80,6 +88,7 @@ class Checkpointer:
         self._orbax = ocp.StandardCheckpointer()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._at: int | None = None
 
     def save(self, step: int, state: Any, *, eval_loss: float = math.inf) -> None:
         """Begins to save; returns when the state is copied and may be donated.
@@ -93,9 +102,10 @@ class Checkpointer:
             SaveError: this or the previous save failed.
         """
         self.wait()
-        target = self._folder / str(step)
-        if (target / "seal.json").exists():
+        # Not a look at the disk: another process might see the seal sooner or later than this one.
+        if step == self._at:
             return
+        target = self._folder / str(step)
         leaves = _leaves_by_name(state)
         meta = {
             "step": step,
@@ -112,6 +122,7 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             raise SaveError(f"{target}: could not be saved: {error}") from error
         self._pending = self._thread.submit(self._finish, target, meta)
+        self._at = step
 
     def _finish(self, target: epath.Path, meta: dict) -> None:
         self._orbax.wait_until_finished()
@@ -162,6 +173,7 @@ class Checkpointer:
         meta = json.loads((target / "meta.json").read_text())
         self._check_arrays(meta["arrays"], abstract)
         leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+        self._at = step
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
 
     def best_loss(self) -> float:
@@ -215,7 +227,10 @@ class Checkpointer:
         return sorted(step for step in self._steps() if (self._folder / str(step) / "seal.json").exists())
 
     def _eval_loss(self, step: int) -> float:
-        loss = json.loads((self._folder / str(step) / "meta.json").read_text())["eval_loss"]
+        try:
+            loss = json.loads((self._folder / str(step) / "meta.json").read_text())["eval_loss"]
+        except (OSError, ValueError, KeyError):
+            return math.inf  # damaged; not worth keeping as the best
         return math.inf if loss is None else loss
 
     def _delete_old(self) -> None:
@@ -235,7 +250,7 @@ class StopSignal:
     """Whether someone asked this run to stop: SIGTERM (preemption) or Ctrl-C, on any of the processes.
 
     With several processes JAX catches SIGTERM itself and agrees on a step at which all of them stop, so `at` must be
-    asked on every step by every process. A second Ctrl-C ends at once.
+    asked on every step by every process; Ctrl-C then ends at once, as a second one does in a single process.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,11 @@
 """The command line: one short function per command, and what an error looks like.
 
-Exit codes: 0 done, 1 error, 65 bad data, 74 a save failed, 75 stopped on request (start again to continue).
+Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written, 75 stopped (start again to continue).
 """
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from jaxsft.config import Config, ConfigError, config_keys, load_config
 
-BUG = 1
+BUG, INPUT_OUTPUT = 1, 74
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -97,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Called without arguments it is this process's program, which may be one of several of a cluster.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     args = _parser().parse_args(arguments)
     try:
         if arguments is None and args.command in (train_command, evaluate_command):
@@ -109,8 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = BUG
     except Exception as error:
         # Errors that say what the user can do carry their exit code; any other is a bug and shows where.
-        code = getattr(error, "exit_code", BUG)
-        if hasattr(error, "exit_code"):
+        code = getattr(error, "exit_code", INPUT_OUTPUT if isinstance(error, OSError) else BUG)
+        if code != BUG or hasattr(error, "exit_code"):
             print(f"error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -25,7 +25,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -119,6 +121,8 @@ class OptimConfig(Section):
     def _checked(self) -> "OptimConfig":
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give `warmup_steps` or `warmup_ratio`, not both")
+        if self.schedule == "constant" and "final_ratio" in self.model_fields_set:
+            raise ValueError("`final_ratio` has no effect with schedule 'constant'")
         if self.schedule != "wsd" and "decay_ratio" in self.model_fields_set:
             raise ValueError(f"`decay_ratio` has no effect with schedule {self.schedule!r}, only with 'wsd'")
         return self
@@ -192,6 +196,8 @@ _Loader.add_implicit_resolver(
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -213,7 +219,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if tree is None:
         tree = {}
@@ -242,9 +248,28 @@ def dump_config(config: Config) -> str:
         del tree["optim"]["warmup_ratio"]
     if config.optim.schedule != "wsd":
         del tree["optim"]["decay_ratio"]
+    if config.optim.schedule == "constant":
+        del tree["optim"]["final_ratio"]
     if config.data.eval is None:
         del tree["eval"]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def config_changes(dumped: str, config: Config) -> list[str]:
+    """What differs between a dumped config and this one, as `key: before -> now`."""
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {
+            key: value
+            for name, part in tree.items()
+            for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
+        }
+
+    before, now = flat(yaml.safe_load(dumped)), flat(yaml.safe_load(dump_config(config)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
 
 def config_keys() -> list[tuple[str, str, str, str]]:
@@ -282,7 +307,7 @@ def _apply_override(tree: dict, override: str) -> str | None:
         return f"{override!r}: an override is written key=value, such as optim.learning_rate=1e-4"
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         return f"{override!r}: the value is not readable as YAML: {' '.join(str(error).split())}"
     *sections, leaf = key.split(".")
     for section in sections:

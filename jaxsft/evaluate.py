@@ -137,8 +137,7 @@ class Examiner:
         """Measures the loss and, where samples or exact match are asked for, answers questions greedily."""
         metrics = held_out_loss(self._eval_step, params, self._frozen, self._loader, self._mesh)
         answers = answer_questions(self._questions, self._generator, params, self._tokenizer, self._config)
-        if self._config.exact_match:
-            metrics |= exact_match(answers)
+        metrics |= exact_match(answers) if self._config.exact_match else {}
         return Result(metrics, answers[: self._config.samples])
 
 

@@ -86,7 +86,22 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
             tokenizer.chat_template = pathlib.Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{chat_template}: not readable as a chat template: {error}") from None
+    _check_template(tokenizer, chat_template or str(folder))
     return tokenizer
+
+
+def _check_template(tokenizer: Any, where: str) -> None:
+    """A template that is no Jinja fails for every conversation alike: said once, here."""
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a question"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"{where}: the chat template is not Jinja: line {error.lineno}: {error.message}") from None
+    except Exception:
+        pass
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -113,6 +128,21 @@ def check_vocabulary(tokenizer: Any, config: DecoderConfig) -> None:
 
 
 # Export.
+
+
+def export_dtype(hf_config: dict[str, Any], asked: str | None) -> str:
+    """Dtype of the exported weights: as asked, else as `config.json` says, else float32.
+
+    Raises:
+        ConfigError: safetensors that we write have no such dtype.
+    """
+    dtype = asked or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    known = [each.name for each in DTYPES.values()]
+    if dtype not in known:
+        raise ConfigError(
+            f"config.json: dtype {dtype!r} cannot be exported; give one of {', '.join(known)} as model.export_dtype"
+        )
+    return dtype
 
 
 def export(
@@ -149,15 +179,14 @@ def export(
         raise ConfigError(f"{folder}: the export would replace the model that it was made from")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
         raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
-    dtype = dtype or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    file_dtype = next((each for each in DTYPES.values() if each.name == dtype), None)
-    if file_dtype is None:
-        raise ConfigError(f"export dtype {dtype!r}: expected one of {', '.join(each.name for each in DTYPES.values())}")
+    dtype = export_dtype(hf_config, dtype)
+    file_dtype = next(each for each in DTYPES.values() if each.name == dtype)
     writes = jax.process_index() == 0
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in folder.parent.glob(f".{folder.name}.partial-*"):
+                shutil.rmtree(left, ignore_errors=True)  # of an export that was killed
             aside.mkdir(parents=True)
             generation_config = load_generation_config(pathlib.Path(source_folder)) if source_folder else {}
             _write_configs(aside, hf_config, generation_config, tokenizer=tokenizer, stop_ids=stop_ids, dtype=dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxsft.mesh import ROW_AXES, partition_spec
+from jaxsft.model.layers import precision
 
 LOGITS_PER_CHUNK = 2**25
 """Logits held at once by one device: 128 MiB in float32."""
@@ -106,7 +107,7 @@ def _local(
     over_vocabulary = functools.partial(jax.lax.psum, axis_name="tensor") if on_mesh else lambda x: x
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
-    num_tokens = targets.size
+    num_tokens, exact = targets.size, precision(hidden.dtype)
     chunk = min(num_tokens, max(128, LOGITS_PER_CHUNK // vocab_size // 128 * 128))
     first_id = jax.lax.axis_index("tensor") * vocab_size if on_mesh else 0
 
@@ -119,7 +120,7 @@ def _local(
         (loss_sum, correct_sum), gradients = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         x, target, weight = (array.at[at].get(mode="fill", fill_value=0) for array in (hidden, targets, weights))
-        logits = jnp.einsum("cd,vd->cv", x, unembedding, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("cd,vd->cv", x, unembedding, precision=exact, preferred_element_type=jnp.float32)
         maximum = logits.max(axis=-1)
         if on_mesh:
             maximum = jax.lax.pmax(maximum, "tensor")
@@ -140,9 +141,13 @@ def _local(
             logits_gradient = exponentials * (weight / normaliser)[:, None] - weight[:, None] * onehot
             logits_gradient = logits_gradient.astype(x.dtype)
             hidden_gradient, unembedding_gradient = gradients
-            x_gradient = jnp.einsum("cv,vd->cd", logits_gradient, unembedding, preferred_element_type=jnp.float32)
+            x_gradient = jnp.einsum(
+                "cv,vd->cd", logits_gradient, unembedding, precision=exact, preferred_element_type=jnp.float32
+            )
             hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
-            unembedding_gradient += jnp.einsum("cv,cd->vd", logits_gradient, x, preferred_element_type=jnp.float32)
+            unembedding_gradient += jnp.einsum(
+                "cv,cd->vd", logits_gradient, x, precision=exact, preferred_element_type=jnp.float32
+            )
             gradients = hidden_gradient, unembedding_gradient
         return (loss_sum, correct_sum), gradients
 

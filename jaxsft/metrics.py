@@ -134,7 +134,7 @@ class Stopwatch:
         return seconds, waited / seconds
 
     def leave_out(self, begin: float) -> None:
-        """Takes everything since `begin` (a `time.perf_counter()`) out of this lap: evaluations, sample answers."""
+        """Takes all since `begin` (a `time.perf_counter()`) out of this lap: evaluations, sample answers, saves."""
         self._start += time.perf_counter() - begin
 
 
@@ -187,7 +187,7 @@ class MetricsFile:
         self._lines: list[str] = []
         if jax.process_index() == 0 and path.exists():
             complete = [line for line in path.read_text().split("\n")[:-1]]
-            self._lines = [line for line in complete if json.loads(line)["step"] <= step]
+            self._lines = [line for line in complete if 0 < step >= json.loads(line)["step"]]
         self._rewrite()
 
     def totals(self) -> Totals:
@@ -224,7 +224,7 @@ class Console:
         import rich.console
 
         self._quiet = jax.process_index() != 0
-        self._console = rich.console.Console(quiet=self._quiet, highlight=False)
+        self._console = rich.console.Console(quiet=self._quiet, highlight=False, emoji=False)
         self._bar: Any = None
         self._started: tuple[float, int] | None = None
 
@@ -243,6 +243,7 @@ class Console:
             f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  {line['tokens_per_second']:,.0f} tokens/s"
             + (f"  MFU {line['mfu']:.1%}" if "mfu" in line else "")
             + f"  learning rate {line['learning_rate']:.2e}"
+            + (f"  {line['skipped_steps']:.0f} STEPS SKIPPED (not finite)" if line["skipped_steps"] else "")
         )
         if not self._console.is_terminal:
             self.say(f"step {step}/{num_steps}  {shown}  left {_clock(left)}")

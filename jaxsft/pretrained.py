@@ -53,7 +53,8 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
     """
     tokenizer = hf.load_tokenizer(config.tokenizer or config.path, chat_template)
     folder = hf.model_folder(config.path, weights=False)
-    stops = chat.stop_ids(tokenizer, hf.load_generation_config(folder))
+    configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
+    stops = chat.stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
     if not stops:
         raise ConfigError(
             f"{config.tokenizer or config.path}: no stop token: the tokenizer has no eos_token, and neither "
@@ -74,6 +75,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     family = family_of(hf_config)
     decoder_config = family.decoder_config(hf_config)
     hf.check_vocabulary(tokenizer.tokenizer, decoder_config)
+    hf.export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
     compute_dtype = config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:

@@ -16,13 +16,21 @@ INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
 
 
 def start_summary(
-    config: Config, state: TrainState, loader: Loader, report: dict[str, Any], mesh: Mesh, *, num_steps: int
+    config: Config,
+    state: TrainState,
+    loader: Loader,
+    report: dict[str, Any],
+    mesh: Mesh,
+    *,
+    num_steps: int,
+    max_position: int,
 ) -> str:
     """What the user should know before the first step, with the arithmetic behind it."""
     rows, seq_len = loader.shape
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
     gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
+    processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     fill = report["tokens"] / (loader.num_rows * seq_len)
     dropped = (
@@ -56,7 +64,7 @@ def start_summary(
         ),
         (
             "devices",
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {jax.process_count()} process",
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {processes}",
         ),
         (
             "memory",
@@ -66,6 +74,9 @@ def start_summary(
     ]
     if report["columns_ignored"]:
         lines.insert(2, ("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    longest = min(report["longest"]["tokens"], seq_len)
+    if longest > max_position:
+        lines.append(("WARNING", f"examples of up to {longest:,} tokens, but the model was made for {max_position:,}"))
     if int(state.step):
         lines.append(("continuing", f"from step {int(state.step):,}"))
     return "\n".join(f"{name:<11}{text}" for name, text in lines)

@@ -84,18 +84,14 @@ def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: M
     """A batch on the devices, leaves [B, T] = `shape`; each process builds only the rows that its devices hold.
 
     Args:
-        rows_of: builds some rows of the batch on the host, leaves [rows, T].
+        rows_of: builds some rows of the batch on the host, leaves [rows, T]; asked once for each leaf and shard.
         shape: rows of the whole batch, and their length.
         mesh: where the rows go.
     """
-    built: dict[tuple[int, int], Batch] = {}
 
     def part(index: tuple[slice, ...], field: str) -> np.ndarray:
-        (start, stop, _), positions = index[0].indices(shape[0]), index[1]
-        rows = (start, stop)
-        if rows not in built:
-            built[rows] = rows_of(slice(start, stop))
-        return getattr(built[rows], field)[:, positions]
+        rows, positions = index
+        return getattr(rows_of(rows), field)[:, positions]
 
     def leaf(field: str) -> jax.Array:
         return jax.make_array_from_callback(shape, batch_sharding(mesh), functools.partial(part, field=field))

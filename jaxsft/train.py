@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 
 from jaxsft.batch import Batch
 from jaxsft.checkpoint import Checkpointer, StopSignal, claim_run_folder
-from jaxsft.config import Config, dump_config
+from jaxsft.config import Config, ConfigError, config_changes, dump_config
 from jaxsft.data.formats import load_conversations
 from jaxsft.data.loader import Loader, Prepared, prefetch, prepare
 from jaxsft.evaluate import Examiner, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import Console, MetricsFile, Speedometer, Stopwatch, summarise
+from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, summarise
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.preview import make_preview
 from jaxsft.preview_page import write_html
@@ -52,11 +52,11 @@ def train(config: Config) -> int:
     num_microbatches = _check_batch(config, pretrained, mesh)
     data = prepare_data(config, tokenizer, config.data.train)
     loader = make_loader(config, data)
-    num_steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
+    # Rounded first: 1.1 * 50 is a little more than 55 in floating point.
+    num_steps = config.train.steps or math.ceil(round(config.train.epochs * loader.steps_per_epoch, 6))
     frozen: Any = nnx.State({})
     examiner = make_examiner(config, tokenizer, pretrained, mesh)
     claim_run_folder(folder, _fingerprint(config, data, pretrained))
-    _describe_run(folder, config, loader, data, tokenizer)
 
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say)
     with contextlib.closing(checkpointer), contextlib.closing(console), StopSignal() as stop:
@@ -65,10 +65,14 @@ def train(config: Config) -> int:
         if state is None:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
-        console.say(start_summary(config, state, loader, data.report, mesh, num_steps=num_steps))
+        max_position = pretrained.decoder_config.max_position
+        console.say(
+            start_summary(config, state, loader, data.report, mesh, num_steps=num_steps, max_position=max_position)
+        )
         if first >= num_steps and (folder / "export").exists():
             console.say(f"this run is finished; its model is in {folder / 'export'}")
             return DONE
+        _describe_run(folder, config, loader, data, tokenizer, console)
 
         train_step = make_train_step(
             pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
@@ -76,6 +80,20 @@ def train(config: Config) -> int:
         metrics_file = MetricsFile(folder / "metrics.jsonl", step=first)
         totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
         speedometer = Speedometer(**_flop_sizes(pretrained))
+        watch = Stopwatch()
+        window: list[StepMetrics] = []
+
+        def report(done: int) -> None:
+            """One line of metrics, over the steps since the last one."""
+            nonlocal totals
+            if not window:
+                return
+            steps = jax.device_get(window)
+            window.clear()
+            line, totals = summarise(steps, totals, batch_positions=math.prod(loader.shape))
+            line |= speedometer.read(steps, watch) | {"rows_crc": loader.rows_crc(done - len(steps), done)}
+            metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
+            console.step(done, num_steps, line)
 
         def evaluate(step: int, params: Any) -> float:
             if examiner is None:
@@ -88,35 +106,32 @@ def train(config: Config) -> int:
         if first == 0:
             evaluate(0, state.params)
         make_batch = functools.partial(_place_batch, loader, mesh)
-        watch, window = Stopwatch(), []
-        with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches, jax.set_mesh(mesh):
+        with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches:
+            watch.lap()
             for step in range(first, num_steps):
                 if signal := stop.at(step):
+                    report(step)
                     checkpointer.save(step, state)
                     checkpointer.wait()
                     console.say(f"{signal}: saved step {step}; start the same command again to continue")
                     return STOPPED
-                state, step_metrics = train_step(state, frozen, watch.wait(batches))
+                batch = watch.wait(batches)
+                with jax.set_mesh(mesh):
+                    state, step_metrics = train_step(state, frozen, batch)
                 window.append(step_metrics)
                 done = step + 1
 
-                if done % config.train.log_every == 0 or done == num_steps:
-                    line, totals = summarise(
-                        window := jax.device_get(window), totals, batch_positions=math.prod(loader.shape)
-                    )
-                    line |= speedometer.read(window, watch)
-                    line |= {"rows_crc": loader.rows_crc(done - len(window), done)}
-                    metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
-                    console.step(done, num_steps, line)
-                    window = []
-
-                is_evaluated = done == num_steps or (config.eval.every is not None and done % config.eval.every == 0)
+                is_last = done == num_steps
+                is_evaluated = is_last or (config.eval.every is not None and done % config.eval.every == 0)
+                is_saved = is_last or done % config.checkpoint.every == 0
+                # Whatever is saved has its line, so that a run continued from it goes on with whole counts.
+                if is_evaluated or is_saved or done % config.train.log_every == 0:
+                    report(done)
                 pause = time.perf_counter()
                 eval_loss = evaluate(done, state.params) if is_evaluated else math.inf
-                is_best = eval_loss < best_loss
-                best_loss = min(eval_loss, best_loss)
-                if done % config.checkpoint.every == 0 or done == num_steps or is_best:
+                if is_saved or eval_loss < best_loss:
                     checkpointer.save(done, state, eval_loss=eval_loss)
+                best_loss = min(eval_loss, best_loss)
                 watch.leave_out(pause)
 
         checkpointer.wait()
@@ -124,14 +139,21 @@ def train(config: Config) -> int:
     if jax.process_index() == 0:
         console.say(f"loss curve: {plot_run(folder)}")
     console.say(f"model, ready for transformers: {folder / 'export'}")
+    if totals.skipped_steps:
+        console.say(f"WARNING: {totals.skipped_steps:.0f} steps were skipped, as their loss or gradient was not finite")
     return DONE
 
 
 def run_folder(config: Config) -> epath.Path:
-    """The folder of a run; absolute, or a bucket."""
+    """The folder of a run, absolute.
+
+    Raises:
+        ConfigError: a bucket, which cannot hold an export yet.
+    """
     assert config.run_dir is not None, "load_config fills it in"
-    folder = epath.Path(config.run_dir)
-    return folder if "://" in config.run_dir else folder.expanduser().resolve()
+    if "://" in config.run_dir:
+        raise ConfigError(f"run_dir: {config.run_dir}: only folders that are mounted on the hosts can be used so far")
+    return epath.Path(config.run_dir).expanduser().resolve()
 
 
 def make_examiner(config: Config, tokenizer: OpenTokenizer, pretrained: Pretrained, mesh: Mesh) -> Examiner | None:
@@ -208,12 +230,19 @@ def _fingerprint(config: Config, data: Prepared, pretrained: Pretrained) -> dict
     }
 
 
-def _describe_run(folder: epath.Path, config: Config, loader: Loader, data: Prepared, tokenizer: OpenTokenizer) -> None:
-    """Writes the resolved config and the preview of the first batch into the run folder."""
-    if jax.process_index() == 0:
-        (folder / "config.yaml").write_text(dump_config(config))
-        preview = make_preview(loader, data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
-        write_html(preview, folder / "preview.html")
+def _describe_run(
+    folder: epath.Path, config: Config, loader: Loader, data: Prepared, tokenizer: OpenTokenizer, console: Console
+) -> None:
+    """Writes the resolved config and the preview of the first batch; says what a continued run does otherwise now."""
+    if jax.process_index() != 0:
+        return
+    path = folder / "config.yaml"
+    if path.exists():
+        for change in config_changes(path.read_text(encoding="utf-8"), config):
+            console.say(f"changed since this run began: {change}")
+    path.write_text(dump_config(config), encoding="utf-8")
+    preview = make_preview(loader, data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
+    write_html(preview, folder / "preview.html")
 
 
 def _flop_sizes(pretrained: Pretrained) -> dict[str, int]:

@@ -203,7 +203,10 @@ def _read_headers(folder: pathlib.Path, problems: list[str]) -> dict[str, Stored
         hint = f" ({', '.join(pickles[:3])}: pickled weights are not read)" if pickles else ""
         problems.append(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
         return {}
-    places = load_json(folder / INDEX_FILE).get("weight_map", {})
+    places = load_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        problems.append(f"{folder / INDEX_FILE}: weight_map is not a mapping of tensor names to files")
+        return {}
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(places.values())):
         if pathlib.PurePath(file_name).name != file_name:

@@ -138,6 +138,25 @@ def test_a_run_folder_is_claimed_once_and_refused_to_others(tmp_path):
         claim_run_folder(folder, {"seed": 2, "data": "abc"})
 
 
+def test_a_damaged_fingerprint_is_an_error_that_names_it(tmp_path):
+    folder = epath.Path(tmp_path) / "run"
+    claim_run_folder(folder, {"seed": 1})
+    (folder / "fingerprint.json").write_text("")
+    with pytest.raises(ConfigError, match="fingerprint.json is damaged"):
+        claim_run_folder(folder, {"seed": 1})
+
+
+def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_run(tmp_path):
+    save_steps(tmp_path, {1: 3.0, 2: 2.0})
+    (tmp_path / "checkpoints" / "1" / "meta.json").write_text("{")
+    checkpointer = make_checkpointer(tmp_path)
+    assert int(checkpointer.restore(abstract(make_state(0)))["step"]) == 2
+    assert checkpointer.best_loss() == 2.0
+    checkpointer.save(3, make_state(3))
+    checkpointer.close()
+    assert steps(tmp_path)[-1] == 3
+
+
 def test_a_folder_of_something_else_is_never_claimed(tmp_path):
     (tmp_path / "thesis.tex").write_text("important")
     with pytest.raises(ConfigError, match="not a run of jaxsft"):

@@ -103,6 +103,28 @@ def test_a_finished_run_started_again_changes_nothing(whole_run, tiny_config):
     assert contents() == before
 
 
+def test_other_settings_are_said_when_a_run_is_continued(tiny_config, tmp_path, capsys):
+    overrides = [f"run_dir={tmp_path}/run", "eval.samples=0"]
+    assert train(load_config(tiny_config, [*overrides, "train.steps=4"])) == 0
+    assert train(load_config(tiny_config, [*overrides, "train.steps=5", "optim.learning_rate=2e-2"])) == 0
+    output = capsys.readouterr().out
+    assert "changed since this run began: optim.learning_rate: 0.01 -> 0.02" in output
+    assert "changed since this run began: train.steps: 4 -> 5" in output
+
+
+def test_counts_are_whole_when_a_run_is_continued_off_the_cadence_of_its_lines(whole_run, tiny_config, tmp_path):
+    folder = tmp_path / "counted"
+    overrides = [f"run_dir={folder}", "train.log_every=5", "checkpoint.every=100"]
+    process = start(tiny_config, overrides)
+    wait_for_step(folder, 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
+    code, output = finish(start(tiny_config, overrides))
+    assert code == 0, output
+    ours, expected = metrics(folder)[0], metrics(whole_run)[0]
+    assert ours[12]["total_tokens"] == expected[12]["total_tokens"]
+
+
 @pytest.mark.parametrize("trial", range(3))
 def test_killed_at_random_and_continued_equals_never_killed_bitwise(whole_run, tiny_config, tmp_path, trial):
     folder = tmp_path / "killed"
@@ -192,6 +214,8 @@ MISTAKES = {
     "mesh and devices": (["mesh.tensor=3"], 1, ["tensor 3 does not fit 8 devices"]),
     "mesh and heads": (["mesh.tensor=8"], 1, ["number of key/value heads is 4, not a multiple of 8 (mesh.tensor 8)"]),
     "mesh and rows": (["train.batch_size=4"], 1, ["train.batch_size: number of rows is 4, not a multiple of 8"]),
+    "another dtype": (["model.param_dtype=bfloat16"], 1, ["float32[264, 32] then, bfloat16[264, 32] now"]),
+    "no bucket": (["run_dir=gs://bucket/run"], 1, ["run_dir: gs://bucket/run"]),
     "another run": (["seed=5", "train.batch_size=16"], 1, ["seed: 0 then, 5 now", "train.batch_size: 8 then, 16 now"]),
     "another template": (["data.train_on=last_turn"], 1, ["data: train_on: '\"assistant\"' then, '\"last_turn\"' now"]),
 }

@@ -18,7 +18,7 @@ one, changes what every answer looks like; a second request leans on the first (
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,54 +40,51 @@ class Task(NamedTuple):
 
 TASKS = {
     "spell": Task(
-        ("Spell {word}.", "How do you spell {word}?", "Can you spell {word} for me?", "Please spell the word {word}."),
-        ("Now spell it.", "And how is it spelled?"),
+        ("{word}: please spell it.", "{word}: how is it spelled?"),
+        ("Please spell it.", "How is it spelled?"),
         lambda word: "-".join(word),
     ),
     "capitals": Task(
-        ("Write {word} in capitals.", "Put {word} in capital letters.", "What is {word} in capitals?"),
-        ("Now in capitals.", "And in capital letters?"),
+        ("{word} in capitals?", "{word}: write it in capitals."),
+        ("In capitals?", "Write it in capitals."),
         str.upper,
     ),
     "first": Task(
-        ("What is the first letter of {word}?", "Which letter does {word} begin with?", "First letter of {word}?"),
-        ("And the first letter?", "Which letter does it begin with?"),
+        ("{word}: what is the first letter?", "{word}: what does it begin with?"),
+        ("What is the first letter?", "What does it begin with?"),
         lambda word: word[0],
     ),
     "last": Task(
-        ("What is the last letter of {word}?", "Which letter does {word} end with?", "Last letter of {word}?"),
-        ("And the last letter?", "Which letter does it end with?"),
+        ("{word}: what is the last letter?", "{word}: what does it end with?"),
+        ("What is the last letter?", "What does it end with?"),
         lambda word: word[-1],
     ),
     "repeat": Task(
-        ("Please repeat {word}.", "Repeat after me: {word}", "Just say {word}."),
-        ("Now repeat it.", "Please say it once more."),
+        ("{word}: please repeat it.", "{word}: say it again."),
+        ("Please repeat it.", "Say it again."),
         lambda word: word,
     ),
     "twice": Task(
-        ("Say {word} twice.", "Write {word} two times.", "Please say {word} two times."),
-        ("Now say it twice.", "And two times?"),
+        ("{word} twice, please.", "{word}: say it two times."),
+        ("Twice, please.", "Say it two times."),
         lambda word: f"{word} {word}",
     ),
     "plural": Task(
-        ("One {word}, two what?", "What is the plural of {word}?", "I have one {word}. You have two what?"),
-        ("And the plural?", "What are two of them called?"),
+        ("{word}: what are two of them?", "{word}: what is the plural?"),
+        ("What are two of them?", "What is the plural?"),
         lambda word: f"{word}s",
     ),
-    "reverse": Task(
-        ("Reverse {word}.", "Spell {word} backwards.", "What is {word} backwards?"),
-        ("Now backwards.", "And the other way round?"),
+    "backwards": Task(
+        ("{word} backwards?", "{word}: please reverse it."),
+        ("Backwards?", "Please reverse it."),
         lambda word: word[::-1],
     ),
     "greet": Task(
-        ("My name is {name}.", "Hello, I am {name}.", "Hi! They call me {name}."),
-        ("Now say hello to it.", "It is a name. Say hello!"),
+        ("{name} is my name.", "{name} is what they call me."),
+        ("It is my name.", "Say hello to it."),
         lambda word: f"Hello {word.title()}!",
     ),
 }
-
-SAME_AGAIN = ("And {word}?", "Now the same with {word}.")
-"""Second requests that ask for the first request's task with another word."""
 
 
 class Manner(NamedTuple):
@@ -98,9 +95,9 @@ class Manner(NamedTuple):
 
 
 MANNERS = {
-    "capitals": Manner(("Answer in capitals.", "Use capital letters only."), str.upper),
-    "dot": Manner(("End every answer with a dot.", "Put a dot after each answer."), lambda answer: f"{answer}."),
-    "sure": Manner(("Start every answer with Sure.", "Always say Sure first."), lambda answer: f"Sure: {answer}"),
+    "in capitals": Manner(("Answer in capitals.", "Use capital letters."), str.upper),
+    "with a dot": Manner(("End with a dot.", "Put a dot at the end."), lambda answer: f"{answer}."),
+    "with Sure": Manner(("Start with Sure.", "Always say Sure first."), lambda answer: f"Sure: {answer}"),
 }
 
 
@@ -238,105 +235,126 @@ FAMILIAR_WORDS = [
     "zebra",
 ]
 """Ordinary words, kept for eval.jsonl alone."""
+RUDE = [
+    "anal",
+    "anus",
+    "arse",
+    "ass",
+    "bitch",
+    "bum",
+    "cock",
+    "cok",
+    "cum",
+    "cun",
+    "dick",
+    "dik",
+    "fag",
+    "fart",
+    "fuc",
+    "fuk",
+    "homo",
+    "kil",
+    "nazi",
+    "nig",
+    "penis",
+    "piss",
+    "poo",
+    "porn",
+]
+RUDE += [
+    "pric",
+    "prik",
+    "pus",
+    "rape",
+    "sex",
+    "shag",
+    "shit",
+    "slut",
+    "sperm",
+    "suck",
+    "tit",
+    "turd",
+    "twat",
+    "vag",
+    "wank",
+    "whor",
+]
+"""What no word may contain."""
 
 
 def make_word(rng: random.Random) -> str:
-    """Returns a made-up word of 3 to 8 letters that one can pronounce."""
-    while True:
-        word = rng.choice(ONSETS) if rng.random() < 0.85 else ""
-        word += rng.choice(VOWELS)
-        shape = rng.random()
-        if shape < 0.35:
-            word += rng.choice(CODAS)
-        elif shape < 0.7:
-            word += rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.4 else "")
-        else:
-            word += rng.choice("bdgklmnprst") * rng.choice((1, 2)) + rng.choice(ENDINGS)
-        if 3 <= len(word) <= 8:
-            return word
+    """Returns a made-up word that one can pronounce."""
+    word = rng.choice(ONSETS) if rng.random() < 0.85 else ""
+    word += rng.choice(VOWELS)
+    shape = rng.random()
+    if shape < 0.35:
+        word += rng.choice(CODAS)
+    elif shape < 0.7:
+        word += rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.4 else "")
+    else:
+        word += rng.choice("bdgklmnprst") * rng.choice((1, 2)) + rng.choice(ENDINGS)
+    return word
 
 
-def make_words(rng: random.Random) -> Iterator[str]:
-    """Yields made-up words, no word twice and none that is an ordinary one of ours."""
-    seen = set(FAMILIAR_WORDS)
-    while True:
+def make_words(rng: random.Random, count: int) -> list[str]:
+    """Makes `count` different made-up words of 3 to 7 letters, none of them among the familiar ones."""
+    words: dict[str, None] = {}
+    while len(words) < count:
         word = make_word(rng)
-        if word not in seen:
-            seen.add(word)
-            yield word
+        if 3 <= len(word) <= 7 and word not in FAMILIAR_WORDS and not any(rude in word for rude in RUDE):
+            words[word] = None
+    return list(words)
 
 
 # ----------------------------------------------------------------------------------------------------- conversations
 
 
 class Conversation(NamedTuple):
-    """A conversation, its kind ("spell", "spell, dot", "spell, then", ...) and the words that it is about."""
+    """A conversation, its kind: (task of the last turn, manner or "plain", number of answers), and its word."""
 
-    kind: str
     messages: list[dict[str, str]]
-    words: tuple[str, ...]
+    kind: tuple[str, str, int]
+    word: str
 
 
-def make_conversation(
-    rng: random.Random, words: Iterator[str], *, task: str, manner: str | None, turns: str
-) -> Conversation:
-    """Makes one conversation whose last answer does `task`.
+def make_conversation(rng: random.Random, word: str, *, task: str) -> Conversation:
+    """Makes one conversation about `word` whose last answer does `task`; earlier answers, if any, do other tasks.
 
-    Args:
-        words: where new words come from.
-        manner: the system prompt, or None for none.
-        turns: "one", "then" (another task first, then `task` with the same word) or "again" (`task` with two words).
+    Three of ten have a system prompt; half of them ask once, the others twice or, without system prompt, three times.
     """
-    shape = MANNERS[manner].apply if manner else lambda answer: answer
-    messages, used = [], [next(words)]
-
-    def say(request: str, done: str):
-        messages.append({"role": "user", "content": request.format(word=used[-1], name=used[-1].title())})
-        messages.append({"role": "assistant", "content": shape(TASKS[done].answer(used[-1]))})
-
+    manner = rng.choice(list(MANNERS)) if rng.random() < 0.3 else None
+    num_answers = rng.choice((1, 1, 2, 2, 2 if manner else 3))
+    others = [name for name in TASKS if name != task]
+    rng.shuffle(others)
+    messages = []
     if manner:
         messages.append({"role": "system", "content": rng.choice(MANNERS[manner].prompts)})
-    if turns == "then":
-        before = rng.choice([name for name in TASKS if name != task])
-        say(rng.choice(TASKS[before].requests), before)
-        say(rng.choice(TASKS[task].follow_ups), task)
-    else:
-        say(rng.choice(TASKS[task].requests), task)
-        if turns == "again":
-            used.append(next(words))
-            say(rng.choice(SAME_AGAIN), task)
-    kind = task + (f", {manner}" if manner else "") + (f", {turns}" if turns != "one" else "")
-    return Conversation(kind, messages, tuple(used))
+    for turn, name in enumerate([*others[: num_answers - 1], task]):
+        request = rng.choice(TASKS[name].follow_ups if turn else TASKS[name].requests)
+        answer = TASKS[name].answer(word)
+        messages.append({"role": "user", "content": request.format(word=word, name=word.title())})
+        messages.append({"role": "assistant", "content": MANNERS[manner].apply(answer) if manner else answer})
+    return Conversation(messages, (task, manner or "plain", num_answers), word)
 
 
-def make_conversations(rng: random.Random, words: Iterator[str], *, count: int) -> list[Conversation]:
-    """Makes `count` conversations: each task in turn; of ten, five plain, two with a system prompt, three of two turns."""
-    conversations = []
-    for index in range(count):
-        task = list(TASKS)[index % len(TASKS)]
-        manner = rng.choice(list(MANNERS)) if rng.random() < 0.3 else None
-        turns = rng.choice(("one", "one", "one", "then", "again"))
-        conversations.append(make_conversation(rng, words, task=task, manner=manner, turns=turns))
-    rng.shuffle(conversations)
-    return conversations
+def make_conversations(rng: random.Random, words: list[str]) -> list[Conversation]:
+    """Makes a conversation about each word, the tasks in turn."""
+    order = [*TASKS, "backwards"]  # It is the hardest.
+    return [make_conversation(rng, word, task=order[index % len(order)]) for index, word in enumerate(words)]
 
 
 def make_splits(seed: int = SEED) -> tuple[list[Conversation], list[Conversation]]:
     """Makes the conversations for training and for evaluation; they share no word and no prompt."""
     rng = random.Random(seed)
-    words = make_words(rng)
-    train = make_conversations(rng, words, count=NUM_TRAIN)
-    new = [word for word, _ in zip(words, range(NUM_EVAL), strict=False)] + FAMILIAR_WORDS
-    rng.shuffle(new)
-    evaluation = make_conversations(rng, iter(new * 2), count=NUM_EVAL)
+    words = make_words(rng, NUM_TRAIN + NUM_EVAL - len(FAMILIAR_WORDS))
+    eval_words = [*words[NUM_TRAIN:], *FAMILIAR_WORDS]
+    rng.shuffle(eval_words)
+    train, evaluation = make_conversations(rng, words[:NUM_TRAIN]), make_conversations(rng, eval_words)
 
     def prompts(conversations: list[Conversation]) -> set[str]:
         return {json.dumps(conversation.messages[:-1]) for conversation in conversations}
 
-    def words_of(conversations: list[Conversation]) -> set[str]:
-        return {word for conversation in conversations for word in conversation.words}
-
-    assert not words_of(train) & words_of(evaluation), "a word of eval occurs in train"
+    assert not {one.word for one in train} & {one.word for one in evaluation}, "a word of eval occurs in train"
     assert not prompts(train) & prompts(evaluation), "a prompt of eval occurs in train"
     return train, evaluation
 

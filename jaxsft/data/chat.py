@@ -54,14 +54,15 @@ def prompt_tokens(
     return tokenizer(_render(conversation, len(messages), tokenizer, prompt=True), **_PLAIN)["input_ids"]
 
 
-def stop_ids(tokenizer: Tokenizer, generation_config: dict[str, Any] | None = None) -> list[int]:
-    """Every token that ends an answer: the tokenizer's eos, those of generation_config, and the template's own.
+def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] = ()) -> list[int]:
+    """Every token that ends an answer: the tokenizer's eos, those of the model's configs, and the template's own.
 
     The template's own is the added token that directly follows an answer in a rendered probe, such as `<|im_end|>` of
     ChatML on a base model whose eos is `<|endoftext|>`. All of them belong into the export's generation_config.
     """
-    configured = (generation_config or {}).get("eos_token_id")
-    stops = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    stops = [tokenizer.eos_token_id]
+    for ids in configured:
+        stops += ids if isinstance(ids, list) else [ids]
     stops.append(_template_stop(tokenizer))
     return list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
 
@@ -144,7 +145,10 @@ def _vocabulary(tokenizer: Tokenizer, stops: Sequence[int]) -> _Vocabulary:
     added = {id: token for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" ▁\t\r\n")}
     strict = [token.content for id, token in added.items() if token.special or id in stops]
     return _Vocabulary(
-        np.array(stops, np.int64), len(tokenizer), _any_of([token.content for token in added.values()]), _any_of(strict)
+        np.array(stops, np.int64),
+        max(tokenizer.get_vocab().values()) + 1,
+        _any_of([token.content for token in added.values()]),
+        _any_of(strict),
     )
 
 
@@ -162,7 +166,12 @@ def _encode_chunk(
     documents: list[tuple[int, str]] = []
     for index, conversation in enumerate(chunk):
         if isinstance(conversation, Document):
-            documents.append((index, conversation.text))
+            if vocabulary.forbidden_to_others and (match := vocabulary.forbidden_to_others.search(conversation.text)):
+                results[index] = MaskError(
+                    f"the text spells the control token {match[0]!r}, which would be read as one"
+                )
+            else:
+                documents.append((index, conversation.text))
             continue
         try:
             _refuse_control_tokens(conversation, vocabulary)

@@ -80,13 +80,20 @@ def source_files(source: str) -> list[Path]:
 
 
 def source_digest(source: str) -> str:
-    """Changes when the rows of the source change: a hash of the bytes of all its files, or the hub's fingerprint."""
+    """Changes when the rows of the source change: a hash of the bytes of all its files, or the hub's fingerprint.
+
+    Raises:
+        DataError: a file that is missing or may not be read.
+    """
     if _is_hub(source):
         return f"{source} {_load_hub(source)._fingerprint}"
     digest = hashlib.sha256()
     for path in source_files(source):
-        with path.open("rb") as file:
-            digest.update(f"{path.suffix.lower()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(f"{path.suffix.lower()} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        except OSError as error:
+            raise DataError(f"{path}: not readable: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -82,8 +82,8 @@ def test_the_stop_token_of_the_template_is_found_besides_eos(make_tokenizer):
     tokenizer = make_tokenizer()
     eos, start, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     assert stop_ids(tokenizer) == [eos, end]
-    assert stop_ids(tokenizer, {"eos_token_id": start}) == [eos, start, end]
-    assert stop_ids(tokenizer, {"eos_token_id": [end, eos]}) == [eos, end]
+    assert stop_ids(tokenizer, [start, None]) == [eos, start, end]
+    assert stop_ids(tokenizer, [[end, eos]]) == [eos, end]
     assert stop_ids(make_tokenizer(None)) == [eos]
 
 
