@@ -10,9 +10,9 @@ needed. The files go next to this script unless FOLDER is given:
     config.json, generation_config.json
 
 The conversations ask for something to be done with a word: spell it, put it in capitals, say it twice. Each request has
-exactly one right answer, so a model can be judged by exact match of its last answer. Words are made up here and those of
-eval.jsonl never occur in train.jsonl: what is measured is the skill, not the memory. A system prompt, where there is
-one, changes what every answer looks like; a second request leans on the first ("Now in capitals.").
+exactly one right answer, so a model can be judged by exact match of its last answer. Most words are made up, and those
+of eval.jsonl never occur in train.jsonl: what is measured is the skill, not the memory. A system prompt, where there is
+one, changes what every answer looks like; a second request leans on the first ("Write it in capitals.").
 """
 
 import json
@@ -429,10 +429,10 @@ MODEL_CONFIG = {
     "model_type": "llama",
     "vocab_size": 264,
     "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": 512,
@@ -441,7 +441,7 @@ MODEL_CONFIG = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "mlp_bias": False,
-    "initializer_range": 0.02,
+    "initializer_range": 0.03,
     "tie_word_embeddings": True,
     "use_cache": True,
     "bos_token_id": None,
