@@ -166,12 +166,8 @@ def _encode_chunk(
     documents: list[tuple[int, str]] = []
     for index, conversation in enumerate(chunk):
         if isinstance(conversation, Document):
-            if vocabulary.forbidden_to_others and (match := vocabulary.forbidden_to_others.search(conversation.text)):
-                results[index] = MaskError(
-                    f"the text spells the control token {match[0]!r}, which would be read as one"
-                )
-            else:
-                documents.append((index, conversation.text))
+            # Plain text may carry control tokens of its own, such as a conversation that was rendered before.
+            documents.append((index, conversation.text))
             continue
         try:
             _refuse_control_tokens(conversation, vocabulary)

@@ -117,7 +117,7 @@ def test_import_gives_the_logits_of_transformers_and_export_its_bytes(name, tmp_
     model, state, module, hf_config = load(tmp_path / "theirs")
     expected = their_logits(tmp_path / "theirs", tokens)
     difference = largest_difference(our_logits(model, tokens), expected)
-    record_property("difference", difference)
+    record_property("difference", float(difference))
     print(f"{name}: largest difference {difference:.1e}")
     assert difference < 1e-5
 
