@@ -86,10 +86,8 @@ def chat_command(args: argparse.Namespace) -> int:
 
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
-    rows = [("key", "type", "default", "meaning"), *config_keys()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(text.ljust(width) for text, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    for key, kind, default, meaning in config_keys():
+        print(f"{key}  ({kind}; {default if default == 'required' else f'default {default}'})\n    {meaning}")
     return 0
 
 
@@ -101,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+    # PyTorch is not needed, so that transformers need not miss it aloud.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     args = _parser().parse_args(arguments)
     try:
         if arguments is None and args.command in (train_command, evaluate_command):
