@@ -17,6 +17,7 @@ one, changes what every answer looks like; a second request leans on the first (
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,7 @@ FAMILIAR_WORDS = [
     "jacket",
     "kitten",
     "lemon",
-    "letter",
+    "lantern",
     "market",
     "mirror",
     "monkey",
@@ -234,7 +235,7 @@ FAMILIAR_WORDS = [
     "yellow",
     "zebra",
 ]
-"""Ordinary words, kept for eval.jsonl alone."""
+"""Ordinary words, kept for eval.jsonl alone; none that a request is phrased with, such as letter."""
 RUDE = [
     "anal",
     "anus",
@@ -354,7 +355,9 @@ def make_splits(seed: int = SEED) -> tuple[list[Conversation], list[Conversation
     def prompts(conversations: list[Conversation]) -> set[str]:
         return {json.dumps(conversation.messages[:-1]) for conversation in conversations}
 
-    assert not {one.word for one in train} & {one.word for one in evaluation}, "a word of eval occurs in train"
+    asked = " ".join(message["content"] for one in train for message in one.messages if message["role"] == "user")
+    read = set(re.findall("[a-z]+", asked.lower()))
+    assert not read & {one.word for one in evaluation}, "a word of eval occurs in train"
     assert not prompts(train) & prompts(evaluation), "a prompt of eval occurs in train"
     return train, evaluation
 
