@@ -372,14 +372,13 @@ def unstopped(generator, ours, questions) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def some_stops(setup, unstopped) -> list[int]:
-    """The model's own stop ids, and one more at which some of the answers end later than at their first token."""
+    """The model's own stop ids, and one more, at which some answer ends later than at its first tokens."""
     own = set(setup.tokenizer.stops)
-    unending = [set(answer) for answer in unstopped if not own & set(answer)]
     late = next(
         token
         for answer in unstopped
-        for token in answer[3:]
-        if token not in own and not all(token in each for each in unending)
+        for index, token in enumerate(answer)
+        if index >= 3 and not own & set(answer[: index + 1]) and token not in answer[:index]
     )
     return [*own, late]
 
@@ -398,7 +397,7 @@ def test_a_trained_model_stops_where_its_export_stops_in_transformers(
         for answer, whole in zip(answers, unstopped, strict=True):
             assert answer == whole[: len(answer)] and not set(answer[:-1]) & set(stop_ids)
             assert len(answer) == NEW_TOKENS or answer[-1] in stop_ids
-    assert min(map(len, answers)) < NEW_TOKENS == max(map(len, answers))
+    assert any(3 < len(answer) < NEW_TOKENS for answer in answers)
 
 
 def test_a_mesh_gives_the_answers_of_one_device(setup, exported, questions, unstopped):
