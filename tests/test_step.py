@@ -118,16 +118,17 @@ def test_padding_changes_nothing(run, on_one_device):
     assert_equal(gradients_of(run, [longer], mesh_of(1)), on_one_device)
 
 
-def test_no_segment_sees_another(run):
-    """Changing the tokens of one segment leaves the loss of every other one as it was, to the bit."""
+@pytest.mark.parametrize("segment", [1, 2])
+def test_no_segment_sees_another(run, segment):
+    """Changing the tokens of one segment leaves the loss of all others, before and after it, as it was to the bit."""
     config, pretrained, _ = run
     mesh = mesh_of(1)
     params = load_params(pretrained, mesh, seed=config.seed)
     batch = make_loader(run).batch(0)
-    of_second = batch.segment_ids == 2
-    assert of_second.any()
-    others = batch._replace(loss_weights=np.where(of_second, 0, batch.loss_weights))
-    changed = others._replace(tokens=np.where(of_second, (batch.tokens + 1) % 90, batch.tokens))
+    of_one = batch.segment_ids == segment
+    assert of_one.any() and (batch.segment_ids > 1).any()
+    others = batch._replace(loss_weights=np.where(of_one, 0, batch.loss_weights))
+    changed = others._replace(tokens=np.where(of_one, (batch.tokens + 1) % 90, batch.tokens))
     loss = jax.jit(functools.partial(forward_loss, pretrained.model.graphdef))
     before, after = loss(params, FROZEN, others), loss(params, FROZEN, changed)
     assert float(before.loss_sum) == float(after.loss_sum) > 0

@@ -265,6 +265,15 @@ def test_a_template_that_fails_is_reported_with_its_own_words(tiny_config, tmp_p
     assert "only on Sundays" in capsys.readouterr().err
 
 
+def test_a_template_that_is_no_jinja_is_one_error_and_not_one_for_each_row(tiny_config, tmp_path, capsys):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}\n{{ m.content }\n{% endfor %}")
+    overrides = [f"run_dir={tmp_path}/run", f"data.chat_template={tmp_path}/t.jinja"]
+    assert main(["train", str(tiny_config), *overrides]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/t.jinja: the chat template is not Jinja: line 2" in error
+    assert error.count("\n") == 1
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tiny_config, tiny_model, tmp_path, capsys):
     folder = tmp_path / "small"
     folder.mkdir()
