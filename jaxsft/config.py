@@ -4,6 +4,7 @@ In: a YAML file and overrides. Out: one validated `Config`, or one `ConfigError`
 elsewhere takes its own section; only `train.py` and `run.py` see the whole.
 """
 
+import datetime
 import difflib
 import pathlib
 import re
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -47,25 +48,95 @@ class ModelConfig(Section):
     """What the backward pass computes again: nothing, all but matmul outputs, or each whole layer."""
 
 
-class DataConfig(Section):
-    train: str
-    """Training rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV), or hub `org/name[@config][:split]`."""
-    eval: str | None = None
-    """Held-out rows, in the same ways."""
-    format: Literal["messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text"] | None = None
+class SourceConfig(Section):
+    path: str
+    """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), or hub `org/name[@config][:split]`."""
+    format: str | None = None
     """Format of the rows; left out: detected from the columns."""
+    columns: dict[str, str] = {}
+    """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}."""
+    roles: dict[str, str] = {}
+    """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the examples that come from this source, relative to the other weights."""
+    count: PositiveInt | None = None
+    """Examples drawn from this source per epoch; more than it has repeats them."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over this source per epoch of the whole; left out, and no weight or count given: 1."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "SourceConfig":
+        given = [key for key in ("weight", "count", "epochs") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give only one of {' and '.join(f'`{key}`' for key in given)}")
+        return self
+
+
+def _as_sources(value: Any) -> Any:
+    """One path, one source, or several of either; `{0: ...}` is what an override of `train.0.path` makes."""
+    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+        value = [value[key] for key in sorted(value, key=int)]
+    if isinstance(value, str | dict):
+        value = [value]
+    return [{"path": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
+
+
+def _as_named_sources(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, dict) and "path" in value):
+        value = {"eval": value}
+    if isinstance(value, dict):
+        return {name: {"path": each} if isinstance(each, str) else each for name, each in value.items()}
+    return {} if value is None else value
+
+
+class DataConfig(Section):
+    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    """Training rows: a path, or a list of sources."""
+    eval: Annotated[dict[str, SourceConfig], BeforeValidator(_as_named_sources)] = {}
+    """Held-out rows: a path, or sources by name, each reported; their keys are those of `data.train.N`."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template."""
-    train_on: Literal["assistant", "last_turn", "all"] = "assistant"
-    """Train every assistant turn, only the last one of a conversation, or every token."""
+    """Jinja file, or the name of one of ours, that replaces the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template; those of a row go first."""
+    template_date: str | None = None
+    """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
+    train_on: Literal["assistant", "last_turn", "all"] | list[str] = "assistant"
+    """Train every assistant turn, only the last one, every token, or the turns of these roles."""
+    train_reasoning: bool = True
+    """Whether the text of reasoning is trained, or only seen."""
+    unroll: Literal["auto", "always", "never"] = "auto"
+    """One example per turn: where the template shows a turn another past later, for every turn, or never."""
+    control_tokens: Literal["split", "error", "allow"] = "split"
+    """Text of the data that spells a control token: encode it as ordinary text, refuse the row, or let it act."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Refuse bad rows, or leave them out, counted, as long as they are at most 1% of the rows."""
     seq_len: Annotated[int, Field(ge=2)] = 2048
-    """Tokens per row, and the longest example that is kept."""
+    """Tokens per row, and the longest example that is kept whole."""
     packing: bool = True
     """Several examples share a row, sealed off from each other; otherwise one example per row."""
-    overlong: Literal["drop", "error"] = "drop"
-    """What happens to an example of more than `seq_len` tokens; what is dropped is counted and shown."""
+    overlong: Literal["drop", "error", "truncate_turns", "truncate", "split"] | None = None
+    """What becomes of an example of more than `seq_len` tokens; left out: chats are dropped, plain text is split."""
+    stream: bool = False
+    """Prepare the rows while training, for sources too large to prepare before; needs `train.steps`."""
+    shuffle_buffer: PositiveInt = 8192
+    """Rows that are shuffled and packed together when streaming."""
     cache: str | None = None
     """Folder of the prepared data; left out: jaxsft in the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "DataConfig":
+        for name, source in self.eval.items():
+            given = [key for key in ("weight", "count", "epochs") if getattr(source, key) is not None]
+            if given:
+                raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
+        if self.template_date is not None:
+            try:
+                datetime.date.fromisoformat(self.template_date)
+            except ValueError:
+                raise ValueError(f"template_date: {self.template_date!r} given, expected YYYY-MM-DD") from None
+        if not self.stream and "shuffle_buffer" in self.model_fields_set:
+            raise ValueError("`shuffle_buffer` has no effect without `stream`")
+        return self
 
 
 class TrainConfig(Section):
@@ -176,7 +247,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":
-        if self.data.eval is None and self.eval.model_fields_set:
+        if self.data.stream and self.train.steps is None:
+            raise ValueError("data.stream: the length of a stream is not known; give train.steps")
+        if not self.data.eval and self.eval.model_fields_set:
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")
         return self
@@ -229,7 +302,9 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += [_describe(problem) for problem in error.errors()]
+        # Of a union's mistakes the first says what was expected.
+        described = [(_key(problem), _describe(problem)) for problem in error.errors()]
+        problems += [text for at, (key, text) in enumerate(described) if not key or key not in dict(described[:at])]
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
@@ -250,8 +325,10 @@ def dump_config(config: Config) -> str:
         del tree["optim"]["decay_ratio"]
     if config.optim.schedule == "constant":
         del tree["optim"]["final_ratio"]
-    if config.data.eval is None:
+    if not config.data.eval:
         del tree["eval"]
+    if not config.data.stream:
+        del tree["data"]["shuffle_buffer"]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -286,6 +363,8 @@ def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             leaves += _leaves(field.annotation, f"{prefix}{name}.")
+        elif field.annotation == list[SourceConfig]:
+            leaves += [(prefix + name, field), *_leaves(SourceConfig, f"{prefix}{name}.N.")]
         else:
             leaves.append((prefix + name, field))
     return leaves
@@ -296,9 +375,11 @@ def _type_text(annotation: Any) -> str:
         return _type_text(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " | ".join(get_args(annotation))
+    if get_origin(annotation) in (list, dict):
+        return f"{get_origin(annotation).__name__} of {_type_text(get_args(annotation)[-1])}"
     if get_args(annotation):
         return " | ".join(_type_text(arg) for arg in get_args(annotation) if arg is not type(None))
-    return annotation.__name__
+    return getattr(annotation, "__name__", "any")
 
 
 def _apply_override(tree: dict, override: str) -> str | None:
@@ -310,9 +391,12 @@ def _apply_override(tree: dict, override: str) -> str | None:
     except (TypeError, ValueError, yaml.YAMLError) as error:
         return f"{override!r}: the value is not readable as YAML: {' '.join(str(error).split())}"
     *sections, leaf = key.split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
+    for section, inner in zip(sections, [*sections, leaf][1:], strict=True):
+        found = tree.get(section)
+        if inner.isdigit() and isinstance(found, str | list):
+            # Sources may be given as a path or a list; by number, as an override has them, they are a mapping.
+            found = dict(enumerate(_as_sources(found)))
+        tree[section] = {str(name): value for name, value in (found or {}).items()} if _is_open(found) else found
         tree = tree[section]
         if not isinstance(tree, dict):
             return f"{override!r}: {section} is a value, not a section"
@@ -320,8 +404,17 @@ def _apply_override(tree: dict, override: str) -> str | None:
     return None
 
 
+def _is_open(found: Any) -> bool:
+    return found is None or isinstance(found, dict)
+
+
+def _key(problem: Any) -> str:
+    """Where a mistake is; a union's members, whose names hold brackets, are no part of it."""
+    return ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
+
+
 def _describe(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = _key(problem)
     given = problem["input"]
     known = [name for name, _ in _leaves(Config)]
     if problem["type"] == "extra_forbidden":

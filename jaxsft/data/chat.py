@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.batch import Example
+from jaxsft.config import DataConfig
 from jaxsft.data.formats import Conversation, Document, Message
 from jaxsft.data.sources import DataError, bad_rows
 
@@ -28,14 +29,52 @@ Tokenizer = Any  # A fast transformers tokenizer; transformers is too slow to im
 class MaskError(DataError):
     """It cannot be shown which tokens of a conversation the model must produce; says why, and what would help."""
 
+    code = "mask"
+
+
+WRITERS = ("template", "system", "user", "assistant", "tool", "other")
+"""Who wrote the characters of a token."""
+
 
 class Encoded(NamedTuple):
     """One example with what the report says about it."""
 
     example: Example
+    writers: np.ndarray
+    """uint8 [T]: who wrote each token, an index into `WRITERS`; the template where it shares a token with others."""
+    turn_ends: np.ndarray
+    """int32 [turns]: for each trained turn, the index after its stop token; ascending."""
+    is_text: bool
+    """Plain text, all of it trained."""
     origin: str
-    num_straddling: int
-    """Trained tokens that begin before their turn does: they hold characters of the prompt as well."""
+    """Of the row."""
+    counts: dict[str, int]
+    """What adds up over all examples, by name; only what is not zero."""
+
+
+class ChatEncoder:
+    """THIN VERSION, replaced soon: conversations to examples."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, stops: Sequence[int]) -> None:
+        self._tokenizer, self._train_on, self._stops = tokenizer, str(config.train_on), list(stops)
+        self._vocabulary = _vocabulary(tokenizer, stops)
+        self.notes: list[str] = []
+        self.settings = {"train_on": config.train_on, "stops": list(stops), "chat_template": tokenizer.chat_template}
+
+    def encode(self, items: Sequence[Conversation | Document]) -> list[list[Encoded] | MaskError]:
+        results: list[list[Encoded] | MaskError] = []
+        for item, found in zip(
+            items, _encode_chunk(items, self._tokenizer, self._vocabulary, self._train_on), strict=True
+        ):
+            if isinstance(found, MaskError):
+                results.append(found)
+                continue
+            weights = found.example.loss_weights
+            ends = np.nonzero(np.isin(found.example.tokens, self._stops) & (weights > 0))[0] + 1
+            results.append(
+                [found._replace(turn_ends=ends.astype(np.int32), is_text=isinstance(item, Document))]
+            )
+        return results
 
 
 def prompt_tokens(
@@ -181,17 +220,24 @@ def _encode_chunk(
         for (index, text, turns), tokens, offsets in parts:
             try:
                 example, straddling = _weigh(text, turns, tokens, offsets, tokenizer, vocabulary, train_on)
-                results[index] = Encoded(example, chunk[index].origin, straddling)
+                results[index] = _thin(example, chunk[index].origin, straddling)
             except MaskError as error:
                 results[index] = error
     if documents:
         encodings = tokenizer([text for _, text in documents], return_attention_mask=False, verbose=False)
         for (index, _), tokens in zip(documents, encodings["input_ids"], strict=True):
             try:
-                results[index] = Encoded(_document_example(tokens, tokenizer, vocabulary), chunk[index].origin, 0)
+                results[index] = _thin(_document_example(tokens, tokenizer, vocabulary), chunk[index].origin, 0)
             except MaskError as error:
                 results[index] = error
     return [result for result in results if result is not None]
+
+
+def _thin(example: Example, origin: str, straddling: int) -> Encoded:
+    writers = np.zeros(len(example.tokens), np.uint8)
+    return Encoded(
+        example, writers, np.zeros(0, np.int32), False, origin, {"straddling_tokens": straddling} if straddling else {}
+    )
 
 
 def _render(conversation: Conversation, num_messages: int, tokenizer: Tokenizer, *, prompt: bool = False) -> str:
