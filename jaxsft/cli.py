@@ -29,15 +29,14 @@ def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
     from jaxsft.preview import make_preview, print_preview
     from jaxsft.preview_page import write_html
-    from jaxsft.train import make_loader, open_tokenizer, prepare_data, run_folder
+    from jaxsft.train import make_encoder, make_loader, open_tokenizer, resolve_date, run_folder
 
     config = _config(args)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
-    data = prepare_data(config, tokenizer, config.data.train)
     folder = run_folder(config)
-    preview = make_preview(
-        make_loader(config, data), data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name
-    )
+    config = resolve_date(config, folder)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
+        preview = make_preview(loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
     print_preview(preview)
     # Beside the run folder, which belongs to `train`.
     path = folder.parent / f"{folder.name}.preview.html"
@@ -53,13 +52,22 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.evaluate import describe
     from jaxsft.mesh import make_mesh
     from jaxsft.step import abstract_state
-    from jaxsft.train import load_params, make_examiner, open_model, open_tokenizer, run_folder
+    from jaxsft.train import (
+        load_params,
+        make_encoder,
+        make_examiner,
+        open_model,
+        open_tokenizer,
+        resolve_date,
+        run_folder,
+    )
 
     config = _config(args)
+    config = resolve_date(config, run_folder(config))
     mesh = make_mesh(config.mesh)
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
     pretrained = open_model(config.model, tokenizer)
-    examiner = make_examiner(config, tokenizer, pretrained, mesh)
+    examiner = make_examiner(config, tokenizer, make_encoder(config, tokenizer), pretrained, mesh, say=print)
     if examiner is None:
         raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(run_folder(config) / "checkpoints", config.checkpoint, print)) as checkpointer:

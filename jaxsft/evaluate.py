@@ -1,12 +1,13 @@
 """Held-out loss and sample answers of a model.
 
-In: a model, prepared held-out data, and the conversations that it was made from. Out: token-weighted loss, perplexity
-and accuracy; answers to the prompts that those conversations end with, beside the answers expected.
+In: a model, and sets of prepared held-out data with the conversations that they were made from. Out: token-weighted
+loss, perplexity and accuracy, of each set and of all; answers to the prompts that those conversations end with, beside
+the answers expected.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsft.config import EvalConfig
-from jaxsft.data.chat import prompt_tokens
-from jaxsft.data.formats import Conversation, Document
+from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.formats import Conversation, Item
 from jaxsft.data.loader import Loader
 from jaxsft.generate import Generator
 from jaxsft.loss import LossSums
@@ -49,22 +50,37 @@ class Answer(NamedTuple):
         return self.stopped and self.text == self.question.expected
 
 
+class HeldOut(NamedTuple):
+    """A set of held-out rows."""
+
+    name: str
+    loader: Loader
+    questions: Sequence[Question]
+
+
 class Result(NamedTuple):
     """What an evaluation found."""
 
     metrics: dict[str, float]
-    samples: list[Answer]
+    """Over all sets; where there are several, those of each as well, as `eval_loss/NAME`."""
+    samples: dict[str, list[Answer]]
+    """By set."""
 
 
-def held_out_loss(eval_step: Callable, params: Any, frozen: Any, loader: Loader, mesh: Mesh) -> dict[str, float]:
-    """Loss (nats per trained token, over all of them at once), perplexity and accuracy over one pass."""
+def held_out_sums(eval_step: Callable, params: Any, frozen: Any, loader: Loader, mesh: Mesh) -> np.ndarray:
+    """`LossSums` over one pass, float64."""
     totals = np.zeros(len(LossSums._fields))
     for step in range(loader.steps_per_epoch):
         batch = put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
         with jax.set_mesh(mesh):
             # Added up in float64 on the host: float32 cannot count beyond 2^24 tokens.
             totals += np.array(jax.device_get(eval_step(params, frozen, batch)), np.float64)
-    loss_sum, weight_sum, correct_sum, trained_tokens = map(float, totals)
+    return totals
+
+
+def held_out_loss(sums: np.ndarray) -> dict[str, float]:
+    """Loss (nats per trained token, over all of them at once), perplexity and accuracy."""
+    loss_sum, weight_sum, correct_sum, trained_tokens = map(float, sums)
     loss = divide(loss_sum, weight_sum)
     return {
         "eval_loss": loss,
@@ -74,22 +90,27 @@ def held_out_loss(eval_step: Callable, params: Any, frozen: Any, loader: Loader,
     }
 
 
-def make_questions(conversations: Sequence[Conversation | Document], tokenizer: Any) -> list[Question]:
+def make_questions(items: Iterable[Item], encoder: ChatEncoder, *, most: int | None = None) -> list[Question]:
     """The prompts of those conversations that end with text of the assistant; plain text has none.
+
+    Args:
+        items: conversations, and what else rows may hold; read only until there are enough questions.
+        encoder: of the model.
+        most: so many questions at most.
 
     Raises:
         DataError: the chat template refuses a conversation.
     """
-    questions = []
-    for conversation in conversations:
-        if isinstance(conversation, Document):
+    questions: list[Question] = []
+    for conversation in items:
+        if len(questions) == most:
+            break
+        if not isinstance(conversation, Conversation):
             continue
         *earlier, last = conversation.messages
         if last["role"] != "assistant" or not last.get("content") or not earlier:
             continue
-        tokens = prompt_tokens(
-            earlier, tokenizer, tools=conversation.tools, template_kwargs=conversation.template_kwargs
-        )
+        tokens = encoder.prompt(earlier, tools=conversation.tools, template_kwargs=conversation.template_kwargs)
         said = " | ".join(f"{message['role']}: {message.get('content') or ''}" for message in earlier)
         questions.append(Question(said, tokens, last["content"].strip()))
     return questions
@@ -124,39 +145,55 @@ class Examiner:
         model: Model,
         frozen: Any,
         mesh: Mesh,
-        loader: Loader,
-        questions: Sequence[Question],
+        sets: Sequence[HeldOut],
         tokenizer: OpenTokenizer,
     ) -> None:
         self._config, self._frozen, self._mesh = config, frozen, mesh
-        self._loader, self._questions, self._tokenizer = loader, questions, tokenizer.tokenizer
+        self._sets, self._tokenizer = sets, tokenizer.tokenizer
         self._eval_step = make_eval_step(model, frozen, mesh)
         self._generator = Generator(model, mesh, stop_ids=tokenizer.stops)
 
     def examine(self, params: Any) -> Result:
         """Measures the loss and, where samples or exact match are asked for, answers questions greedily."""
-        metrics = held_out_loss(self._eval_step, params, self._frozen, self._loader, self._mesh)
-        answers = answer_questions(self._questions, self._generator, params, self._tokenizer, self._config)
-        metrics |= exact_match(answers) if self._config.exact_match else {}
-        return Result(metrics, answers[: self._config.samples])
+        all_sums, all_answers = np.zeros(len(LossSums._fields)), []
+        each: dict[str, float] = {}
+        samples = {}
+        for name, loader, questions in self._sets:
+            sums = held_out_sums(self._eval_step, params, self._frozen, loader, self._mesh)
+            answers = answer_questions(questions, self._generator, params, self._tokenizer, self._config)
+            all_sums += sums
+            all_answers += answers
+            each |= {f"{key}/{name}": value for key, value in self._metrics(sums, answers).items()}
+            samples[name] = answers[: self._config.samples]
+        return Result(self._metrics(all_sums, all_answers) | (each if len(self._sets) > 1 else {}), samples)
+
+    def _metrics(self, sums: np.ndarray, answers: Sequence[Answer]) -> dict[str, float]:
+        return held_out_loss(sums) | (exact_match(answers) if self._config.exact_match else {})
 
 
 def describe(result: Result) -> str:
     """The lines that a user sees of an evaluation."""
-    metrics = result.metrics
-    text = (
-        f"held-out loss {metrics['eval_loss']:.4f}  perplexity {metrics['eval_perplexity']:.4g}  "
-        f"accuracy {metrics['eval_accuracy']:.1%}"
-    )
-    if "eval_exact_match" in metrics:
-        text += f"  exact match {metrics['eval_exact_match']:.1%}"
-    for answer in result.samples:
-        ending = "" if answer.stopped else "  (did not stop)"
-        text += (
-            f"\n  prompt    {_one_line(answer.question.prompt)}\n  answer    {_one_line(answer.text)}{ending}"
-            f"\n  expected  {_one_line(answer.question.expected)}"
-        )
+    several = len(result.samples) > 1
+    text = f"held-out {_figures(result.metrics, '')}"
+    for name, answers in result.samples.items():
+        if several:
+            text += f"\n  {name}: {_figures(result.metrics, f'/{name}')}"
+        for answer in answers:
+            ending = "" if answer.stopped else "  (did not stop)"
+            text += (
+                f"\n  prompt    {_one_line(answer.question.prompt)}\n  answer    {_one_line(answer.text)}{ending}"
+                f"\n  expected  {_one_line(answer.question.expected)}"
+            )
     return text
+
+
+def _figures(metrics: dict[str, float], suffix: str) -> str:
+    text = (
+        f"loss {metrics[f'eval_loss{suffix}']:.4f}  perplexity {metrics[f'eval_perplexity{suffix}']:.4g}  "
+        f"accuracy {metrics[f'eval_accuracy{suffix}']:.1%}"
+    )
+    matched = f"eval_exact_match{suffix}"
+    return text + (f"  exact match {metrics[matched]:.1%}" if matched in metrics else "")
 
 
 def _one_line(text: str, width: int = 200) -> str:

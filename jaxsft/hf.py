@@ -4,6 +4,7 @@ In: a folder or hub id. Out: what transformers would read of it, with errors tha
 run a folder that transformers opens. The weights themselves are `weights.py`'s.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
+from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
+from jaxsft.data.template import check_template
 from jaxsft.model.decoder import DecoderConfig
 from jaxsft.weights import DTYPES, dump_json, load_json, write_weights
 
@@ -67,11 +70,22 @@ def load_generation_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
-    """The fast tokenizer of a folder or hub id, its chat template replaced by the file `chat_template` if given.
+    """The fast tokenizer of a folder or hub id, its chat template replaced if another is given.
+
+    Tokens that the template needs are not added here; `pretrained.open_tokenizer` does that.
+
+    Args:
+        path: folder or hub id.
+        chat_template: the name of a template of ours, or else a Jinja file.
 
     Raises:
-        ConfigError: no tokenizer there, one without a `tokenizer.json`, or an unreadable template file.
+        ConfigError: no tokenizer there, one without a `tokenizer.json`, or neither a template of ours nor a file.
     """
+    return load_tokenizer_and_own_template(path, chat_template)[0]
+
+
+def load_tokenizer_and_own_template(path: str, chat_template: str | None) -> tuple[Any, str | None]:
+    """As `load_tokenizer`, and the chat template that the tokenizer came with."""
     folder = model_folder(path, weights=False)
     import transformers
 
@@ -81,27 +95,45 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
         raise ConfigError(f"{folder}: no tokenizer could be loaded: {type(error).__name__}: {error}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed")
+    own_template = tokenizer.chat_template
+    if isinstance(own_template, dict):  # several by name; they are looked through, not chosen from
+        own_template = "\n".join(own_template.values())
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = pathlib.Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{chat_template}: not readable as a chat template: {error}") from None
+        tokenizer.chat_template = read_chat_template(chat_template)
     _check_template(tokenizer, chat_template or str(folder))
-    return tokenizer
+    return tokenizer, own_template
+
+
+def read_chat_template(name: str) -> str:
+    """The template of ours that has this name, or else the text of the file.
+
+    Raises:
+        ConfigError: neither; with the nearest name.
+    """
+    if name in NAMED_TEMPLATES:
+        return template_text(name)
+    try:
+        return pathlib.Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"data.chat_template: {name}: not readable as a chat template: {error}; nor is it the name of one of ours "
+            f"({', '.join(NAMED_TEMPLATES)}){hint}"
+        ) from None
 
 
 def _check_template(tokenizer: Any, where: str) -> None:
-    """A template that is no Jinja fails for every conversation alike: said once, here."""
-    import jinja2
+    """A template is a program of someone else's: it is tried in a process of its own before it is used here.
 
-    if tokenizer.chat_template is None:
-        return
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a question"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{where}: the chat template is not Jinja: line {error.lineno}: {error.message}") from None
-    except Exception:  # what it has against this one message is said of the rows that meet it
-        return
+    Raises:
+        ConfigError: it is no Jinja, or takes more time or memory than any template should.
+    """
+    templates = tokenizer.chat_template or {}
+    variables = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    for source in templates.values() if isinstance(templates, dict) else [templates]:
+        if problem := check_template(source, variables):
+            raise ConfigError(f"{where}: the chat template {problem}")
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -113,13 +145,14 @@ def tokenizer_key(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
 
 
-def check_vocabulary(tokenizer: Any, config: DecoderConfig) -> None:
-    """Refuses a tokenizer whose ids the model has no embedding for.
+def check_vocabulary(tokenizer: Any, config: DecoderConfig, *, added: Sequence[str] = ()) -> None:
+    """Refuses a tokenizer whose ids the model has no embedding for, but for tokens that we added ourselves.
 
     Raises:
         ConfigError: with the token and both numbers.
     """
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    given = ((token, id) for token, id in tokenizer.get_vocab().items() if token not in added)
+    token, largest = max(given, key=lambda item: item[1])
     if largest >= config.vocab_size:
         raise ConfigError(
             f"the tokenizer does not fit the model: its token {token!r} has id {largest}, but the model's vocab_size "

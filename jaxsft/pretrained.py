@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsft import hf
+from jaxsft import hf, special_tokens
 from jaxsft.config import ConfigError, ModelConfig
 from jaxsft.data import chat
 from jaxsft.mesh import shardings
@@ -21,6 +21,9 @@ from jaxsft.model.families import family as family_of
 from jaxsft.step import Model, abstract_model, random_params
 from jaxsft.weights import check_weights
 from jaxsft.weights import load_params as read_params
+
+VOCAB_MULTIPLE = 128
+"""Sizes to which a vocabulary grows: any usual mesh can cut them, and matmuls like them."""
 
 
 class OpenTokenizer(NamedTuple):
@@ -31,6 +34,10 @@ class OpenTokenizer(NamedTuple):
     """Changes when anything changes that determines the tokens."""
     stops: Sequence[int]
     """Ids that end an answer."""
+    added_tokens: tuple[str, ...] = ()
+    """Tokens that the chat template needs and the tokenizer lacked; the model's rows for them are new."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 class Pretrained(NamedTuple):
@@ -43,15 +50,30 @@ class Pretrained(NamedTuple):
     make_decoder: Callable[[nnx.Rngs], Decoder]
     model: Model
     config: ModelConfig
+    stored_vocab_size: int
+    """Rows of the vocabulary in the folder; `decoder_config` has more where added tokens ask for them."""
+    new_ids: tuple[int, ...] = ()
+    """Ids of added tokens, whose rows begin as the mean of the folder's."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
 
 
 def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> OpenTokenizer:
     """The tokenizer of a model, and the ids that end its answers.
 
+    Args:
+        config: where it lies.
+        chat_template: a template of ours, or a file, in place of its own; what it needs is added to the tokenizer.
+
     Raises:
         ConfigError: no tokenizer there, or no stop token at all, so that the model could never learn to stop.
     """
-    tokenizer = hf.load_tokenizer(config.tokenizer or config.path, chat_template)
+    tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
+    added: tuple[str, ...] = ()
+    notes: list[str] = []
+    if chat_template is not None:
+        added = special_tokens.add_missing_tokens(tokenizer, chat_template, own_template=own_template)
+        notes = special_tokens.describe_added(tokenizer, chat_template, added)
     folder = hf.model_folder(config.path, weights=False)
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     stops = chat.stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
@@ -60,11 +82,14 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
             f"{config.tokenizer or config.path}: no stop token: the tokenizer has no eos_token, and neither "
             "generation_config.json nor the chat template names one; set eos_token in tokenizer_config.json"
         )
-    return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops)
+    return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
 
 
 def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
-    """The structure of a model; its weight files are compared with it, but not read.
+    """The structure of a model; its weight files are compared with it, but not read, except for a few rows.
+
+    Where the tokenizer has got new tokens, they take the rows that the model has to spare; if these do not suffice, its
+    vocabulary grows to a multiple of 128.
 
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
@@ -74,7 +99,12 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     hf_config = hf.load_hf_config(folder)
     family = family_of(hf_config)
     decoder_config = family.decoder_config(hf_config)
-    hf.check_vocabulary(tokenizer.tokenizer, decoder_config)
+    hf.check_vocabulary(tokenizer.tokenizer, decoder_config, added=tokenizer.added_tokens)
+    stored_vocab_size = decoder_config.vocab_size
+    new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
+    if max(new_ids, default=0) >= stored_vocab_size:
+        hf_config = hf_config | {"vocab_size": -(-(max(new_ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE}
+        decoder_config = family.decoder_config(hf_config)
     hf.export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
     compute_dtype = config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
@@ -88,9 +118,53 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         )
 
     model = abstract_model(make_decoder)
+    notes: list[str] = []
     if config.weights == "pretrained":
-        check_weights(folder, family, model.params)
-    return Pretrained(folder, hf_config, family, decoder_config, make_decoder, model, config)
+        check_weights(folder, family, model.params, stored_vocab_size=stored_vocab_size)
+        notes = _vocabulary_notes(folder, family, model, tokenizer, stored_vocab_size, new_ids)
+    return Pretrained(
+        folder,
+        hf_config,
+        family,
+        decoder_config,
+        make_decoder,
+        model,
+        config,
+        stored_vocab_size=stored_vocab_size,
+        new_ids=new_ids,
+        notes=tuple(notes),
+    )
+
+
+def _vocabulary_notes(
+    folder: pathlib.Path,
+    family: ModuleType,
+    model: Model,
+    tokenizer: OpenTokenizer,
+    stored_vocab_size: int,
+    new_ids: Sequence[int],
+) -> list[str]:
+    """What the user should know of the rows that the chat template's tokens have in the model."""
+    notes = []
+    vocab_size = model.params["embed_tokens"]["weight"].shape[0]
+    if vocab_size > stored_vocab_size:
+        notes.append(
+            f"the model's vocabulary grows from {stored_vocab_size} to {vocab_size} rows, a multiple of "
+            f"{VOCAB_MULTIPLE}; the new rows begin as the mean of the old ones"
+        )
+    elif new_ids:
+        notes.append(
+            f"the {len(new_ids)} added tokens take rows that the model had to spare, beginning as the mean of all rows"
+        )
+    old_ids = [*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)]
+    untrained = special_tokens.untrained_tokens(
+        folder,
+        family,
+        model.params,
+        tokenizer=tokenizer.tokenizer,
+        ids=[id for id in old_ids if id not in new_ids],
+    )
+    return notes + special_tokens.describe_untrained(tokenizer.tokenizer, untrained)
 
 
 def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
@@ -98,7 +172,14 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     if pretrained.config.weights == "random":
         return random_params(pretrained.make_decoder, mesh, seed=seed)
     abstract = pretrained.model.params
-    return read_params(pretrained.folder, pretrained.family, abstract=abstract, shardings=shardings(mesh, abstract))
+    return read_params(
+        pretrained.folder,
+        pretrained.family,
+        abstract=abstract,
+        shardings=shardings(mesh, abstract),
+        stored_vocab_size=pretrained.stored_vocab_size,
+        mean_rows=pretrained.new_ids,
+    )
 
 
 def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, folder: pathlib.Path) -> None:

@@ -8,13 +8,17 @@ really trained. Needs neither the weights of a model nor an accelerator.
 import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jaxsft.batch import Batch
 from jaxsft.data.chat import Tokenizer
-from jaxsft.data.loader import Loader, Prepared
+from jaxsft.data.lengths import TOO_LONG
+from jaxsft.data.loader import Loader
+from jaxsft.data.mixture import Dataset
+from jaxsft.data.portions import merged_reports
+from jaxsft.data.stream import StreamLoader
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,8 +104,8 @@ class Preview(NamedTuple):
 
 
 def make_preview(
-    loader: Loader,
-    prepared: Prepared,
+    loader: Loader | StreamLoader,
+    prepared: Dataset,
     tokenizer: Tokenizer,
     *,
     stops: Sequence[int],
@@ -143,7 +147,7 @@ def make_preview(
         tuple(rows),
         _headline(loader, prepared, seq_len),
         _facts(loader, prepared, batch),
-        _drops(prepared.report, seq_len),
+        _drops(prepared, seq_len),
         _length_bars(prepared),
     )
 
@@ -162,7 +166,7 @@ def _segment(
     row: int,
     number: int,
     example: int,
-    prepared: Prepared,
+    prepared: Dataset,
     tokenizer: Tokenizer,
     stops: Sequence[int],
 ) -> Segment:
@@ -237,10 +241,11 @@ def _texts(tokens: Sequence[int], tokenizer: Tokenizer, special: set[int]) -> It
         context, done, pending = done, end, ""
 
 
-def _headline(loader: Loader, prepared: Prepared, seq_len: int) -> tuple[Fact, ...]:
-    report = prepared.report
+def _headline(loader: Loader | StreamLoader, prepared: Dataset, seq_len: int) -> tuple[Fact, ...]:
+    report = merged_reports([source.report for source in prepared.sources])
     examples, tokens, positions = report["examples"], report["tokens"], loader.num_rows * seq_len
-    dropped = f", {report['overlong_examples']:,} dropped" if report["overlong_examples"] else ", none dropped"
+    num_dropped = sum(each["examples"] for each in report["dropped"].values())
+    dropped = f", {num_dropped:,} dropped" if num_dropped else ", none dropped"
     return (
         Fact("Examples", f"{examples:,}", f"of {report['rows']:,} rows{dropped}"),
         Fact("Tokens", f"{tokens:,}", f"{tokens / examples:,.0f} per example on average"),
@@ -257,15 +262,15 @@ def _headline(loader: Loader, prepared: Prepared, seq_len: int) -> tuple[Fact, .
     )
 
 
-def _facts(loader: Loader, prepared: Prepared, batch: Batch) -> tuple[Fact, ...]:
-    report = prepared.report
+def _facts(loader: Loader | StreamLoader, prepared: Dataset, batch: Batch) -> tuple[Fact, ...]:
+    report = merged_reports([source.report for source in prepared.sources])
     positions = loader.num_rows * batch.tokens.shape[1]
     in_step = int(np.count_nonzero(batch.segment_ids))
     trained = int(np.count_nonzero(batch.loss_weights))
     step_padding = share(batch.tokens.size - in_step, batch.tokens.size)
     percentiles = " · ".join(f"{p}%: {length:,}" for p, length in report["length_percentiles"].items())
     facts = [
-        Fact("Source", str(report["source"])),
+        Fact("Source", report["path"]),
         Fact("Format", report["format"], report["format_reason"]),
         Fact("Columns ignored", ", ".join(report["columns_ignored"]) or "none"),
         Fact("Rows read", f"{report['rows']:,}"),
@@ -279,22 +284,25 @@ def _facts(loader: Loader, prepared: Prepared, batch: Batch) -> tuple[Fact, ...]
             f"{trained:,} trained ({share(trained, in_step)}), {step_padding} padding",
         ),
     ]
-    if report["straddling_tokens"]:
-        note = "trained tokens that begin in the prompt, before their turn does"
-        facts.append(Fact("Straddling tokens", f"{report['straddling_tokens']:,}", note))
+    facts += [Fact(name.replace("_", " ").capitalize(), f"{n:,}") for name, n in report["counts"].items()]
     return tuple(facts)
 
 
-def _drops(report: dict[str, Any], seq_len: int) -> tuple[Drop, ...]:
-    if not report["overlong_examples"]:
-        return ()
-    longest = report["longest"]["tokens"]
-    remedy = f"data.seq_len={longest} would keep all"
-    reason = f"more than data.seq_len = {seq_len:,} tokens"
-    return (Drop(reason, report["overlong_examples"], report["overlong_tokens"], remedy),)
+def _drops(prepared: Dataset, seq_len: int) -> tuple[Drop, ...]:
+    report = merged_reports([source.report for source in prepared.sources])
+    remedies = {TOO_LONG: f"data.seq_len={report['longest']['tokens']} would keep all"}
+    return tuple(
+        Drop(
+            f"{reason} ({seq_len:,})" if reason == TOO_LONG else reason,
+            n["examples"],
+            n["tokens"],
+            remedies.get(reason, ""),
+        )
+        for reason, n in report["dropped"].items()
+    )
 
 
-def _length_bars(prepared: Prepared) -> tuple[Bar, ...]:
+def _length_bars(prepared: Dataset) -> tuple[Bar, ...]:
     """At most 20 bars, each a power of two wide, and one for what was dropped."""
     longest = int(prepared.lengths.max())
     width = 1
@@ -303,8 +311,11 @@ def _length_bars(prepared: Prepared) -> tuple[Bar, ...]:
     bins = (prepared.lengths - 1) // width
     counts = np.bincount(bins)
     bars = [Bar(at * width + 1, (at + 1) * width, int(counts[at])) for at in range(int(bins.min()), len(counts))]
-    if prepared.report["overlong_examples"]:
-        bars.append(Bar(longest + 1, None, prepared.report["overlong_examples"]))
+    num_overlong = sum(
+        source.report["dropped"].get(TOO_LONG, {"examples": 0})["examples"] for source in prepared.sources
+    )
+    if num_overlong:
+        bars.append(Bar(longest + 1, None, num_overlong))
     return tuple(bars)
 
 

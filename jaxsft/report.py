@@ -1,6 +1,7 @@
 """What a run says about itself: the arithmetic before its first step, and pictures from its `metrics.jsonl`."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxsft.config import Config
 from jaxsft.data.loader import Loader
+from jaxsft.data.stream import StreamLoader
 from jaxsft.metrics import read_metrics
 from jaxsft.step import TrainState
 
@@ -18,50 +20,26 @@ INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
 def start_summary(
     config: Config,
     state: TrainState,
-    loader: Loader,
-    report: dict[str, Any],
+    loader: Loader | StreamLoader,
     mesh: Mesh,
     *,
     num_steps: int,
     max_position: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """What the user should know before the first step, with the arithmetic behind it."""
-    rows, seq_len = loader.shape
+    _, seq_len = loader.shape
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
     gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
-    fill = report["tokens"] / (loader.num_rows * seq_len)
-    dropped = (
-        f"{report['overlong_examples']:,} of more than {seq_len:,} tokens dropped "
-        f"({report['overlong_tokens']:,} tokens; the longest, {report['longest']['tokens']:,}, at "
-        f"{report['longest']['origin']})"
-        if report["overlong_examples"]
-        else "none dropped"
-    )
     lines = [
         (
             "model",
             f"{config.model.path}: {num_params:,} {config.model.weights} parameters in {config.model.param_dtype}",
         ),
-        ("rows", f"{config.data.train}: {report['rows']:,}, format {report['format']} ({report['format_reason']})"),
-        ("examples", f"{report['examples']:,} kept, {dropped}"),
-        (
-            "tokens",
-            f"{report['tokens']:,}, of which {report['trained_tokens']:,} are trained "
-            f"({report['trained_tokens'] / report['tokens']:.1%})",
-        ),
-        (
-            "packing",
-            f"{loader.num_rows:,} rows of {seq_len:,} tokens, {fill:.1%} full"
-            + ("" if config.data.packing else " (data.packing is off)"),
-        ),
-        (
-            "steps",
-            f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {loader.steps_per_epoch:,} make an epoch, "
-            f"{num_steps / loader.steps_per_epoch:.4g} epochs",
-        ),
+        *(_stream_lines(loader, num_steps) if isinstance(loader, StreamLoader) else _data_lines(loader, num_steps)),
         (
             "devices",
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {processes}",
@@ -72,14 +50,99 @@ def start_summary(
             "gradients per device, activations besides",
         ),
     ]
-    if report["columns_ignored"]:
-        lines.insert(2, ("ignored", f"columns {', '.join(report['columns_ignored'])}"))
-    longest = min(report["longest"]["tokens"], seq_len)
+    longest = seq_len
+    if isinstance(loader, Loader):
+        longest = min(max(source.report["longest"]["tokens"] for source in loader.dataset.sources), seq_len)
     if longest > max_position:
         lines.append(("WARNING", f"examples of up to {longest:,} tokens, but the model was made for {max_position:,}"))
+    lines += [("note", note) for note in dict.fromkeys(notes)]
     if int(state.step):
         lines.append(("continuing", f"from step {int(state.step):,}"))
     return "\n".join(f"{name:<11}{text}" for name, text in lines)
+
+
+def _data_lines(loader: Loader, num_steps: int) -> list[tuple[str, str]]:
+    """What the rows came to, source by source, and what a step and an epoch are made of."""
+    lines = []
+    dataset = loader.dataset
+    for source, size, draws in zip(dataset.sources, dataset.sizes, dataset.draws, strict=True):
+        lines += _source_lines(source.report)
+        if len(dataset.sources) > 1 or draws != size:
+            share = float(draws / sum(dataset.draws))
+            drawn = f"{float(draws):,.1f}".removesuffix(".0")
+            lines.append(
+                ("drawn", f"{drawn} per epoch ({share:.1%}), {float(draws / size):.4g} passes over the source")
+            )
+    rows, seq_len = loader.shape
+    lines.append(
+        (
+            "packing",
+            f"{loader.num_rows:,} rows of {seq_len:,} tokens, {loader.fill:.1%} full"
+            + ("" if loader.is_packed else " (data.packing is off)"),
+        )
+    )
+    per_epoch = f"{loader.steps_per_epoch:,} make {'an' if loader.is_same_each_epoch else 'the first'} epoch"
+    lines.append(
+        (
+            "steps",
+            f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens); {per_epoch}, "
+            f"{loader.epochs_done(num_steps):.4g} epochs",
+        )
+    )
+    return lines
+
+
+def _source_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    bad = sum(report["bad_rows"].values())
+    by_code = ", ".join(f"{count:,} {code}" for code, count in report["bad_rows"].items())
+    lost = [
+        f"{each['examples']:,} dropped as {reason} ({each['tokens']:,} tokens)"
+        for reason, each in _items(report, "dropped")
+    ]
+    lost += [f"{each['examples']:,} {reason} ({each['tokens']:,} tokens)" for reason, each in _items(report, "cut")]
+    longest = report["longest"]
+    if lost:
+        lost.append(f"the longest has {longest['tokens']:,} tokens, at {longest['origin']}")
+    trained = report["trained_tokens"]
+    lines = [("rows", f"{report['path']}: {report['rows']:,}, format {report['format']} ({report['format_reason']})")]
+    if report["columns_ignored"]:
+        lines.append(("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    if bad:
+        lines.append(("WARNING", f"{bad:,} bad rows left out: {by_code}"))
+    lines += [
+        ("examples", f"{report['examples']:,} kept, {'; '.join(lost) or 'none dropped'}"),
+        (
+            "tokens",
+            f"{report['tokens']:,}, of which {trained:,} are trained ({trained / report['tokens']:.1%}); "
+            f"lengths {', '.join(f'{length:,} ({p}%)' for p, length in report['length_percentiles'].items())}",
+        ),
+    ]
+    lines += [("counted", f"{count:,} {name.replace('_', ' ')}") for name, count in report["counts"].items()]
+    return lines
+
+
+def _stream_lines(loader: StreamLoader, num_steps: int) -> list[tuple[str, str]]:
+    """What is known of rows before they are read."""
+    lines = []
+    for report in loader.described:
+        lines.append(("stream", f"{report['path']}: format {report['format']} ({report['format_reason']})"))
+        if report["columns_ignored"]:
+            lines.append(("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    rows, seq_len = loader.shape
+    lines.append(("steps", f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens)"))
+    return lines
+
+
+def describe_lost(lost: Mapping[str, int]) -> str:
+    """What of a stream was left out so far, from `StreamLoader.rows_so_far`."""
+    words = {"stream_bad_rows": "bad", "stream_dropped_examples": "dropped:", "stream_cut_examples": "cut:"}
+    return ", ".join(
+        f"{n:,} {words[kind]} {reason}" for (kind, reason), n in ((k.split("/", 1), n) for k, n in lost.items())
+    )
+
+
+def _items(report: dict[str, Any], key: str) -> Iterable[tuple[str, dict[str, int]]]:
+    return report[key].items()
 
 
 def _shard_bytes(leaf: jax.Array) -> int:
@@ -103,6 +166,9 @@ def plot_run(folder: epath.Path) -> epath.Path:
     held_out = _series(lines, "eval_loss")
     if held_out[0]:
         loss.plot(*held_out, color=HELD_OUT, marker="o", markersize=4, label="held-out")
+    for name in dict.fromkeys(key.removeprefix("eval_loss/") for line in lines for key in line if "eval_loss/" in key):
+        points = _series(lines, f"eval_loss/{name}")
+        loss.plot(*points, marker=".", markersize=4, linewidth=0.8, alpha=0.8, label=f"held-out: {name}")
     loss.set_ylabel("loss (nats per trained token)")
     loss.set_ylim(bottom=0)
     loss.legend(frameon=False)

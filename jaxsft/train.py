@@ -5,30 +5,37 @@ are trained in `data/`, what a step computes in `step.py`, what a checkpoint pro
 """
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import yaml
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft.batch import Batch
 from jaxsft.checkpoint import Checkpointer, StopSignal, claim_run_folder
-from jaxsft.config import Config, ConfigError, config_changes, dump_config
-from jaxsft.data.formats import load_conversations
-from jaxsft.data.loader import Loader, Prepared, prefetch, prepare
-from jaxsft.evaluate import Examiner, describe, make_questions
+from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dump_config
+from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.loader import Loader, prefetch
+from jaxsft.data.mixture import Dataset, check_weights, make_dataset
+from jaxsft.data.prepare import prepare, read_items
+from jaxsft.data.stream import StreamLoader
+from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, summarise
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.preview import make_preview
 from jaxsft.preview_page import write_html
-from jaxsft.report import plot_run, start_summary
+from jaxsft.report import describe_lost, plot_run, start_summary
 from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
 
 DONE, STOPPED = 0, 75
@@ -44,56 +51,68 @@ def train(config: Config) -> int:
     """
     console = Console()
     folder = run_folder(config)
+    config = resolve_date(config, folder)
     mesh = make_mesh(config.mesh)
 
     # What is trained, and on what.
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
     pretrained = open_model(config.model, tokenizer)
     num_microbatches = _check_batch(config, pretrained, mesh)
-    data = prepare_data(config, tokenizer, config.data.train)
-    loader = make_loader(config, data)
-    # Rounded first: 1.1 * 50 is a little more than 55 in floating point.
-    num_steps = config.train.steps or math.ceil(round(config.train.epochs * loader.steps_per_epoch, 6))
+    encoder = make_encoder(config, tokenizer)
+    loader = make_loader(config, tokenizer, encoder, say=console.say)
+    num_steps = config.train.steps or loader.num_steps(config.train.epochs)
     frozen: Any = nnx.State({})
-    examiner = make_examiner(config, tokenizer, pretrained, mesh)
-    claim_run_folder(folder, _fingerprint(config, data, pretrained))
+    examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, say=console.say)
+    claim_run_folder(folder, _fingerprint(config, loader, pretrained))
+    if isinstance(loader, StreamLoader):
+        loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say)
-    with contextlib.closing(checkpointer), contextlib.closing(console), StopSignal() as stop:
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(checkpointer),
+        contextlib.closing(console),
+        StopSignal() as stop,
+    ):
         # The state: where a former start of this run left off, or the weights to begin with.
         state: Any = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
         if state is None:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
+        notes = [*tokenizer.notes, *pretrained.notes, *encoder.notes]
         max_position = pretrained.decoder_config.max_position
         console.say(
-            start_summary(config, state, loader, data.report, mesh, num_steps=num_steps, max_position=max_position)
+            start_summary(config, state, loader, mesh, num_steps=num_steps, max_position=max_position, notes=notes)
         )
         if first >= num_steps and (folder / "export").exists():
             console.say(f"this run is finished; its model is in {folder / 'export'}")
             return DONE
-        _describe_run(folder, config, loader, data, tokenizer, console)
+        _describe_run(folder, config, loader, tokenizer, console)
 
         train_step = make_train_step(
             pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
         )
         metrics_file = MetricsFile(folder / "metrics.jsonl", step=first)
         totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
+        lost: dict[str, int] = {}
         speedometer = Speedometer(**_flop_sizes(pretrained))
         watch = Stopwatch()
         window: list[StepMetrics] = []
 
         def report(done: int) -> None:
             """One line of metrics, over the steps since the last one."""
-            nonlocal totals
+            nonlocal totals, lost
             if not window:
                 return
             steps = jax.device_get(window)
             window.clear()
             line, totals = summarise(steps, totals, batch_positions=math.prod(loader.shape))
             line |= speedometer.read(steps, watch) | {"rows_crc": loader.rows_crc(done - len(steps), done)}
-            metrics_file.write({"step": done, "epoch": done / loader.steps_per_epoch} | line)
+            rows = loader.rows_so_far(done)
+            metrics_file.write({"step": done, "epoch": loader.epochs_done(done)} | line | rows)
             console.step(done, num_steps, line)
+            if lost != (lost := {name: count for name, count in rows.items() if "/" in name}):
+                console.say(f"of {rows['stream_rows']:,} rows read: " + describe_lost(lost))
 
         def evaluate(step: int, params: Any) -> float:
             if examiner is None:
@@ -156,49 +175,58 @@ def run_folder(config: Config) -> epath.Path:
     return epath.Path(config.run_dir).expanduser().resolve()
 
 
-def make_examiner(config: Config, tokenizer: OpenTokenizer, pretrained: Pretrained, mesh: Mesh) -> Examiner | None:
-    """What examines the states of this run on `data.eval`; None where there is none.
+def resolve_date(config: Config, folder: epath.Path) -> Config:
+    """The config with the day that templates see: that on which the run in `folder` began, else today, for all."""
+    if config.data.template_date is not None:
+        return config
+    today = datetime.date.today()
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        began = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        today = datetime.date.fromisoformat(str(began["data"]["template_date"]))
+    if jax.process_count() > 1:  # it may be midnight between two of them
+        today = datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(today.toordinal())))
+    data = config.data.model_copy(update={"template_date": today.isoformat()})
+    return config.model_copy(update={"data": data})
+
+
+def make_encoder(config: Config, tokenizer: OpenTokenizer) -> ChatEncoder:
+    """What makes examples of rows, for training and held-out ones alike.
 
     Raises:
-        DataError: the held-out rows are not usable.
+        DataError: the chat template cannot be trained on; says why, and what would help.
     """
-    if config.data.eval is None:
-        return None
-    data = prepare_data(config, tokenizer, config.data.eval, limit=config.eval.examples)
-    conversations = load_conversations(config.data.eval, format=config.data.format, limit=config.eval.examples)
-    rows = config.train.microbatch_size or config.train.batch_size
-    return Examiner(
-        config.eval,
-        model=pretrained.model,
-        frozen=nnx.State({}),
-        mesh=mesh,
-        loader=Loader(
-            data,
-            seq_len=config.data.seq_len,
-            batch_size=rows,
+    return ChatEncoder(tokenizer.tokenizer, config.data, tokenizer.stops)
+
+
+def make_loader(
+    config: Config,
+    tokenizer: OpenTokenizer,
+    encoder: ChatEncoder,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Loader | StreamLoader:
+    """The batches of the run, prepared or streamed.
+
+    Args:
+        config: of the run.
+        tokenizer: of the run.
+        encoder: of the run.
+        say: is told how far a long preparation is.
+
+    Raises:
+        DataError, ConfigError: the training rows are not usable.
+    """
+    if config.data.stream:
+        return StreamLoader(
+            config.data,
+            encoder,
+            tokenizer_files_key=tokenizer.key,
+            batch_size=config.train.batch_size,
             seed=config.seed,
-            packing=config.data.packing,
-            shuffle=False,
-        ),
-        questions=make_questions(conversations.conversations, tokenizer.tokenizer),
-        tokenizer=tokenizer,
-    )
-
-
-def prepare_data(config: Config, tokenizer: OpenTokenizer, source: str, *, limit: int | None = None) -> Prepared:
-    return prepare(
-        config.data,
-        source,
-        tokenizer.tokenizer,
-        tokenizer_files_key=tokenizer.key,
-        stops=tokenizer.stops,
-        limit=limit,
-    )
-
-
-def make_loader(config: Config, data: Prepared) -> Loader:
+        )
+    check_weights(config.data.train)  # before all of it is prepared
     return Loader(
-        data,
+        prepare_data(config, tokenizer, encoder, config.data.train, say=say),
         seq_len=config.data.seq_len,
         batch_size=config.train.batch_size,
         seed=config.seed,
@@ -206,7 +234,59 @@ def make_loader(config: Config, data: Prepared) -> Loader:
     )
 
 
-def _place_batch(loader: Loader, mesh: Mesh, step: int) -> Batch:
+def make_examiner(
+    config: Config,
+    tokenizer: OpenTokenizer,
+    encoder: ChatEncoder,
+    pretrained: Pretrained,
+    mesh: Mesh,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Examiner | None:
+    """What examines the states of this run on each set of `data.eval`; None where there is none.
+
+    Raises:
+        DataError: the held-out rows are not usable.
+    """
+    sets = []
+    for name, source in config.data.eval.items():
+        limit = config.eval.examples
+        loader = Loader(
+            prepare_data(config, tokenizer, encoder, [source], limit=limit, say=say),
+            seq_len=config.data.seq_len,
+            batch_size=config.train.microbatch_size or config.train.batch_size,
+            seed=config.seed,
+            packing=config.data.packing,
+            shuffle=False,
+        )
+        num_questions = None if config.eval.exact_match else config.eval.samples
+        items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
+        sets.append(HeldOut(name, loader, make_questions(items, encoder, most=num_questions)))
+    if not sets:
+        return None
+    return Examiner(
+        config.eval, model=pretrained.model, frozen=nnx.State({}), mesh=mesh, sets=sets, tokenizer=tokenizer
+    )
+
+
+def prepare_data(
+    config: Config,
+    tokenizer: OpenTokenizer,
+    encoder: ChatEncoder,
+    sources: Sequence[SourceConfig],
+    *,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Dataset:
+    """Some sources of the config as one dataset, each with at most `limit` rows."""
+    prepared = [
+        prepare(config.data, source, encoder, tokenizer_files_key=tokenizer.key, limit=limit, say=say)
+        for source in sources
+    ]
+    return make_dataset(prepared, sources)
+
+
+def _place_batch(loader: Loader | StreamLoader, mesh: Mesh, step: int) -> Batch:
     return put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
 
 
@@ -218,10 +298,10 @@ def _check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:
     return config.train.batch_size // rows
 
 
-def _fingerprint(config: Config, data: Prepared, pretrained: Pretrained) -> dict[str, Any]:
+def _fingerprint(config: Config, loader: Loader | StreamLoader, pretrained: Pretrained) -> dict[str, Any]:
     """What must be equal for a run to be continued: the data in its order, and the model."""
     model = json.dumps(pretrained.hf_config, sort_keys=True).encode()
-    return {f"data: {name}": value for name, value in data.report["fingerprint"].items()} | {
+    return loader.fingerprint | {
         "seed": config.seed,
         "data.packing": config.data.packing,
         "train.batch_size": config.train.batch_size,
@@ -231,7 +311,7 @@ def _fingerprint(config: Config, data: Prepared, pretrained: Pretrained) -> dict
 
 
 def _describe_run(
-    folder: epath.Path, config: Config, loader: Loader, data: Prepared, tokenizer: OpenTokenizer, console: Console
+    folder: epath.Path, config: Config, loader: Loader | StreamLoader, tokenizer: OpenTokenizer, console: Console
 ) -> None:
     """Writes the resolved config and the preview of the first batch; says what a continued run does otherwise now."""
     if jax.process_index() != 0:
@@ -241,7 +321,9 @@ def _describe_run(
         for change in config_changes(path.read_text(encoding="utf-8"), config):
             console.say(f"changed since this run began: {change}")
     path.write_text(dump_config(config), encoding="utf-8")
-    preview = make_preview(loader, data, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
+    if (folder / "preview.html").exists():
+        return  # of the first batch, which a stream would have to make again
+    preview = make_preview(loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
     write_html(preview, folder / "preview.html")
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -54,19 +54,22 @@ class Weight:
     stacked: bool
 
 
-def _weights(state: nnx.State, family: ModuleType) -> Iterator[tuple[Weight, nnx.Variable]]:
-    """The weights of a state, in the order of the family's table."""
+def _weights(
+    state: nnx.State, family: ModuleType, *, stored_vocab_size: int | None = None
+) -> Iterator[tuple[Weight, nnx.Variable]]:
+    """The weights of a state, in the order of the family's table; the files may have another vocabulary size."""
+    files = {} if stored_vocab_size is None else {"v": stored_vocab_size}
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     variables = {".".join(str(key.key) for key in path): variable for path, variable in leaves}
     assert variables.keys() <= family.WEIGHTS.keys(), variables.keys() - family.WEIGHTS.keys()
     for path, (name, layout) in family.WEIGHTS.items():
         if path in variables:
-            yield _join(path, variables[path], name, layout), variables[path]
+            yield _join(path, variables[path], name, layout, files), variables[path]
 
 
-def _join(path: str, variable: nnx.Variable, name: str, layout: str) -> Weight:
+def _join(path: str, variable: nnx.Variable, name: str, layout: str, files: dict[str, int]) -> Weight:
     axes = variable.get_metadata("axes").split()
-    sizes = dict(zip(axes, variable.shape, strict=True))
+    sizes = dict(zip(axes, variable.shape, strict=True)) | files
     stacked = "{l}" in name
     letters = layout.replace("(", " ").replace(")", " ").split()
     dims = axes[1:] if stacked else axes
@@ -101,7 +104,9 @@ class StoredTensor(NamedTuple):
     offset: int
 
 
-def check_weights(folder: pathlib.Path, family: ModuleType, abstract: nnx.State) -> dict[str, StoredTensor]:
+def check_weights(
+    folder: pathlib.Path, family: ModuleType, abstract: nnx.State, *, stored_vocab_size: int | None = None
+) -> dict[str, StoredTensor]:
     """Reads the headers of the folder's safetensors and compares them with the weights of a model.
 
     An `lm_head` beside tied embeddings and the rotary frequencies that old exports carry are passed over, as
@@ -109,6 +114,7 @@ def check_weights(folder: pathlib.Path, family: ModuleType, abstract: nnx.State)
 
     Args:
         abstract: the model's state; only shapes and axes are looked at.
+        stored_vocab_size: rows of the vocabulary in the files, where the model has more.
 
     Returns:
         Where each tensor lies, by name.
@@ -121,7 +127,7 @@ def check_weights(folder: pathlib.Path, family: ModuleType, abstract: nnx.State)
     # With a file unreadable, its tensors would all be reported missing, which they may not be.
     complete = not problems
     extra = dict(stored)
-    for weight, _ in _weights(abstract, family):
+    for weight, _ in _weights(abstract, family, stored_vocab_size=stored_vocab_size):
         for name in weight.names:
             tensor = extra.pop(name, None)
             if tensor is None:
@@ -139,7 +145,15 @@ def check_weights(folder: pathlib.Path, family: ModuleType, abstract: nnx.State)
     return stored
 
 
-def load_params(folder: pathlib.Path, family: ModuleType, *, abstract: nnx.State, shardings: nnx.State) -> nnx.State:
+def load_params(
+    folder: pathlib.Path,
+    family: ModuleType,
+    *,
+    abstract: nnx.State,
+    shardings: nnx.State,
+    stored_vocab_size: int | None = None,
+    mean_rows: Sequence[int] = (),
+) -> nnx.State:
     """Reads the weights of a model, each device's shard by itself, cast to the dtypes of `abstract`.
 
     Args:
@@ -147,6 +161,9 @@ def load_params(folder: pathlib.Path, family: ModuleType, *, abstract: nnx.State
         family: the module of the model's family.
         abstract: the state to fill: Variables of jax.ShapeDtypeStruct, with axes.
         shardings: the same tree of shardings (`mesh.shardings`).
+        stored_vocab_size: rows of the vocabulary in the files, where the model has more. Those that the files lack
+            begin as the mean of those that they have, in the embedding and in the unembedding, on any mesh the same.
+        mean_rows: rows of the files that begin as that mean too.
 
     Returns:
         A state like `abstract`, of jax.Arrays.
@@ -154,19 +171,22 @@ def load_params(folder: pathlib.Path, family: ModuleType, *, abstract: nnx.State
     Raises:
         ConfigError: as `check_weights`.
     """
-    stored = check_weights(folder, family, abstract)
-    weights = {weight.path: weight for weight, _ in _weights(abstract, family)}
+    stored = check_weights(folder, family, abstract, stored_vocab_size=stored_vocab_size)
+    weights = {weight.path: weight for weight, _ in _weights(abstract, family, stored_vocab_size=stored_vocab_size)}
 
     def load(path: Any, variable: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
         weight = weights[".".join(str(key.key) for key in path)]
         tensors = [stored[name] for name in weight.names]
+        is_vocabulary = variable.get_metadata("axes").startswith("v ")
         shards: dict[Any, np.ndarray] = {}
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             # Devices that hold copies of one shard share one read.
             bounds = tuple(each.indices(size)[:2] for each, size in zip(index, variable.shape, strict=True))
-            if bounds not in shards:
+            if bounds not in shards and is_vocabulary:
+                shards[bounds] = _read_rows(weight, tensors[0], bounds, mean_rows, np.dtype(variable.dtype))
+            elif bounds not in shards:
                 shards[bounds] = _read_shard(weight, tensors, index, np.dtype(variable.dtype))
             return shards[bounds]
 
@@ -186,6 +206,56 @@ def _read_shard(weight: Weight, tensors: list[StoredTensor], index: tuple[slice,
     for out, layer in zip(shard, layers, strict=True):
         out[...] = layer
     return shard
+
+
+def _read_rows(
+    weight: Weight,
+    tensor: StoredTensor,
+    bounds: tuple[tuple[int, int], tuple[int, int]],
+    mean_rows: Sequence[int],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """A slice of a table [V, D]; rows of `mean_rows`, and those beyond the file's, are the mean of all its rows."""
+    (first, last), columns = bounds
+    stored = weight.file_shape[0]
+    shard = np.empty((last - first, columns[1] - columns[0]), dtype)
+    held = read_slice(weight, tensor, (slice(first, min(last, stored)), slice(*columns)))
+    shard[: len(held)] = held
+    new = [row - first for row in {*mean_rows, *range(max(first, stored), last)} if first <= row < last]
+    if new:
+        shard[new] = _row_mean(read_slice(weight, tensor, (slice(None), slice(*columns)))).astype(dtype)
+    return shard
+
+
+def _row_mean(table: np.ndarray, *, chunk: int = 1024) -> np.ndarray:
+    """float64 mean of the rows of a table [V, D], a few rows in memory at a time.
+
+    Added one row after the other, so that a column's mean is the same to the bit whichever columns stand beside it.
+    """
+    total = np.zeros((1, table.shape[1]), np.float64)
+    for at in range(0, len(table), chunk):
+        rows = np.concatenate([total, table[at : at + chunk].astype(np.float64)])
+        total = np.add.accumulate(rows, axis=0)[-1:]
+    return total[0] / len(table)
+
+
+def vocabulary_tables(folder: pathlib.Path, family: ModuleType, abstract: nnx.State) -> dict[str, np.ndarray]:
+    """The embedding and, if it is another tensor, the unembedding, by tensor name: memory maps [V, D], not yet read.
+
+    Raises:
+        ConfigError: unreadable files.
+    """
+    problems: list[str] = []
+    stored = _read_headers(folder, problems)
+    if problems:
+        raise ConfigError(_report("the model's weights:", problems))
+    tables = {}
+    for weight, variable in _weights(abstract, family):
+        (name, *_) = weight.names
+        if variable.get_metadata("axes") == "v d":
+            tensor = stored[name]
+            tables[name] = np.memmap(tensor.file, tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+    return tables
 
 
 def read_slice(weight: Weight, tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxsft import hf, weights
 from jaxsft.config import ConfigError, MeshConfig
+from jaxsft.data.named_templates import template_text
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import family
@@ -213,6 +214,40 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+# Chat templates.
+
+
+def test_a_chat_template_is_one_of_ours_by_name_or_else_a_file(folder, tmp_path, monkeypatch):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}")
+    assert hf.load_tokenizer(str(folder), str(template)).chat_template == "{{ messages[0].content }}"
+    assert hf.load_tokenizer(str(folder), "zephyr").chat_template == template_text("zephyr")
+    # The name goes first, wherever the command is run.
+    (tmp_path / "zephyr").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    assert hf.read_chat_template("zephyr") == template_text("zephyr")
+    assert hf.read_chat_template("./zephyr") == "another"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("chatlm", "did you mean chatml"), ("Llama-3", "did you mean llama3"), ("a/b.jinja", "plain\\)$")],
+)
+def test_a_template_that_is_neither_is_refused_with_the_names_of_ours(name, hint, folder):
+    with pytest.raises(ConfigError, match=f"{name}: not readable as a chat template.*one of ours .chatml, .*{hint}"):
+        hf.load_tokenizer(str(folder), name)
+
+
+def test_a_template_that_is_no_jinja_or_never_ends_is_refused_before_it_is_used(folder, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}")
+    with pytest.raises(ConfigError, match="template.jinja: the chat template is not Jinja: line 1"):
+        hf.load_tokenizer(str(folder), str(template))
+    template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(ConfigError, match="template.jinja: the chat template takes more than"):
+        hf.load_tokenizer(str(folder), str(template))
+
+
 # Bad input.
 
 
@@ -289,6 +324,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(tok
     hf.check_vocabulary(tokenizer, MODULE.decoder_config({**CONFIG, "vocab_size": 304}))
     with pytest.raises(ConfigError, match="id 303, but the model's vocab_size is 300"):
         hf.check_vocabulary(tokenizer, MODULE.decoder_config({**CONFIG, "vocab_size": 300}))
+    # Tokens that we added ourselves need no row yet.
+    hf.check_vocabulary(tokenizer, MODULE.decoder_config({**CONFIG, "vocab_size": 303}), added=["w299"])
 
 
 def test_a_tokenizer_s_key_changes_with_its_tokens_only(tokenizer, tmp_path):

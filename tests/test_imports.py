@@ -8,7 +8,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 LAYERS = [
     {"config", "batch", "mesh"},
     {"data", "model", "loss", "metrics"},
-    {"hf", "weights", "optim", "step"},
+    {"hf", "weights", "special_tokens", "optim", "step"},
     {"pretrained", "checkpoint", "generate", "evaluate", "preview", "preview_page", "report"},
     {"train", "converse"},
     {"cli"},

@@ -1,39 +1,40 @@
 """Conversation and tokenizer to examples: the tokens of the chat template, and a weight on what the model must produce.
 
-The conversation is rendered once, and the tokens are those of that text. Where an assistant turn begins is where the
-prompt ends that the model is given at inference: `render(messages[:i], add_generation_prompt=True)`, which must be a
-literal prefix of the text. It ends with the stop token that follows its content. A turn for which this cannot be
-shown is an error and never a guess. The template may be any Jinja program; none of its markup is known here.
-
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
-                                                          ^^^^^^^^^^^^^^^      trained
+`turns.py` says which characters are trained, `control.py` which tokens they are; here both meet. For every conversation
+the text is compared with what transformers renders, so that nothing rests on our rendering being right.
 """
 
-import itertools
+import datetime
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsft.batch import Example
 from jaxsft.config import DataConfig
-from jaxsft.data.formats import Conversation, Document, Message
-from jaxsft.data.sources import DataError, bad_rows
-
-Tokenizer = Any  # A fast transformers tokenizer; transformers is too slow to import for a type.
-
-
-class MaskError(DataError):
-    """It cannot be shown which tokens of a conversation the model must produce; says why, and what would help."""
-
-    code = "mask"
-
+from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
+from jaxsft.data.provenance import TEMPLATE
+from jaxsft.data.sources import DataError
+from jaxsft.data.template import (
+    GENERATED,
+    ChatTemplate,
+    Source,
+    TemplateError,
+    check_template,
+    number_sources,
+)
+from jaxsft.data.turns import MaskError, Turn, TurnFinder, View, fitted, habits_of
 
 WRITERS = ("template", "system", "user", "assistant", "tool", "other")
 """Who wrote the characters of a token."""
+
+TRUSTED_ROLES = (
+    "system", "developer", "user", "assistant", "tool",
+    "environment", "function", "human", "ipython", "model", "observation",
+)  # fmt: skip
+"""Role words that may be part of a control token, as in `<|user|>`; another one can only be text."""
 
 
 class Encoded(NamedTuple):
@@ -41,7 +42,7 @@ class Encoded(NamedTuple):
 
     example: Example
     writers: np.ndarray
-    """uint8 [T]: who wrote each token, an index into `WRITERS`; the template where it shares a token with others."""
+    """uint8 [T]: who wrote the last character of each token, an index into `WRITERS`."""
     turn_ends: np.ndarray
     """int32 [turns]: for each trained turn, the index after its stop token; ascending."""
     is_text: bool
@@ -53,28 +54,304 @@ class Encoded(NamedTuple):
 
 
 class ChatEncoder:
-    """THIN VERSION, replaced soon: conversations to examples."""
+    """Conversations to examples, for one tokenizer and one set of options; picklable."""
 
     def __init__(self, tokenizer: Tokenizer, config: DataConfig, stops: Sequence[int]) -> None:
-        self._tokenizer, self._train_on, self._stops = tokenizer, str(config.train_on), list(stops)
-        self._vocabulary = _vocabulary(tokenizer, stops)
-        self.notes: list[str] = []
-        self.settings = {"train_on": config.train_on, "stops": list(stops), "chat_template": tokenizer.chat_template}
+        """
+        Args:
+            tokenizer: a fast one, with its chat template.
+            config: the data section.
+            stops: what `stop_ids` says.
 
-    def encode(self, items: Sequence[Conversation | Document]) -> list[list[Encoded] | MaskError]:
-        results: list[list[Encoded] | MaskError] = []
-        for item, found in zip(
-            items, _encode_chunk(items, self._tokenizer, self._vocabulary, self._train_on), strict=True
-        ):
-            if isinstance(found, MaskError):
-                results.append(found)
-                continue
-            weights = found.example.loss_weights
-            ends = np.nonzero(np.isin(found.example.tokens, self._stops) & (weights > 0))[0] + 1
-            results.append(
-                [found._replace(turn_ends=ends.astype(np.int32), is_text=isinstance(item, Document))]
+        Raises:
+            DataError: the tokenizer is not fast, or its template is no program that can be run.
+        """
+        self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
+        self._template_kwargs = config.chat_template_kwargs
+        self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
+        self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
+        today = datetime.date.fromisoformat(config.template_date) if config.template_date else None
+        self._template = open_template(tokenizer, today=today)
+        self._clock = open_template(tokenizer) if self._template and self._template.asks_for_date else None
+        self._finder = None
+        if self._template is not None:
+            self._finder = TurnFinder(
+                self._template,
+                stop_texts=[_content(tokenizer, id) for id in stops],
+                train_on=config.train_on,
+                train_reasoning=config.train_reasoning,
+                unroll=config.unroll,
+                name=template_name(tokenizer),
             )
+        self.notes = self._make_notes(config)
+        self.settings = {
+            "chat_template": tokenizer.chat_template,
+            "chat_template_kwargs": config.chat_template_kwargs,
+            "template_date": config.template_date if self._clock else None,
+            "stops": list(map(int, stops)),
+            "train_on": config.train_on,
+            "train_reasoning": config.train_reasoning,
+            "unroll": config.unroll,
+            "control_tokens": config.control_tokens,
+            "trusted_roles": sorted(self._trusted_roles),
+        }
+
+    def _make_notes(self, config: DataConfig) -> list[str]:
+        """What a user should know about the template, in sentences."""
+        if self._finder is None:
+            return []
+        habits, notes = self._finder.habits, []
+        if habits.ignores_prompt and habits.header.strip():
+            notes.append(
+                f"the chat template ignores add_generation_prompt; its header {habits.header!r} is not trained and must "
+                f"be given to the model by whoever asks it"
+            )
+        if not self._finder.writes_stop:
+            stop = _content(self._tokenizer, int(self._stops[0])) if len(self._stops) else "none"
+            notes.append(f"the chat template writes no stop token after an answer; {stop!r} is appended and trained")
+        if self._clock is not None:
+            notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")
+        if habits.takes_blocks:
+            notes.append("the chat template takes content as a list of text blocks, and is given that")
+        if habits.takes_json_arguments:
+            notes.append("the chat template takes the arguments of tool calls as JSON text, and is given that")
+        return notes
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Tokens of the prompt that asks for the next assistant turn, as the training has it.
+
+        Raises:
+            MaskError: no chat template, or the template refuses the messages.
+        """
+        if self._finder is None or self._template is None:
+            raise _no_template(self._tokenizer)
+        kwargs = self._template_kwargs | (template_kwargs or {})
+        traceable = number_sources(fitted(messages, self._finder.habits), tools, kwargs)
+        try:
+            text = self._template.render(traceable, len(messages), prompt=True)
+        except TemplateError as error:
+            raise MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}") from error
+        trust, _ = self._characters(text.runs, traceable.sources, messages)
+        (tokens,) = self._text_encoder.encode([text], [trust])
+        if isinstance(tokens, ControlError):
+            raise MaskError(str(tokens), "control-token")
+        return tokens.ids.tolist()
+
+    def encode(self, items: Sequence[Item]) -> list[list[Encoded] | MaskError]:
+        """The examples of each item, several where a conversation is unrolled; or why it has none.
+
+        Texts are tokenised all at once, which is where a tokenizer is fast: give some hundred items at a time.
+        """
+        results: list[list[Encoded] | MaskError] = []
+        conversations: list[tuple[int, list[_Drawn]]] = []
+        for item in items:
+            results.append([])
+            try:
+                if isinstance(item, Conversation):
+                    conversations.append((len(results) - 1, self._draw(item)))
+                elif isinstance(item, Document):
+                    results[-1] = [self._document(item)]
+                else:
+                    results[-1] = [self._tokenised(item)]
+            except MaskError as error:
+                results[-1] = error
+        drawn = [each for _, views in conversations for each in views]
+        tokens = iter(self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn]))
+        for index, views in conversations:
+            found = [next(tokens) for _ in views]
+            try:
+                results[index] = self._weigh_all(items[index].origin, views, found)
+            except MaskError as error:
+                results[index] = error
         return results
+
+    def _draw(self, conversation: Conversation) -> "list[_Drawn]":
+        """The texts of a conversation, with the trust and the writer of each character."""
+        if self._finder is None:
+            raise _no_template(self._tokenizer)
+        kwargs = self._template_kwargs | conversation.template_kwargs
+        messages = fitted(conversation.messages, self._finder.habits)
+        traceable = number_sources(messages, conversation.tools, kwargs)
+        views, left_out = self._finder.views(conversation, traceable)
+        self._compare(messages, conversation.tools, kwargs, views)
+        drawn = []
+        for view in views:
+            trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
+            drawn.append(_Drawn(view, trust, writers, left_out if not drawn else 0))
+        return drawn
+
+    def _compare(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], views: Sequence[View]) -> None:
+        """Our text is transformers' text; else the mask would be of another conversation."""
+        for layout in {id(layout): layout for view in views for layout in view.renders}.values():
+            theirs = self._tokenizer.apply_chat_template(
+                messages[: layout.num_messages],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=layout.is_prompt,
+                **kwargs,
+            )
+            ours: str = layout.text
+            if self._clock is not None:  # Theirs is of today.
+                traceable = number_sources(messages, tools, kwargs)
+                ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
+            if theirs != ours:
+                raise MaskError(f"{template_name(self._tokenizer)}: rendered otherwise here than by transformers")
+
+    def _characters(
+        self, runs: Iterable[tuple[int, int, int]], sources: Sequence[Source], messages: Sequence[Message]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Trust and writer of each character, uint8 each."""
+        lengths, trusts, writers = [], [], []
+        for length, marked, _ in runs:
+            source = marked & ~GENERATED
+            trust, writer = (TRUSTED, 0) if source == TEMPLATE else self._standing(sources[source - 1], messages)
+            lengths.append(length)
+            trusts.append(trust)
+            writers.append(writer)
+        return np.repeat(np.array(trusts, np.uint8), lengths), np.repeat(np.array(writers, np.uint8), lengths)
+
+    def _standing(self, source: Source, messages: Sequence[Message]) -> tuple[int, int]:
+        """How far text of the data is trusted, and who wrote it."""
+        if source.message < 0:
+            return UNTRUSTED, WRITERS.index("tool" if source.field == "tools" else "other")
+        if source.field == "role" and source.text in self._trusted_roles:
+            return TRUSTED, 0  # One of a few known words.
+        role = messages[source.message]["role"]
+        writer = {"developer": "system"}.get(role, role)
+        number = WRITERS.index(writer) if writer in WRITERS else WRITERS.index("other")
+        is_answer = role == "assistant" and source.field != "role"
+        return ASSISTANT if is_answer else UNTRUSTED, number
+
+    def _weigh_all(
+        self, origin: str, views: "Sequence[_Drawn]", found: Sequence[Tokens | ControlError]
+    ) -> list[Encoded]:
+        encoded = []
+        for each, tokens in zip(views, found, strict=True):
+            if isinstance(tokens, ControlError):
+                raise MaskError(str(tokens), "control-token")
+            encoded.append(self._weigh(origin, each, tokens))
+        lengths = [len(each.example.tokens) for each in encoded]
+        if repeated := sum(lengths) - max(lengths):
+            encoded[-1].counts["repeated_tokens"] = repeated
+        return encoded
+
+    def _weigh(self, origin: str, drawn: "_Drawn", tokens: Tokens) -> Encoded:
+        """Characters to tokens: a token is trained if it shares a character with a span.
+
+        Tokens that share one character (the bytes of an emoji) are trained together.
+        """
+        ids, starts, ends = tokens.ids, tokens.starts, tokens.ends
+        self._check_ids(ids)
+        weights = np.zeros(len(ids), np.float32)
+        counts = {"split_control_tokens": tokens.num_split, "left_out_turns": drawn.left_out}
+        counts["unrolled_examples"] = int(drawn.view.is_unrolled)
+        turn_ends = []
+        appended = False
+        for turn in drawn.view.turns:
+            last = self._last_token(turn, tokens, drawn.view)
+            appended |= last is None
+            end = len(ids) if last is None else last + 1
+            inside = (ends > turn.start) | ((starts == ends) & (starts >= turn.start))
+            inside[end:] = False
+            for start, stop in turn.seen_only:
+                inside &= ~((starts >= start) & (ends <= stop))
+            weights[inside] = turn.weight
+            counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
+                np.sum(inside & (starts < turn.start))
+            )
+            name = f"turns_by_{turn.found_by}"
+            counts[name] = counts.get(name, 0) + 1
+            turn_ends.append(end)
+        if drawn.view.turns[0].found_by == "all":
+            weights[:] = drawn.view.turns[0].weight
+        writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
+        if appended:
+            counts["appended_stops"] = 1
+            ids = np.append(ids, np.int32(self._stops[0]))
+            weights = np.append(weights, np.float32(drawn.view.turns[-1].weight))
+            writers = np.append(writers, np.uint8(0))
+            turn_ends[-1] += 1
+        counts = {name: count for name, count in counts.items() if count}
+        return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
+
+    def _last_token(self, turn: Turn, tokens: Tokens, view: View) -> int | None:
+        """Index of the last trained token of a turn: its stop token; None where that must be appended."""
+        if turn.stop is None:
+            if turn is not view.turns[-1] or view.layout.next_other(turn.content_end, turn.message) < len(view.text):
+                raise MaskError(
+                    f"message {turn.message + 1}: no stop token follows it, and other messages do", "no-stop"
+                )
+            if not len(self._stops):
+                raise MaskError("there is no stop token, so the model would never learn to stop", "no-stop")
+            return None
+        start, end = turn.stop
+        if start == end:  # Of another role, and not ended by one.
+            return int(np.searchsorted(tokens.starts, end)) - 1
+        (found,) = np.nonzero(np.isin(tokens.ids, self._stops) & (tokens.starts <= start) & (tokens.ends >= end))
+        if not len(found):
+            raise MaskError(
+                f"message {turn.message + 1}: the stop token {view.text[start:end]!r} that follows it is not one token "
+                f"of {self._tokenizer.name_or_path or 'the tokenizer'}",
+                "no-stop",
+            )
+        return int(found[0])
+
+    def _document(self, document: Document) -> Encoded:
+        """Plain text may hold control tokens of its own, such as a conversation that was rendered before."""
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise MaskError(
+                f"the tokenizer {self._tokenizer.name_or_path} has no eos token, so a text would have no end", "no-stop"
+            )
+        ids = self._tokenizer(document.text, return_attention_mask=False, verbose=False)["input_ids"]
+        tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
+        self._check_ids(tokens)
+        control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
+        return Encoded(
+            Example(tokens, np.full(len(tokens), document.weight, np.float32)),
+            np.full(len(tokens), WRITERS.index("other"), np.uint8),
+            np.array([len(tokens)], np.int32),
+            True,
+            document.origin,
+            {"control_tokens_in_text": control} if control else {},
+        )
+
+    def _tokenised(self, item: Tokenised) -> Encoded:
+        tokens, weights = np.array(item.tokens, np.int32), np.array(item.loss_weights, np.float32)
+        self._check_ids(tokens)
+        trained = weights > 0
+        is_end = trained & ~np.append(trained[1:], False)
+        ends = np.nonzero(is_end)[0] + 1
+        unstopped = int((is_end & ~np.isin(tokens, self._stops)).any())
+        return Encoded(
+            Example(tokens, weights),
+            np.full(len(tokens), WRITERS.index("other"), np.uint8),
+            ends.astype(np.int32),
+            False,
+            item.origin,
+            {"tokenised_without_stop": unstopped} if unstopped else {},
+        )
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        size = self._text_encoder.vocabulary_size
+        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
+            bad = int(ids[(ids < 0) | (ids >= size)][0])
+            raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer.name_or_path}", "unknown-token")
+
+
+class _Drawn(NamedTuple):
+    """A text, and of each of its characters the trust and the writer, uint8."""
+
+    view: View
+    trust: np.ndarray
+    writers: np.ndarray
+    left_out: int
 
 
 def prompt_tokens(
@@ -84,13 +361,13 @@ def prompt_tokens(
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Tokens of the prompt that asks for the next assistant turn, as at inference.
+    """Tokens of the prompt that asks for the next assistant turn, of today, for talking to a model.
 
     Raises:
         DataError: no chat template, or the template refuses the messages.
     """
-    conversation = Conversation(list(messages), tools, template_kwargs or {})
-    return tokenizer(_render(conversation, len(messages), tokenizer, prompt=True), **_PLAIN)["input_ids"]
+    encoder = ChatEncoder(tokenizer, DataConfig(train=[{"path": "-"}]), stop_ids(tokenizer))  # type: ignore[list-item]
+    return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
 
 
 def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] = ()) -> list[int]:
@@ -98,6 +375,9 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
 
     The template's own is the added token that directly follows an answer in a rendered probe, such as `<|im_end|>` of
     ChatML on a base model whose eos is `<|endoftext|>`. All of them belong into the export's generation_config.
+
+    Raises:
+        DataError: the tokenizer's template is no program that can be run.
     """
     stops = [tokenizer.eos_token_id]
     for ids in configured:
@@ -106,362 +386,58 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
     return list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
 
 
-def make_examples(
-    conversation: Conversation | Document, tokenizer: Tokenizer, *, train_on: str, stops: Sequence[int]
-) -> list[Example]:
-    """The examples of one conversation.
-
-    Args:
-        conversation: messages, or plain text.
-        tokenizer: with its chat template.
-        train_on: "assistant" (every assistant turn), "last_turn" or "all" (every token).
-        stops: what `stop_ids` says.
+def open_template(tokenizer: Tokenizer, *, today: datetime.date | None = None) -> ChatTemplate | None:
+    """The chat template of a tokenizer, once a process with limits has shown that it can be run; None if there is none.
 
     Raises:
-        MaskError: the mask cannot be established, or text of the data spells a control token.
+        DataError: it is not Jinja, or takes too long or too much memory.
     """
-    vocabulary = _vocabulary(tokenizer, stops)
-    encoded = _encode_chunk([conversation], tokenizer, vocabulary, train_on)[0]
-    if isinstance(encoded, MaskError):
-        raise encoded
-    return [encoded.example]
+    source = tokenizer.chat_template
+    if not source:
+        return None
+    variables = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
+    for text in [source] if isinstance(source, str) else source.values():
+        if problem := check_template(text, json.dumps(variables, sort_keys=True)):
+            raise DataError(f"{template_name(tokenizer)} {problem}")
+    return ChatTemplate(source, variables, today=today)
 
 
-def prepare_examples(
-    conversations: Iterable[Conversation | Document], tokenizer: Tokenizer, *, train_on: str, stops: Sequence[int]
-) -> Iterator[Encoded]:
-    """The examples of all conversations, in order.
-
-    Raises:
-        DataError: after the last conversation, all whose mask cannot be established together: the first 10 with file,
-            line, turn and reason, and how many there are.
-    """
-    vocabulary = _vocabulary(tokenizer, stops)
-    problems: list[tuple[str, str]] = []
-    conversations = iter(conversations)
-    while chunk := list(itertools.islice(conversations, 1024)):
-        for conversation, encoded in zip(chunk, _encode_chunk(chunk, tokenizer, vocabulary, train_on), strict=True):
-            if isinstance(encoded, MaskError):
-                problems.append((conversation.origin, str(encoded)))
-            else:
-                yield encoded
-    if problems:
-        raise bad_rows(problems, "unusable")
+def template_name(tokenizer: Tokenizer) -> str:
+    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
-# The text of a template holds its own special tokens; the tokenizer must not add its own to them.
-_PLAIN: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+def _plain(value: Any) -> Any:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
 
 
-class _Vocabulary(NamedTuple):
-    """What a tokenizer's added tokens and stop tokens are, worked out once."""
-
-    stops: np.ndarray
-    size: int
-    forbidden_to_others: re.Pattern[str] | None
-    """Texts that no user, system or tool may write: every added token."""
-    forbidden_to_assistant: re.Pattern[str] | None
-    """Texts that no assistant may write: special tokens and stop tokens; `<think>` and the like it may."""
+def _sources(config: DataConfig) -> list[Any]:
+    return [*config.train, *config.eval.values()]
 
 
-class _Turn(NamedTuple):
-    """An assistant turn in the rendered text, in characters; it is trained from `start` to the end of a stop token."""
-
-    name: str
-    start: int
-    content_end: int
-    limit: int
-    """The stop token is looked for from `content_end` up to here."""
+def _content(tokenizer: Tokenizer, id: int) -> str:
+    """What a token is written as."""
+    added = tokenizer.added_tokens_decoder.get(id)
+    return added.content if added else tokenizer.decode([id])
 
 
-def _vocabulary(tokenizer: Tokenizer, stops: Sequence[int]) -> _Vocabulary:
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has no tokenizer.json, so characters cannot be traced to tokens; "
-            f"give a folder that has one as model.tokenizer"
-        )
-    # Runs of whitespace are added tokens of some tokenizers (Gemma, GPT-NeoX); they control nothing.
-    added = {id: token for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" ▁\t\r\n")}
-    strict = [token.content for id, token in added.items() if token.special or id in stops]
-    return _Vocabulary(
-        np.array(stops, np.int64),
-        max(tokenizer.get_vocab().values()) + 1,
-        _any_of([token.content for token in added.values()]),
-        _any_of(strict),
+def _no_template(tokenizer: Tokenizer) -> MaskError:
+    return MaskError(
+        f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template", "no-template"
     )
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(re.escape(text) for text in longest_first)) if texts else None
-
-
-def _encode_chunk(
-    chunk: Sequence[Conversation | Document], tokenizer: Tokenizer, vocabulary: _Vocabulary, train_on: str
-) -> list[Encoded | MaskError]:
-    """Renders one by one, tokenises all at once (which is where the tokenizer is fast), then weighs one by one."""
-    results: list[Encoded | MaskError | None] = [None] * len(chunk)
-    chats: list[tuple[int, str, list[_Turn]]] = []
-    documents: list[tuple[int, str]] = []
-    for index, conversation in enumerate(chunk):
-        if isinstance(conversation, Document):
-            # Plain text may carry control tokens of its own, such as a conversation that was rendered before.
-            documents.append((index, conversation.text))
-            continue
-        try:
-            _refuse_control_tokens(conversation, vocabulary)
-            text = _render(conversation, len(conversation.messages), tokenizer)
-            chats.append((index, text, _turns(conversation, text, tokenizer, train_on)))
-        except MaskError as error:
-            results[index] = error
-    if chats:
-        encodings = tokenizer([text for _, text, _ in chats], return_offsets_mapping=True, **_PLAIN)
-        parts = zip(chats, encodings["input_ids"], encodings["offset_mapping"], strict=True)
-        for (index, text, turns), tokens, offsets in parts:
-            try:
-                example, straddling = _weigh(text, turns, tokens, offsets, tokenizer, vocabulary, train_on)
-                results[index] = _thin(example, chunk[index].origin, straddling)
-            except MaskError as error:
-                results[index] = error
-    if documents:
-        encodings = tokenizer([text for _, text in documents], return_attention_mask=False, verbose=False)
-        for (index, _), tokens in zip(documents, encodings["input_ids"], strict=True):
-            try:
-                results[index] = _thin(_document_example(tokens, tokenizer, vocabulary), chunk[index].origin, 0)
-            except MaskError as error:
-                results[index] = error
-    return [result for result in results if result is not None]
-
-
-def _thin(example: Example, origin: str, straddling: int) -> Encoded:
-    writers = np.zeros(len(example.tokens), np.uint8)
-    return Encoded(
-        example, writers, np.zeros(0, np.int32), False, origin, {"straddling_tokens": straddling} if straddling else {}
-    )
-
-
-def _render(conversation: Conversation, num_messages: int, tokenizer: Tokenizer, *, prompt: bool = False) -> str:
-    """The text of the first messages, as a prompt for the next assistant turn or not."""
-    if not tokenizer.chat_template:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template")
-    try:
-        return tokenizer.apply_chat_template(
-            conversation.messages[:num_messages],
-            tools=conversation.tools,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **conversation.template_kwargs,
-        )
-    except Exception as error:  # A template is a program of someone else's and may raise anything.
-        part = f"messages 1 to {num_messages}" if num_messages > 1 else "message 1 alone"
-        raise MaskError(f"{_template(tokenizer)} refuses {part}: {type(error).__name__}: {error}") from error
-
-
-def _turns(conversation: Conversation, full: str, tokenizer: Tokenizer, train_on: str) -> list[_Turn]:
-    """The assistant turns to train; all that can be said before the text is tokenised is verified."""
-    turns = [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-    turns = [index for index in turns if index >= conversation.trained_from]
-    if train_on == "assistant":
-        return [_turn(conversation, index, full, tokenizer) for index in turns]
-    if train_on == "last_turn":
-        return [_turn(conversation, turns[-1], full, tokenizer)]
-    # Every token is trained; it remains to be shown that a stop token follows the last answer.
-    message = conversation.messages[turns[-1]]
-    content = (message.get("content") or "").strip()
-    return [_Turn(_turn_name(turns[-1]), 0, max(full.rfind(content), 0) + len(content), len(full))]
-
-
-def _turn(conversation: Conversation, index: int, full: str, tokenizer: Tokenizer) -> _Turn:
-    name = _turn_name(index)
-    start = _turn_start(conversation, index, full, tokenizer)
-    shown = full if index + 1 == len(conversation.messages) else _render(conversation, index + 1, tokenizer)
-    # While this turn is the last it may be followed by other text than here; through its stop token both must agree.
-    limit = len(shown) if full.startswith(shown) else len(os.path.commonprefix([shown, full]))
-    content_end = start
-    for field, text in _texts(conversation.messages[index]):
-        at = full.find(text, content_end, limit)
-        at = at if at >= 0 else full.find(text, start, limit)
-        if at < 0 and not full.startswith(shown):
-            raise MaskError(
-                f"{name}: {_template(tokenizer)} rewrites earlier turns: while this one is the last it is shown "
-                f"otherwise, {_difference(shown, full)}; data.train_on=last_turn avoids it"
-            )
-        if at < 0:
-            raise MaskError(f"{name}: {_template(tokenizer)} does not show its {field} ({text[:60]!r}) as it is")
-        if field == "content":
-            _refuse_header(conversation, index, full[start:at], tokenizer)
-        content_end = max(content_end, at + len(text))
-    return _Turn(name, start, content_end, limit)
-
-
-def _turn_start(conversation: Conversation, index: int, full: str, tokenizer: Tokenizer) -> int:
-    """Where the prompt of an assistant turn ends in the text."""
-    if index > 0:
-        prompt = _render(conversation, index, tokenizer, prompt=True)
-        if full.startswith(prompt):
-            return len(prompt)
-        # Either the past is shown otherwise in the prompt, or only the end of the prompt, the header, is not there.
-        past_is_kept = full.startswith(_render(conversation, index, tokenizer))
-        reason = "adds text to the prompt that the conversation lacks" if past_is_kept else "rewrites earlier turns"
-        raise MaskError(f"{_turn_name(index)}: {_template(tokenizer)} {reason}: {_difference(prompt, full)}")
-    # Nothing precedes this turn, so there is no prompt to render: look for the header that a prompt adds elsewhere.
-    probe = conversation._replace(messages=_PROBE[:1])
-    without, prompt = _render(probe, 1, tokenizer), _render(probe, 1, tokenizer, prompt=True)
-    header = prompt[len(without) :] if prompt.startswith(without) else ""
-    at = full.find(header) if header else -1
-    content = (conversation.messages[0].get("content") or "").strip()
-    if at < 0 or full.find(content) < at + len(header):
-        raise MaskError(
-            f"{_turn_name(0)}: nothing precedes this assistant turn and its header was not found in the text of "
-            f"{_template(tokenizer)}; begin the row with a system or user turn"
-        )
-    return at + len(header)
-
-
-def _refuse_header(conversation: Conversation, index: int, gap: str, tokenizer: Tokenizer) -> None:
-    """A template that ignores add_generation_prompt leaves the turn's header to be trained: not what we promise.
-
-    Llama-2 and Mistral ignore it too, but have no header: nothing but whitespace stands before the content.
-    """
-    if index == 0 or not gap.strip() or conversation.messages[index].get("reasoning_content"):
-        return
-    if _render(conversation, index, tokenizer) == _render(conversation, index, tokenizer, prompt=True):
-        raise MaskError(
-            f"{_turn_name(index)}: {_template(tokenizer)} ignores add_generation_prompt, so that the header {gap!r} "
-            f"would be trained; give a template that honours it as data.chat_template"
-        )
-
-
-def _texts(message: Message) -> list[tuple[str, str]]:
-    """What an assistant turn says, by field; templates may trim it but must show it."""
-    texts = [(field, (message.get(field) or "").strip()) for field in ("reasoning_content", "content")]
-    for call in message.get("tool_calls") or []:
-        texts.append(("tool call", str((call.get("function") or call).get("name") or "")))
-    return [(field, text) for field, text in texts if text]
-
-
-def _weigh(
-    text: str,
-    turns: Sequence[_Turn],
-    tokens: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    tokenizer: Tokenizer,
-    vocabulary: _Vocabulary,
-    train_on: str,
-) -> tuple[Example, int]:
-    """Character spans to weights of tokens.
-
-    A token is trained if it shares a character with a span; tokens that share one character (the bytes of an emoji)
-    are trained together. Returns the example and how many trained tokens begin before their span.
-    """
-    ids = np.array(tokens, np.int32)
-    starts, ends = _extents(offsets)
-    weights = np.zeros(len(ids), np.float32)
-    num_straddling = 0
-    is_stop = np.isin(ids, vocabulary.stops)
-    for turn in turns:
-        (found,) = np.nonzero(is_stop & (starts >= turn.content_end) & (ends <= turn.limit))
-        if not len(found):
-            after = text[turn.content_end : turn.limit]
-            raise MaskError(f"{turn.name}: {_no_stop_reason(after, tokenizer, vocabulary)}")
-        stop = found[0]
-        inside = (ends > turn.start) | ((starts == ends) & (starts >= turn.start))
-        inside[stop + 1 :] = False
-        num_straddling += int(np.sum(inside & (starts < turn.start)))
-        weights[inside] = 1.0
-    if train_on == "all":
-        weights[:] = 1.0
-    return Example(_checked_ids(ids, tokenizer, vocabulary), weights), num_straddling
-
-
-def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """First and last character of each token, int64 [T] each, so that the tokens tile the text.
-
-    Some tokenizers (`trim_offsets`) leave the whitespace at a token's start out of its offsets. It is what no token
-    before it covers, so each token is made to begin where the ones before it end at the latest:
-
-        "a\\n b" as tokens "a", "\\n", " b" has offsets (0, 1) (2, 2) (3, 4) and extents (0, 1) (1, 2) (2, 4)
-    """
-    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    covered = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
-    return np.minimum(starts, covered), ends
-
-
-def _document_example(tokens: list[int], tokenizer: Tokenizer, vocabulary: _Vocabulary) -> Example:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise MaskError(f"the tokenizer {tokenizer.name_or_path} has no eos token, so a text would have no end")
-    if tokens[-1:] != [eos]:
-        tokens = [*tokens, eos]
-    ids = _checked_ids(np.array(tokens, np.int32), tokenizer, vocabulary)
-    return Example(ids, np.ones(len(ids), np.float32))
-
-
-def _checked_ids(ids: np.ndarray, tokenizer: Tokenizer, vocabulary: _Vocabulary) -> np.ndarray:
-    if len(ids) and not (ids.min() >= 0 and ids.max() < vocabulary.size):
-        raise MaskError(f"the tokenizer {tokenizer.name_or_path} gave token {ids.max()}, outside its {vocabulary.size}")
-    return ids
-
-
-def _refuse_control_tokens(conversation: Conversation, vocabulary: _Vocabulary) -> None:
-    """Text of the data that spells a control token would become one: a forged turn, or a stop in mid-sentence."""
-
-    def refuse(where: str, value: Any, forbidden: re.Pattern[str] | None) -> None:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        if forbidden and (match := forbidden.search(text)):
-            raise MaskError(f"{where} spells the control token {match[0]!r}, which would be read as one")
-
-    if conversation.tools:
-        refuse("tools", conversation.tools, vocabulary.forbidden_to_others)
-    for index, message in enumerate(conversation.messages):
-        assistant = message["role"] == "assistant"
-        for field, value in message.items():
-            if field == "role":
-                continue  # One of a few known words.
-            forbidden = vocabulary.forbidden_to_assistant if assistant else vocabulary.forbidden_to_others
-            refuse(f"message {index + 1} ({message['role']}): {field}", value, forbidden)
-
-
-_PROBE: list[Message] = [
-    {"role": "user", "content": "a question"},
-    {"role": "assistant", "content": "the answer"},
-]
 
 
 def _template_stop(tokenizer: Tokenizer) -> int | None:
     """The added token that directly follows an answer in the text of the template, if there is one."""
-    try:
-        text = _render(Conversation(_PROBE), len(_PROBE), tokenizer)
-    except DataError:
-        return None  # The template asks for more than the probe has, or there is none; eos has to do.
-    encoding = tokenizer(text, return_offsets_mapping=True, **_PLAIN)
-    answer = text.rfind("the answer")
-    if answer < 0:
+    template = open_template(tokenizer)
+    if template is None:
         return None
-    after = answer + len("the answer")
-    for token, start, end in zip(encoding["input_ids"], *_extents(encoding["offset_mapping"]), strict=True):
-        if start >= after and text[start:end].strip():
-            return token if token in tokenizer.added_tokens_decoder else None
-    return None
-
-
-def _no_stop_reason(after: str, tokenizer: Tokenizer, vocabulary: _Vocabulary) -> str:
-    known = ", ".join(f"{tokenizer.convert_ids_to_tokens(int(id))!r} ({id})" for id in vocabulary.stops) or "none"
-    return (
-        f"{_template(tokenizer)} puts no stop token after the answer but {after[:40]!r}, so the model would never "
-        f"learn to stop (stop tokens: {known}); give a template that ends the turn with one as data.chat_template"
-    )
-
-
-def _template(tokenizer: Tokenizer) -> str:
-    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-
-
-def _turn_name(index: int) -> str:
-    return f"message {index + 1} (assistant)"
-
-
-def _difference(shown: str, full: str) -> str:
-    at = len(os.path.commonprefix([shown, full]))
-    begin = max(at - 20, 0)
-    return f"{shown[begin : at + 30]!r} against {full[begin : at + 30]!r} in the whole conversation"
+    habits = habits_of(template)
+    after = habits.after.lstrip()
+    if not after:
+        return None
+    added = [token for id, token in tokenizer.added_tokens_decoder.items() if after.startswith(token.content)]
+    longest = max(added, key=lambda token: len(token.content), default=None)
+    # A header that follows at once begins the next turn.
+    if longest is None or not longest.content.strip() or habits.header.lstrip().startswith(longest.content):
+        return None
+    return int(tokenizer.convert_tokens_to_ids(longest.content))

@@ -1,31 +1,47 @@
-"""What a row means: each format turns the fields of one row into a `Conversation` (or a `Document` of plain text).
+"""What a row means: each format turns the columns of one row into conversations, plain text, or tokens.
 
-In: rows of `sources.py`. Out: messages as Hugging Face chat templates take them, checked field by field. A new format
-is one function and one entry in `FORMATS`. Tokens and masks are left to `chat.py`.
+In: rows of `sources.py`. Out: items, or the `Problem` that makes a row bad. A new format is one function and one entry
+in `FORMATS`. How turns are spelt is `messages.py`; tokens and masks of conversations are left to `chat.py`.
 """
 
-import json
-from collections.abc import Callable, Iterable
+import collections
+import difflib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxsft.data.sources import DataError, Row, bad_rows, read_rows
-
-Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from jaxsft.config import SourceConfig
+from jaxsft.data import trees
+from jaxsft.data.messages import (
+    Message,
+    check_role,
+    check_text,
+    read_flag,
+    read_messages,
+    read_template_kwargs,
+    read_tools,
+    read_weight,
+    short,
+)
+from jaxsft.data.sources import BadRow, DataError, Problem, Row, bad_rows, kind_of, parse_json, read_rows
+from jaxsft.data.tokenised import MASKS, read_tokens
 
 
 class Conversation(NamedTuple):
     """Messages of one row, as chat templates take them."""
 
     messages: list[Message]
-    """Dicts with role and content; tool_calls, tool_call_id, name and reasoning_content stay as they are."""
+    """Dicts with role, content, reasoning_content, tool_calls, tool_call_id, name, and `weight` where the data has it;
+    other keys of the data stay as they are."""
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
     """Further variables of the chat template."""
     trained_from: int = 0
     """Messages before this index are never trained: the prompt of a prompt/completion row."""
     origin: str = ""
+    weight: float = 1.0
+    """Of all that is trained in it."""
+    train_on: str | None = None
+    """"last_turn" where the row asks for it, whatever the config says."""
 
 
 class Document(NamedTuple):
@@ -33,6 +49,19 @@ class Document(NamedTuple):
 
     text: str
     origin: str = ""
+    weight: float = 1.0
+
+
+class Tokenised(NamedTuple):
+    """Tokens, as the row has them."""
+
+    tokens: list[int]
+    loss_weights: list[float]
+    """Weight of each token as a target."""
+    origin: str = ""
+
+
+Item = Conversation | Document | Tokenised
 
 
 class Format(NamedTuple):
@@ -42,8 +71,46 @@ class Format(NamedTuple):
     """Columns that every row must have."""
     optional: tuple[str, ...]
     """Columns that are read where a row has them."""
-    convert: Callable[[dict[str, Any]], Conversation | Document]
-    """Raises ValueError with the reason why a row is bad."""
+    convert: Callable[[dict[str, Any], Mapping[str, str]], list[Item]]
+    """Columns and roles (theirs -> ours) to items without origin. Raises BadRow."""
+
+
+class Chosen(NamedTuple):
+    """The format in which the rows of a source are read."""
+
+    format: str
+    reason: str
+    """Why this one, for the user."""
+    ignored: list[str]
+    """Columns of the rows that it does not read."""
+
+
+def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
+    """The format of a source, from the config or from the columns of its first rows; each row counts, so that one odd
+    row decides nothing.
+
+    Raises:
+        DataError: no format fits, or the source's `format`, `columns` or `roles` cannot be right.
+    """
+    _check_settings(rows, source)
+    renamed = [rename(row.fields, source.columns) for row in rows]
+    columns = list(dict.fromkeys(name for fields in renamed for name in fields))
+    if source.format is not None:
+        format, reason = source.format, "given in the config"
+    else:
+        found: collections.Counter[str] = collections.Counter()
+        errors = []
+        for fields in renamed:
+            try:
+                found[detect_format(name for name, value in fields.items() if value is not None)] += 1
+            except DataError as error:
+                errors.append(error)
+        if not found:
+            raise DataError(f"{source.path}: {errors[0]}" if errors else f"{source.path}: no rows that can be read")
+        format = found.most_common(1)[0][0]
+        reason = f"has the columns {', '.join(FORMATS[format].columns)}"
+    known = FORMATS[format]
+    return Chosen(format, reason, [name for name in columns if name not in known.columns + known.optional])
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -55,226 +122,414 @@ def detect_format(columns: Iterable[str]) -> str:
         DataError: no format fits; lists the columns and what every format needs.
     """
     columns = list(columns)
+    if set(_FLAT_TREE) <= set(columns):
+        raise DataError(
+            f"columns {', '.join(_FLAT_TREE)}: messages of OpenAssistant's trees, one a row; use the files of whole "
+            "trees, one tree a row (columns message_tree_id and prompt)"
+        )
     for name, known in FORMATS.items():
         if set(known.columns) <= set(columns):
             return name
+    given = f"no known format has the columns {', '.join(columns) or '(none)'}"
+    if {"chosen", "rejected"} <= set(columns):
+        raise DataError(f"{given}: {_PREFERENCE}")
+    if columns == [str(number) for number in range(1, len(columns) + 1)]:
+        given += " (numbers stand for a first line that holds no names); name them by `columns`, such as "
+        given += "columns={question: '1', answer: '2'}"
+    else:
+        given += "; name them by `columns` (ours: theirs), such as columns={prompt: inputs, completion: targets}"
     needs = "\n".join(f"  {name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
-    raise DataError(f"no known format has the columns {', '.join(columns) or '(none)'}; the formats need:\n{needs}")
+    raise DataError(f"{given}. The formats need:\n{needs}")
 
 
-class Loaded(NamedTuple):
-    """All rows of a source, in the format that they were read as."""
+def convert(
+    row: Row,
+    format: str,
+    *,
+    columns: Mapping[str, str] = {},
+    roles: Mapping[str, str] = {},
+    trained_roles: Collection[str] | None = ("assistant",),
+) -> list[Item] | Problem:
+    """What a row holds (one item, or one per path of a message tree), or why it is bad.
 
-    format: str
-    columns: list[str]
-    """of the first row"""
-    conversations: list[Conversation | Document]
+    `columns` (ours -> theirs) and `roles` (theirs -> ours) rename. A row without a turn of `trained_roles` is bad,
+    since nothing of it would be trained; None means that any turn will do.
+    """
+    known = FORMATS[format]
+    fields = {name: value for name, value in rename(row.fields, columns).items() if value is not None}
+    try:
+        _check_kind(fields)
+        for name in known.columns:
+            if name not in fields:
+                raise _missing(row, name, columns, format)
+        items = known.convert(fields, roles)
+        for item in items:
+            _check_trained(item, trained_roles)
+    except BadRow as bad:
+        return Problem(bad.code, row.origin, str(bad))
+    return [item._replace(origin=row.origin) for item in items]
 
 
-def load_conversations(source: str, *, format: str | None, limit: int | None = None) -> Loaded:
-    """The rows of a source, or its first `limit`; without a format given, the first row's columns say which it is.
+def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Columns under our names; what stood under such a name before is not read."""
+    if not columns:
+        return dict(fields)
+    rest = {name: value for name, value in fields.items() if name not in columns and name not in columns.values()}
+    return rest | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+
+
+def load_items(source: SourceConfig, *, limit: int | None = None) -> list[Item]:
+    """All items of a source, or of its first `limit` rows.
 
     Raises:
-        DataError: an unreadable source, columns of no known format, or bad rows.
+        DataError: a source that cannot be read, settings that cannot be right, or all bad rows together.
     """
-    rows = list(read_rows(source, limit=limit))
-    columns = list(rows[0].fields)
-    format = format or detect_format(columns)
-    return Loaded(format, columns, to_conversations(rows, format))
-
-
-def to_conversations(rows: Iterable[Row], format: str) -> list[Conversation | Document]:
-    """All rows in one format.
-
-    Raises:
-        DataError: all bad rows together, the first 10 with their file, line and reason.
-    """
-    convert = FORMATS[format].convert
-    conversations, problems = [], []
+    read = list(read_rows(source.path, limit=limit))
+    rows = [row for row in read if isinstance(row, Row)]
+    problems = [row for row in read if isinstance(row, Problem)]
+    if not rows:
+        raise bad_rows(problems, "bad")
+    format = choose_format(rows[:SAMPLE], source).format
+    items = []
     for row in rows:
-        try:
-            conversations.append(convert(row.fields)._replace(origin=row.origin))
-        except ValueError as error:
-            problems.append((row.origin, str(error)))
+        found = convert(row, format, columns=source.columns, roles=source.roles)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            items += found
     if problems:
         raise bad_rows(problems, f"bad (format {format!r})")
-    return conversations
+    return items
 
 
-def _from_messages(fields: dict[str, Any]) -> Conversation:
-    return _conversation(fields, _list(fields, "messages"))
+SAMPLE = 100
+"""Rows from which a format is chosen."""
 
 
-def _from_conversations(fields: dict[str, Any]) -> Conversation:
-    messages = _system_message(fields)
-    for index, turn in enumerate(_list(fields, "conversations")):
-        if isinstance(turn, dict) and "from" not in turn and "role" in turn:
-            messages.append(turn)
-            continue
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise ValueError(f"conversations[{index}]: expected an object with `from` and `value`")
-        role = SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
-        if role is None:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise ValueError(f"conversations[{index}]: unknown role {turn['from']!r} in `from` (known: {known})")
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        messages.append({"role": role, "content": turn["value"], **rest})
-    return _conversation(fields, messages)
+def _from_messages(column: str, *, aliases: bool = False) -> Callable[[dict[str, Any], Mapping[str, str]], list[Item]]:
+    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+        turns = _list(fields, column)
+        if all(isinstance(turn, str) for turn in turns):
+            # LIMA's way: texts that take turns, the user's first.
+            names = ("user", "assistant")
+            turns = [{"role": names[index % 2], "content": text} for index, text in enumerate(turns)]
+        messages = read_messages(turns, roles, aliases=aliases)
+        if {"chosen", "rejected"} & fields.keys() and messages[-1]["role"] != "assistant":
+            raise BadRow("preference-row", _PREFERENCE)
+        return [_conversation(fields, messages, roles)]
+
+    return read
 
 
-def _from_prompt_completion(fields: dict[str, Any]) -> Conversation:
-    prompt, completion = fields.get("prompt"), fields.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation(fields, prompt + completion, trained_from=len(prompt))
-    if isinstance(prompt, list) or isinstance(completion, list):
-        raise ValueError("prompt and completion must both be text or both be lists of messages")
-    return _conversation(fields, _turns(_text(fields, "prompt"), _text(fields, "completion")))
+def _pair(
+    question: str,
+    *answers: str,
+    before: tuple[str, ...] = (),
+    after: tuple[str, ...] = (),
+    reasons: tuple[str, ...] = (),
+) -> Format:
+    """A question and its answer in columns of their own.
+
+    The user says the columns `before`, the question, and the columns `after`; the assistant the `reasons` and the
+    answers; what is blank is left out, and a blank line stands between. Either may also be a list of messages.
+    """
+
+    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+        asked, answered = fields[question], fields[answers[0]]
+        prompt = _side(asked, question, roles)
+        if isinstance(asked, str):
+            prompt = [{"role": "user", "content": _joined(fields, before, (question,), after)}]
+        completion = _side(answered, answers[0], roles)
+        if isinstance(answered, str):
+            completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
+        # Of a prompt given as messages, its assistant turns are context and not trained.
+        trained_from = 0 if isinstance(asked, str) and isinstance(answered, str) else len(prompt)
+        history = _history(fields)
+        return [
+            _conversation(fields, history + prompt + completion, roles, trained_from and trained_from + len(history))
+        ]
+
+    return Format((question, *answers), (*before, *after, *reasons, "history", *_ROW), read)
 
 
-def _from_alpaca(fields: dict[str, Any]) -> Conversation:
-    question = _text(fields, "instruction")
-    if context := _optional_text(fields, "input"):
-        question = f"{question}\n\n{context}"
-    messages = _system_message(fields)
-    for index, pair in enumerate(fields.get("history") or []):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"history[{index}]: expected a pair of instruction and answer")
-        messages += _turns(*pair)
-    return _conversation(fields, messages + _turns(question, _text(fields, "output")))
+def _side(value: Any, column: str, roles: Mapping[str, str]) -> list[Message]:
+    if isinstance(value, list) and value:
+        return read_messages(value, roles)
+    if isinstance(value, str):
+        return []
+    raise BadRow("wrong-type", f"{column}: must be text, or a list of at least one message, got {short(value)}")
 
 
-def _from_question_answer(fields: dict[str, Any]) -> Conversation:
-    return _conversation(fields, _turns(_text(fields, "question"), _text(fields, "answer")))
+def _from_input_ids(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+    tokens, weights = read_tokens(fields)
+    weight = _row_weight(fields)
+    return [Tokenised(tokens, [each * weight for each in weights])]
 
 
-def _from_text(fields: dict[str, Any]) -> Document:
-    return Document(_text(fields, "text"))
+def _from_tree(
+    paths: Callable[[Any], list[list[trees.Node]]],
+) -> Callable[[dict[str, Any], Mapping[str, str]], list[Item]]:
+    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+        found = paths(fields["prompt"])
+        if not found:
+            raise BadRow("no-assistant-turn", "no answer in this tree, so nothing to train")
+        turns = [[{"role": node["role"], "content": node["text"]} for node in path] for path in found]
+        return [_conversation(fields, read_messages(path, roles), roles) for path in turns]
 
+    return read
+
+
+def _from_task(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+    """A task file of Natural Instructions: each instance after the definition; of several answers the first."""
+    definition = fields["Definition"]
+    definition = "\n".join(definition) if _is_texts(definition) else check_text(definition, "Definition")
+    items: list[Item] = []
+    for index, instance in enumerate(_list(fields, "Instances")):
+        where = f"Instances[{index}]"
+        if not isinstance(instance, dict):
+            raise BadRow("wrong-type", f"{where}: expected an object with input and output, got {kind_of(instance)}")
+        output = instance.get("output")
+        output = output[0] if isinstance(output, list) and output else output
+        texts = {"input": instance.get("input"), "output": output}
+        if blank := [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()]:
+            raise BadRow("blank-text", f"{where}: {blank[0]}: missing, null, blank or no text")
+        question = f"{definition}\n\n{texts['input']}"
+        items.append(_conversation(fields, _turns(question, str(output)), roles))
+    return items
+
+
+def _from_text(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+    return [Document(_text(fields, "text"), weight=_row_weight(fields))]
+
+
+_ROW = ("system", "system_prompt", "tools", "chat_template_kwargs", "weight", "train", "mask_history")
+_CONTEXT = ("context", "article", "passage")
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("tools", "chat_template_kwargs"), _from_messages),
-    "conversations": Format(("conversations",), ("system", "tools", "chat_template_kwargs"), _from_conversations),
-    "prompt_completion": Format(("prompt", "completion"), ("tools", "chat_template_kwargs"), _from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _from_alpaca),
-    "question_answer": Format(("question", "answer"), (), _from_question_answer),
-    "text": Format(("text",), (), _from_text),
+    "messages": Format(("messages",), _ROW, _from_messages("messages")),
+    "conversations": Format(("conversations",), _ROW, _from_messages("conversations", aliases=True)),
+    "conversation": Format(("conversation",), _ROW, _from_messages("conversation", aliases=True)),
+    "input_ids": Format(
+        ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids", "weight", "train"), _from_input_ids
+    ),
+    "oasst": Format(("message_tree_id", "prompt"), _ROW, _from_tree(trees.all_paths)),
+    "oasst_best": Format(("message_tree_id", "prompt"), _ROW, _from_tree(trees.best_path)),
+    "natural_instructions": Format(("Definition", "Instances"), _ROW, _from_task),
+    "prompt_completion": _pair("prompt", "completion"),
+    "p3": _pair("inputs_pretokenized", "targets_pretokenized"),
+    "inputs_targets": _pair("inputs", "targets", before=("definition",)),
+    "prompt_target": _pair("prompt", "target"),
+    "prompt_targets": _pair("prompt", "targets"),
+    "source_target": _pair("source", "target"),
+    "reflection": _pair("instruction", "output", "reflection", "corrected", after=("input", "context")),
+    "alpaca": _pair("instruction", "output", after=("input", "context")),
+    "instruction_target": _pair("instruction", "target", after=("input", "context")),
+    "instruction_response": _pair("instruction", "response", after=("input", "context")),
+    "instruction_completion": _pair("instruction", "completion", after=("input", "context")),
+    "instruction_revision": _pair("instruction", "revision"),
+    "instruction_answer": _pair("instruction", "answer", after=("input", "context")),
+    "input_target": _pair("input", "target", before=("definition",)),
+    "question_choices": _pair("question", "solution", before=_CONTEXT, after=("choices",), reasons=("explanation",)),
+    "question_answer": _pair("question", "answer", before=_CONTEXT, reasons=("rationale",)),
+    "question_response": _pair("question", "response", before=_CONTEXT),
+    "question_solution": _pair("question", "solution"),
+    "problem_solution": _pair("problem", "solution"),
+    "problem_answer": _pair("problem", "answer", reasons=("rationale",)),
+    "query_response": _pair("query", "response"),
+    "query_answer": _pair("query", "answer"),
+    "prompt_response": _pair("prompt", "response"),
+    "prompt_generation": _pair("prompt", "generation"),
+    "prompt_output": _pair("prompt", "output"),
+    "prompt_answer": _pair("prompt", "answer"),
+    "input_output": _pair("input", "output", before=("definition",)),
+    "article_summary": _pair("article", "summary"),
+    "document_summary": _pair("document", "summary"),
+    "dialogue_summary": _pair("dialogue", "summary"),
+    "message_1_message_2": _pair("message_1", "message_2"),
+    "INSTRUCTION_RESPONSE": _pair("INSTRUCTION", "RESPONSE"),
+    "user_assistant": _pair("user", "assistant"),
+    "text": Format(("text",), ("weight", "train"), _from_text),
 }
-"""In the order of detection: a format that says more about the turns goes before one that says less."""
+"""In the order of detection: a format that says more about the turns goes before one that says less, and the answer
+that was written (completion, target, output) before one that a model may have given (response)."""
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-}
-
-# Arguments of apply_chat_template; a row that sets one of them would change more than the template's variables.
-_RESERVED = {
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
+_FLAT_TREE = ("message_id", "parent_id", "text", "role")
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url", "pixel_values")
+_PREFERENCE = (
+    "a chosen and a rejected answer are for preference training; to train on the chosen ones, rename: "
+    "columns={messages: chosen} where they are lists of messages, columns={completion: chosen} where they are texts"
+)
 
 
-def _conversation(fields: dict[str, Any], messages: list[Any], *, trained_from: int = 0) -> Conversation:
-    checked = [_checked_message(message, index) for index, message in enumerate(messages)]
-    for index, message in enumerate(checked):
-        if message["role"] == "tool" and (index == 0 or checked[index - 1]["role"] not in ("assistant", "tool")):
-            raise ValueError(f"message {index + 1} (tool): a tool's result must follow the assistant's call")
-    if not any(message["role"] == "assistant" for message in checked[trained_from:]):
-        raise ValueError("no assistant turn, so nothing to train" + " in the completion" * (trained_from > 0))
-    kwargs = fields.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict) or _RESERVED & kwargs.keys():
-        raise ValueError(f"chat_template_kwargs: expected an object of template variables, got {_short(kwargs)}")
-    return Conversation(checked, _tools(fields.get("tools")), kwargs, trained_from)
-
-
-def _checked_message(message: Any, index: int) -> Message:
-    where = f"message {index + 1}"
-    if not isinstance(message, dict):
-        raise ValueError(f"{where}: expected an object with role and content, got {_short(message)}")
-    # A null says that the key is not there, in columnar files and for transformers alike.
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role")
-    if role is None:
-        raise ValueError(f"{where}: no role")
-    if role not in ROLES:
-        raise ValueError(f"{where}: unknown role {_short(role)} (known: {', '.join(ROLES)})")
-    where = f"{where} ({role})"
-    for key in ("weight", "train"):
-        if key in message:
-            raise ValueError(f"{where}: {key!r} per message is not supported")
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if not isinstance(message.get(key, ""), str):
-            raise ValueError(f"{where}: {key} must be text, got {_short(message[key])}")
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise ValueError(f"{where}: tool_calls must be a list of objects, got {_short(calls)}")
-    if calls and role != "assistant":
-        raise ValueError(f"{where}: tool_calls in a turn that is not the assistant's")
-    content = message.get("content")
-    if isinstance(content, list):
-        raise ValueError(f"{where}: content is a list of parts; only text is supported, no images or audio")
-    if content is None and not calls:
-        raise ValueError(f"{where}: no content")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"{where}: content must be text, got {_short(content)}")
-    if content is not None and not content.strip() and not calls and role != "tool":
-        raise ValueError(f"{where}: content is blank")
-    return message
-
-
-def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    if isinstance(tools, str) and tools.strip():
+def _check_settings(rows: Sequence[Row], source: SourceConfig) -> None:
+    if source.format is not None and source.format not in FORMATS:
+        near = difflib.get_close_matches(source.format, FORMATS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise DataError(f"{source.path}: format {source.format!r} is not known{hint}; known: {', '.join(FORMATS)}")
+    there = list(dict.fromkeys(name for row in rows for name in row.fields))
+    formats = [FORMATS[source.format]] if source.format else list(FORMATS.values())
+    known = list(dict.fromkeys(name for format in formats for name in (*format.columns, *format.optional)))
+    for ours, theirs in source.columns.items():
+        if ours not in known:
+            near = difflib.get_close_matches(ours, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            of = f"format {source.format!r}" if source.format else "any format"
+            raise DataError(
+                f"{source.path}: columns: {ours!r} is no column of {of}{hint}; `columns` is ours: theirs, and ours are "
+                f"{', '.join(known)}"
+            )
+        if rows and theirs not in there:
+            raise DataError(
+                f"{source.path}: columns: {ours}: {theirs}: the rows have no column {theirs!r}; theirs are "
+                f"{', '.join(there)}"
+            )
+    for theirs, ours in source.roles.items():
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"tools: not readable as JSON: {error.msg} at column {error.colno}") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"tools: expected a list of objects, got {_short(tools)}")
-    return tools
+            check_role(ours, f"roles: {theirs}: {ours}")
+        except BadRow as bad:
+            raise DataError(f"{source.path}: {bad}; `roles` is theirs: ours, such as {{Doctor: assistant}}") from None
+
+
+def _missing(row: Row, name: str, columns: Mapping[str, str], format: str) -> BadRow:
+    if {"chosen", "rejected"} <= row.fields.keys():
+        return BadRow("preference-row", _PREFERENCE)
+    theirs = f"{columns[name]!r} (for {name})" if name in columns else repr(name)
+    there = [column for column, value in row.fields.items() if value is not None]
+    reason = f"no column {theirs}, or null; the rows are read as {format!r}, this one has {', '.join(there) or 'none'}"
+    return BadRow("missing-column", reason)
+
+
+def _check_kind(fields: dict[str, Any]) -> None:
+    """The row is for supervised training on text."""
+    for name in _MEDIA:
+        # Text under such a name may be anything, as long as it is no column that is read.
+        if fields.get(name) and not isinstance(fields[name], bool | int | float):
+            raise BadRow("image-or-audio", f"column {name!r}: only text is supported, no images, audio or video")
+    for name in ("kto_tag", "label"):
+        if isinstance(fields.get(name), bool):
+            reason = f"column {name!r} says whether the answer is good or bad; keep the good rows and leave it out"
+            raise BadRow("preference-row", reason)
+
+
+def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
+    if isinstance(item, Document | Tokenised):
+        weights = [item.weight] if isinstance(item, Document) else item.loss_weights
+        if not any(weights):
+            raise BadRow("nothing-trained", "the weight of the row is 0, or `train` is false, so nothing to train")
+        return
+    turns = item.messages[item.trained_from :]
+    turns = [turn for turn in turns if trained_roles is None or turn["role"] in trained_roles]
+    if not turns:
+        names = " or ".join(trained_roles or ("any",))
+        given = ", ".join(dict.fromkeys(message["role"] for message in item.messages))
+        reason = (
+            f"no {names} turn{' in the completion' * (item.trained_from > 0)}, so nothing to train (roles: {given})"
+        )
+        if not {message["role"] for message in item.messages} <= {"system", "developer", "user", "assistant", "tool"}:
+            reason += "; other names are renamed by `roles` (theirs: ours)"
+        raise BadRow(f"no-{names}-turn" if trained_roles == ("assistant",) else "no-trained-turn", reason)
+    if not item.weight or not any(turn.get("weight", 1.0) for turn in turns):
+        raise BadRow("nothing-trained", "every turn to train has weight 0 or `train` false, so nothing to train")
+
+
+def _conversation(
+    fields: dict[str, Any], messages: list[Message], roles: Mapping[str, str], trained_from: int = 0
+) -> Conversation:
+    system = [fields[name] for name in ("system", "system_prompt") if fields.get(name)]
+    # A system turn of the conversation goes before the column, as in LLaMA-Factory.
+    if system and not any(message["role"] == "system" for message in messages):
+        text = check_text(system[0], "system")
+        if text.strip():
+            messages = [{"role": "system", "content": text}, *messages]
+            trained_from += trained_from > 0
+    history_masked = "mask_history" in fields and read_flag(fields["mask_history"], "mask_history")
+    return Conversation(
+        messages,
+        read_tools(fields["tools"]) if "tools" in fields else None,
+        read_template_kwargs(fields["chat_template_kwargs"]) if "chat_template_kwargs" in fields else {},
+        trained_from,
+        weight=_row_weight(fields),
+        train_on="last_turn" if history_masked else None,
+    )
+
+
+def _row_weight(fields: dict[str, Any]) -> float:
+    weight = fields.get("weight", 1.0)
+    if isinstance(weight, str):  # CSV knows no numbers.
+        try:
+            weight = float(weight)
+        except ValueError:
+            raise BadRow("bad-weight", f"weight must be a number, got {short(weight)}") from None
+    weight = read_weight(weight, "")
+    return weight if "train" not in fields or read_flag(fields["train"], "train") else 0.0
+
+
+def _history(fields: dict[str, Any]) -> list[Message]:
+    """Earlier rounds, pairs of question and answer."""
+    history = fields.get("history") or []
+    if isinstance(history, str):
+        history = parse_json(history)
+    if not isinstance(history, list):
+        raise BadRow("bad-history", f"history: expected a list of pairs, got {kind_of(history)}")
+    messages = []
+    for index, pair in enumerate(history):
+        if not _is_texts(pair) or len(pair) != 2:
+            raise BadRow("bad-history", f"history[{index}]: expected a pair of question and answer, got {short(pair)}")
+        messages += _turns(*pair)
+    return read_messages(messages, {})
 
 
 def _turns(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _system_message(fields: dict[str, Any]) -> list[Message]:
-    text = _optional_text(fields, "system")
-    return [{"role": "system", "content": text}] if text else []
-
-
 def _list(fields: dict[str, Any], column: str) -> list[Any]:
-    value = fields.get(column)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{column}: expected a list of at least one message, got {_short(value)}")
+    value = fields[column]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # CSV knows no lists.
+        value = parse_json(value)
+    if not isinstance(value, list):
+        raise BadRow("wrong-type", f"{column}: expected a list of messages, got {kind_of(value)}")
+    if not value:
+        raise BadRow("no-messages", f"{column}: expected at least one message, got an empty list")
     return value
+
+
+def _joined(fields: dict[str, Any], before: Sequence[str], needed: Sequence[str], after: Sequence[str]) -> str:
+    texts = [_optional_text(fields, name) for name in before]
+    texts += [_text(fields, name) for name in needed]
+    texts += [_optional_text(fields, name) for name in after]
+    return "\n\n".join(text for text in texts if text)
 
 
 def _text(fields: dict[str, Any], column: str) -> str:
     text = _optional_text(fields, column)
     if not text:
-        raise ValueError(f"{column}: missing, null or blank")
+        raise BadRow("blank-text", f"{column}: blank; expected text")
     return text
 
 
 def _optional_text(fields: dict[str, Any], column: str) -> str:
     value = fields.get(column)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{column}: must be text, got {_short(value)}")
-    return value if value and value.strip() else ""
+    if column == "choices" and _is_texts(value):
+        value = "\n".join(value or ())
+    text = check_text("" if value is None else value, column)
+    return text if text.strip() else ""
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+class Loaded(NamedTuple):
+    """GOES when its users do: all rows of a source, in the format that they were read as."""
+
+    format: str
+    columns: list[str]
+    conversations: list[Item]
+
+
+def load_conversations(source: str, *, format: str | None, limit: int | None = None) -> Loaded:
+    """GOES when its users do: `load_items`."""
+    (first, *_) = [row for row in read_rows(source, limit=limit) if isinstance(row, Row)]
+    config = SourceConfig(path=source, format=format)
+    return Loaded(choose_format([first], config).format, list(first.fields), load_items(config, limit=limit))

@@ -1,138 +1,65 @@
-"""The prepared dataset on disk, and `batch(step)`: which tokens every step trains on, as a pure function.
+"""`batch(step)`: which tokens every step trains on, as a pure function.
 
-In: a source of rows, a tokenizer, and the data section of the config. Out: memory-mapped examples (tokenised once,
-cached under a key of all that determines them) and numpy batches of exactly the rows asked for. Placing batches on
-devices is left to the caller.
+In: prepared sources and what an epoch draws from them. Out: numpy batches of exactly the rows asked for. Placing
+batches on devices is left to the caller.
 """
 
-import contextlib
-import hashlib
-import inspect
-import json
-import os
-import pathlib
+import math
 import queue
-import shutil
-import sys
 import threading
-import uuid
 import zlib
 from collections.abc import Callable, Generator, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxsft.batch import Batch, Example
-from jaxsft.config import DataConfig
-from jaxsft.data import chat, formats, sources
-from jaxsft.data.packing import permutation, plan
-from jaxsft.data.sources import DataError, bad_rows
+from jaxsft.data.mixture import Dataset, epoch_examples
+from jaxsft.data.packing import PackingPlan, permutation, plan
 
 T = TypeVar("T")
 
-REPORT = "report.json"
-ARRAYS: dict[str, Any] = {"tokens": np.int32, "loss_weights": np.float32, "offsets": np.int64}
 
+class _Epoch(NamedTuple):
+    """The rows of an epoch; row r holds `examples[plan.examples[...]]`."""
 
-class Prepared(NamedTuple):
-    """All examples of a source: example i is `tokens[offsets[i]:offsets[i + 1]]`, and the same of `loss_weights`."""
-
-    key: str
-    """Changes when anything changes that determines the examples; hex."""
-    tokens: np.ndarray
-    """int32 [num_tokens], memory-mapped."""
-    loss_weights: np.ndarray
-    """float32 [num_tokens], memory-mapped."""
-    offsets: np.ndarray
-    """int64 [num_examples + 1], memory-mapped."""
-    report: dict[str, Any]
-    """What was read, kept and dropped, and the `fingerprint` by field that a continued run compares; plain JSON."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [num_examples]: tokens of each example."""
-        return np.diff(self.offsets)
-
-    def example(self, index: int) -> Example:
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return Example(self.tokens[span], self.loss_weights[span])
-
-
-def prepare(
-    config: DataConfig,
-    source: str,
-    tokenizer: chat.Tokenizer,
-    *,
-    tokenizer_files_key: str,
-    stops: Sequence[int],
-    limit: int | None = None,
-) -> Prepared:
-    """Reads, converts, tokenises and weighs every row of a source, or finds that in the cache.
-
-    Args:
-        config: the data section; the tokenizer already carries its `chat_template`.
-        source: `config.train` or `config.eval`.
-        tokenizer: a fast tokenizer.
-        tokenizer_files_key: changes when any file of the tokenizer changes.
-        stops: what `chat.stop_ids` says.
-        limit: only the first so many rows.
-
-    Raises:
-        DataError: anything wrong with the rows, or none is left.
-    """
-    described = {
-        "source": sources.source_digest(source),
-        "format": config.format,
-        "chat_template": tokenizer.chat_template,
-        "tokenizer": tokenizer_files_key,
-        "train_on": config.train_on,
-        "seq_len": config.seq_len,
-        "overlong": config.overlong,
-        "stops": list(stops),
-        "limit": limit,
-    }
-    # What a continued run must find unchanged: by content, so that a newer jaxsft may prepare it anew.
-    fingerprint = {name: _digest(value) for name, value in described.items() if name != "overlong"}
-    described |= {
-        "code": [inspect.getsource(module) for module in (sources, formats, chat, sys.modules[__name__])],
-        "versions": [metadata.version(package) for package in ("transformers", "tokenizers")],
-    }
-    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    folder = _cache_folder(config) / key
-    prepared = _load(folder, key)
-    if prepared is not None:
-        return prepared
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and then renamed, so that a folder of that name is always whole.
-    building = folder.with_name(f".{key[:16]}-{uuid.uuid4().hex}")
-    building.mkdir()
-    try:
-        _build(building, config, source, tokenizer, stops, limit, fingerprint)
-        prepared = _load(building, key)
-        assert prepared is not None, "whole, for it was just written"
-        _put_in_place(building, folder, key)
-        # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
-        return _load(folder, key) or prepared
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    number: int
+    examples: np.ndarray
+    """int64 [num_draws]: examples of the dataset."""
+    plan: PackingPlan
+    """Of the draws."""
 
 
 class Loader:
     """The batches of a run: everything here is a pure function of the arguments below and of `step`.
 
-    Rows are packed once; each epoch goes through all of them in its own order, so that it trains every example exactly
-    once. Where the last batch of an epoch has rows left over, they are padding.
+    Where every epoch draws the same examples, rows are packed once, and each epoch goes through all of them in its own
+    order; otherwise each epoch packs rows of its own, whose numbers go on where those of the epoch before end. Where
+    the last batch of an epoch has rows left over, they are padding.
     """
 
     def __init__(
-        self, prepared: Prepared, *, seq_len: int, batch_size: int, seed: int, packing: bool, shuffle: bool = True
+        self, dataset: Dataset, *, seq_len: int, batch_size: int, seed: int, packing: bool, shuffle: bool = True
     ) -> None:
-        self._prepared = prepared
-        self._plan = plan(prepared.lengths, seq_len, seed=seed, packing=packing)
+        self._dataset, self._lengths, self._packing = dataset, dataset.lengths, packing
         self._seq_len, self._batch_size, self._seed, self._shuffle = seq_len, batch_size, seed, shuffle
+        self._is_same_each_epoch = dataset.is_same_each_epoch
+        self._planned: tuple[_Epoch, ...] = ()
+        # Rows of the epochs that were looked at so far, in all: those of epoch e are the numbers from [e] to [e + 1].
+        self._row_bounds = [0]
+        self._step_bounds = [0]
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         self._built: tuple[int, dict[tuple[int, int], Batch]] = (-1, {})
+        self._extend()
+
+    @property
+    def dataset(self) -> Dataset:
+        return self._dataset
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to be continued."""
+        return self._dataset.fingerprint
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -141,19 +68,55 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        return len(self._plan.row_starts) - 1
+        """Of the first epoch, padding rows not counted."""
+        return self._row_bounds[1]
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of the first epoch's rows that hold tokens."""
+        return float(self._lengths[self._plan(0).examples].sum()) / (self.num_rows * self._seq_len)
+
+    @property
+    def is_packed(self) -> bool:
+        return self._packing
+
+    @property
+    def is_same_each_epoch(self) -> bool:
+        return self._is_same_each_epoch
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_rows // self._batch_size)
+        """Of the first epoch; later ones differ by a step or so where their examples do."""
+        return self._step_bounds[1]
+
+    def num_steps(self, epochs: float) -> int:
+        """Steps of so many epochs."""
+        if self._is_same_each_epoch:
+            # Rounded first: 1.1 * 50 is a little more than 55 in floating point.
+            return math.ceil(round(epochs * self.steps_per_epoch, 6))
+        whole, part = divmod(epochs, 1)
+        while len(self._step_bounds) < whole + 2:
+            self._extend()
+        first, end = self._step_bounds[int(whole) : int(whole) + 2]
+        return first + math.ceil(round(part * (end - first), 6))
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs before a step."""
+        if self._is_same_each_epoch:
+            return step / self.steps_per_epoch
+        epoch, index = self._epoch_of_step(step)
+        return epoch + index / max(self._step_bounds[epoch + 1] - self._step_bounds[epoch], 1)
 
     def row_ids(self, step: int) -> np.ndarray:
         """Which packed rows step trains on, int64 [batch_size]; -1 is a row of padding.
 
-        5 rows in batches of 2, unshuffled: step 0 has `[0, 1]`, step 2 has `[4, -1]`, step 3 has `[0, 1]` again.
+        5 rows in batches of 2, unshuffled: step 0 has `[0, 1]`, step 2 has `[4, -1]`, step 3 has `[0, 1]` again, or
+        `[5, 6]` where each epoch packs rows of its own.
         """
-        epoch, index = divmod(step, self.steps_per_epoch)
+        epoch, index = self._epoch_of_step(step)
         ids = self._epoch_order(epoch)[index * self._batch_size : (index + 1) * self._batch_size]
+        if not self._is_same_each_epoch:
+            ids = ids + self._row_bounds[epoch]
         return np.pad(ids, (0, self._batch_size - len(ids)), constant_values=-1)
 
     def rows_crc(self, start: int, stop: int) -> int:
@@ -164,8 +127,13 @@ class Loader:
         return crc
 
     def examples_in_row(self, row: int) -> np.ndarray:
-        """The examples of a packed row in order, int32; none for -1."""
-        return self._plan.examples[slice(*self._plan.row_starts[row : row + 2])] if row >= 0 else np.zeros(0, np.int32)
+        """The examples of a packed row in order, int64; none for -1."""
+        if row < 0:
+            return np.zeros(0, np.int64)
+        number = 0 if self._is_same_each_epoch else int(np.searchsorted(self._row_bounds, row, side="right")) - 1
+        epoch = self._plan(number)
+        row -= self._row_bounds[number]
+        return epoch.examples[epoch.plan.examples[slice(*epoch.plan.row_starts[row : row + 2])]]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         """The batch of a step, or only some of its rows; leaves [rows, seq_len], read-only.
@@ -179,37 +147,81 @@ class Loader:
             built = {}
             self._built = (step, built)
         if (start, stop) not in built:
-            built[start, stop] = self._build_batch(self.row_ids(step)[start:stop])
+            ids = self.row_ids(step)[start:stop]
+            examples = [[self._dataset.example(index) for index in self.examples_in_row(int(row))] for row in ids]
+            built[start, stop] = make_batch(examples, self._seq_len)
         return built[start, stop]
 
+    def rows_so_far(self, step: int) -> dict[str, int]:
+        """Nothing to tell: what became of the rows is known before the first step. See `StreamLoader`."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to end. See `StreamLoader`."""
+
+    def _epoch_of_step(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and its number there."""
+        if self._is_same_each_epoch:
+            return divmod(step, self.steps_per_epoch)
+        while self._step_bounds[-1] <= step:
+            self._extend()
+        epoch = int(np.searchsorted(self._step_bounds, step, side="right")) - 1
+        return epoch, step - self._step_bounds[epoch]
+
+    def _extend(self) -> None:
+        """Looks at one more epoch."""
+        num_rows = len(self._plan(len(self._row_bounds) - 1).plan.row_starts) - 1
+        self._row_bounds.append(self._row_bounds[-1] + num_rows)
+        self._step_bounds.append(self._step_bounds[-1] + -(-num_rows // self._batch_size))
+
+    def _plan(self, number: int) -> _Epoch:
+        """The rows of an epoch; the latest two are kept, for who reads ahead and who looks back."""
+        for epoch in self._planned:
+            if epoch.number == number:
+                return epoch
+        examples = epoch_examples(self._dataset, seed=self._seed, epoch=number)
+        seed = self._seed if self._is_same_each_epoch else derived_seed(self._seed, 4, number)
+        planned = plan(self._lengths[examples], self._seq_len, seed=seed, packing=self._packing)
+        epoch = _Epoch(number, examples, planned)
+        self._planned = (*self._planned[-1:], epoch)
+        return epoch
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
+        num_rows = self.num_rows
+        if not self._is_same_each_epoch:
+            num_rows = self._row_bounds[epoch + 1] - self._row_bounds[epoch]
         if not self._shuffle:
-            return np.arange(self.num_rows)
+            return np.arange(num_rows)
         known, order = self._order
         if known != epoch:
-            order = permutation(self.num_rows, seed=(self._seed, 2, epoch))
+            order = permutation(num_rows, seed=(self._seed, 2, epoch))
             self._order = (epoch, order)
         return order
 
-    def _build_batch(self, row_ids: np.ndarray) -> Batch:
-        """See `Batch` for the worked example that this follows."""
-        shape = (len(row_ids), self._seq_len)
-        batch = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
-        for row, row_id in enumerate(row_ids):
-            at = 0
-            for segment, index in enumerate(self.examples_in_row(int(row_id)), start=1):
-                tokens, loss_weights = self._prepared.example(index)
-                end = at + len(tokens)
-                batch.tokens[row, at:end] = tokens
-                # The last position of a segment has no target: the next token is another segment's first.
-                batch.targets[row, at : end - 1] = tokens[1:]
-                batch.loss_weights[row, at : end - 1] = loss_weights[1:]
-                batch.segment_ids[row, at:end] = segment
-                batch.positions[row, at:end] = np.arange(end - at)
-                at = end
-        for leaf in batch:
-            leaf.flags.writeable = False
-        return batch
+
+def derived_seed(*parts: int) -> int:
+    """One number from several, as different as theirs."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def make_batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
+    """Rows of examples as a batch, read-only; see `Batch` for the worked example that this follows."""
+    shape = (len(rows), seq_len)
+    batch = Batch(*(np.zeros(shape, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
+    for row, examples in enumerate(rows):
+        at = 0
+        for segment, (tokens, loss_weights) in enumerate(examples, start=1):
+            end = at + len(tokens)
+            batch.tokens[row, at:end] = tokens
+            # The last position of a segment has no target: the next token is another segment's first.
+            batch.targets[row, at : end - 1] = tokens[1:]
+            batch.loss_weights[row, at : end - 1] = loss_weights[1:]
+            batch.segment_ids[row, at:end] = segment
+            batch.positions[row, at:end] = np.arange(end - at)
+            at = end
+    for leaf in batch:
+        leaf.flags.writeable = False
+    return batch
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Generator[T, None, None]:
@@ -246,104 +258,3 @@ def prefetch(make: Callable[[int], T], start: int, stop: int, *, depth: int = 2)
         closed.set()
         room.release()
         thread.join()
-
-
-def _digest(value: Any) -> str:
-    """A value in a few characters, to be compared and shown: itself where it is short."""
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _cache_folder(config: DataConfig) -> pathlib.Path:
-    if config.cache is not None:
-        return pathlib.Path(config.cache).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxsft"
-
-
-def _load(folder: pathlib.Path, key: str) -> Prepared | None:
-    """The prepared data in a folder; None unless it is whole."""
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        if {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS} != report["bytes"]:
-            return None
-        arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in ARRAYS.items()}
-        return Prepared(key, **arrays, report=report)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _put_in_place(building: pathlib.Path, folder: pathlib.Path, key: str) -> None:
-    """Renames; of several processes that prepare the same, the first one's work stays."""
-    try:
-        building.rename(folder)
-        return
-    except OSError:
-        if _load(folder, key) is not None:
-            return
-    # What stands there is damaged. Another process may be about to replace it as well.
-    damaged = building.with_name(f"{building.name}-damaged")
-    with contextlib.suppress(OSError):
-        folder.rename(damaged)
-    shutil.rmtree(damaged, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        building.rename(folder)
-
-
-def _build(
-    folder: pathlib.Path,
-    config: DataConfig,
-    source: str,
-    tokenizer: chat.Tokenizer,
-    stops: Sequence[int],
-    limit: int | None,
-    fingerprint: dict[str, str],
-) -> None:
-    """Writes the arrays, and last the report, whose presence says that the rest is there."""
-    format, columns, conversations = formats.load_conversations(source, format=config.format, limit=limit)
-    known = formats.FORMATS[format]
-    lengths: list[int] = []
-    overlong: list[tuple[str, int]] = []
-    longest = (0, "")
-    num_trained = num_straddling = crc = 0
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "loss_weights.bin").open("wb") as loss_weights:
-        for encoded in chat.prepare_examples(conversations, tokenizer, train_on=config.train_on, stops=stops):
-            example, length = encoded.example, len(encoded.example.tokens)
-            longest = max(longest, (length, encoded.origin), key=lambda pair: pair[0])
-            if length > config.seq_len:
-                overlong.append((encoded.origin, length))
-                continue
-            lengths.append(length)
-            num_trained += int(np.count_nonzero(example.loss_weights[1:]))
-            num_straddling += encoded.num_straddling
-            parts = example.tokens.astype(np.int32).tobytes(), example.loss_weights.astype(np.float32).tobytes()
-            tokens.write(parts[0])
-            loss_weights.write(parts[1])
-            crc = zlib.crc32(parts[1], zlib.crc32(parts[0], crc))
-    if overlong and config.overlong == "error":
-        problems = [(origin, f"{length} tokens") for origin, length in overlong]
-        raise bad_rows(problems, f"overlong (data.seq_len is {config.seq_len}, data.overlong is 'error')")
-    if not lengths:
-        raise DataError(
-            f"{source}: no example is left: all {len(overlong)} have more than data.seq_len={config.seq_len} tokens "
-            f"(the shortest has {min(length for _, length in overlong)})"
-        )
-    np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64).tofile(folder / "offsets.bin")
-    all_lengths = lengths + [length for _, length in overlong]
-    report = {
-        "source": source,
-        "format": format,
-        "format_reason": "given in data.format" if config.format else f"has the columns {', '.join(known.columns)}",
-        "columns_ignored": sorted(set(columns) - {*known.columns, *known.optional}),
-        "rows": len(conversations),
-        "examples": len(lengths),
-        "tokens": sum(lengths),
-        "trained_tokens": num_trained,
-        "straddling_tokens": num_straddling,
-        "overlong_examples": len(overlong),
-        "overlong_tokens": sum(length for _, length in overlong),
-        "longest": {"tokens": longest[0], "origin": longest[1]},
-        "length_percentiles": {str(p): int(np.percentile(all_lengths, p)) for p in (5, 25, 50, 75, 95, 99)},
-        "fingerprint": fingerprint | {"examples": f"{crc:08x}"},
-        "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS},
-    }
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,5 +1,8 @@
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jaxsft.data.sources import DataError, Row, read_rows, source_digest, source_files
@@ -23,62 +26,56 @@ def test_text_with_unicode_line_separators_stays_one_line(tmp_path):
     assert [row.fields["text"] for row in read_rows(source)] == ["a\u2028b\x85c"]
 
 
-BAD_LINES = {
-    b'{"a": 1': "delimiter",
-    b"[1, 2]": "a row is a JSON object, this is a list",
-    b"3": "this is a int",
-    b'{"a": NaN}': "NaN is not JSON",
-    b'{"a": -Infinity}': "-Infinity is not JSON",
-    b'{"a": 1e999}': "too large",
-    b'{"a": 1, "a": 2}': "key 'a' is given twice",
-    b'{"b": {"a": 1, "a": 2}}': "key 'a' is given twice",
-    b'{"a": "\xff"}': "not valid UTF-8 (byte 0xff at offset 7)",
-    b'{"a": "\\ud800"}': "surrogate",
-    b'{"a":' * 50_000: "nested too deep",
-    b'{"a": 1} {"a": 2}': "Extra data",
-}
+def test_bad_rows_come_in_their_place_and_do_not_end_the_reading(tmp_path):
+    source = write(tmp_path / "a.jsonl", '{"a": 1}\n{\n{"a": 2}\n[]\n')
+    kinds = [row.fields["a"] if isinstance(row, Row) else row.code for row in read_rows(source)]
+    assert kinds == [1, "bad-json", 2, "not-an-object"]
 
 
-@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-def test_a_bad_jsonl_line_is_named_with_file_line_and_reason(tmp_path, line):
-    source = write(tmp_path / "a.jsonl", b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
-    with pytest.raises(DataError) as error:
-        list(read_rows(source))
-    assert str(error.value).startswith("1 unreadable row:\n")
-    assert f"{source}:2: " in str(error.value) and BAD_LINES[line] in str(error.value)
+def test_skip_and_limit_count_records_good_or_bad_over_all_files(tmp_path):
+    write(tmp_path / "a.jsonl", '{"a": 1}\n\n{\n{"a": 3}\n')
+    write(tmp_path / "b.csv", "a\n4\n5,5\n6\n")
+    write(tmp_path / "c.json", '[{"a": 7}, 8]')
+    write(tmp_path / "d.tsv", "a\n9\n")
+    everything = list(read_rows(str(tmp_path)))
+    assert len(everything) == 9
+    for skip in range(10):
+        for limit in (None, 0, 1, 4, 20):
+            stop = None if limit is None else skip + limit
+            assert list(read_rows(str(tmp_path), skip=skip, limit=limit)) == everything[skip:stop]
 
 
-def test_bad_rows_of_all_files_are_reported_together_ten_and_the_count(tmp_path):
-    write(tmp_path / "a.jsonl", "{\n" * 8)
-    write(tmp_path / "b.jsonl", '{"a": 1}\n' + "{\n" * 5)
-    with pytest.raises(DataError) as error:
-        list(read_rows(str(tmp_path)))
-    lines = str(error.value).split("\n")
-    assert lines[0] == "13 unreadable rows:" and lines[-1] == "  ... and 3 more" and len(lines) == 12
-    assert f"{tmp_path}/b.jsonl:3: " in lines[10]
+def test_compressed_files_read_like_plain_ones(tmp_path):
+
+    text = b'{"a": 1}\n{"a": 2}\n'
+    plain = list(read_rows(write(tmp_path / "a.jsonl", text)))
+    for suffix, content in ((".gz", gzip.compress(text)), (".zst", pyarrow.compress(text, "zstd", asbytes=True))):
+        # Two members one after the other, as `cat` makes them.
+        source = write(tmp_path / f"a.jsonl{suffix}", content + content)
+        assert [row.fields for row in read_rows(source)] == [row.fields for row in plain] * 2
+        assert [row.origin for row in read_rows(source)] == [f"{source}:{line}" for line in (1, 2, 3, 4)]
+    for name, content in (("b.csv.gz", b"a\n1\n"), ("b.tsv.gz", b"a\n1\n"), ("b.json.gz", b'[{"a": "1"}]')):
+        source = write(tmp_path / name, gzip.compress(content))
+        assert [row.fields for row in read_rows(source)] == [{"a": "1"}]
 
 
-def test_a_limit_stops_reading_but_hides_no_bad_row_before_it(tmp_path):
-    source = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": 2}\n{\n')
-    assert [row.fields["a"] for row in read_rows(source, limit=2)] == [1, 2]
-    with pytest.raises(DataError, match="a.jsonl:3"):
-        list(read_rows(source, limit=3))
-
-
-def test_a_json_file_holds_one_list_of_objects(tmp_path):
-    source = write(tmp_path / "a.json", '[{"a": 1},\n {"a": 2}]')
-    assert list(read_rows(source)) == [Row({"a": 1}, f"{source}:1"), Row({"a": 2}, f"{source}:2")]
-    for content, reason in {
-        '{"a": 1}': "holds a dict",
-        '{"a": 1}\n{"a": 2}': r"a.json:2: .* must be named .jsonl",
-        '[{"a": 1},\n {"a" 2}]': "a.json:2: ",
-        '[{"a": 1}, 3]': "a.json:2: a row is a JSON object, this is a int",
-        '[{"a": NaN}]': "NaN",
-        b"[\xff]": "not valid UTF-8",
+def test_a_json_file_is_a_list_or_one_object_per_line_whatever_its_name(tmp_path):
+    rows = [{"a": 1}, {"a": {"b": [2]}}]
+    for text, lines in {
+        json.dumps(rows): (1, 1),
+        "\ufeff" + json.dumps(rows, indent=1): (2, 5),
+        ' \n [{"a": 1},\n\n {"a": {"b": [2]}}]\n\n': (2, 4),
+        '{"a": 1}\n{"a": {"b": [2]}}\n': (1, 2),
+        '{"a":\n 1}\n{"a": {\n"b": [2]}}\n': (1, 3),
     }.items():
-        source = write(tmp_path / "a.json", content)
-        with pytest.raises(DataError, match=reason):
-            list(read_rows(source))
+        source = write(tmp_path / "a.json", text)
+        assert list(read_rows(source)) == [
+            Row(row, f"{source}:{line}") for row, line in zip(rows, lines, strict=True)
+        ], text
+    source = write(tmp_path / "a.jsonl", json.dumps(rows, indent=1))
+    assert list(read_rows(source)) == [Row(rows[0], f"{source}:2"), Row(rows[1], f"{source}:5")]
+    with pytest.raises(DataError, match="a.json:1: not-a-list: a .json data file holds a list of objects"):
+        list(read_rows(write(tmp_path / "a.json", '"text"')))
 
 
 def test_csv_and_tsv_rows_start_at_the_line_of_their_record(tmp_path):
@@ -92,35 +89,59 @@ def test_csv_and_tsv_rows_start_at_the_line_of_their_record(tmp_path):
         ]
 
 
-def test_bad_csv_is_named_with_file_line_and_reason(tmp_path):
-    for content, reason in {
-        b"a,b\n1,2\n1,2,3\n1,2\n1\n": r"^2 unreadable rows:\n  .*a.csv:3: 3 cells, .* 2 columns\n  .*a.csv:5: 1 cells",
-        b'a,b\n1,2\n"1,2\n': r"a.csv:3: not readable as CSV",
-        b"a,b\n1,2\n\xff,2\n": r"a.csv:3: not valid UTF-8",
-        b"a,a\n1,2\n": "column 'a' is given twice",
-        b"a,b\n": "no rows in this file",
+def test_quotes_in_tsv_are_text_unless_a_cell_is_quoted_as_a_whole(tmp_path):
+    header = "q\ta\n"
+    for text, cells in {
+        '"Gamey" is a word\tyes\n': [['"Gamey" is a word', "yes"]],
+        'yes\t"No," she said\nno\t"b"\n': [["yes", '"No," she said'], ["no", "b"]],
+        '"a ""word"""\t"b"\n': [['a "word"', "b"]],
+        '"two\nlines"\t"tab\there"\n': [["two\nlines", "tab\there"]],
+        'x\t"two\nlines"\ny\tz\n': [["x", "two\nlines"], ["y", "z"]],
+        # Lines that are as good as rows by themselves are not joined.
+        'x\t"open\ny\tclosed"\n': [["x", '"open'], ["y", 'closed"']],
+        'x\t"open\ny\tz\n': [["x", '"open'], ["y", "z"]],
     }.items():
-        source = write(tmp_path / "a.csv", content)
-        with pytest.raises(DataError, match=reason):
-            list(read_rows(source))
+        source = write(tmp_path / "a.tsv", header + text)
+        assert [list(row.fields.values()) for row in read_rows(source)] == cells, text
+
+
+def test_a_first_line_that_holds_no_names_is_a_row_and_its_columns_are_numbers(tmp_path):
+    question = "Are more people today related to Genghis Khan than Julius Caesar?"
+    for suffix, comma in ((".csv", ","), (".tsv", "\t")):
+        source = write(tmp_path / f"a{suffix}", f"{question}{comma}yes\nWho?{comma}no\n")
+        assert list(read_rows(source)) == [
+            Row({"1": question, "2": "yes"}, f"{source}:1"),
+            Row({"1": "Who?", "2": "no"}, f"{source}:2"),
+        ]
+    with pytest.raises(DataError, match="a.csv:1: column 'a' is given twice in the header"):
+        list(read_rows(write(tmp_path / "a.csv", "a,a\n1,2\n")))
+    with pytest.raises(DataError, match="a.csv: no rows in this file"):
+        list(read_rows(write(tmp_path / "a.csv", "a,b\n")))
 
 
 def test_parquet_rows_leave_out_null_columns(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
 
     rows = [{"q": "a", "n": None}, {"q": None, "n": 3}, {"q": "c", "n": 4}]
     source = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source, row_group_size=2)
     expected = [Row({"q": "a"}, f"{source}:1"), Row({"n": 3}, f"{source}:2"), Row({"q": "c", "n": 4}, f"{source}:3")]
     assert list(read_rows(source)) == expected
+    assert list(read_rows(source, skip=1, limit=1)) == expected[1:2]
     write(tmp_path / "bad.parquet", (tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(DataError, match="bad.parquet: not readable as Parquet"):
         list(read_rows(str(tmp_path / "bad.parquet")))
 
 
+def test_nulls_that_columnar_files_add_to_tool_arguments_are_left_out(tmp_path):
+
+    rows = [{"calls": [{"arguments": {"city": "Bern"}}]}, {"calls": [{"arguments": {"sum": 3}}, None]}]
+    source = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    assert [row.fields for row in read_rows(source)] == rows
+
+
 def test_folders_and_globs_are_read_in_sorted_order(tmp_path):
-    for name in ("b.jsonl", "a/z.jsonl", "a/y.csv", ".hidden/x.jsonl", "notes.txt", "c.JSONL"):
+    for name in ("b.jsonl", "a/z.jsonl", "a/y.csv", ".hidden/x.jsonl", "notes.txt", "c.JSONL", "state.json"):
         write(tmp_path / name, "a\n1\n" if name.endswith("csv") else '{"a": 1}')
     names = [file.relative_to(tmp_path).as_posix() for file in source_files(str(tmp_path))]
     assert names == ["a/y.csv", "a/z.jsonl", "b.jsonl", "c.JSONL"]
@@ -163,11 +184,12 @@ def test_a_hub_id_goes_to_datasets_and_its_failure_is_one_clear_error(tmp_path, 
 
     asked = []
 
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
+    def load_dataset(name, config, split, streaming=False):
+        asked.append((name, config, split, streaming))
         if name == "org/none":
             raise FileNotFoundError("Dataset 'org/none' doesn't exist\nand more")
-        return datasets.Dataset.from_list([{"text": "a", "n": None}, {"text": "b", "n": 2}])
+        rows = datasets.Dataset.from_list([{"text": "a", "n": None}, {"text": "b", "n": 2}])
+        return rows.to_iterable_dataset() if streaming else rows
 
     # The one thing that is replaced: there is no hub here.
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -177,7 +199,12 @@ def test_a_hub_id_goes_to_datasets_and_its_failure_is_one_clear_error(tmp_path, 
         Row({"text": "a"}, "org/name@main:test[:10%]:1"),
         Row({"text": "b", "n": 2}, "org/name@main:test[:10%]:2"),
     ]
-    list(read_rows("org/name"))
-    assert asked == [("org/name", "main", "test[:10%]"), ("org/name", None, "train")]
+    assert list(read_rows("org/name", skip=1)) == [Row({"text": "b", "n": 2}, "org/name:2")]
+    assert list(read_rows("org/name", skip=1, stream=True)) == [Row({"text": "b", "n": 2}, "org/name:2")]
+    assert asked == [
+        ("org/name", "main", "test[:10%]", False),
+        ("org/name", None, "train", False),
+        ("org/name", None, "train", True),
+    ]
     with pytest.raises(DataError, match="org/none: no such file or folder here, and not loaded from the hub: Dataset"):
         list(read_rows("org/none"))

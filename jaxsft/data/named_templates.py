@@ -1,0 +1,62 @@
+"""Chat templates of ours, for models that come without one: each by name, with the tokens that it cannot do without.
+
+In: the name that `data.chat_template` gives. Out: the Jinja text, and the control tokens that a tokenizer must hold as
+one token each (`special_tokens.py` adds what it lacks). What each template writes is shown in docs/templates_named.md.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+
+class NamedTemplate(NamedTuple):
+    """A template of ours."""
+
+    tokens: tuple[str, ...]
+    """Control tokens that it writes itself; the tokenizer's bos_token and eos_token are not among them."""
+    about: str
+    """For the documentation."""
+
+
+NAMED_TEMPLATES: dict[str, NamedTemplate] = {
+    "chatml": NamedTemplate(
+        ("<|im_start|>", "<|im_end|>"),
+        "The turns of Qwen, Hermes, SmolLM2 and many more, and the only one of ours with tools and reasoning. Calls "
+        "stand in `<tool_call>` as JSON, results in `<tool_response>` in a user turn, as the parsers of serving stacks "
+        "for Hermes and Qwen expect. Reasoning stands in `<think>` before the answer and stays in every turn.",
+    ),
+    "zephyr": NamedTemplate(
+        (),
+        "The turns of Zephyr: every turn ends with the eos token and a newline. The markers are ordinary text, so that "
+        "nothing is added to the tokenizer.",
+    ),
+    "tulu": NamedTemplate(
+        (),
+        "The turns of Tulu and OLMo: only answers end with the eos token. The markers are ordinary text.",
+    ),
+    "llama3": NamedTemplate(
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "The turns of Llama 3, without the dates and the tools that Llama 3.1 writes into the system turn. Texts are "
+        "trimmed, as there.",
+    ),
+    "gemma": NamedTemplate(
+        ("<start_of_turn>", "<end_of_turn>"),
+        "The turns of Gemma 2 and 3: the assistant is called `model`, and a system text, which must come first, stands "
+        "before the first user's text. Texts are trimmed, as there.",
+    ),
+    "alpaca": NamedTemplate(
+        (),
+        "The headings of Stanford Alpaca. Its preamble is not made up: a system text, which must come first, stands in "
+        "its place. All but the eos token is ordinary text.",
+    ),
+    "plain": NamedTemplate(
+        (),
+        "The texts and nothing else, a newline between them, for text-to-text data: the model is not told who speaks. "
+        "An answer ends with the eos token.",
+    ),
+}
+"""Name -> template."""
+
+
+def template_text(name: str) -> str:
+    """The Jinja text of a template of ours."""
+    return (pathlib.Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,365 @@
+"""A source of rows becomes examples on disk: tokenised once, memory-mapped, under a key of all that determines them.
+
+In: one source of the config, and the encoder. Out: `Prepared`, from the cache where an equal one is there and whole.
+
+    KEY/tokens.bin, loss_weights.bin, writers.bin, offsets.bin, origins.bin     see `Prepared`
+    KEY/report.json     what was read, kept, dropped and cut
+    KEY/seal.json       size and CRC-32 of every other file; written last
+
+Rows are never all in memory: they go through in chunks, on several processes where there are many.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsft.batch import Example
+from jaxsft.config import DataConfig, SourceConfig
+from jaxsft.data import formats
+from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
+from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows, source_digest
+from jaxsft.data.workers import CHUNK, Workers
+
+REPORT, SEAL = "report.json", "seal.json"
+ARRAYS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "tokens": (np.int32, (-1,)),
+    "loss_weights": (np.float32, (-1,)),
+    "writers": (np.uint8, (-1,)),
+    "offsets": (np.int64, (-1,)),
+    "origins": (np.int64, (-1, 3)),
+}
+SAY_EVERY = 10.0
+"""Seconds between two words on how far the work is."""
+
+
+class Prepared(NamedTuple):
+    """All examples of a source: example i is `tokens[offsets[i]:offsets[i + 1]]`, and the same of the others."""
+
+    key: str
+    """Changes when anything changes that determines the examples; hex."""
+    tokens: np.ndarray
+    """int32 [num_tokens]"""
+    loss_weights: np.ndarray
+    """float32 [num_tokens]"""
+    writers: np.ndarray
+    """uint8 [num_tokens]: who wrote each token, see `chat.WRITERS`."""
+    offsets: np.ndarray
+    """int64 [num_examples + 1]"""
+    origins: np.ndarray
+    """int64 [num_examples, 3]: file (an index into the report's `files`), line, and the number of the conversation.
+    Examples of one conversation (unrolled, or split) stand together."""
+    report: dict[str, Any]
+    """What was read, kept and dropped, and the `fingerprint` by field that a continued run compares; plain JSON."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [num_examples]: tokens of each example."""
+        return np.diff(self.offsets)
+
+    def example(self, index: int) -> Example:
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return Example(self.tokens[span], self.loss_weights[span])
+
+    def origin(self, index: int) -> str:
+        """`file:line` of the row that an example was made from."""
+        file, line, _ = self.origins[index]
+        name = self.report["files"][file]
+        return f"{name}:{line}" if line >= 0 else name
+
+    def siblings(self, index: int) -> range:
+        """The examples that were made from the same conversation as this one."""
+        items = self.origins[:, 2]
+        return range(*(int(np.searchsorted(items, items[index], side)) for side in ("left", "right")))
+
+
+def prepare(
+    config: DataConfig,
+    source: SourceConfig,
+    encoder: ChatEncoder,
+    *,
+    tokenizer_files_key: str,
+    limit: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Reads, converts, tokenises and weighs every row of a source, or finds that in the cache.
+
+    Args:
+        config: the data section.
+        source: one of `config.train` or `config.eval`.
+        encoder: made from this config.
+        tokenizer_files_key: changes when any file of the tokenizer changes.
+        limit: only the first so many rows.
+        say: is told how far a long preparation is.
+
+    Raises:
+        DataError: anything wrong with the rows, or none is left.
+    """
+    described = {
+        "source": source_digest(source.path),
+        "format": source.format,
+        "columns": source.columns,
+        "roles": source.roles,
+        "tokenizer": tokenizer_files_key,
+        "seq_len": config.seq_len,
+        "limit": limit,
+    } | encoder.settings
+    # What a continued run must find unchanged: by content, so that a newer jaxsft may prepare it anew.
+    fingerprint = {name: digest(value) for name, value in described.items()}
+    described |= {
+        "path": source.path,  # stands in the origins
+        "overlong": config.overlong,
+        "on_bad_row": config.on_bad_row,
+        "code": code_key(),
+        "versions": {package: metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")},
+    }
+    key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    folder = _cache_folder(config) / key
+    prepared = _load(folder, key)
+    if prepared is not None:
+        return prepared
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and then renamed, so that a folder of that name is always whole.
+    building = folder.with_name(f".{key[:16]}-{uuid.uuid4().hex}")
+    building.mkdir()
+    try:
+        _build(building, config, source, encoder, limit, fingerprint, say)
+        prepared = _load(building, key)
+        assert prepared is not None, "whole, for it was just written"
+        _put_in_place(building, folder, key)
+        # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
+        return _load(folder, key) or prepared
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class Opened(NamedTuple):
+    """A source whose first rows were looked at."""
+
+    recipe: Recipe
+    rows: Iterator[Row | Problem]
+    described: dict[str, Any]
+    """What the report says of its format; plain JSON."""
+
+
+def open_source(
+    config: DataConfig,
+    source: SourceConfig,
+    encoder: ChatEncoder,
+    *,
+    limit: int | None = None,
+    stream: bool = False,
+) -> Opened:
+    """Finds out the format of a source: the one given, or the one that fits the columns of its first rows.
+
+    Raises:
+        DataError: a source that cannot be read, no good row, or columns of no known format.
+    """
+    rows = read_rows(source.path, limit=limit, stream=stream)
+    seen = list(islice(rows, formats.SAMPLE))
+    good = [row for row in seen if isinstance(row, Row)]
+    if not good:
+        raise bad_rows([row for row in seen if isinstance(row, Problem)], "bad") if seen else no_rows(source.path)
+    chosen = formats.choose_format(good, source)
+    described = {
+        "path": source.path,
+        "format": chosen.format,
+        "format_reason": chosen.reason,
+        "columns_ignored": sorted(chosen.ignored),
+    }
+    roles = {"assistant": ("assistant",), "last_turn": ("assistant",), "all": None}
+    trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
+    recipe = Recipe(
+        encoder, chosen.format, source.columns, source.roles, trained_roles, config.seq_len, config.overlong
+    )
+    return Opened(recipe, chain(seen, rows), described)
+
+
+def read_items(
+    config: DataConfig, source: SourceConfig, encoder: ChatEncoder, *, limit: int | None = None
+) -> Iterator[formats.Item]:
+    """What the good rows of a source say, before it becomes tokens."""
+    opened = open_source(config, source, encoder, limit=limit)
+    for row in opened.rows:
+        found = convert_row(row, opened.recipe)
+        if not isinstance(found, Problem):
+            yield from found
+
+
+def no_rows(path: str) -> DataError:
+    return DataError(f"{path}: no rows")
+
+
+def code_key() -> str:
+    """Changes when the code changes that makes examples of rows: all of this folder but what comes after them."""
+    later = {"loader.py", "mixture.py", "packing.py", "stream.py", "workers.py"}
+    files = sorted(path for path in pathlib.Path(__file__).parent.glob("*.py") if path.name not in later)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A value in a few characters, to be compared and shown: itself where it is short."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def chunks(rows: Iterator[Row | Problem], size: int = CHUNK) -> Iterator[list[Row | Problem]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+class Origins:
+    """Origins of examples as whole numbers, and the names of the files that they are of."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+
+    def rows(self, portion: Portion, first_item: int) -> np.ndarray:
+        """int64 [num_examples, 3] of a portion, see `Prepared.origins`."""
+        rows = []
+        for origin, item in zip(portion.origins, portion.items, strict=True):
+            match = _ORIGIN.fullmatch(origin)
+            name, line = (match[1], int(match[2])) if match else (origin, -1)
+            rows.append((self.files.setdefault(name, len(self.files)), line, first_item + int(item)))
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+
+_ORIGIN = re.compile(r"(.*):(\d{1,18})", re.DOTALL)
+
+
+def _build(
+    folder: pathlib.Path,
+    config: DataConfig,
+    source: SourceConfig,
+    encoder: ChatEncoder,
+    limit: int | None,
+    fingerprint: dict[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Writes the arrays, the report, and last the seal, whose presence says that the rest is there."""
+    opened = open_source(config, source, encoder, limit=limit)
+    workers = Workers([opened.recipe])
+    tally, origins = Tally(), Origins()
+    lengths, encoded_lengths, origin_rows = [], [], []
+    crc = 0
+    begin = said = time.perf_counter()
+    with contextlib.closing(workers), contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _FLAT}
+        for portion in workers.map((0, chunk) for chunk in chunks(opened.rows)):
+            origin_rows.append(origins.rows(portion, tally.items))
+            tally.add(portion)
+            lengths.append(portion.lengths)
+            encoded_lengths.append(portion.encoded_lengths)
+            for name, file in files.items():
+                file.write(getattr(portion, name).tobytes())
+            # Example by example, so that it does not depend on how rows are cut into portions.
+            for tokens, weights in _examples(portion):
+                crc = zlib.crc32(weights.tobytes(), zlib.crc32(tokens.tobytes(), crc))
+            if (now := time.perf_counter()) - said > SAY_EVERY:
+                said = now
+                say(f"preparing {source.path}: {tally.rows:,} rows, {tally.rows / (now - begin):,.0f} rows/s")
+    tally.check(config.on_bad_row, config.seq_len)
+    all_lengths = np.concatenate(encoded_lengths)
+    report = opened.described | tally.report()
+    if not tally.examples:
+        raise nothing_left(source.path, report, config.seq_len, int(all_lengths.min()) if len(all_lengths) else 0)
+    np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64).tofile(folder / "offsets.bin")
+    np.concatenate(origin_rows).tofile(folder / "origins.bin")
+    report |= {
+        "files": list(origins.files),
+        "notes": list(encoder.notes),
+        "length_percentiles": percentiles(all_lengths),
+        "fingerprint": fingerprint | {"examples": f"{crc:08x}"},
+        "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS},
+    }
+    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    seal = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    (folder / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+
+
+_FLAT = ("tokens", "loss_weights", "writers")
+
+
+def _examples(portion: Portion) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ends = np.cumsum(portion.lengths)
+    for start, end in zip(ends - portion.lengths, ends, strict=True):
+        yield portion.tokens[start:end], portion.loss_weights[start:end]
+
+
+def _checksum(path: pathlib.Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    if not path.stat().st_size:
+        return [0, 0]
+    content = np.memmap(path, np.uint8, "r")
+    return [len(content), zlib.crc32(content)]
+
+
+def _cache_folder(config: DataConfig) -> pathlib.Path:
+    if config.cache is not None:
+        return pathlib.Path(config.cache).expanduser()
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxsft"
+
+
+def _load(folder: pathlib.Path, key: str) -> Prepared | None:
+    """The prepared data in a folder; None unless it is whole, to the byte."""
+    try:
+        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        if seal.keys() != {REPORT, *(f"{name}.bin" for name in ARRAYS)}:
+            return None
+        if any(_checksum(folder / name) != sealed for name, sealed in seal.items()):
+            return None
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        arrays = {
+            name: np.memmap(folder / f"{name}.bin", dtype, "r").reshape(shape)
+            for name, (dtype, shape) in ARRAYS.items()
+        }
+        return Prepared(key, **arrays, report=report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _put_in_place(building: pathlib.Path, folder: pathlib.Path, key: str) -> None:
+    """Renames; of several processes that prepare the same, the first one's work stays."""
+    try:
+        building.rename(folder)
+        return
+    except OSError:
+        if _load(folder, key) is not None:
+            return
+    # What stands there is damaged. Another process may be about to replace it as well.
+    damaged = building.with_name(f"{building.name}-damaged")
+    with contextlib.suppress(OSError):
+        folder.rename(damaged)
+    shutil.rmtree(damaged, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        building.rename(folder)
+
+
+def prepared_in_memory(portions: Sequence[Portion], report: dict[str, Any]) -> Prepared:
+    """Portions as prepared data that has no place on disk."""
+    origins = Origins()
+    items = np.cumsum([0, *(portion.num_items for portion in portions)])
+    rows = [origins.rows(portion, int(first)) for portion, first in zip(portions, items, strict=False)]
+    lengths = np.concatenate([portion.lengths for portion in portions])
+    return Prepared(
+        "",
+        tokens=np.concatenate([portion.tokens for portion in portions]),
+        loss_weights=np.concatenate([portion.loss_weights for portion in portions]),
+        writers=np.concatenate([portion.writers for portion in portions]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        origins=np.concatenate(rows),
+        report=report | {"files": list(origins.files)},
+    )

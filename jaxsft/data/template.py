@@ -1,0 +1,369 @@
+"""A chat template as a function: messages in, the text that transformers would render of them out, with provenance.
+
+The environment is that of transformers' `apply_chat_template`, rebuilt so that every character of the text names the
+message and field it was taken from (`provenance.py`), and so that "today" is a day that the run records. That both give
+the same text is not assumed: `chat.py` compares them. A template is someone else's program: `check_template` runs it in
+a process of its own, with limits on time and memory, before anything else does.
+"""
+
+import datetime
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+from jinja2.compiler import CodeGenerator, Frame, optimizeconst
+
+from jaxsft.data.provenance import (
+    Traced,
+    dump_json,
+    dump_python,
+    holds_traced,
+    join,
+    trace,
+    trace_plain,
+    trace_values,
+)
+
+Message = dict[str, Any]
+
+GENERATED = 1 << 40
+"""Added to the source of characters that stand inside `{% generation %}`."""
+
+REASONING = "reasoning_content"
+
+
+class TemplateError(ValueError):
+    """What a template has against a conversation, in one line."""
+
+
+class Source(NamedTuple):
+    """A string of the data: source number `i + 1` of a rendered text is `sources[i]`."""
+
+    message: int
+    """Index of the message; TOOLS or KWARGS where it is of none."""
+    field: str
+    """Key of the message (of the call, for tool calls)."""
+    text: str
+
+
+TOOLS, KWARGS = -1, -2
+
+
+class Traceable(NamedTuple):
+    """A conversation whose strings are numbered, to be rendered any number of times."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    template_kwargs: dict[str, Any]
+    sources: list[Source]
+
+
+def number_sources(
+    messages: Sequence[Message], tools: list[Any] | None, template_kwargs: Mapping[str, Any]
+) -> Traceable:
+    """Numbers every string of a conversation, as transformers would hand it to a template.
+
+    Reasoning goes under two names there, `reasoning_content` and `thinking`: one source.
+    """
+    sources: list[Source] = []
+
+    def numbered(message: int, field: str) -> Any:
+        def make(text: str) -> Traced:
+            sources.append(Source(message, field, text))
+            return trace(text, len(sources))
+
+        return make
+
+    traced = []
+    for index, message in enumerate(messages):
+        copy = {}
+        for key, value in message.items():
+            if value is not None:
+                field = key if key != "tool_calls" else "tool call"
+                copy[key] = (
+                    trace_values(value, numbered(index, field))
+                    if key != "tool_calls"
+                    else [_traced_call(call, index, numbered) for call in value]
+                )
+        if REASONING in copy:
+            copy = {"thinking": copy[REASONING], **copy}
+        traced.append(copy)
+    return Traceable(
+        traced,
+        None if tools is None else [trace_values(tool, numbered(TOOLS, "tools")) for tool in tools],
+        {key: trace_values(value, numbered(KWARGS, key)) for key, value in template_kwargs.items()},
+        sources,
+    )
+
+
+def _traced_call(call: Any, index: int, numbered: Any) -> Any:
+    """A tool call: name and arguments are what the model says; id and type are bookkeeping that few templates show."""
+    if not isinstance(call, dict):
+        return call
+    return {
+        key: _traced_call(value, index, numbered)
+        if key == "function"
+        else trace_values(value, numbered(index, "tool call" if key in ("name", "arguments") else f"tool call {key}"))
+        for key, value in call.items()
+    }
+
+
+class ChatTemplate:
+    """A compiled template with the variables that a tokenizer gives to it."""
+
+    def __init__(
+        self, source: str | Mapping[str, str], variables: Mapping[str, Any], *, today: datetime.date | None = None
+    ) -> None:
+        """
+        Args:
+            source: the template, or several by name, of which "tool_use" is taken where there are tools.
+            variables: the special tokens by name (`bos_token`, ...).
+            today: what `strftime_now` tells; left out: the clock.
+        """
+        self._sources = {"default": source} if isinstance(source, str) else dict(source)
+        self._variables, self._today = dict(variables), today
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether the text may depend on the day."""
+        return any("strftime_now" in source for source in self._sources.values())
+
+    def render(self, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> Traced:
+        """The text of the first messages, as a prompt for the next answer or not.
+
+        Raises:
+            TemplateError: the template refuses them.
+        """
+        name = "tool_use" if conversation.tools is not None and "tool_use" in self._sources else "default"
+        try:
+            text = _compiled(self._sources[name], self._today).render(
+                **self._variables
+                | {"messages": conversation.messages[:num_messages], "tools": conversation.tools}
+                | {"documents": None, "add_generation_prompt": prompt}
+                | conversation.template_kwargs
+            )
+        except Exception as error:  # A template may raise anything.
+            reason = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)
+            raise TemplateError(" ".join(reason.split())[:300]) from error
+        return trace_plain(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(source: str, today: datetime.date | None) -> jinja2.Template:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters |= _FILTERS
+
+    def strftime_now(format: str) -> str:
+        now = datetime.datetime.now() if today is None else datetime.datetime.combine(today, datetime.time())
+        return now.strftime(format)
+
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": strftime_now,
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(source)
+
+
+class _Generator(CodeGenerator):
+    """Code in which `~` joins as the environment does, and not as plain text."""
+
+    @optimizeconst
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
+        self.write("concat(map(str, (")
+        for each in node.nodes:
+            self.visit(each, frame)
+            self.write(", ")
+        self.write(")))")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """transformers' environment, but strings keep their provenance on the way through."""
+
+    code_generator_class = _Generator
+    concat = staticmethod(join)  # type: ignore[assignment]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, finalize=_finalize, **kwargs)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # Methods of a literal, as in `", ".join(names)`, know nothing of provenance.
+        owner = getattr(__obj, "__self__", None)
+        if type(owner) is str and __obj.__name__ in ("join", "replace"):
+            __obj = getattr(trace_plain(owner), __obj.__name__)
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _finalize(value: Any) -> Any:
+    """What `{{ value }}` prints: `str` of it, which for lists and dicts would lose the provenance."""
+    return dump_python(value) if isinstance(value, dict | list) and holds_traced(value) else value
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the template's author says the model writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        text = caller()
+        return text.marked(GENERATED) if isinstance(text, Traced) else text
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _Dict:
+    """`dict`, and none of its class's inner life."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` without names that reach into Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        attributes = dict(*rest, **kwargs)
+        for name in attributes:
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return dump_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@jinja2.pass_environment
+def _join(environment: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
+    return trace_plain(str(d)).join(map(str, value))
+
+
+def _safe(value: Any) -> str:
+    """Nothing is escaped in a chat template, so that there is nothing to be safe from."""
+    return str(value)
+
+
+def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """As Jinja does it: each line after the first is indented, blank ones only if asked for."""
+    step = width if isinstance(width, str) else " " * width
+    text = trace_plain(str(s)) + "\n"
+    if blank:
+        return (step if first else "") + trace_plain("\n" + step).join(text.splitlines())
+    lines = text.splitlines()
+    shown = join([lines.pop(0)] + [part for line in lines for part in ("\n", step if line else "", line)])
+    return step + shown if first else shown
+
+
+_FILTERS = {"tojson": _tojson, "join": _join, "safe": _safe, "indent": _indent}
+
+
+# A template in a process of its own.
+
+_SECONDS, _BYTES = 10, 2**30
+
+_PROBES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "a question"}]},
+    {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "the answer"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "a rule"},
+            {"role": "user", "content": "a question"},
+            {"role": "assistant", "content": "the answer"},
+            {"role": "user", "content": "and another"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look_up",
+                    "description": "Looks a word up.",
+                    "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+                },
+            }
+        ],
+    },
+]
+
+
+@functools.lru_cache(maxsize=256)
+def check_template(source: str, variables_json: str) -> str | None:
+    """Compiles and renders a template in a child process with at most 10 s and 1 GiB; returns what is wrong with it.
+
+    What it has against a single conversation is not wrong with it: that is said of the rows that meet it.
+    """
+    task = json.dumps({"source": source, "variables": json.loads(variables_json)})
+    command = [sys.executable, "-m", "jaxsft.data.template"]
+    try:
+        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=3 * _SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"does not end within {3 * _SECONDS} seconds"
+    if done.returncode == 0:
+        return done.stdout.strip() or None
+    if "MemoryError" in done.stderr:
+        return f"needs more than {_BYTES >> 30} GiB of memory"
+    if done.returncode < 0:
+        return (
+            f"takes more than {_SECONDS} seconds or {_BYTES >> 30} GiB of memory (ended by signal {-done.returncode})"
+        )
+    return f"cannot be run: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+
+
+def _probe() -> None:
+    """The child process: reads a template, sets itself limits, and prints what is wrong, if anything."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
+    except (ImportError, ValueError, OSError):
+        pass  # Not on this system; the time limit of the parent remains.
+    task = json.loads(sys.stdin.read())
+    try:
+        _compiled(task["source"], None)
+    except jinja2.TemplateSyntaxError as error:
+        print(f"is not Jinja: line {error.lineno}: {error.message}")
+        return
+    template = ChatTemplate(task["source"], task["variables"])
+    for probe in _PROBES:
+        for prompt in (False, True):
+            conversation = number_sources(probe["messages"], probe.get("tools"), {})
+            try:
+                template.render(conversation, len(probe["messages"]), prompt=prompt)
+            except TemplateError as error:
+                if isinstance(error.__cause__, MemoryError):
+                    raise
+
+
+if __name__ == "__main__":
+    _probe()

@@ -1,0 +1,503 @@
+"""Which characters of a rendered conversation the model must produce, turn by turn, for any chat template.
+
+Three renders say it, and nothing is known of any template's markup:
+
+    prompt = messages[:i], add_generation_prompt      what the model is given before turn i
+    shown  = messages[:i + 1]                         turn i as it is when it has just been said
+    full   = all messages                             turn i as it is seen later
+
+A turn is trained from where its prompt ends in `shown` through the stop token that follows its last character.
+Where `full` begins with the same text, the turn is trained there, beside all others of which that holds. Where it does
+not (thinking that is stripped, a system text that moves) the turn is unrolled: `shown` becomes an example of its own.
+The characters themselves name the message they come from (`provenance.py`), so what is compared is never searched for.
+
+    prompt  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+    shown   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+                                                                  ^^^^^^^^^^^^^^^      trained
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxsft.data.formats import Conversation, Message
+from jaxsft.data.provenance import TEMPLATE, Traced
+from jaxsft.data.sources import DataError
+from jaxsft.data.template import GENERATED, REASONING, TOOLS, ChatTemplate, TemplateError, Traceable, number_sources
+
+
+class MaskError(DataError):
+    """It cannot be shown which tokens of a row the model must produce; says why, and what would help."""
+
+    def __init__(self, reason: str, code: str = "mask") -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Turn(NamedTuple):
+    """A trained turn in the text of a view, in characters."""
+
+    message: int
+    start: int
+    content_end: int
+    stop: tuple[int, int] | None
+    """Where the text of its stop token stands; None where the template writes none."""
+    weight: float
+    seen_only: tuple[tuple[int, int], ...]
+    """Parts that are not trained though they are the model's: reasoning, where only the answer is trained."""
+    found_by: str
+    """How its start was found, one of `FOUND_BY`."""
+
+
+FOUND_BY = {
+    "prompt": "the text begins with the prompt",
+    "header": "the template ignores add_generation_prompt; the header that it writes before every answer was left out",
+    "parting": "the prompt ends with text that the conversation lacks; trained from where the two part",
+    "moved": "the past stands otherwise in the prompt; trained from behind the header",
+    "tags": "the template's own {% generation %}",
+    "content": "a role without a prompt: trained from its first character",
+    "all": "everything is trained",
+}
+
+
+SPEECH = ("content", REASONING, "tool call")
+"""Fields of a message that somebody says; the others (role, name, ids) are about it."""
+
+
+class View(NamedTuple):
+    """One text of a conversation and the turns that are trained in it: one example."""
+
+    layout: "Layout"
+    turns: list[Turn]
+    is_unrolled: bool
+    renders: list["Layout"]
+    """What the text is made of: one render, or a prompt and the render that the answer to it is taken from."""
+
+    @property
+    def text(self) -> Traced:
+        return self.layout.text
+
+
+class Layout:
+    """Where in a rendered text which message stands."""
+
+    def __init__(self, text: Traced, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> None:
+        self.text, self.num_messages, self.is_prompt = text, num_messages, prompt
+        self._sources = conversation.sources
+        self.data: list[tuple[int, int, int]] = []
+        """(start, end, source) of everything that is not the template's, in order."""
+        self.generated: list[tuple[int, int]] = []
+        """What stands inside `{% generation %}`."""
+        self.shown: dict[int, list[tuple[int, int]]] = {}
+        """By source, the parts of it that are shown: (first character, end) in the source."""
+        at = 0
+        for length, marked, offset in text.runs:
+            source = marked & ~GENERATED
+            if marked & GENERATED:
+                self.generated.append((at, at + length))
+            if source != TEMPLATE:
+                self.data.append((at, at + length, source))
+                self.shown.setdefault(source, []).append((offset, offset + length))
+            at += length
+
+    def speech(self, message: int) -> tuple[int, int] | None:
+        """From the first to behind the last character of what a message says; None if it says nothing."""
+        parts = [part for part in self.data if self._is_speech(part[2], message)]
+        return (parts[0][0], parts[-1][1]) if parts else None
+
+    def reasoning(self, message: int) -> tuple[tuple[int, int], ...]:
+        return tuple(
+            (start, end)
+            for start, end, source in self.data
+            if self._sources[source - 1].message == message and self._sources[source - 1].field == REASONING
+        )
+
+    def end_before(self, message: int) -> int:
+        """Behind the last character that any earlier message gave to the text."""
+        return max((end for _, end, source in self.data if 0 <= self._sources[source - 1].message < message), default=0)
+
+    def next_other(self, position: int, message: int) -> int:
+        """Where the first character of another message or of the tools stands, from `position` on."""
+        others = (
+            start
+            for start, _, source in self.data
+            if start >= position and self._sources[source - 1].message not in (message, -2)
+        )
+        return next(others, len(self.text))
+
+    def missing(self, source: int) -> str:
+        """The first part of a source that the text does not show; blanks, and what the template writes instead, aside.
+
+        A template may take `<think>a</think>b` apart and write the tags itself.
+        """
+        text = self._sources[source - 1].text
+        at, pieces = 0, []
+        for start, end in sorted(self.shown.get(source, [])):
+            pieces.append(text[at:start])
+            at = max(at, end)
+        pieces.append(text[at:])
+        pieces = [piece.strip() for piece in pieces if piece.strip()]
+        if not pieces:
+            return ""
+        written = self._written()
+        return next((piece for piece in pieces if at == 0 or piece not in written), "")
+
+    def _written(self) -> str:
+        """What the template itself wrote."""
+        parts, at = [], 0
+        for start, end, _ in self.data:
+            parts.append(str.__getitem__(self.text, slice(at, start)))
+            at = end
+        return "\0".join([*parts, str.__getitem__(self.text, slice(at, None))])
+
+    def _is_speech(self, source: int, message: int) -> bool:
+        each = self._sources[source - 1]
+        return each.message == message and each.field in SPEECH
+
+
+class TurnFinder:
+    """Finds the trained turns of conversations for one template."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        *,
+        stop_texts: Sequence[str],
+        train_on: str | Sequence[str],
+        train_reasoning: bool,
+        unroll: str,
+        name: str,
+    ) -> None:
+        self._template, self._name = template, name
+        self._train_on, self._train_reasoning, self._unroll = train_on, train_reasoning, unroll
+        longest_first = sorted(stop_texts, key=len, reverse=True)
+        self._stop = re.compile("|".join(re.escape(text) for text in longest_first) or r"(?!)")
+        self.habits = habits_of(template)
+        self.writes_stop = self._stop.search(self.habits.after) is not None
+
+    def views(self, conversation: Conversation, traceable: Traceable) -> tuple[list[View], int]:
+        """The examples of a conversation as texts, and the number of turns that had to be left out (`unroll: never`).
+
+        Raises:
+            MaskError: the template refuses the messages or drops a part of them, or where a turn begins or ends cannot
+                be shown.
+        """
+        weights = self._weights(conversation)
+        full = self._layout(traceable, len(conversation.messages))
+        if self._trains_all(conversation):
+            views, left_out = [View(full, [self._whole(conversation, full)], False, [full])], 0
+        else:
+            views, left_out = self._turn_views(conversation, traceable, full, weights)
+        self._check_shown(conversation, traceable, [full, *(view.layout for view in views)])
+        return views, left_out
+
+    def _turn_views(
+        self, conversation: Conversation, traceable: Traceable, full: "Layout", weights: dict[int, float]
+    ) -> tuple[list[View], int]:
+        together: list[Turn] = []
+        alone: list[View] = []
+        left_out = 0
+        for index, weight in weights.items():
+            if conversation.messages[index]["role"] != "assistant":
+                together.append(self._spoken(index, full, weight))
+                continue
+            is_last = index == len(conversation.messages) - 1
+            shown = full if is_last else self._shown(traceable, index, full)
+            self._check_answer(traceable, index, shown)
+            prompt = self._prompt(traceable, index)
+            turn = self._turn(index, prompt, shown, weight)
+            if turn.found_by == "moved":
+                assert prompt is not None
+                later, view = None, self._joined(traceable, prompt, shown, turn)
+            else:
+                later = turn if shown is full else self._later(turn, shown, full)
+                view = View(shown, [turn], True, [shown])
+            if later is not None and self._unroll != "always":
+                together.append(later)
+            elif self._unroll == "never" and not is_last:
+                left_out += 1
+            else:
+                alone.append(view)
+        views = ([View(full, together, False, [full])] if together else []) + alone
+        if not views:
+            raise MaskError("no turn is left that can be trained in one render; data.unroll=auto trains all", "mask")
+        return sorted(views, key=lambda view: view.turns[0].message), left_out
+
+    def _joined(self, traceable: Traceable, prompt: "Layout", shown: "Layout", turn: Turn) -> View:
+        """The turn behind its true prompt, where no render has both."""
+        shift = len(prompt.text) - turn.start
+        layout = Layout(prompt.text + shown.text[turn.start :], traceable, shown.num_messages)
+        moved = turn._replace(
+            start=len(prompt.text),
+            content_end=turn.content_end + shift,
+            stop=turn.stop and (turn.stop[0] + shift, turn.stop[1] + shift),
+            seen_only=tuple((start + shift, end + shift) for start, end in turn.seen_only),
+        )
+        return View(layout, [moved], True, [prompt, shown])
+
+    def _weights(self, conversation: Conversation) -> dict[int, float]:
+        """Index and weight of each message that is trained, in order."""
+        train_on = conversation.train_on or self._train_on
+        roles = ("assistant",) if isinstance(train_on, str) else tuple(train_on)
+        weights = {}
+        for index, message in enumerate(conversation.messages):
+            weight = float(message.get("weight", message["role"] in roles)) * conversation.weight
+            if weight > 0 and index >= conversation.trained_from:
+                weights[index] = weight
+        if train_on == "last_turn":
+            last = max((i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"), default=-1)
+            weights = {last: weights[last]} if last in weights else {}
+        if not weights:
+            raise MaskError("no turn of this row is trained", "nothing-trained")
+        return weights
+
+    def _trains_all(self, conversation: Conversation) -> bool:
+        return (conversation.train_on or self._train_on) == "all"
+
+    def _whole(self, conversation: Conversation, full: Layout) -> Turn:
+        last = len(conversation.messages) - 1
+        speech = full.speech(last)
+        end = speech[1] if speech else len(full.text)
+        is_answer = conversation.messages[last]["role"] == "assistant"
+        stop = self._find_stop(full, end, last) if is_answer else (len(full.text), len(full.text))
+        return Turn(last, 0, end, stop, conversation.weight, (), "all")
+
+    def _spoken(self, index: int, full: Layout, weight: float) -> Turn:
+        """A trained turn of another role: what it says and, where the template ends it with one, its stop token."""
+        speech = full.speech(index)
+        if speech is None:
+            raise MaskError(
+                f"message {index + 1}: it is to be trained, but {self._name} shows nothing of it", "field-absent"
+            )
+        stop = self._find_stop(full, speech[1], index) or (speech[1], speech[1])
+        return Turn(index, speech[0], speech[1], stop, weight, (), "content")
+
+    def _turn(self, index: int, prompt: "Layout | None", shown: "Layout", weight: float) -> Turn:
+        speech = shown.speech(index)
+        try:
+            start, found_by = self._start(index, prompt, shown)
+        except MaskError:
+            # The template's author may say what we cannot see.
+            tagged = [start for start, end in shown.generated if speech and start <= speech[0] < end]
+            if not tagged:
+                raise
+            start, found_by = tagged[0], "tags"
+        content_end = max(start, speech[1]) if speech else start
+        seen_only = () if self._train_reasoning else shown.reasoning(index)
+        return Turn(index, start, content_end, self._find_stop(shown, content_end, index), weight, seen_only, found_by)
+
+    def _start(self, index: int, prompt: "Layout | None", shown: "Layout") -> tuple[int, str]:
+        """Where the text of a turn's prompt ends in `shown`."""
+        speech = shown.speech(index)
+        text = str.__str__(shown.text)
+        past = shown.end_before(index)
+        found_by = "header"
+        start = past
+        if prompt is not None and text.startswith(prompt.text):
+            start, found_by = len(prompt.text), "prompt"
+        elif prompt is not None:
+            # What follows the past in the prompt, and what follows it here: the end of that message, and the header.
+            tail = str.__getitem__(prompt.text, slice(prompt.end_before(index), None))
+            gap = text[past : speech[0]] if speech else text[past:]
+            start = past + len(os.path.commonprefix([tail, gap]))
+            same_past = text.startswith(str.__getitem__(prompt.text, slice(0, prompt.end_before(index))))
+            found_by = "parting" if same_past else "moved"
+        gap = text[start : speech[0]] if speech else text[start:]
+        if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):
+            return start, found_by
+        # The header is not in the prompt: what the template writes before an answer in general is the header here.
+        header = self.habits.header
+        if not header.strip() and found_by == "prompt":
+            return start, found_by
+        if header.strip() and header in gap:
+            return start + gap.rindex(header) + len(header), "header" if found_by == "prompt" else found_by
+        if header.strip() and (same := len(os.path.commonprefix([header, gap]))):
+            return start + same, "header" if found_by == "prompt" else found_by
+        raise MaskError(
+            f"message {index + 1} (assistant): where it begins cannot be told: {self._name} writes {gap[-60:]!r} "
+            f"before it, which is neither in the prompt nor its usual header {header!r}"
+        )
+
+    def _prompt(self, traceable: Traceable, index: int) -> Layout | None:
+        """The prompt of a turn; None where the template has none: before the first message there is nothing to render."""
+        if index == 0:
+            return None
+        try:
+            return Layout(self._template.render(traceable, index, prompt=True), traceable, index, prompt=True)
+        except TemplateError:
+            return None
+
+    def _shown(self, traceable: Traceable, index: int, full: Layout) -> Layout:
+        try:
+            return Layout(self._template.render(traceable, index + 1), traceable, index + 1)
+        except TemplateError:
+            return full  # It cannot be the last message: then the only way in which it is ever shown is this.
+
+    def _later(self, turn: Turn, shown: Layout, full: Layout) -> Turn | None:
+        """The turn as it stands in the whole conversation; None where that is not as it was said."""
+        end = turn.stop[1] if turn.stop else turn.content_end
+        if shown.text[:end] != full.text[:end]:
+            return None
+        stop = turn.stop or self._find_stop(full, turn.content_end, turn.message)
+        return turn._replace(stop=stop) if stop else None
+
+    def _find_stop(self, layout: Layout, content_end: int, message: int) -> tuple[int, int] | None:
+        """The first stop token's text behind a turn, before anything of another message."""
+        found = self._stop.search(layout.text, content_end, layout.next_other(content_end, message))
+        return found.span() if found else None
+
+    def _layout(self, traceable: Traceable, num_messages: int) -> Layout:
+        try:
+            return Layout(self._template.render(traceable, num_messages), traceable, num_messages)
+        except TemplateError as error:
+            raise MaskError(f"{self._name} refuses this conversation: {error}", "template-refuses") from error
+
+    def _check_shown(self, conversation: Conversation, traceable: Traceable, layouts: "Sequence[Layout]") -> None:
+        """Refuses what the template drops: nobody could learn from it, and nobody would notice.
+
+        Answers are checked where they are trained; later they may be shown in part.
+        """
+        for number, source in enumerate(traceable.sources, start=1):
+            if source.message >= 0 and source.field == "content":
+                role = conversation.messages[source.message]["role"]
+                missing = "" if role == "assistant" else min((layout.missing(number) for layout in layouts), key=len)
+                if missing:
+                    raise self._dropped(f"message {source.message + 1} ({role})", "content", missing)
+        wanted = [str((tool.get("function") or tool).get("name") or "") for tool in conversation.tools or []]
+        shown = {number for layout in layouts for number in layout.shown}
+        names = {source.text for n, source in enumerate(traceable.sources, 1) if source.message == TOOLS and n in shown}
+        for name in wanted:
+            if name and name not in names:
+                raise self._dropped("tools", "function", name)
+
+    def _check_answer(self, traceable: Traceable, index: int, shown: Layout) -> None:
+        for number, source in enumerate(traceable.sources, start=1):
+            if source.message != index or source.field not in SPEECH:
+                continue
+            if source.field == REASONING and not self._train_reasoning:
+                continue
+            if missing := shown.missing(number):
+                raise self._dropped(f"message {index + 1} (assistant)", source.field, missing)
+
+    def _dropped(self, where: str, field: str, missing: str) -> MaskError:
+        return MaskError(
+            f"{where}: {self._name} does not show its {field} ({missing[:60]!r} is not in the text); give a template "
+            f"that does as data.chat_template, or rows without it",
+            "field-absent",
+        )
+
+
+class Habits(NamedTuple):
+    """What a template does around every answer and expects of every message, seen in a conversation of two words."""
+
+    header: str
+    """What it writes between the question and the answer, as far as the prompt supplies that."""
+    ignores_prompt: bool
+    """add_generation_prompt changes nothing."""
+    after: str
+    """What it writes after the answer."""
+    takes_blocks: bool
+    """It shows only content that is a list of `{"type": "text", "text": ...}`."""
+    takes_json_arguments: bool
+    """It shows the arguments of a tool call only, or only as JSON, where they are a string."""
+
+
+def fitted(messages: Sequence[Message], habits: Habits) -> list[Message]:
+    """Messages in the form that a template takes."""
+    fitting = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if key != "weight"}
+        if habits.takes_blocks and isinstance(message.get("content"), str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if habits.takes_json_arguments and message.get("tool_calls"):
+            message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+        fitting.append(message)
+    return fitting
+
+
+def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_json_arguments(call["function"])}
+    if isinstance(call.get("arguments"), dict | list):
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return call
+
+
+_QUESTION: Message = {"role": "user", "content": "a question"}
+_BEGINNINGS: list[list[Message]] = [[_QUESTION], [{"role": "system", "content": "a rule"}, _QUESTION]]
+_ANSWER: Message = {"role": "assistant", "content": "the answer"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
+    ],
+}
+_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Looks up a word.",
+            "parameters": {
+                "type": "object",
+                "properties": {"word": {"type": "string", "description": "The word."}},
+                "required": ["word"],
+            },
+        },
+    }
+]
+
+
+def habits_of(template: ChatTemplate) -> Habits:
+    """Learns them by rendering; a template that refuses all of it is known by its refusals of rows."""
+    habits = Habits("", True, "", False, False)
+    for blocks in (False, True):
+        found = _around_answer(template, habits._replace(takes_blocks=blocks))
+        if found is not None:
+            habits = found
+            break
+    as_object, as_text = (
+        _shown_call(template, habits._replace(takes_json_arguments=as_json)) for as_json in (False, True)
+    )
+    return habits._replace(takes_json_arguments=as_text and not as_object)
+
+
+def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
+    for beginning in _BEGINNINGS:
+        traceable = number_sources(fitted([*beginning, _ANSWER], habits), None, {})
+        try:
+            past = template.render(traceable, len(beginning))
+            prompt = template.render(traceable, len(beginning), prompt=True)
+            num_messages = len(beginning) + 1
+            shown = Layout(template.render(traceable, num_messages), traceable, num_messages)
+        except TemplateError:
+            continue
+        speech = shown.speech(len(beginning))
+        if speech is None:
+            continue
+        same = len(os.path.commonprefix([past, shown.text]))
+        since = max(min(same, speech[0]), shown.end_before(len(beginning)))
+        header = str.__getitem__(shown.text, slice(since, speech[0]))
+        if past != prompt:  # Only as far as the prompt has it: an empty thinking block is the model's to write.
+            header = os.path.commonprefix([header, str.__getitem__(prompt, slice(since, None))])
+        return habits._replace(
+            header=header,
+            ignores_prompt=past == prompt,
+            after=str.__getitem__(shown.text, slice(speech[1], None)),
+        )
+    return None
+
+
+def _shown_call(template: ChatTemplate, habits: Habits) -> bool:
+    """Whether a tool call is rendered with its arguments, and not in Python's spelling of them."""
+    for beginning in _BEGINNINGS:
+        traceable = number_sources(fitted([*beginning, _CALL], habits), _TOOLS, {})
+        try:
+            text = template.render(traceable, len(beginning) + 1)
+        except TemplateError:
+            continue
+        return "tree" in text and "{'word'" not in text and '\\"tree' not in text
+    return False

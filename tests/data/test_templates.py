@@ -1,0 +1,579 @@
+"""Every tokenizer and every template of the material over many conversations, against oracles that are not ours.
+
+What is expected comes from transformers and from texts marked by hand; of our code only the encoder under test is
+asked. `python tests/data/test_templates.py --write` writes docs/templates.md.
+"""
+
+import copy
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from conversations import CASES, Case, Message
+from goldens import GOLDENS, Golden
+
+from jaxsft.config import DataConfig
+from jaxsft.data.chat import ChatEncoder, MaskError, stop_ids
+from jaxsft.data.formats import Conversation
+
+DATE = "2024-07-26"
+
+
+@functools.cache
+def load(folder: pathlib.Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def make_encoder(tokenizer: Any, **data: Any) -> ChatEncoder:
+    config = DataConfig.model_validate({"train": "unused.jsonl", "template_date": DATE, **data})
+    return ChatEncoder(tokenizer, config, stop_ids(tokenizer))
+
+
+def conversation_of(messages: list[Message], tools: Any = None, kwargs: dict[str, Any] | None = None) -> Conversation:
+    return Conversation(messages, tools, kwargs or {}, origin="test:1")
+
+
+# Characters to tokens, without the tokenizer's offsets: the bytes of the tokens, one after another, are the text.
+
+
+class Tokens(NamedTuple):
+    """Tokens of a text, and where the bytes begin and end that each stands for, in the text as bytes."""
+
+    ids: list[int]
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """The alphabet of byte-level vocabularies: printable bytes stand for themselves, the others follow from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_OF_LETTER = _byte_of_letter()
+
+
+@functools.cache
+def is_byte_level(backend: Any) -> bool:
+    return b"ByteLevel" in backend.decoder.__getstate__()
+
+
+@functools.cache
+def lacking_bytes(backend: Any) -> frozenset[int]:
+    if not is_byte_level(backend):
+        return frozenset()
+    return frozenset(byte for letter, byte in BYTE_OF_LETTER.items() if backend.token_to_id(letter) is None)
+
+
+def bytes_of(id: int, tokenizer: Any) -> bytes:
+    if id in added_tokens(tokenizer):
+        return added_tokens(tokenizer)[id].encode()
+    piece = tokenizer.convert_ids_to_tokens(id)
+    if is_byte_level(tokenizer.backend_tokenizer):
+        return bytes(BYTE_OF_LETTER[letter] for letter in piece)
+    if len(piece) == 6 and piece.startswith("<0x"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def added_tokens(tokenizer: Any) -> dict[int, str]:
+    return _added_tokens(tokenizer.backend_tokenizer, len(tokenizer))
+
+
+@functools.cache
+def _added_tokens(backend: Any, size: int) -> dict[int, str]:
+    return {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
+
+
+def normalise(text: str, tokenizer: Any) -> str:
+    """The text as the tokenizer's vocabulary spells it: Qwen composes letters and accents."""
+    return unicodedata.normalize("NFC", text) if composes(tokenizer.backend_tokenizer) else text
+
+
+@functools.cache
+def composes(backend: Any) -> bool:
+    return backend.normalizer is not None and b'"NFC"' in backend.normalizer.__getstate__()
+
+
+def tokenise(text: str, tokenizer: Any) -> Tokens:
+    """Tokens of a normalised text, laid side by side over its bytes.
+
+    The space that SentencePiece writes before a text, and after each control token, is nowhere in the text: such a
+    token, or part of one, stands for no byte. Bytes that a cut vocabulary lacks (llama-3-tiny) have no token.
+    """
+    lacking = lacking_bytes(tokenizer.backend_tokenizer)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spelled, at, starts, ends = text.encode(), 0, [], []
+    for id in ids:
+        piece = bytes_of(id, tokenizer)
+        while not spelled.startswith(piece, at) and at < len(spelled) and spelled[at] in lacking:
+            at += 1
+        if not spelled.startswith(piece, at):
+            assert piece[:1] == b" " and spelled.startswith(piece[1:], at), (text, spelled[at : at + 20], piece)
+            piece = piece[1:]
+        starts.append(at)
+        at += len(piece)
+        ends.append(at)
+    assert lacking.issuperset(spelled[at:]), f"the tokens of {text!r} end before {spelled[at:]!r}"
+    return Tokens(ids, np.array(starts, int), np.array(ends, int))
+
+
+def weigh(tokens: Tokens, spans: Iterable[tuple[int, int]]) -> list[float]:
+    """1 for every token that has a byte in a span, or stands for none inside of one."""
+    trained = np.zeros(len(tokens.ids), bool)
+    for start, end in spans:
+        empty = tokens.starts == tokens.ends
+        trained |= (tokens.ends > start) & (tokens.starts < end) & ~empty
+        trained |= (tokens.starts >= start) & (tokens.ends < end) & empty
+    return trained.astype(float).tolist()
+
+
+def read_marks(marked: str, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """A text without its brackets, normalised, and the bytes between them.
+
+    read_marks("a⟦b c⟧d", tokenizer) == ("ab cd", [(1, 4)])
+    """
+    text, spans = "", []
+    for index, part in enumerate(re.split("[⟦⟧]", marked)):
+        begin = len(text.encode())
+        text += normalise(part, tokenizer)
+        if index % 2:
+            spans.append((begin, len(text.encode())))
+    return text, spans
+
+
+# Goldens.
+
+
+def examples_of(encoded: Any) -> list[tuple[list[int], list[float]]]:
+    """Tokens and weights of each example, in an order of their own."""
+    if isinstance(encoded, MaskError):
+        raise encoded
+    return sorted((one.example.tokens.tolist(), one.example.loss_weights.tolist()) for one in encoded)
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=[f"{golden.tokenizer}: {golden.name}" for golden in GOLDENS])
+def test_tokens_and_weights_are_those_marked_by_hand(material, golden: Golden):
+    tokenizer = load(material / "tokenizers" / golden.tokenizer)
+    expected = []
+    for marked in golden.texts:
+        text, spans = read_marks(marked, tokenizer)
+        tokens = tokenise(text, tokenizer)
+        expected.append((tokens.ids, weigh(tokens, spans)))
+    encoder = make_encoder(tokenizer)
+    (encoded,) = encoder.encode([conversation_of(golden.messages, golden.tools, golden.kwargs)])
+    found = examples_of(encoded)
+    assert [marked_text(*one, tokenizer) for one in found] == [marked_text(*one, tokenizer) for one in sorted(expected)]
+    assert found == sorted(expected)
+
+
+def marked_text(ids: list[int], weights: list[float], tokenizer: Any) -> str:
+    """Tokens as text to read, what is trained in brackets."""
+    parts = itertools.groupby(zip(ids, weights, strict=True), key=lambda pair: pair[1] > 0)
+    texts = [(trained, decode([id for id, _ in pairs], tokenizer)) for trained, pairs in parts]
+    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+
+
+def decode(ids: Sequence[int], tokenizer: Any) -> str:
+    """The bytes of the tokens; the tokenizer's own decoder may trim the first space."""
+    return b"".join(bytes_of(int(id), tokenizer) for id in ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("name", sorted({golden.tokenizer for golden in GOLDENS}))
+def test_the_goldens_are_what_the_templates_render(material, name):
+    tokenizer = load(material / "tokenizers" / name)
+    for golden in GOLDENS:
+        if golden.tokenizer != name:
+            continue
+        ends = [index + 1 for index, message in enumerate(golden.messages) if message["role"] == "assistant"]
+        renders = [
+            tokenizer.apply_chat_template(golden.messages[:end], tools=golden.tools, tokenize=False, **golden.kwargs)
+            for end in ends
+        ]
+        texts = [re.sub("[⟦⟧]", "", text) for text in golden.texts]
+        if golden.differs:
+            texts = [text.removesuffix(tokenizer.eos_token) for text in texts]
+            prompts = [
+                tokenizer.apply_chat_template(golden.messages[: end - 1], tokenize=False, add_generation_prompt=True)
+                for end in ends
+            ]
+            assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+        else:
+            assert set(texts) <= set(renders) and renders[-1] in texts
+            answers = [answer for text in golden.texts for answer in re.findall("⟦(.*?)⟧", text, re.DOTALL)]
+            assert len(answers) == len(ends), "every answer is trained once"
+
+
+# The matrix: every template on a tokenizer that fits it.
+
+CONTROL = re.compile(
+    r"<\|[^<>|\s'\"{}]+\|?>|<[^<>|\s'\"{}/]+\|>|<｜[^<>｜'\"{}]+｜>|"  # <|im_end|> <|turn> <turn|> <｜User｜>
+    r"\[\|[a-z]+\|\]|\[/?[A-Z_]{3,}\]|\]~!?b[\]\[]|\[e~\[|</?s>|"
+    r"<seed:[a-z]+>|<e[a-z]*_of_[a-z]+>|<start_of_[a-z]+>|<sep>"
+)
+"""What looks like a control token in the text of a template, of any house."""
+WRITTEN = re.compile(r"</?think>|</?tool_call>|</?tool_response>")
+"""Tokens that are not special: an assistant may write them."""
+
+STAND_ALONE = {"qwen2.5", "qwen3", "smollm2", "llama-2", "llama-3.1", "phi-3", "gemma-2", "mistral-nemo", "deepseek-v3"}
+"""Tokenizers to put templates on: llama-3-tiny loses letters that it has no token for, chatglm3 its control tokens."""
+
+
+class Fitted(NamedTuple):
+    """A template on a tokenizer."""
+
+    name: str
+    tokenizer: Any
+    base: str
+    """The material's name of the tokenizer."""
+
+
+def fit_templates(material: pathlib.Path) -> list[Fitted]:
+    """Each tokenizer with its own template, then each template with the tokenizer that has most of what it writes.
+
+    Control tokens that the tokenizer lacks are added to a copy of it, once for all its templates.
+    """
+    from transformers import AutoTokenizer
+
+    folders = sorted((material / "tokenizers").iterdir())
+    fitted = [Fitted(f"({folder.name})", load(folder), folder.name) for folder in folders]
+    bases = {folder.name: load(folder) for folder in folders if folder.name in STAND_ALONE}
+    known = {name: set(added_tokens(base).values()) for name, base in bases.items()}
+    chosen: dict[pathlib.Path, str] = {}
+    lacking: dict[str, set[str]] = {name: set() for name in bases}
+    for path in sorted((material / "templates").glob("*.jinja")):
+        source = path.read_text()
+        written = set(CONTROL.findall(source)) | set(WRITTEN.findall(source))
+        best = max(bases, key=lambda name: (len(written & known[name]), name == "smollm2", name))
+        chosen[path] = best
+        lacking[best] |= written - known[best]
+    copies = {}
+    for name, texts in lacking.items():
+        copies[name] = AutoTokenizer.from_pretrained(material / "tokenizers" / name, trust_remote_code=False)
+        copies[name].add_tokens(sorted(text for text in texts if not WRITTEN.fullmatch(text)), special_tokens=True)
+        copies[name].add_tokens(sorted(text for text in texts if WRITTEN.fullmatch(text)))
+    for path, name in chosen.items():
+        tokenizer = copy.copy(copies[name])
+        tokenizer.chat_template = path.read_text()
+        fitted.append(Fitted(path.stem, tokenizer, name))
+    return fitted
+
+
+class NotRendered(Exception):
+    """The template itself refuses the conversation."""
+
+
+class Absent(Exception):
+    """The template renders the conversation without some text of it."""
+
+
+class NoOracle(Exception):
+    """Where the answer begins is no simple matter: only what holds for every template is checked."""
+
+
+SIGNED = re.compile(r"\b(?:ask|sys|got|say)\d+\b")
+SAID = re.compile(r"\bsay\d+\b")
+FOREIGN = re.compile(r"\b(?:ask|sys|got|spec)\d+\b")
+
+
+def with_text_arguments(messages: list[Message]) -> list[Message]:
+    """Tool arguments as the JSON text that OpenAI's API gives, which some templates want."""
+    changed = copy.deepcopy(messages)
+    for message in changed:
+        for one in message.get("tool_calls", []):
+            one["function"]["arguments"] = json.dumps(one["function"]["arguments"], ensure_ascii=False)
+    return changed
+
+
+class Rendered(NamedTuple):
+    """What transformers makes of a conversation."""
+
+    messages: list[Message]
+    shown: dict[int, str]
+    """By assistant turn: the conversation up to it, inclusive."""
+    prompts: dict[int, str]
+    """By assistant turn but the first message: the prompt that asks for it."""
+    full: str
+
+
+def render(tokenizer: Any, case: Case) -> Rendered:
+    """
+    Raises:
+        NotRendered, Absent
+    """
+    reason: Exception = NotRendered()
+    forms = [case.messages]
+    if any(message.get("tool_calls") for message in case.messages):
+        forms.append(with_text_arguments(case.messages))
+    for messages in forms:
+        try:
+            rendered = _render(tokenizer, messages, case.tools)
+        except Exception as error:  # A template may raise anything.
+            reason = NotRendered(str(error)) if isinstance(reason, NotRendered) else reason
+            continue
+        lost = lost_texts(rendered)
+        if not lost:
+            return rendered
+        reason = Absent(", ".join(lost))
+    raise reason
+
+
+def _render(tokenizer: Any, messages: list[Message], tools: Any) -> Rendered:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    apply = functools.partial(tokenizer.apply_chat_template, tools=tools, tokenize=False)
+    full = apply(messages)
+    shown = {index: apply(messages[: index + 1]) for index in turns}
+    prompts = {index: apply(messages[:index], add_generation_prompt=True) for index in turns if index}
+    return Rendered(messages, shown, prompts, full)
+
+
+def arguments_of(message: Message) -> Iterator[str]:
+    for one in message.get("tool_calls", []):
+        arguments = one["function"]["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        yield one["function"]["name"]
+        yield from (str(value) for value in arguments.values() if SIGNED.search(str(value)))
+
+
+def texts_of(message: Message, shown: str = "") -> list[str]:
+    """What a message says, in its order; thinking inside a content that is not shown as it is comes apart."""
+    content = message["content"].strip()
+    whole = content in shown or "</think>" not in content
+    contents = [content] if whole else content.removeprefix("<think>").split("</think>")
+    texts = [message.get("reasoning_content") or "", *contents, *arguments_of(message)]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def lost_texts(rendered: Rendered) -> list[str]:
+    """Signed words that no answer's prompt or render has where it should."""
+    lost = []
+    for index in rendered.shown:
+        text = rendered.shown[index]
+        lost += [one for one in texts_of(rendered.messages[index], text) if one not in text]
+    seen = "".join([*rendered.shown.values(), *rendered.prompts.values()])
+    for message in rendered.messages:
+        if message["role"] != "assistant" and message["content"].strip():
+            words = SIGNED.findall(message["content"])
+            lost += [word for word in words if word not in seen]
+    return lost
+
+
+class Answer(NamedTuple):
+    """One turn to be trained: the tokens that the model has read and written through the stop, and where it began."""
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+def expected_answers(rendered: Rendered, tokenizer: Any, stops: Sequence[int]) -> set[Answer]:
+    """The answers that are to be trained, told from prefixes of renders alone.
+
+    Raises:
+        NoOracle: an answer that neither begins where its prompt ends nor has words of its own to begin with.
+    """
+    return {_expected_answer(rendered, index, tokenizer, stops) for index in rendered.shown}
+
+
+def _expected_answer(rendered: Rendered, index: int, tokenizer: Any, stops: Sequence[int]) -> Answer:
+    shown = rendered.shown[index]
+    if index == 0:
+        raise NoOracle("nothing precedes the answer")
+    shown, start = _answer_start(rendered, index, tokenizer)
+    end = start
+    for text in texts_of(rendered.messages[index], shown):
+        end = max(end, shown.index(text, start) + len(text))
+    tokens = tokenise(normalise(shown, tokenizer), tokenizer)
+    first, last = (len(normalise(shown[:at], tokenizer).encode()) for at in (start, end))
+    ids = tuple(tokens.ids)
+    stop = next((at for at, id in enumerate(ids) if id in stops and tokens.starts[at] >= last), None)
+    if stop is None:  # The template forgets it, so it is appended.
+        ids, stop, size = (*ids, tokenizer.eos_token_id), len(ids), int(tokens.ends[-1])
+        tokens = Tokens(list(ids), np.append(tokens.starts, size), np.append(tokens.ends, size + 1))
+    weights = weigh(tokens, [(first, int(tokens.ends[stop]))])
+    return Answer(ids[: stop + 1], weights.index(1.0))
+
+
+def _answer_start(rendered: Rendered, index: int, tokenizer: Any) -> tuple[str, int]:
+    """The text of a turn with its context, and where in it the model begins to write."""
+    prompt, shown = rendered.prompts[index], rendered.shown[index]
+    texts = texts_of(rendered.messages[index], shown)
+    if moved := [word for word in FOREIGN.findall(prompt) if word not in shown]:
+        # The prompt shows what no render of the answered conversation does: the answer goes after the prompt.
+        if not texts or rendered.messages[index].get("tool_calls"):
+            raise NoOracle(f"{', '.join(moved)} only in the prompt")
+        answer = shown.rindex(rendered.messages[index]["content"].strip())
+        return prompt + shown[answer:], len(prompt)
+    bare = tokenizer.apply_chat_template(rendered.messages[:index], tokenize=False)
+    if shown.startswith(prompt):
+        answer = shown.index(texts[0], len(prompt)) if texts else len(prompt)
+        header = shown[len(prompt) : answer]
+        if prompt != bare or not header.strip():
+            return shown, len(prompt)
+        if not texts or rendered.messages[index].get("tool_calls") or rendered.messages[index].get("reasoning_content"):
+            raise NoOracle("a header that ends nobody knows where")
+        content = rendered.messages[index]["content"]
+        return shown, shown.index(content, len(prompt)) if content in shown[len(prompt) :] else answer
+    parted = len(os.path.commonprefix([prompt, shown]))
+    if parted < len(bare) or not texts:
+        raise NoOracle("prompt and render part before the prompt's own end")
+    return shown, min(parted, shown.index(texts[0], len(bare)))
+
+
+def found_answers(encoded: Sequence[Any], stops: Sequence[int]) -> list[Answer]:
+    """The answers that are trained: each ends where the weights do, or with a stop."""
+    answers = []
+    for one in encoded:
+        ids, weights = one.example.tokens.tolist(), one.example.loss_weights
+        start = None
+        for at, id in enumerate(ids):
+            if weights[at] and start is None:
+                start = at
+            if start is not None and (not weights[at] or id in stops):
+                answers.append(Answer(tuple(ids[: at + bool(weights[at])]), start))
+                start = None
+        if start is not None:
+            answers.append(Answer(tuple(ids), start))
+    return answers
+
+
+class Outcome(NamedTuple):
+    """What came of a conversation on a template."""
+
+    kind: str
+    """trained, refused, "not rendered", or absent (the template leaves some of the text out)."""
+    why: str = ""
+    examples: int = 0
+    has_oracle: bool = False
+    problems: tuple[str, ...] = ()
+    stops: frozenset[str] = frozenset()
+    before: frozenset[str] = frozenset()
+    """What is trained before the first word of an answer, other than whitespace."""
+    after: frozenset[str] = frozenset()
+    """What is trained between the last word and the stop."""
+
+
+def try_case(fitted: Fitted, encoder: ChatEncoder | Exception, stops: Sequence[int], case: Case) -> Outcome:
+    tokenizer = fitted.tokenizer
+    try:
+        rendered = render(tokenizer, case)
+        absent = ""
+    except NotRendered as error:
+        return Outcome("not rendered", str(error))
+    except Absent as error:
+        rendered, absent = None, str(error)
+    if isinstance(encoder, Exception):
+        return Outcome("absent" if absent else "refused", absent or str(encoder))
+    (encoded,) = encoder.encode([conversation_of(case.messages, case.tools)])
+    if absent:
+        problems = () if isinstance(encoded, MaskError) else (f"{absent}: not rendered, and yet not refused",)
+        return Outcome("absent", absent, problems=problems)
+    if isinstance(encoded, MaskError):
+        return Outcome("refused", str(encoded))
+    assert rendered is not None
+    problems = [*token_problems(rendered, tokenizer, encoded, case), *trained_problems(encoded, tokenizer, stops, case)]
+    found = found_answers(encoded, stops)
+    has_oracle = True
+    try:
+        expected = expected_answers(rendered, tokenizer, stops)
+    except NoOracle:
+        has_oracle = False
+    else:
+        if set(found) != expected:
+            problems += describe(expected, set(found), tokenizer)
+    return Outcome(
+        "trained",
+        examples=len(encoded),
+        has_oracle=has_oracle,
+        problems=tuple(problems),
+        stops=frozenset(decode(answer.tokens[-1:], tokenizer) for answer in found),
+    )
+
+
+def token_problems(rendered: Rendered, tokenizer: Any, encoded: Sequence[Any], case: Case) -> list[str]:
+    """Every example must be the tokens of a render, whole; eos may follow where the render ends without a stop."""
+    renders = {
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text in [rendered.full, *rendered.shown.values()]
+    }
+    problems = []
+    for one in encoded:
+        ids = tuple(one.example.tokens.tolist())
+        appended = ids[-1:] == (tokenizer.eos_token_id,) and ids[:-1] in renders
+        if ids not in renders and not appended:
+            problems.append(f"tokens of no render: {decode(ids, tokenizer)!r}")
+    return problems
+
+
+def trained_problems(encoded: Sequence[Any], tokenizer: Any, stops: Sequence[int], case: Case) -> list[str]:
+    """Whatever the template: all that the assistant says is trained once and ends with a stop, and nobody else's."""
+    problems = []
+    found = found_answers(encoded, stops)
+    trained = "\n".join(decode(answer.tokens[answer.start :], tokenizer) for answer in found)
+    said = Counter(
+        word
+        for message in case.messages
+        if message["role"] == "assistant"
+        for text in texts_of(message)
+        for word in SAID.findall(text)
+    )
+    lossy = bool(lacking_bytes(tokenizer.backend_tokenizer))  # Digits are among the bytes that llama-3-tiny lacks.
+    if foreign := FOREIGN.findall(trained):
+        problems.append(f"trains {foreign}")
+    if Counter(SAID.findall(trained)) != said and not lossy:
+        problems.append(f"trains {sorted(Counter(SAID.findall(trained)).items())} instead of {sorted(said.items())}")
+    for word in set(case.said):
+        if trained.count(word) < case.said.count(word):
+            problems.append(f"trains {word!r} {trained.count(word)} times instead of {case.said.count(word)}")
+    num_turns = sum(message["role"] == "assistant" for message in case.messages)
+    if len(found) != num_turns or sum(len(one.turn_ends) for one in encoded) != num_turns:
+        problems.append(f"trains {len(found)} answers of {num_turns}")
+    for answer in found:
+        if answer.tokens[-1] not in stops:
+            problems.append(f"an answer ends with {decode(answer.tokens[-3:], tokenizer)!r}")
+    return problems
+
+
+def describe(expected: set[Answer], found: set[Answer], tokenizer: Any) -> list[str]:
+    def show(answers: set[Answer]) -> list[str]:
+        return sorted(
+            f"...{decode(answer.tokens[: answer.start], tokenizer)[-40:]}⟦"
+            f"{decode(answer.tokens[answer.start :], tokenizer)}⟧"
+            for answer in answers
+        )
+
+    lacking, surplus = show(expected - found), show(found - expected)
+    if lacking == surplus:
+        return ["answers differ in their context"]
+    return [f"expected {lacking}, found {surplus}"]
+
+
+@functools.cache
+def outcomes(material: pathlib.Path) -> dict[str, dict[str, Outcome]]:
+    """By template and conversation."""
+    results: dict[str, dict[str, Outcome]] = {}
+    for fitted in fit_templates(material):
+        encoder: ChatEncoder | Exception
+        stops: list[int] = []
+        try:
+            stops = stop_ids(fitted.tokenizer)
+            encoder = make_encoder(fitted.tokenizer)
+        except Exception as error:
+            encoder = error
+        results[fitted.name] = {case.name: try_case(fitted, encoder, stops, case) for case in CASES}
+    return results
