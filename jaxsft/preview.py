@@ -293,7 +293,7 @@ def _drops(prepared: Dataset, seq_len: int) -> tuple[Drop, ...]:
     remedies = {TOO_LONG: f"data.seq_len={report['longest']['tokens']} would keep all"}
     return tuple(
         Drop(
-            f"{reason} ({seq_len:,})" if reason == TOO_LONG else reason,
+            f"more than data.seq_len = {seq_len:,} tokens" if reason == TOO_LONG else reason,
             n["examples"],
             n["tokens"],
             remedies.get(reason, ""),

@@ -227,16 +227,21 @@ def _read_rows(
     return shard
 
 
-def _row_mean(table: np.ndarray, *, chunk: int = 1024) -> np.ndarray:
+def _row_mean(table: np.ndarray, *, chunk: int = 128) -> np.ndarray:
     """float64 mean of the rows of a table [V, D], a few rows in memory at a time.
 
-    Added one row after the other, so that a column's mean is the same to the bit whichever columns stand beside it.
+    Whole rows are added to each other and never along one, so that a column's mean is the same to the bit whichever
+    columns stand beside it; numpy's sum promises no order.
     """
-    total = np.zeros((1, table.shape[1]), np.float64)
+    total = np.zeros(table.shape[1], np.float64)
     for at in range(0, len(table), chunk):
-        rows = np.concatenate([total, table[at : at + chunk].astype(np.float64)])
-        total = np.add.accumulate(rows, axis=0)[-1:]
-    return total[0] / len(table)
+        rows = table[at : at + chunk].astype(np.float64)
+        while len(rows) > 1:
+            half = len(rows) // 2
+            rows[:half] += rows[half : 2 * half]
+            rows = np.delete(rows, slice(half, 2 * half), axis=0) if len(rows) % 2 else rows[:half]
+        total += rows[0]
+    return total / len(table)
 
 
 def vocabulary_tables(folder: pathlib.Path, family: ModuleType, abstract: nnx.State) -> dict[str, np.ndarray]:

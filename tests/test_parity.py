@@ -19,8 +19,11 @@ from flax import nnx
 
 from jaxsft import evaluate, generate, hf
 from jaxsft.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimConfig
-from jaxsft.data.formats import load_conversations
-from jaxsft.data.loader import Loader, Prepared, prepare
+from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.formats import load_items
+from jaxsft.data.loader import Loader
+from jaxsft.data.mixture import Dataset, make_dataset
+from jaxsft.data.prepare import prepare
 from jaxsft.generate import GREEDY, PROMPT_MULTIPLE, Generator, Sampling, draw
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
@@ -57,7 +60,7 @@ class Setup(NamedTuple):
     tokenizer: OpenTokenizer
     pretrained: Pretrained
     data_config: DataConfig
-    data: Prepared
+    data: Dataset
     loader: Loader
     optim: OptimConfig
     num_microbatches: int
@@ -91,13 +94,9 @@ def open_setup(
 ) -> Setup:
     tokenizer = open_tokenizer(model, data.chat_template)
     pretrained = open_model(model, tokenizer)
-    prepared = prepare(
-        data,
-        data.train,
-        tokenizer.tokenizer,
-        tokenizer_files_key=tokenizer.key,
-        stops=tokenizer.stops,
-        limit=limit,
+    encoder = ChatEncoder(tokenizer.tokenizer, data, tokenizer.stops)
+    prepared = make_dataset(
+        [prepare(data, data.train[0], encoder, tokenizer_files_key=tokenizer.key, limit=limit)]
     )
     loader = uneven_loader(prepared, data.seq_len, range(least_rows, 99, num_microbatches), seed=0, packing=True)
     optim = OptimConfig(
@@ -112,7 +111,7 @@ def open_setup(
     return Setup(tokenizer, pretrained, data, prepared, loader, optim, num_microbatches)
 
 
-def uneven_loader(data: Prepared, seq_len: int, batch_sizes: Sequence[int], **options: Any) -> Loader:
+def uneven_loader(data: Dataset, seq_len: int, batch_sizes: Sequence[int], **options: Any) -> Loader:
     """With the first batch size that leaves an epoch's last batch to be filled up with rows of padding."""
     loaders = (Loader(data, seq_len=seq_len, batch_size=size, **options) for size in batch_sizes)
     return next(loader for loader in loaders if loader.num_rows % loader.shape[0])
@@ -307,7 +306,7 @@ def test_an_export_after_training_stops_where_we_stop_and_speaks_the_same_templa
     before, after = setup.tokenizer.tokenizer, transformers.AutoTokenizer.from_pretrained(exported)
     assert after.chat_template == before.chat_template
     assert hf.tokenizer_key(after) == setup.tokenizer.key
-    conversations = load_conversations(setup.data_config.train, format=None, limit=20).conversations
+    conversations = load_items(setup.data_config.train[0], limit=20)
     for conversation in conversations:
         for prompt, messages in ((True, conversation.messages[:-1]), (False, conversation.messages)):
             rendered = [
@@ -339,9 +338,9 @@ def with_stops(generator: Generator, stop_ids: Sequence[int]) -> Generator:
 @pytest.fixture(scope="session")
 def questions(setup) -> list[evaluate.Question]:
     """Prompts of different lengths, which all share one padded length."""
-    source = setup.data_config.eval or setup.data_config.train
-    conversations = load_conversations(source, format=None, limit=200).conversations
-    found = evaluate.make_questions(conversations, setup.tokenizer.tokenizer)
+    (source,) = setup.data_config.eval.values() or setup.data_config.train
+    encoder = ChatEncoder(setup.tokenizer.tokenizer, setup.data_config, setup.tokenizer.stops)
+    found = evaluate.make_questions(load_items(source, limit=200), encoder)
     by_length = {len(question.tokens): question for question in found if len(question.tokens) <= 2 * PROMPT_MULTIPLE}
     lengths = sorted(by_length)
     assert lengths[0] < PROMPT_MULTIPLE < lengths[-1]
@@ -566,7 +565,8 @@ def test_held_out_loss_is_that_of_the_examples_one_by_one(
     opened = open_model(ModelConfig(path=str(exported)), setup.tokenizer)
     loader = uneven_loader(setup.data, setup.data_config.seq_len, batch_sizes, seed=1, packing=packing, shuffle=False)
     eval_step = make_eval_step(opened.model, NOTHING, mesh)
-    metrics = evaluate.held_out_loss(eval_step, load_params(opened, mesh, seed=0), NOTHING, loader, mesh)
+    sums = evaluate.held_out_sums(eval_step, load_params(opened, mesh, seed=0), NOTHING, loader, mesh)
+    metrics = evaluate.held_out_loss(sums)
     assert metrics["eval_loss"] == pytest.approx(their_sums["loss"], rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(their_sums["loss"]), rel=1e-4)
     assert metrics["eval_accuracy"] == pytest.approx(their_sums["accuracy"], abs=1e-3)
@@ -604,9 +604,8 @@ def test_evaluation_without_sample_answers_measures_the_loss_alone(llama):
         model=llama.pretrained.model,
         frozen=NOTHING,
         mesh=mesh,
-        loader=llama.loader,
-        questions=[],
+        sets=[evaluate.HeldOut("eval", llama.loader, [])],
         tokenizer=llama.tokenizer,
     )
     result = examiner.examine(load_params(llama.pretrained, mesh, seed=0))
-    assert result.samples == [] and 4 < result.metrics["eval_loss"] < 12
+    assert result.samples == {"eval": []} and 4 < result.metrics["eval_loss"] < 12

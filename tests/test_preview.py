@@ -13,8 +13,10 @@ import pytest
 import rich.console
 
 from jaxsft.config import DataConfig
-from jaxsft.data.chat import stop_ids
-from jaxsft.data.loader import Loader, prepare
+from jaxsft.data.chat import ChatEncoder, stop_ids
+from jaxsft.data.loader import Loader
+from jaxsft.data.mixture import make_dataset
+from jaxsft.data.prepare import prepare
 from jaxsft.preview import make_pieces, make_preview, print_preview
 from jaxsft.preview_page import make_html, write_html
 
@@ -48,7 +50,8 @@ def make(tokenizer, conversations, tmp_path_factory):
     def make(seq_len=256, loader_class=Loader, num_examples=1000, **loader_keys):
         config = DataConfig(train=str(source), seq_len=seq_len, cache=str(folder / "cache"))
         stops = stop_ids(tokenizer)
-        prepared = prepare(config, str(source), tokenizer, tokenizer_files_key="quickstart", stops=stops)
+        encoder = ChatEncoder(tokenizer, config, stops)
+        prepared = make_dataset([prepare(config, config.train[0], encoder, tokenizer_files_key="quickstart")])
         loader = loader_class(
             prepared, seq_len=seq_len, **({"batch_size": 64, "seed": 0, "packing": True} | loader_keys)
         )

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from jaxsft.config import load_config
-from jaxsft.data.formats import load_conversations
+from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.formats import load_items
 from jaxsft.evaluate import make_questions
 from jaxsft.pretrained import open_tokenizer
 
@@ -53,10 +54,10 @@ def test_transformers_gives_the_same_answers_and_they_stop(quickstart, repo):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export")
     config = load_config(repo / "configs" / "quickstart.yaml")
-    eval_file = repo / config.data.eval
-    conversations = load_conversations(str(eval_file), format=None, limit=64).conversations
+    (source,) = config.data.eval.values()
+    conversations = load_items(source.model_copy(update={"path": str(repo / source.path)}), limit=64)
     ours = open_tokenizer(config.model.model_copy(update={"path": str(folder / "export")}))
-    questions = make_questions(conversations, ours.tokenizer)
+    questions = make_questions(conversations, ChatEncoder(ours.tokenizer, config.data, ours.stops))
     right = 0
     for conversation, question in zip(conversations, questions, strict=True):
         prompt = tokenizer.apply_chat_template(

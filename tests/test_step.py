@@ -32,7 +32,9 @@ def run(tiny_config):
     """Config, model and prepared data."""
     config = load_config(tiny_config)
     tokenizer = open_tokenizer(config.model)
-    return config, open_model(config.model, tokenizer), train_module.prepare_data(config, tokenizer, config.data.train)
+    encoder = train_module.make_encoder(config, tokenizer)
+    data = train_module.prepare_data(config, tokenizer, encoder, config.data.train)
+    return config, open_model(config.model, tokenizer), data
 
 
 def make_loader(run, **keys):

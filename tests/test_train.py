@@ -198,6 +198,121 @@ def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
     assert "step 12" not in results[1][1]  # one process speaks
 
 
+# Mixtures and held-out sets.
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_data, tmp_path_factory):
+    """Overrides for a run on two sources, whose draws differ in each epoch, with two held-out sets."""
+    folder = tmp_path_factory.mktemp("mixed")
+    lines = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:15]))
+    (folder / "many.jsonl").write_text("".join(lines[15:]))
+    sources = f"[{{path: {folder}/few.jsonl, weight: 1}}, {{path: {folder}/many.jsonl, weight: 2}}]"
+    held_out = f"{{known: {folder}/few.jsonl, new: {tiny_data}/eval.jsonl}}"
+    return [f"data.train={sources}", f"data.eval={held_out}", "eval.every=6", "train.steps=24"]
+
+
+@pytest.fixture(scope="module")
+def mixed_run(tiny_config, mixed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "mixed"
+    assert train(load_config(tiny_config, [*mixed, f"run_dir={folder}"])) == 0
+    return folder
+
+
+def test_each_held_out_set_is_reported_and_all_together_by_their_tokens(mixed_run, tiny_config, capsys):
+    lines = [json.loads(line) for line in (mixed_run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [0, 6, 12, 18, 24]
+    for line in lines:
+        tokens = [line[f"eval_trained_tokens/{name}"] for name in ("known", "new")]
+        losses = [line[f"eval_loss/{name}"] for name in ("known", "new")]
+        assert losses[0] != losses[1] and sum(tokens) == line["eval_trained_tokens"]
+        np.testing.assert_allclose(line["eval_loss"], np.average(losses, weights=tokens), rtol=1e-6)
+    steps = {int(path.name) for path in (mixed_run / "checkpoints").iterdir()}
+    assert min(lines[1:], key=lambda line: line["eval_loss"])["step"] in steps
+    assert main(["evaluate", str(mixed_run / "config.yaml")]) == 0
+    output = capsys.readouterr().out
+    for text in (f"held-out loss {lines[-1]['eval_loss']:.4f}", f"known: loss {lines[-1]['eval_loss/known']:.4f}"):
+        assert text in output
+
+
+def test_a_mixture_killed_and_continued_equals_never_killed_bitwise(mixed_run, tiny_config, mixed, tmp_path):
+    overrides = [*mixed, f"run_dir={tmp_path}/killed", "checkpoint.every=5"]
+    process = start(tiny_config, overrides)
+    wait_for_step(tmp_path / "killed", 17, process)
+    process.kill()
+    process.communicate()
+    code, output = finish(start(tiny_config, overrides))
+    assert code == 0, output
+    assert "per epoch (33.3%)" in output and "continuing" in output
+    assert_same_run(tmp_path / "killed", mixed_run, step=24)
+
+
+# Streams.
+
+
+@pytest.fixture(scope="module")
+def streamed(tiny_data, tmp_path_factory):
+    """Overrides for a run that streams rows, one of them bad and one too long, more than once."""
+    source = tmp_path_factory.mktemp("streamed") / "rows.jsonl"
+    lines = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    long = json.dumps({"messages": [{"role": role, "content": "x" * 99} for role in ("user", "assistant")]})
+    source.write_text("".join([*lines[:30], "{\n", *lines[30:60], long + "\n", *lines[60:]]))
+    stream = ["data.stream=true", "data.shuffle_buffer=32", "data.on_bad_row=skip"]
+    return [f"data.train={source}", *stream, "train.steps=16"]
+
+
+@pytest.fixture(scope="module")
+def streamed_run(tiny_config, streamed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "streamed"
+    assert train(load_config(tiny_config, [*streamed, f"run_dir={folder}"])) == 0
+    return folder
+
+
+def test_what_a_stream_leaves_out_is_counted_in_the_metrics(streamed_run):
+    last = json.loads((streamed_run / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["stream_rows"] >= 200 and last["epoch"] == last["stream_rows"] // 122
+    assert last["stream_bad_rows/bad-json"] == (last["stream_rows"] - 31) // 122 + 1
+    assert last["stream_dropped_examples/longer than seq_len"] == (last["stream_rows"] - 62) // 122 + 1
+
+
+@pytest.mark.parametrize(("trial", "with_index"), [(0, True), (1, True), (2, False)])
+def test_a_stream_killed_and_continued_equals_never_killed_bitwise(
+    streamed_run, tiny_config, streamed, tmp_path, trial, with_index
+):
+    folder = tmp_path / "killed"
+    overrides = [*streamed, f"run_dir={folder}", "checkpoint.every=2"]
+    chance = random.Random(trial)
+    process = start(tiny_config, overrides)
+    wait_for_step(folder, chance.randint(3, 15), process)
+    time.sleep(chance.random() * 0.2)
+    process.kill()
+    process.communicate()
+    if not with_index:
+        (folder / "stream.jsonl").unlink()
+    code, output = finish(start(tiny_config, overrides))
+    assert code == 0, output
+    assert "bad-json" in output
+    assert_same_run(folder, streamed_run, step=16)
+
+
+def test_the_day_of_a_template_is_that_on_which_the_run_began(tiny_config, tiny_model, tmp_path, capsys):
+    template = (tiny_model / "chat_template.jinja").read_text()
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + template)
+    overrides = [f"run_dir={tmp_path}/run", f"data.chat_template={tmp_path}/t.jinja", "train.steps=2"]
+    assert train(load_config(tiny_config, overrides)) == 0
+    path = tmp_path / "run" / "config.yaml"
+    today = load_config(path).data.template_date
+    assert today is not None and today in (tmp_path / "run" / "preview.html").read_text()
+    # As if the run had begun on another day: that day holds, and is seen to be other data than today's.
+    path.write_text(path.read_text().replace(today, "2020-02-29"))
+    assert main(["train", str(tiny_config), *overrides]) == 1
+    assert "data: template_date" in capsys.readouterr().err
+    assert main(["preview", str(tiny_config), *overrides]) == 0
+    assert "2020-02-29" in capsys.readouterr().out
+
+
 # Mistakes of the user: (overrides, exit code, what the one message says).
 MISTAKES = {
     "unknown key": (["optim.learnin_rate=1"], 1, ["optim.learnin_rate: unknown key; did you mean optim.learning_rate"]),
@@ -211,6 +326,11 @@ MISTAKES = {
     ),
     "all too long": (["data.seq_len=8"], 65, ["no example is left", "data.seq_len=8"]),
     "too long as an error": (["data.seq_len=48", "data.overlong=error"], 65, ["data.seq_len is 48", "train.jsonl:"]),
+    "a stream and no steps": (["data.stream=true", "train.steps=null"], 1, ["data.stream", "give train.steps"]),
+    "an epoch of a stream": (["data.stream=true", "data.train.0.epochs=2"], 1, ["data.train.0.epochs: no meaning"]),
+    "weights of some": (["data.train=[{path: a, weight: 1}, {path: b}]"], 1, ["data.train.1: no `weight`"]),
+    "prepared, then streamed": (["data.stream=true"], 1, ["data: stream: None then"]),
+    "another mixture": (["data.train.0.count=50"], 1, ["data: examples per epoch: None then, '50' now"]),
     "mesh and devices": (["mesh.tensor=3"], 1, ["tensor 3 does not fit 8 devices"]),
     "mesh and heads": (["mesh.tensor=8"], 1, ["number of key/value heads is 4, not a multiple of 8 (mesh.tensor 8)"]),
     "mesh and rows": (["train.batch_size=4"], 1, ["train.batch_size: number of rows is 4, not a multiple of 8"]),

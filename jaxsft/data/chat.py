@@ -71,8 +71,10 @@ class ChatEncoder:
         self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
         self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
         today = datetime.date.fromisoformat(config.template_date) if config.template_date else None
-        self._template = open_template(tokenizer, today=today)
-        self._clock = open_template(tokenizer) if self._template and self._template.asks_for_date else None
+        self._template = open_template(tokenizer, today=today, template_kwargs=config.chat_template_kwargs)
+        self._clock = None
+        if self._template is not None and self._template.asks_for_date:
+            self._clock = open_template(tokenizer, template_kwargs=config.chat_template_kwargs)
         self._finder = None
         if self._template is not None:
             self._finder = TurnFinder(
@@ -131,8 +133,7 @@ class ChatEncoder:
         """
         if self._finder is None or self._template is None:
             raise _no_template(self._tokenizer)
-        kwargs = self._template_kwargs | (template_kwargs or {})
-        traceable = number_sources(fitted(messages, self._finder.habits), tools, kwargs)
+        traceable = number_sources(fitted(messages, self._finder.habits), tools, template_kwargs or {})
         try:
             text = self._template.render(traceable, len(messages), prompt=True)
         except TemplateError as error:
@@ -175,12 +176,12 @@ class ChatEncoder:
         """The texts of a conversation, with the trust and the writer of each character."""
         if self._finder is None:
             raise _no_template(self._tokenizer)
-        kwargs = self._template_kwargs | conversation.template_kwargs
+        kwargs = conversation.template_kwargs
         messages = fitted(conversation.messages, self._finder.habits)
         traceable = number_sources(messages, conversation.tools, kwargs)
         views, left_out = self._finder.views(conversation, traceable)
         self._compare(messages, conversation.tools, kwargs, views)
-        drawn = []
+        drawn: list[_Drawn] = []
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
             drawn.append(_Drawn(view, trust, writers, left_out if not drawn else 0))
@@ -194,7 +195,7 @@ class ChatEncoder:
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=layout.is_prompt,
-                **kwargs,
+                **self._template_kwargs | kwargs,
             )
             ours: str = layout.text
             if self._clock is not None:  # Theirs is of today.
@@ -386,7 +387,9 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
     return list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
 
 
-def open_template(tokenizer: Tokenizer, *, today: datetime.date | None = None) -> ChatTemplate | None:
+def open_template(
+    tokenizer: Tokenizer, *, today: datetime.date | None = None, template_kwargs: dict[str, Any] | None = None
+) -> ChatTemplate | None:
     """The chat template of a tokenizer, once a process with limits has shown that it can be run; None if there is none.
 
     Raises:
@@ -399,7 +402,7 @@ def open_template(tokenizer: Tokenizer, *, today: datetime.date | None = None) -
     for text in [source] if isinstance(source, str) else source.values():
         if problem := check_template(text, json.dumps(variables, sort_keys=True)):
             raise DataError(f"{template_name(tokenizer)} {problem}")
-    return ChatTemplate(source, variables, today=today)
+    return ChatTemplate(source, variables | (template_kwargs or {}), today=today)
 
 
 def template_name(tokenizer: Tokenizer) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxsft.config import SourceConfig
 from jaxsft.data import trees
+from jaxsft.data.calls import read_tools
 from jaxsft.data.messages import (
     Message,
     check_role,
@@ -18,11 +19,10 @@ from jaxsft.data.messages import (
     read_flag,
     read_messages,
     read_template_kwargs,
-    read_tools,
     read_weight,
-    short,
 )
-from jaxsft.data.sources import BadRow, DataError, Problem, Row, bad_rows, kind_of, parse_json, read_rows
+from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows
+from jaxsft.data.strict import BadRow, inner_json, kind_of, short
 from jaxsft.data.tokenised import MASKS, read_tokens
 
 
@@ -210,9 +210,11 @@ def _from_messages(column: str, *, aliases: bool = False) -> Callable[[dict[str,
     def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
         turns = _list(fields, column)
         if all(isinstance(turn, str) for turn in turns):
-            # LIMA's way: texts that take turns, the user's first.
-            names = ("user", "assistant")
-            turns = [{"role": names[index % 2], "content": text} for index, text in enumerate(turns)]
+            # As in LIMA: texts that take turns, the user's first.
+            turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
+        elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
+            # As in Capybara: rounds of a question and an answer.
+            turns = [message for turn in turns for message in _turns(turn["input"], turn["output"])]
         messages = read_messages(turns, roles, aliases=aliases)
         if {"chosen", "rejected"} & fields.keys() and messages[-1]["role"] != "assistant":
             raise BadRow("preference-row", _PREFERENCE)
@@ -239,7 +241,7 @@ def _pair(
         prompt = _side(asked, question, roles)
         if isinstance(asked, str):
             prompt = [{"role": "user", "content": _joined(fields, before, (question,), after)}]
-        completion = _side(answered, answers[0], roles)
+        completion = _side(answered, answers[0], roles, after=prompt)
         if isinstance(answered, str):
             completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
         # Of a prompt given as messages, its assistant turns are context and not trained.
@@ -252,9 +254,9 @@ def _pair(
     return Format((question, *answers), (*before, *after, *reasons, "history", *_ROW), read)
 
 
-def _side(value: Any, column: str, roles: Mapping[str, str]) -> list[Message]:
+def _side(value: Any, column: str, roles: Mapping[str, str], after: Sequence[Message] = ()) -> list[Message]:
     if isinstance(value, list) and value:
-        return read_messages(value, roles)
+        return read_messages(value, roles, after=after)
     if isinstance(value, str):
         return []
     raise BadRow("wrong-type", f"{column}: must be text, or a list of at least one message, got {short(value)}")
@@ -329,10 +331,9 @@ FORMATS: dict[str, Format] = {
     "instruction_revision": _pair("instruction", "revision"),
     "instruction_answer": _pair("instruction", "answer", after=("input", "context")),
     "input_target": _pair("input", "target", before=("definition",)),
-    "question_choices": _pair("question", "solution", before=_CONTEXT, after=("choices",), reasons=("explanation",)),
+    "question_solution": _pair("question", "solution", before=_CONTEXT, after=("choices",), reasons=("explanation",)),
     "question_answer": _pair("question", "answer", before=_CONTEXT, reasons=("rationale",)),
     "question_response": _pair("question", "response", before=_CONTEXT),
-    "question_solution": _pair("question", "solution"),
     "problem_solution": _pair("problem", "solution"),
     "problem_answer": _pair("problem", "answer", reasons=("rationale",)),
     "query_response": _pair("query", "response"),
@@ -406,7 +407,7 @@ def _check_kind(fields: dict[str, Any]) -> None:
         if fields.get(name) and not isinstance(fields[name], bool | int | float):
             raise BadRow("image-or-audio", f"column {name!r}: only text is supported, no images, audio or video")
     for name in ("kto_tag", "label"):
-        if isinstance(fields.get(name), bool):
+        if isinstance(fields.get(name), bool) and (name != "label" or "completion" in fields):
             reason = f"column {name!r} says whether the answer is good or bad; keep the good rows and leave it out"
             raise BadRow("preference-row", reason)
 
@@ -420,14 +421,13 @@ def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
     turns = item.messages[item.trained_from :]
     turns = [turn for turn in turns if trained_roles is None or turn["role"] in trained_roles]
     if not turns:
-        names = " or ".join(trained_roles or ("any",))
-        given = ", ".join(dict.fromkeys(message["role"] for message in item.messages))
-        reason = (
-            f"no {names} turn{' in the completion' * (item.trained_from > 0)}, so nothing to train (roles: {given})"
-        )
-        if not {message["role"] for message in item.messages} <= {"system", "developer", "user", "assistant", "tool"}:
+        wanted = " or ".join(trained_roles or ("any",))
+        given = list(dict.fromkeys(message["role"] for message in item.messages))
+        where = " in the completion" if item.trained_from else ""
+        reason = f"no {wanted} turn{where}, so nothing to train (roles: {', '.join(given)})"
+        if not set(given) <= {"system", "developer", "user", "assistant", "tool"}:
             reason += "; other names are renamed by `roles` (theirs: ours)"
-        raise BadRow(f"no-{names}-turn" if trained_roles == ("assistant",) else "no-trained-turn", reason)
+        raise BadRow("no-assistant-turn" if wanted == "assistant" else "no-trained-turn", reason)
     if not item.weight or not any(turn.get("weight", 1.0) for turn in turns):
         raise BadRow("nothing-trained", "every turn to train has weight 0 or `train` false, so nothing to train")
 
@@ -468,7 +468,7 @@ def _history(fields: dict[str, Any]) -> list[Message]:
     """Earlier rounds, pairs of question and answer."""
     history = fields.get("history") or []
     if isinstance(history, str):
-        history = parse_json(history)
+        history = inner_json(history, "bad-history", "history: ")
     if not isinstance(history, list):
         raise BadRow("bad-history", f"history: expected a list of pairs, got {kind_of(history)}")
     messages = []
@@ -479,14 +479,14 @@ def _history(fields: dict[str, Any]) -> list[Message]:
     return read_messages(messages, {})
 
 
-def _turns(question: str, answer: str) -> list[Message]:
+def _turns(question: Any, answer: Any) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _list(fields: dict[str, Any], column: str) -> list[Any]:
     value = fields[column]
     if isinstance(value, str) and value.lstrip().startswith("["):  # CSV knows no lists.
-        value = parse_json(value)
+        value = inner_json(value, "wrong-type", f"{column}: ")
     if not isinstance(value, list):
         raise BadRow("wrong-type", f"{column}: expected a list of messages, got {kind_of(value)}")
     if not value:
@@ -518,18 +518,3 @@ def _optional_text(fields: dict[str, Any], column: str) -> str:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-class Loaded(NamedTuple):
-    """GOES when its users do: all rows of a source, in the format that they were read as."""
-
-    format: str
-    columns: list[str]
-    conversations: list[Item]
-
-
-def load_conversations(source: str, *, format: str | None, limit: int | None = None) -> Loaded:
-    """GOES when its users do: `load_items`."""
-    (first, *_) = [row for row in read_rows(source, limit=limit) if isinstance(row, Row)]
-    config = SourceConfig(path=source, format=format)
-    return Loaded(choose_format([first], config).format, list(first.fields), load_items(config, limit=limit))

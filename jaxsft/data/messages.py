@@ -14,18 +14,19 @@ What becomes one spelling:
   result that is no text becomes the JSON text of it.
 - reasoning: `thinking`, `reasoning` and blocks of these kinds become `reasoning_content`.
 - `weight` and `train` become one float `weight`.
+- no content beside calls or reasoning becomes empty content.
 
 Two turns of one role in a row, several system turns, a system turn that is not the first, and empty system texts stay
 as they are: templates decide what they make of them.
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxsft.data.sources import BadRow, kind_of, parse_json
+from jaxsft.data.calls import read_call
+from jaxsft.data.strict import BadRow, inner_json, kind_of, short
 
 Message = dict[str, Any]
 
@@ -64,6 +65,9 @@ RESERVED = {
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
 
+MAX_WEIGHT = 1e6
+"""Largest weight of a turn or a row: many times more than can be meant, and still far from what float32 sums lose."""
+
 _ROLE = re.compile(r"[^\W\d_][\w.-]{0,63}")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning", "reasoning_content")
@@ -72,8 +76,11 @@ _RESULT_PARTS = ("tool_result", "tool_response", "function_response", "tool_use_
 _MEDIA = ("image", "audio", "video", "file", "document")
 
 
-def read_messages(turns: Sequence[Any], roles: Mapping[str, str], *, aliases: bool = False) -> list[Message]:
-    """The turns of a row as messages; with `aliases`, roles are ShareGPT's whichever way the turns are spelt.
+def read_messages(
+    turns: Sequence[Any], roles: Mapping[str, str], *, aliases: bool = False, after: Sequence[Message] = ()
+) -> list[Message]:
+    """The turns of a row as messages; with `aliases`, roles are ShareGPT's whichever way the turns are spelt. `after`
+    is what comes before them, already read.
 
         read_messages([{"from": "human", "value": "Hi"}], {}) == [{"role": "user", "content": "Hi"}]
 
@@ -84,8 +91,9 @@ def read_messages(turns: Sequence[Any], roles: Mapping[str, str], *, aliases: bo
     for number, turn in enumerate(turns, start=1):
         read, is_call = _read_turn(turn, f"message {number}", roles, aliases)
         for message in read:
-            before = messages[-1] if messages else {}
-            if is_call and before.get("role") == "assistant" and before.get("weight") == message.get("weight"):
+            before: Message = (messages or after or [{}])[-1]
+            same_turn = before.get("role") == "assistant" and before.get("weight") == message.get("weight")
+            if is_call and same_turn and messages and REASONING[0] not in message:
                 messages[-1] = {**before, "tool_calls": before.get("tool_calls", []) + message["tool_calls"]}
                 continue
             if message["role"] == "tool" and before.get("role") not in ("assistant", "tool"):
@@ -95,24 +103,11 @@ def read_messages(turns: Sequence[Any], roles: Mapping[str, str], *, aliases: bo
     return messages
 
 
-def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Tools given as a list, one object, or JSON text of either; bare functions get the usual wrapping."""
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        tools = _inner_json(tools, "bad-tools", "tools: ")
-    if isinstance(tools, dict):
-        tools = [tools]
-    if not isinstance(tools, list):
-        raise BadRow("bad-tools", f"tools: expected a list of objects, got {kind_of(tools)}")
-    return [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)] or None
-
-
 def read_template_kwargs(kwargs: Any) -> dict[str, Any]:
     """Further variables of the chat template, given as an object or its JSON text."""
     where = "chat_template_kwargs: "
     if isinstance(kwargs, str):
-        kwargs = _inner_json(kwargs, "bad-template-kwargs", where)
+        kwargs = inner_json(kwargs, "bad-template-kwargs", where)
     if not isinstance(kwargs, dict):
         reason = f"{where}expected an object of template variables, got {kind_of(kwargs)}"
         raise BadRow("bad-template-kwargs", reason)
@@ -123,11 +118,11 @@ def read_template_kwargs(kwargs: Any) -> dict[str, Any]:
 
 
 def read_weight(value: Any, where: str) -> float:
-    """A weight: a finite number, not negative."""
+    """A weight: a number from 0 that float32 can hold and sum."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow("bad-weight", f"{where}weight must be a number, got {short(value)}")
-    if not (math.isfinite(value) and value >= 0):
-        raise BadRow("bad-weight", f"{where}weight must be finite and not negative, got {short(value)}")
+    if not 0 <= value <= MAX_WEIGHT:
+        raise BadRow("bad-weight", f"{where}weight must be from 0 to {MAX_WEIGHT:g}, got {short(value)}")
     return float(value)
 
 
@@ -157,19 +152,13 @@ def check_text(text: Any, where: str) -> str:
     return text
 
 
-def short(value: Any) -> str:
-    """The value, or its beginning."""
-    text = repr(value) if not isinstance(value, list | dict) else repr(value)[:400]
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _read_turn(turn: Any, where: str, roles: Mapping[str, str], aliases: bool) -> tuple[list[Message], bool]:
     """The messages of one turn (blocks of tool results are messages of their own), and whether it is a bare call."""
     if not isinstance(turn, dict):
         raise BadRow("wrong-type", f"{where}: expected an object with role and content, got {kind_of(turn)}")
     # A null says that the key is not there, in columnar files and for transformers alike.
     message = {key: value for key, value in turn.items() if value is not None}
-    sharegpt = "role" not in message and "from" in message or "content" not in message and "value" in message
+    sharegpt = ("role" not in message and "from" in message) or ("content" not in message and "value" in message)
     role = _role(message.pop("role", None), message.pop("from", None), where, roles, aliases or sharegpt)
     message = {"role": role, **message}
     if sharegpt and "value" in message:
@@ -181,18 +170,19 @@ def _read_turn(turn: Any, where: str, roles: Mapping[str, str], aliases: bool) -
             raise BadRow("train-detail", reason)
     _read_flags(message, where)
     calls = _read_calls(message, where)
+    reasoning = [message.pop(name) for name in REASONING if name in message]
     if role == "function_call":
+        _add_reasoning(message, reasoning, where)
         message["role"] = "assistant"
         spelt = message.pop("content", None)
         if isinstance(spelt, str):
-            spelt = _inner_json(spelt, "bad-tool-call", f"{where}: ")
+            spelt = inner_json(spelt, "bad-tool-call", f"{where}: ")
         each = spelt if isinstance(spelt, list) else [spelt]
-        message["tool_calls"] = calls + [_read_call(call, where) for call in each]
+        message |= {"content": "", "tool_calls": calls + [read_call(call, where) for call in each]}
         if not message["tool_calls"]:
             raise BadRow("bad-tool-call", f"{where}: no call in this turn")
         return [message], True
     content = message.pop("content", None)
-    reasoning = [message.pop(name) for name in REASONING if name in message]
     results: list[Message] = []
     if isinstance(content, list) and (role != "tool" or content and all(map(_is_part, content))):
         text, thoughts, block_calls, results = _read_parts(content, role, where)
@@ -245,47 +235,12 @@ def _read_flags(message: Message, where: str) -> None:
 def _read_calls(message: Message, where: str) -> list[dict[str, Any]]:
     calls = message.pop("tool_calls", [])
     if isinstance(calls, str):
-        calls = _inner_json(calls, "bad-tool-call", f"{where}: tool_calls: ") if calls.strip() else []
+        calls = inner_json(calls, "bad-tool-call", f"{where}: tool_calls: ") if calls.strip() else []
     if not isinstance(calls, list):
         raise BadRow("bad-tool-call", f"{where}: tool_calls must be a list of objects, got {kind_of(calls)}")
-    if message.get("function_call"):
-        calls = [*calls, message.pop("function_call")]
-    return [_read_call(call, where) for call in calls]
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    """One call in any usual shape: wrapped in `function` or bare, arguments an object or its JSON text.
-
-    {"name": "f", "arguments": "{\\"a\\": 1}"} -> {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    """
-    where = f"{where}: tool call: "
-    if isinstance(call, str):
-        call = _inner_json(call, "bad-tool-call", where)
-    if not isinstance(call, dict):
-        reason = f"{where}expected an object with name and arguments, got {kind_of(call)}"
-        raise BadRow("bad-tool-call", reason)
-    call = {key: value for key, value in call.items() if value is not None}
-    function = call.pop("function", None)
-    if isinstance(function, dict):
-        function = {key: value for key, value in function.items() if value is not None}
-    else:
-        function = {key: call.pop(key) for key in ("name", *_ARGUMENTS) if key in call}
-    name = function.get("name")
-    if not isinstance(name, str) or not name.strip():
-        raise BadRow("bad-tool-call", f"{where}expected a name, got {short(name)}")
-    given = [key for key in _ARGUMENTS if key in function]
-    arguments = function[given[0]] if given else {}
-    if isinstance(arguments, str):
-        arguments = _inner_json(arguments, "bad-tool-call", f"{where}arguments: ") if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        raise BadRow("bad-tool-call", f"{where}arguments must be an object or its JSON, got {kind_of(arguments)}")
-    if not isinstance(call.get("id", ""), str):
-        raise BadRow("bad-tool-call", f"{where}id must be text, got {short(call['id'])}")
-    rest = {key: value for key, value in function.items() if key not in ("name", *_ARGUMENTS)}
-    return {**call, "type": "function", "function": {"name": name, "arguments": arguments, **rest}}
-
-
-_ARGUMENTS = ("arguments", "parameters", "input", "args")
+    if older := message.pop("function_call", None):
+        calls = [*calls, older]
+    return [read_call(call, where) for call in calls]
 
 
 def _read_parts(parts: list[Any], role: str, where: str) -> tuple[str, list[str], list[dict[str, Any]], list[Message]]:
@@ -314,7 +269,7 @@ def _read_parts(parts: list[Any], role: str, where: str) -> tuple[str, list[str]
             step, thoughts = 0, thoughts + _part_text(part, kind, at)
         elif kind in _CALL_PARTS:
             step = 2
-            calls.append(_read_call(_part_call(part), where))
+            calls.append(read_call(_part_call(part), where))
         elif kind in _RESULT_PARTS and role == "tool":
             step, text = 1, text + _result_text(part, at)
         elif kind in _RESULT_PARTS and role == "user":
@@ -369,37 +324,12 @@ def _add_reasoning(message: Message, found: list[Any], where: str) -> None:
 
 def _check_not_empty(message: Message, where: str) -> None:
     content, role = message.get("content"), message["role"]
-    if message.get("tool_calls"):
-        return
-    if content is None and REASONING[0] not in message:
+    says_more = bool(message.get("tool_calls")) or REASONING[0] in message
+    if content is None and not says_more:
         raise BadRow("missing-content", f"{where}: no content")
     if content is None:
-        message["content"] = ""
-    may_be_blank = role in ("system", "developer", "tool") or REASONING[0] in message or message.get("weight") == 0
-    if not may_be_blank and not (content or "").strip():
+        # Empty text, since templates that take no content at all beside calls take this too, but not the reverse.
+        content = message["content"] = ""
+    may_be_blank = says_more or role in ("system", "developer", "tool") or message.get("weight") == 0
+    if not may_be_blank and not content.strip():
         raise BadRow("blank-content", f"{where}: content is blank")
-
-
-def _read_tool(tool: Any, where: str) -> dict[str, Any]:
-    if isinstance(tool, str):
-        tool = _inner_json(tool, "bad-tools", f"{where}: ")
-    if not isinstance(tool, dict):
-        raise BadRow("bad-tools", f"{where}: expected an object, got {kind_of(tool)}")
-    if isinstance(tool.get("function"), dict):
-        if not isinstance(tool["function"].get("name"), str):
-            raise BadRow("bad-tools", f"{where}: function without a name")
-        return tool
-    if not isinstance(tool.get("name"), str):
-        raise BadRow("bad-tools", f"{where}: expected a function with name and parameters, got {short(tool)}")
-    function = {key: value for key, value in tool.items() if key not in ("type", "input_schema")}
-    if "input_schema" in tool:
-        function.setdefault("parameters", tool["input_schema"])
-    return {"type": "function", "function": function}
-
-
-def _inner_json(text: str, code: str, where: str) -> Any:
-    """JSON that stands in the row as text."""
-    try:
-        return parse_json(text)
-    except BadRow as bad:
-        raise BadRow(code, f"{where}{bad}; got {short(text)}") from None

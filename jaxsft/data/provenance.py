@@ -136,7 +136,7 @@ class Traced(str):
             at += len(part)
         return found
 
-    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> "Traced":  # type: ignore[override]
+    def replace(self, old: str, new: str, count: SupportsIndex = -1) -> "Traced":
         if not old:
             return _make(str.replace(self, old, new, count), None)
         parts = self.split(old, count.__index__())
@@ -171,6 +171,38 @@ class Traced(str):
 
     def swapcase(self) -> "Traced":
         return self._mapped(str.swapcase(self))
+
+
+class TracedMarkup(Traced):
+    """What the filter `safe` gives: text that escapes for HTML whatever is added to it, as Jinja has it.
+
+    No chat template means that, but some get it, and the text is then what transformers makes of it.
+    """
+
+    __slots__ = ()
+
+    @staticmethod
+    def of(text: Traced) -> "TracedMarkup":
+        markup = str.__new__(TracedMarkup, str.__str__(text))
+        markup._runs = text._runs
+        return markup
+
+    def __add__(self, other: str) -> Traced:
+        return TracedMarkup.of(join([self, _html(other)]))
+
+    def __radd__(self, other: str) -> Traced:
+        return TracedMarkup.of(join([_html(other), self]))
+
+
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}
+
+
+def _html(text: str) -> str:
+    if isinstance(text, TracedMarkup):
+        return text
+    escaped = "".join(_HTML.get(char, char) for char in str.__str__(text))
+    quoted = _escaped(trace_plain(text), f'"{escaped}"', lambda char: _HTML.get(char, char))
+    return quoted[1:-1]
 
 
 def trace(text: str, source: int) -> Traced:

@@ -12,11 +12,12 @@ windows are made again from the first, to the same rows.
 
 import bisect
 import concurrent.futures
+import contextlib
 import json
 import pathlib
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from importlib import metadata
 from itertools import islice
@@ -105,13 +106,13 @@ class StreamLoader:
             path: the file, which need not exist; its folder must.
             is_writer: of several processes, the one that writes.
         """
-        key = {"key": digest([self.fingerprint, self._seed, code_key(), metadata.version("tokenizers")])}
+        key = digest([self.fingerprint, self._seed, code_key(), metadata.version("tokenizers")])
         lines = _whole_lines(path)
         if lines[:1] == [key]:
-            self._starts = [_Start(**line) for line in lines[1:]] or self._starts
+            self._starts = [_Start(*line) for line in lines[1:]] or self._starts
         if is_writer:
             self._index = path
-            path.write_text("".join(json.dumps(line) + "\n" for line in [key, *map(_Start._asdict, self._starts)]))
+            path.write_text("".join(map(_sealed, [key, *self._starts])))
 
     @property
     def dataset(self) -> Dataset:
@@ -260,7 +261,7 @@ class StreamLoader:
             self._starts.append(next_start)
             if self._index is not None:
                 with self._index.open("a") as file:
-                    file.write(json.dumps(next_start._asdict()) + "\n")
+                    file.write(_sealed(next_start))
         return window
 
     def _tasks(self, window: int, cursors: list[list[int]]) -> Iterator[Task]:
@@ -323,12 +324,19 @@ def _files(path: str) -> Sequence[Any]:
     return [path] if is_hub(path) else [[file.name, file.stat().st_size] for file in source_files(path)]
 
 
-def _whole_lines(path: pathlib.Path) -> list[Mapping[str, Any]]:
+def _sealed(value: Any) -> str:
+    """A line of an index: its CRC-32, and JSON."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def _whole_lines(path: pathlib.Path) -> list[Any]:
     """The lines of an index up to the first that is damaged, such as one that was being written when it was cut off."""
-    lines: list[Mapping[str, Any]] = []
-    try:
-        for line in path.read_text().split("\n")[:-1]:
-            lines.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
+    lines: list[Any] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines(keepends=True):
+            value = json.loads(line[9:])
+            if _sealed(value) != line:
+                break
+            lines.append(value)
     return lines

@@ -22,6 +22,7 @@ from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 
 from jaxsft.data.provenance import (
     Traced,
+    TracedMarkup,
     dump_json,
     dump_python,
     holds_traced,
@@ -85,13 +86,12 @@ def number_sources(
     for index, message in enumerate(messages):
         copy = {}
         for key, value in message.items():
-            if value is not None:
-                field = key if key != "tool_calls" else "tool call"
-                copy[key] = (
-                    trace_values(value, numbered(index, field))
-                    if key != "tool_calls"
-                    else [_traced_call(call, index, numbered) for call in value]
-                )
+            if key == "tool_calls" and value is not None:
+                copy[key] = [_traced_call(call, index, numbered) for call in value]
+            elif key == "content" and isinstance(value, list):
+                copy[key] = [_traced_block(block, numbered(index, key)) for block in value]
+            elif value is not None:
+                copy[key] = trace_values(value, numbered(index, key))
         if REASONING in copy:
             copy = {"thinking": copy[REASONING], **copy}
         traced.append(copy)
@@ -101,6 +101,10 @@ def number_sources(
         {key: trace_values(value, numbered(KWARGS, key)) for key, value in template_kwargs.items()},
         sources,
     )
+
+
+def _traced_block(block: dict[str, Any], make: Any) -> dict[str, Any]:
+    return {key: make(value) if key == "text" else value for key, value in block.items()}
 
 
 def _traced_call(call: Any, index: int, numbered: Any) -> Any:
@@ -189,7 +193,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """transformers' environment, but strings keep their provenance on the way through."""
 
     code_generator_class = _Generator
-    concat = staticmethod(join)  # type: ignore[assignment]
+    concat = staticmethod(join)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, finalize=_finalize, **kwargs)
@@ -270,8 +274,7 @@ def _join(environment: Any, value: Any, d: str = "", attribute: str | int | None
 
 
 def _safe(value: Any) -> str:
-    """Nothing is escaped in a chat template, so that there is nothing to be safe from."""
-    return str(value)
+    return TracedMarkup.of(trace_plain(str(value)))
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:

@@ -9,10 +9,10 @@ Labels are unshifted, as in transformers: labels[t] is input_ids[t], or -100 whe
 token is nobody's target, so its weight is 0. Several of labels and masks multiply; with none, all is trained.
 """
 
-import math
 from typing import Any
 
-from jaxsft.data.sources import BadRow, kind_of
+from jaxsft.data.messages import MAX_WEIGHT
+from jaxsft.data.strict import BadRow, kind_of
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
 UNTRAINED = -100
@@ -39,7 +39,7 @@ def read_tokens(fields: dict[str, Any]) -> tuple[list[int], list[float]]:
         if name in fields:
             mask = _column(fields, name, len(tokens))
             if not all(_is_weight(value) and (name == "loss_mask" or value in (0, 1)) for value in mask):
-                kinds = "finite numbers from 0" if name == "loss_mask" else "0 and 1"
+                kinds = f"numbers from 0 to {MAX_WEIGHT:g}" if name == "loss_mask" else "0 and 1"
                 raise BadRow("bad-mask", f"{name}: expected only {kinds}")
             weights = [weight * float(value) for weight, value in zip(weights, mask, strict=True)]
     if not any(weights):
@@ -81,4 +81,4 @@ def _column(fields: dict[str, Any], name: str, length: int) -> list[Any]:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, bool | int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, bool | int | float) and 0 <= value <= MAX_WEIGHT

@@ -57,7 +57,7 @@ FOUND_BY = {
     "parting": "the prompt ends with text that the conversation lacks; trained from where the two part",
     "moved": "the past stands otherwise in the prompt; trained from behind the header",
     "tags": "the template's own {% generation %}",
-    "content": "a role without a prompt: trained from its first character",
+    "content": "there is no prompt to it (another role, or nothing precedes it): trained from its first character",
     "all": "everything is trained",
 }
 
@@ -301,20 +301,22 @@ class TurnFinder:
             # What follows the past in the prompt, and what follows it here: the end of that message, and the header.
             tail = str.__getitem__(prompt.text, slice(prompt.end_before(index), None))
             gap = text[past : speech[0]] if speech else text[past:]
-            start = past + len(os.path.commonprefix([tail, gap]))
+            start = past + _parting(tail, gap)
             same_past = text.startswith(str.__getitem__(prompt.text, slice(0, prompt.end_before(index))))
             found_by = "parting" if same_past else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
+        header = self.habits.header
         if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):
             return start, found_by
         # The header is not in the prompt: what the template writes before an answer in general is the header here.
-        header = self.habits.header
-        if not header.strip() and found_by == "prompt":
-            return start, found_by
         if header.strip() and header in gap:
             return start + gap.rindex(header) + len(header), "header" if found_by == "prompt" else found_by
         if header.strip() and (same := len(os.path.commonprefix([header, gap]))):
             return start + same, "header" if found_by == "prompt" else found_by
+        if prompt is not None and not header.strip():
+            return start, found_by
+        if prompt is None and speech is not None:
+            return speech[0], "content"
         raise MaskError(
             f"message {index + 1} (assistant): where it begins cannot be told: {self._name} writes {gap[-60:]!r} "
             f"before it, which is neither in the prompt nor its usual header {header!r}"
@@ -387,6 +389,28 @@ class TurnFinder:
             f"that does as data.chat_template, or rows without it",
             "field-absent",
         )
+
+
+def _parting(tail: str, gap: str) -> int:
+    """How far `gap` says the same as the end of a prompt, blanks aside, up to the end of a word or of a mark.
+
+        _parting("<turn>model\\n<think>", "<turn>model\\nYes")  is 12: the newline is in both
+        _parting("\\nAssistant:", "\\n\\nAssistant: Yes")      is 12: one newline more changes nothing
+        _parting("<|a|><|think|>", "<|a|><|text|>")          is 5: `<|t` is no common beginning
+    """
+    at = here = same = 0
+    while True:
+        if at < len(tail) and here < len(gap) and tail[at] == gap[here]:
+            at, here = at + 1, here + 1
+            is_end = at == len(tail) or tail[at].isspace() or tail[at] in "<["
+            if is_end or tail[at - 1].isspace() or tail[at - 1] in ">]":
+                same = here
+        elif at < len(tail) and tail[at].isspace():
+            at += 1
+        elif here < len(gap) and gap[here].isspace():
+            here += 1
+        else:
+            return same
 
 
 class Habits(NamedTuple):
@@ -483,6 +507,8 @@ def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
         header = str.__getitem__(shown.text, slice(since, speech[0]))
         if past != prompt:  # Only as far as the prompt has it: an empty thinking block is the model's to write.
             header = os.path.commonprefix([header, str.__getitem__(prompt, slice(since, None))])
+        elif not shown.text.startswith(past):  # It always ends with a header, which is then in the prompt as well.
+            header = ""
         return habits._replace(
             header=header,
             ignores_prompt=past == prompt,

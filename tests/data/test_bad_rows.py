@@ -4,13 +4,15 @@ import collections
 import gzip
 import json
 import random
+import re
 
 import pyarrow
 import pytest
 
 from jaxsft.config import SourceConfig
 from jaxsft.data.formats import FORMATS, Conversation, Document, Tokenised, choose_format, convert, load_items
-from jaxsft.data.sources import MAX_DEPTH, MAX_ROW_BYTES, DataError, Problem, Row, bad_rows, read_rows
+from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows
+from jaxsft.data.strict import MAX_DEPTH, MAX_ROW_BYTES
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
@@ -22,7 +24,7 @@ GOOD = {
     "alpaca": {"instruction": "Hi", "output": "Hello"},
     "question_answer": {"question": "Hi", "answer": "Hello"},
     "inputs_targets": {"inputs": "Hi", "targets": "Hello"},
-    "question_choices": {"question": "Which?", "choices": ["a", "b"], "solution": "a"},
+    "question_solution": {"question": "Which?", "choices": ["a", "b"], "solution": "a"},
     "input_ids": {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
     "oasst": {
         "message_tree_id": "1",
@@ -77,6 +79,7 @@ ROWS = [
     ("missing-column", "prompt_completion", {"prompt": "Hi"}, "no column 'completion'"),
     ("missing-column", "question_answer", {"question": "Hi", "answer": None}, "this one has question"),
     ("wrong-type", "messages", {"messages": "Hi"}, "messages: expected a list of messages, got text"),
+    ("wrong-type", "messages", {"messages": "[{"}, "messages: not readable as JSON"),
     ("wrong-type", "messages", {"messages": {"role": "user"}}, "got an object"),
     ("wrong-type", "conversations", {"conversations": 3}, "conversations: expected a list of messages, got a number"),
     ("wrong-type", "prompt_completion", {"prompt": 3, "completion": "a"}, "prompt: must be text, or a list"),
@@ -183,6 +186,14 @@ ROWS = [
     ("bad-tool-call", "messages", asked(tool_calls=[{"name": "f", "arguments": '{"a": 1, "a": 2}'}]), "given twice"),
     ("bad-tool-call", "messages", asked(tool_calls=[{"name": "f", "arguments": "[1]"}]), "arguments must be an object"),
     ("bad-tool-call", "messages", asked(tool_calls=[{"name": "f", "id": 3}]), "id must be text"),
+    ("bad-tool-call", "messages", asked(tool_calls=[{"name": "f", "arguments": '{"a": "\\ud800"}'}]), "surrogate pair"),
+    (
+        "bad-tool-call",
+        "messages",
+        asked(tool_calls=[{"name": "f", "arguments": '{"a":' * 300 + "1" + "}" * 300}]),
+        "deep",
+    ),
+    ("bad-tool-call", "messages", asked(function_call="f"), "tool call: not readable as JSON"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "f(a=1)"}]}, "f(a=1)"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "[]"}]}, "no call"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": "[{"}, "tools: not readable as JSON"),
@@ -191,10 +202,11 @@ ROWS = [
     ("bad-tools", "messages", {**GOOD["messages"], "tools": [3]}, "tools[0]: expected an object"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": [{"description": "f"}]}, "expected a function with name"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": [{"function": {}}]}, "function without a name"),
-    ("bad-weight", "messages", asked(weight=-1), "message 2 (assistant): weight must be finite and not negative"),
+    ("bad-weight", "messages", asked(weight=-1), "message 2 (assistant): weight must be from 0 to 1e+06, got -1"),
+    ("bad-weight", "messages", asked(weight=10**400), "weight must be from 0"),
     ("bad-weight", "messages", asked(weight="heavy"), "weight must be a number, got 'heavy'"),
     ("bad-weight", "messages", asked(weight=True), "weight must be a number, got True"),
-    ("bad-weight", "text", {"text": "a", "weight": "nan"}, "weight must be finite"),
+    ("bad-weight", "text", {"text": "a", "weight": "nan"}, "weight must be from 0"),
     ("bad-weight", "text", {"text": "a", "weight": "much"}, "weight must be a number"),
     ("bad-flag", "messages", asked(train="no"), "message 2 (assistant): train must be true or false, got 'no'"),
     ("bad-flag", "messages", asked(train=2), "must be true or false, got 2"),
@@ -235,7 +247,7 @@ ROWS = [
         {"input_ids": [5, 6], "completion_mask": [0, 2]},
         "completion_mask: expected only 0 and 1",
     ),
-    ("bad-mask", "input_ids", {"input_ids": [5, 6], "loss_mask": [0, -1]}, "loss_mask: expected only finite"),
+    ("bad-mask", "input_ids", {"input_ids": [5, 6], "loss_mask": [0, -1]}, "loss_mask: expected only numbers from 0"),
     ("padded-row", "input_ids", {"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, "leave padding out"),
     ("packed-row", "input_ids", {"input_ids": [5, 6, 7], "position_ids": [0, 1, 0]}, "a row is one example"),
     ("bad-tree", "oasst", {"message_tree_id": "1", "prompt": "Hi"}, "prompt: expected a message with role, text"),
@@ -272,10 +284,11 @@ CELLS = [
     ("blank-text", "a.csv", b"question,answer\na,b\na,\na,b\n", 3, "answer: blank"),
     ("not-an-object", "a.json", b'[{"text": "a"},\n\n 3,\n{"text": "b"}]', 3, "this is a number"),
     ("not-finite", "a.json", b'[{"text": "a"},\n\n{"text": "a", "weight": NaN},\n{"text": "b"}]', 3, "NaN is not JSON"),
-    ("bad-utf8", "a.json", b'[\n{"text": "a"},{"text":\n "\xff"},\n{"text": "b"}]', 2, "byte 0xff"),
+    ("bad-utf8", "a.json", b'[\n{"text": "a"},\n{"text":\n "\xff"},\n{"text": "b"}]', 3, "byte 0xff"),
     ("bad-json", "a.json", b'{"text": "a"}\n{"text": "a"\n{"text": "b"}\n', 2, "delimiter"),
 ]
 
+CODE = ("strict", "readers", "sources", "calls", "messages", "formats", "trees", "tokenised")
 JSON_LINE = b'{"text": "some text of a line"}\n'
 
 # Where the rest of a file is lost, nothing can be skipped: code, file name, content, line, words of the reason.
@@ -294,8 +307,10 @@ LOST = [
     ("bad-json", "a.json", b'[{"text": "a"}\n{"text": "b"}]', 2, "expected , or ]"),
     ("bad-json", "a.json", b'[{"text": "a"},\n{"text": "b"}\n', 3, "the list is not closed"),
     ("bad-json", "a.json", b'[{"text": "a"},\n{"text": "b"}\n] 3', 3, "after the end of the list"),
+    ("not-a-list", "a.json", b'"text"', 1, "holds a list of objects, or one object per line"),
     ("too-deep", "a.json", b'[{"text": "a"},\n' + b'{"text": ' * 50_000, 2, "nested too deep"),
     ("bad-csv", "a.csv", b'question,answer\na,b\n"a,b\na,b\n', 3, "never closed"),
+    ("bad-utf8", "a.csv", "question,answer\na,b\n".encode("utf-16"), 1, "this is UTF-16"),
 ]
 
 
@@ -391,6 +406,20 @@ def test_there_are_many_kinds_of_bad_rows():
     assert all(code == code.lower() and " " not in code for code in codes)
 
 
+def test_the_docs_list_every_format_and_every_code(repo):
+    code = "".join((repo / "jaxsft" / "data" / f"{name}.py").read_text() for name in CODE)
+    codes = set(re.findall(r'(?:BadRow|lost|inner_json)\([^"]*"([a-z0-9-]+)"', code))
+    codes |= set(re.findall(r'"(no-[a-z]+-turn)"', code))
+    docs = (repo / "docs" / "formats.md").read_text()
+    listed = re.findall(r"^\| `([^`]+)` \|", docs, flags=re.MULTILINE)
+    assert [name for name in listed if name in FORMATS] == list(FORMATS)
+    for name, format in FORMATS.items():
+        assert f"| `{name}` | {', '.join(f'`{column}`' for column in format.columns)} |" in docs
+    assert {name for name in listed if name not in FORMATS} == codes
+    tested = {case[0] for case in (*LINES, *ROWS, *CELLS, *LOST)}
+    assert codes - tested == {"no-trained-turn"}, "which depends on the config, and is tested with the formats"
+
+
 def test_every_good_row_of_the_table_is_good():
     for format, fields in GOOD.items():
         assert choose_format([Row(fields, "")], SourceConfig(path="a")).format == format
@@ -410,7 +439,7 @@ def test_all_bad_rows_of_a_source_are_one_error_with_counts_and_the_first_ten(tm
 def test_whatever_a_row_holds_it_becomes_items_or_a_problem():
     """Rows with random parts replaced by random values: no other error, and no item that is not as promised."""
     draw = random.Random(0)
-    values = [None, 0, -1, 1.5, True, "", "a", "[", '{"name": "f"}', [], {}, [None], ["a"], [{}], {"type": "text"}]
+    values = [None, 0, -1, 10**400, 1.5, True, "", "a", "[", [], {}, [None], ["a"], [{}], {"type": "text"}]
     values += [{"role": "user"}, [{"role": "tool", "content": {}}], [{"type": "tool_result"}], {"function": "f"}, [[1]]]
     blocks = [{"type": "tool_use", "name": "f", "input": {}}, {"type": "tool_result", "content": [{"type": "text"}]}]
     rich = {
@@ -444,8 +473,7 @@ def test_whatever_a_row_holds_it_becomes_items_or_a_problem():
                 assert isinstance(item, Conversation | Document | Tokenised) and item.origin == "a:1"
                 if isinstance(item, Conversation):
                     for message in item.messages:
-                        assert isinstance(message["role"], str) and isinstance(message.get("content", ""), str)
-                        assert "content" in message or message["tool_calls"]
+                        assert isinstance(message["role"], str) and isinstance(message["content"], str)
                         assert all(
                             isinstance(call["function"]["arguments"], dict) for call in message.get("tool_calls", ())
                         )

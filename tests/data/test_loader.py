@@ -1,16 +1,15 @@
-import json
-import os
-import shutil
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
 
 from jaxsft.batch import Example
-from jaxsft.config import DataConfig
-from jaxsft.data.chat import stop_ids
-from jaxsft.data.loader import Loader, Prepared, prefetch, prepare
+from jaxsft.config import SourceConfig
+from jaxsft.data.loader import Loader, prefetch
+from jaxsft.data.mixture import make_dataset
+from jaxsft.data.prepare import Prepared
 from jaxsft.data.sources import DataError
 
 
@@ -18,16 +17,23 @@ def prepared_of(examples):
     tokens = np.concatenate([np.asarray(example.tokens, np.int32) for example in examples])
     weights = np.concatenate([np.asarray(example.loss_weights, np.float32) for example in examples])
     offsets = np.cumsum([0] + [len(example.tokens) for example in examples]).astype(np.int64)
-    return Prepared("key", tokens, weights, offsets, {})
+    origins = np.array([(0, line, line) for line in range(len(examples))])
+    return Prepared("key", tokens, weights, np.zeros(len(tokens), np.uint8), offsets, origins, {"files": ["f"]})
+
+
+def dataset_of(examples):
+    return make_dataset([prepared_of(examples)])
+
+
+def random_examples(random, count, longest, shortest=1):
+    return [
+        Example(random.integers(1, 1000, length), random.integers(0, 3, length))
+        for length in random.integers(shortest, longest + 1, count)
+    ]
 
 
 def random_prepared(random, count, longest):
-    return prepared_of(
-        [
-            Example(random.integers(1, 1000, length), random.integers(0, 3, length))
-            for length in random.integers(1, longest + 1, count)
-        ]
-    )
+    return dataset_of(random_examples(random, count, longest))
 
 
 def naive_row(prepared, indices, seq_len):
@@ -50,7 +56,7 @@ def naive_row(prepared, indices, seq_len):
 
 def test_the_worked_example_of_batch():
     a, b, c, x, y = 11, 12, 13, 21, 22
-    prepared = prepared_of([Example([a, b, c], [0, 1, 1]), Example([x, y], [1, 1])])
+    prepared = dataset_of([Example([a, b, c], [0, 1, 1]), Example([x, y], [1, 1])])
     for seed in range(20):
         loader = Loader(prepared, seq_len=6, batch_size=1, seed=seed, packing=True)
         if loader.examples_in_row(0).tolist() == [0, 1]:
@@ -94,6 +100,93 @@ def test_the_last_batch_of_an_epoch_is_filled_with_padding_rows():
     loader = Loader(prepared, seq_len=8, batch_size=2, seed=0, packing=False, shuffle=False)
     assert [loader.row_ids(step).tolist() for step in range(4)] == [[0, 1], [2, 3], [4, -1], [0, 1]]
     assert all(not leaf[1].any() for leaf in loader.batch(2))
+
+
+@pytest.mark.parametrize(
+    ("packing", "seed", "steps", "crc_of_rows", "crc_of_batches"),
+    [
+        (True, 0, 47, 961497429, 1596124332),
+        (True, 5, 47, 2493902557, 1640778552),
+        (False, 0, 84, 3685795645, 1055904377),
+        (False, 5, 84, 2033923093, 924298114),
+    ],
+)
+def test_one_source_gives_the_batches_that_it_always_gave(packing, seed, steps, crc_of_rows, crc_of_batches):
+    """Figures of the first release: a run that was begun then goes on."""
+    random = np.random.default_rng(7)
+    lengths = random.integers(2, 33, 500)
+    dataset = dataset_of([Example(random.integers(1, 1000, n), random.integers(0, 3, n)) for n in lengths])
+    loader = Loader(dataset, seq_len=32, batch_size=6, seed=seed, packing=packing)
+    assert loader.steps_per_epoch == steps
+    assert loader.rows_crc(0, 2 * steps) == crc_of_rows
+    crc = 0
+    for step in (0, 1, steps - 1, steps, 2 * steps + 3):
+        for leaf in loader.batch(step):
+            crc = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), crc)
+    assert crc == crc_of_batches
+
+
+def test_steps_are_known_before_the_first():
+    loader = Loader(random_prepared(np.random.default_rng(0), 100, 8), seq_len=8, batch_size=2, seed=0, packing=False)
+    assert [loader.num_steps(epochs) for epochs in (1, 1.1, 0.5, 2, 2.98)] == [50, 55, 25, 100, 149]
+    assert [loader.epochs_done(step) for step in (0, 25, 50, 125)] == [0, 0.5, 1, 2.5]
+
+
+def mixed_loader(**keys):
+    """Sources of 40, 10 and 7 examples, of which an epoch draws 20, 25 and 7: other ones in every epoch."""
+    random = np.random.default_rng(3)
+    sources = [prepared_of(random_examples(random, size, 16, 2)) for size in (40, 10, 7)]
+    configs = [SourceConfig(path="a", epochs=0.5), SourceConfig(path="b", count=25), SourceConfig(path="c")]
+    keys = {"seq_len": 16, "batch_size": 4, "seed": 1, "packing": True} | keys
+    return Loader(make_dataset(sources, configs), **keys)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_epoch_of_a_mixture_trains_what_is_drawn_and_every_batch_is_built_position_by_position(packing):
+    loader = mixed_loader(packing=packing)
+    dataset, counts, first = loader.dataset, np.zeros((6, 57), int), 0
+    for epoch in range(6):
+        end = loader.num_steps(epoch + 1)
+        for step in range(first, end):
+            examples = [loader.examples_in_row(row) for row in loader.row_ids(step)]
+            rows = [naive_row(dataset, each, 16) for each in examples]
+            for leaf, naive in zip(loader.batch(step), zip(*rows, strict=True), strict=True):
+                np.testing.assert_array_equal(leaf, np.array(naive))
+            np.add.at(counts[epoch], np.concatenate(examples), 1)
+            assert epoch <= loader.epochs_done(step) < epoch + 1
+        first = end
+    assert counts[:, :40].sum(axis=1).tolist() == [20] * 6
+    assert counts[:, 40:50].sum(axis=1).tolist() == [25] * 6
+    assert (counts[:, 50:] == 1).all()
+    for epoch in (0, 2, 4):
+        assert (counts[epoch : epoch + 2, :40].sum(axis=0) == 1).all(), "two halves make a whole"
+        assert (counts[epoch : epoch + 2, 40:50].sum(axis=0) == 5).all()
+    assert (counts[1] != counts[3]).any(), "another half in the next pass"
+
+
+def test_a_mixture_asked_for_in_any_order_and_in_any_slices_is_the_same():
+    whole = mixed_loader()
+    steps = range(whole.num_steps(4))
+    batches = [whole.batch(step) for step in steps]
+    ids = [whole.row_ids(step) for step in steps]
+    for step in np.random.default_rng(0).permutation(len(steps)):
+        fresh = mixed_loader()  # as after a restart
+        np.testing.assert_array_equal(fresh.row_ids(step), ids[step])
+        halves = [fresh.batch(step, slice(0, 2)), fresh.batch(step, slice(2, 4))]
+        for leaf, *pieces in zip(batches[step], *halves, strict=True):
+            np.testing.assert_array_equal(leaf, np.concatenate(pieces))
+    known = np.concatenate(ids)
+    known = known[known >= 0]
+    assert len(np.unique(known)) == len(known), "each epoch has rows of its own"
+
+
+def test_steps_of_a_mixture_are_known_before_the_first():
+    loader = mixed_loader()
+    bounds = [mixed_loader().num_steps(epochs) for epochs in range(1, 5)]
+    assert bounds == sorted(bounds) and loader.steps_per_epoch == bounds[0]
+    for epochs, bound in enumerate(bounds, start=1):
+        assert loader.epochs_done(bound) == epochs and epochs - 1 < loader.epochs_done(bound - 1) < epochs
+    assert bounds[0] < loader.num_steps(1.5) < bounds[1]
 
 
 def test_epochs_come_in_different_orders_and_seeds_too():
@@ -165,115 +258,3 @@ def test_prefetch_that_is_closed_early_leaves_no_thread():
             next(items)
         items.close()
         assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
-
-
-@pytest.fixture
-def setting(tmp_path, make_tokenizer):
-    tokenizer = make_tokenizer()
-    rows = [{"question": f"What is {n}?", "answer": "x" * n} for n in range(1, 21)]
-    source = tmp_path / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(limit=None, stops=None, key="t", tokenizer=tokenizer, **options):
-        config = DataConfig(train=str(source), cache=str(tmp_path / "cache"), **options)
-        stops = stops or stop_ids(tokenizer)
-        return prepare(config, config.train, tokenizer, tokenizer_files_key=key, stops=stops, limit=limit)
-
-    run.source, run.cache, run.tokenizer = source, tmp_path / "cache", tokenizer
-    return run
-
-
-def test_prepared_examples_are_those_of_the_conversations_in_order(setting):
-    prepared = setting(seq_len=100)
-    assert len(prepared.lengths) == 20
-    for index in range(20):
-        tokens, weights = prepared.example(index)
-        text = (
-            f"<|im_start|>user\nWhat is {index + 1}?<|im_end|>\n<|im_start|>assistant\n{'x' * (index + 1)}<|im_end|>\n"
-        )
-        assert setting.tokenizer.decode(tokens) == text
-        assert setting.tokenizer.decode(tokens[weights > 0]) == "x" * (index + 1) + "<|im_end|>"
-    report = prepared.report
-    assert report["format"] == "question_answer" and report["rows"] == report["examples"] == 20
-    assert report["tokens"] == prepared.lengths.sum() and report["trained_tokens"] == sum(range(2, 22))
-    assert report["overlong_examples"] == 0 and report["longest"]["origin"] == f"{setting.source}:20"
-
-
-def test_overlong_examples_are_dropped_and_counted_or_listed(setting):
-    lengths = setting(seq_len=100).lengths
-    prepared = setting(seq_len=int(lengths[14]))
-    report = prepared.report
-    assert prepared.lengths.tolist() == [length for length in lengths.tolist() if length <= lengths[14]]
-    assert report["overlong_examples"] + report["examples"] == report["rows"] == 20
-    assert report["overlong_tokens"] == lengths[15:].sum() and report["longest"]["tokens"] == lengths[-1]
-    with pytest.raises(DataError, match=rf"rows.jsonl:16: {lengths[15]} tokens"):
-        setting(seq_len=int(lengths[14]), overlong="error")
-    with pytest.raises(DataError, match="no example is left: all 20 have more than data.seq_len=8 tokens"):
-        setting(seq_len=8)
-    assert not [path for path in setting.cache.iterdir() if path.name.startswith(".")], "nothing half-built is left"
-
-
-def test_everything_that_determines_the_examples_changes_the_key(setting, make_tokenizer):
-    base = setting().key
-    assert setting().key == base
-    changed = [
-        setting(seq_len=500),
-        setting(train_on="last_turn"),
-        setting(overlong="error"),
-        setting(format="question_answer"),
-        setting(limit=3),
-        setting(key="u"),
-        setting(stops=[*stop_ids(setting.tokenizer), 5]),
-        setting(tokenizer=make_tokenizer("{# new #}" + setting.tokenizer.chat_template)),
-    ]
-    setting.source.write_text(setting.source.read_text().replace("What is 7?", "What is 8?"))
-    changed.append(setting())
-    assert len({base, *(prepared.key for prepared in changed)}) == 10
-
-
-def test_a_second_run_maps_what_the_first_one_wrote(setting, monkeypatch):
-    first = setting()
-    monkeypatch.setattr("jaxsft.data.loader._build", None)
-    second = setting()
-    np.testing.assert_array_equal(first.tokens, second.tokens)
-    assert isinstance(second.tokens, np.memmap) and second.report == first.report
-
-
-def test_a_damaged_cache_is_built_anew(setting):
-    first = setting()
-    expected, folder = np.array(first.tokens), setting.cache / first.key
-    damages = [
-        lambda: os.truncate(folder / "tokens.bin", 8),
-        lambda: (folder / "offsets.bin").unlink(),
-        lambda: (folder / "report.json").unlink(),
-        lambda: (folder / "report.json").write_text('{"rows": '),
-        lambda: shutil.rmtree(folder),
-        lambda: [path.unlink() for path in folder.iterdir()],
-    ]
-    for damage in damages:
-        damage()
-        np.testing.assert_array_equal(setting().tokens, expected)
-        assert os.listdir(setting.cache) == [first.key]
-
-
-def test_several_at_once_prepare_the_same(setting):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(setting())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4 and len({prepared.key for prepared in results}) == 1
-    assert all(np.array_equal(prepared.tokens, results[0].tokens) for prepared in results)
-    assert os.listdir(setting.cache) == [results[0].key]
-
-
-def test_the_limit_takes_the_first_rows(setting):
-    assert len(setting(limit=3).lengths) == 3
-
-
-def test_bad_data_leaves_nothing_behind(setting):
-    setting.source.write_text('{"question": "Q", "answer": ""}\n')
-    with pytest.raises(DataError, match="rows.jsonl:1: answer: missing, null or blank"):
-        setting()
-    assert os.listdir(setting.cache) == []

@@ -62,7 +62,7 @@ def test_compressed_files_read_like_plain_ones(tmp_path):
 def test_a_json_file_is_a_list_or_one_object_per_line_whatever_its_name(tmp_path):
     rows = [{"a": 1}, {"a": {"b": [2]}}]
     for text, lines in {
-        json.dumps(rows): (1, 1),
+        json.dumps(rows): (1, "1:12"),
         "\ufeff" + json.dumps(rows, indent=1): (2, 5),
         ' \n [{"a": 1},\n\n {"a": {"b": [2]}}]\n\n': (2, 4),
         '{"a": 1}\n{"a": {"b": [2]}}\n': (1, 2),

@@ -4,7 +4,9 @@ What is expected comes from transformers and from texts marked by hand; of our c
 asked. `python tests/data/test_templates.py --write` writes docs/templates.md.
 """
 
+import contextlib
 import copy
+import datetime
 import functools
 import itertools
 import json
@@ -29,8 +31,6 @@ from jaxsft.config import DataConfig
 from jaxsft.data.chat import ChatEncoder, MaskError, stop_ids
 from jaxsft.data.formats import Conversation
 
-DATE = "2024-07-26"
-
 
 @functools.cache
 def load(folder: pathlib.Path) -> Any:
@@ -39,9 +39,10 @@ def load(folder: pathlib.Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def make_encoder(tokenizer: Any, **data: Any) -> ChatEncoder:
-    config = DataConfig.model_validate({"train": "unused.jsonl", "template_date": DATE, **data})
-    return ChatEncoder(tokenizer, config, stop_ids(tokenizer))
+def make_encoder(tokenizer: Any, stops: Sequence[int] | None = None, **data: Any) -> ChatEncoder:
+    # transformers, whose renders ours are compared with, shows templates the real date.
+    config = {"train": "unused.jsonl", "template_date": datetime.date.today().isoformat(), **data}
+    return ChatEncoder(tokenizer, DataConfig.model_validate(config), stop_ids(tokenizer) if stops is None else stops)
 
 
 def conversation_of(messages: list[Message], tools: Any = None, kwargs: dict[str, Any] | None = None) -> Conversation:
@@ -83,7 +84,8 @@ def lacking_bytes(backend: Any) -> frozenset[int]:
 
 def bytes_of(id: int, tokenizer: Any) -> bytes:
     if id in added_tokens(tokenizer):
-        return added_tokens(tokenizer)[id].encode()
+        text = added_tokens(tokenizer)[id]
+        return (text if text.strip("▁") else text.replace("▁", " ")).encode()  # Gemma has runs of spaces.
     piece = tokenizer.convert_ids_to_tokens(id)
     if is_byte_level(tokenizer.backend_tokenizer):
         return bytes(BYTE_OF_LETTER[letter] for letter in piece)
@@ -124,6 +126,8 @@ def tokenise(text: str, tokenizer: Any) -> Tokens:
         piece = bytes_of(id, tokenizer)
         while not spelled.startswith(piece, at) and at < len(spelled) and spelled[at] in lacking:
             at += 1
+        if id in added_tokens(tokenizer) and spelled.startswith(b" " + piece, at):
+            piece = b" " + piece  # ChatGLM3's control tokens are looked for with a space before them.
         if not spelled.startswith(piece, at):
             assert piece[:1] == b" " and spelled.startswith(piece[1:], at), (text, spelled[at : at + 20], piece)
             piece = piece[1:]
@@ -310,6 +314,7 @@ class Rendered(NamedTuple):
     prompts: dict[int, str]
     """By assistant turn but the first message: the prompt that asks for it."""
     full: str
+    tools: list[dict[str, Any]] | None
 
 
 def render(tokenizer: Any, case: Case) -> Rendered:
@@ -340,7 +345,7 @@ def _render(tokenizer: Any, messages: list[Message], tools: Any) -> Rendered:
     full = apply(messages)
     shown = {index: apply(messages[: index + 1]) for index in turns}
     prompts = {index: apply(messages[:index], add_generation_prompt=True) for index in turns if index}
-    return Rendered(messages, shown, prompts, full)
+    return Rendered(messages, shown, prompts, full, tools)
 
 
 def arguments_of(message: Message) -> Iterator[str]:
@@ -397,10 +402,12 @@ def _expected_answer(rendered: Rendered, index: int, tokenizer: Any, stops: Sequ
     shown, start = _answer_start(rendered, index, tokenizer)
     end = start
     for text in texts_of(rendered.messages[index], shown):
-        end = max(end, shown.index(text, start) + len(text))
+        end = max(end, position(text, shown, start) + len(text))
     tokens = tokenise(normalise(shown, tokenizer), tokenizer)
     first, last = (len(normalise(shown[:at], tokenizer).encode()) for at in (start, end))
     ids = tuple(tokens.ids)
+    if last == first:  # Prompt and render may part inside of a token, which then is the answer's first, or all of it.
+        first = last = max([0, *tokens.starts[tokens.starts <= first]])
     stop = next((at for at, id in enumerate(ids) if id in stops and tokens.starts[at] >= last), None)
     if stop is None:  # The template forgets it, so it is appended.
         ids, stop, size = (*ids, tokenizer.eos_token_id), len(ids), int(tokens.ends[-1])
@@ -411,28 +418,35 @@ def _expected_answer(rendered: Rendered, index: int, tokenizer: Any, stops: Sequ
 
 def _answer_start(rendered: Rendered, index: int, tokenizer: Any) -> tuple[str, int]:
     """The text of a turn with its context, and where in it the model begins to write."""
-    prompt, shown = rendered.prompts[index], rendered.shown[index]
-    texts = texts_of(rendered.messages[index], shown)
-    if moved := [word for word in FOREIGN.findall(prompt) if word not in shown]:
-        # The prompt shows what no render of the answered conversation does: the answer goes after the prompt.
-        if not texts or rendered.messages[index].get("tool_calls"):
-            raise NoOracle(f"{', '.join(moved)} only in the prompt")
-        answer = shown.rindex(rendered.messages[index]["content"].strip())
-        return prompt + shown[answer:], len(prompt)
-    bare = tokenizer.apply_chat_template(rendered.messages[:index], tokenize=False)
+    prompt, shown, message = rendered.prompts[index], rendered.shown[index], rendered.messages[index]
+    bare = tokenizer.apply_chat_template(rendered.messages[:index], tools=rendered.tools, tokenize=False)
+    texts = texts_of(message, shown)
     if shown.startswith(prompt):
-        answer = shown.index(texts[0], len(prompt)) if texts else len(prompt)
-        header = shown[len(prompt) : answer]
+        header = shown[len(prompt) : position(texts[0], shown, len(prompt))] if texts else ""
         if prompt != bare or not header.strip():
             return shown, len(prompt)
-        if not texts or rendered.messages[index].get("tool_calls") or rendered.messages[index].get("reasoning_content"):
-            raise NoOracle("a header that ends nobody knows where")
-        content = rendered.messages[index]["content"]
-        return shown, shown.index(content, len(prompt)) if content in shown[len(prompt) :] else answer
-    parted = len(os.path.commonprefix([prompt, shown]))
-    if parted < len(bare) or not texts:
-        raise NoOracle("prompt and render part before the prompt's own end")
-    return shown, min(parted, shown.index(texts[0], len(bare)))
+        if texts[0] != message["content"].strip():
+            raise NoOracle("a header, and no content to tell where it ends")
+        return shown, position(message["content"] if message["content"] in shown else texts[0], shown, len(prompt))
+    if shown.startswith(bare):
+        parted = len(os.path.commonprefix([prompt, shown]))
+        return shown, min([parted, *(position(text, shown, len(bare)) for text in texts[:1])])
+    # The prompt shows the past as no render of the answered conversation does; the model answers the prompt.
+    header = prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+    if not texts or not (header or texts[0] == message["content"].strip()):
+        raise NoOracle("another past, and no answer to be found in the render")
+    answer = shown.rindex(texts[0])
+    if header and (at := shown.rfind(header, 0, answer)) >= 0:
+        answer = at + len(header)
+    elif message["content"] in shown:
+        answer = shown.rindex(message["content"])
+    return prompt + shown[answer:], len(prompt)
+
+
+def position(text: str, shown: str, start: int = 0) -> int:
+    if (at := shown.find(text, start)) < 0:
+        raise NoOracle(f"{text!r} stands elsewhere than in its turn")
+    return at
 
 
 def found_answers(encoded: Sequence[Any], stops: Sequence[int]) -> list[Answer]:
@@ -452,6 +466,27 @@ def found_answers(encoded: Sequence[Any], stops: Sequence[int]) -> list[Answer]:
     return answers
 
 
+CONFIGURED_STOPS = {
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "command": ("<|END_OF_TURN_TOKEN|>",),
+    "aya": ("<|END_OF_TURN_TOKEN|>",),
+    "gemma4": ("<turn|>", "<|tool_response>"),
+    "gemma-4": ("<turn|>", "<|tool_response>"),
+    "diffusion_gemma": ("<turn|>", "<|tool_response>"),
+    "gpt-oss": ("<|return|>", "<|call|>"),
+    "gptoss": ("<|return|>", "<|call|>"),
+    "glm4moe": ("<|user|>", "<|observation|>"),
+    "kimi-k3": ("<|end_of_msg|>",),
+}
+"""What the generation_config of the models has, by a part of the template's name, where one token does not do."""
+
+
+def stops_of(fitted: Fitted) -> list[int]:
+    names = [name for part, stops in CONFIGURED_STOPS.items() if part in fitted.name.lower() for name in stops]
+    known = fitted.tokenizer.get_added_vocab()
+    return stop_ids(fitted.tokenizer, [[known[name] for name in names if name in known]])
+
+
 class Outcome(NamedTuple):
     """What came of a conversation on a template."""
 
@@ -462,10 +497,6 @@ class Outcome(NamedTuple):
     has_oracle: bool = False
     problems: tuple[str, ...] = ()
     stops: frozenset[str] = frozenset()
-    before: frozenset[str] = frozenset()
-    """What is trained before the first word of an answer, other than whitespace."""
-    after: frozenset[str] = frozenset()
-    """What is trained between the last word and the stop."""
 
 
 def try_case(fitted: Fitted, encoder: ChatEncoder | Exception, stops: Sequence[int], case: Case) -> Outcome:
@@ -486,7 +517,7 @@ def try_case(fitted: Fitted, encoder: ChatEncoder | Exception, stops: Sequence[i
     if isinstance(encoded, MaskError):
         return Outcome("refused", str(encoded))
     assert rendered is not None
-    problems = [*token_problems(rendered, tokenizer, encoded, case), *trained_problems(encoded, tokenizer, stops, case)]
+    problems = [*token_problems(rendered, tokenizer, encoded), *trained_problems(encoded, tokenizer, stops, case)]
     found = found_answers(encoded, stops)
     has_oracle = True
     try:
@@ -505,12 +536,22 @@ def try_case(fitted: Fitted, encoder: ChatEncoder | Exception, stops: Sequence[i
     )
 
 
-def token_problems(rendered: Rendered, tokenizer: Any, encoded: Sequence[Any], case: Case) -> list[str]:
-    """Every example must be the tokens of a render, whole; eos may follow where the render ends without a stop."""
-    renders = {
-        tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        for text in [rendered.full, *rendered.shown.values()]
-    }
+def token_problems(rendered: Rendered, tokenizer: Any, encoded: Sequence[Any]) -> list[str]:
+    """Every example must be the tokens of a render, whole; eos may follow where the render ends without a stop.
+
+    Or those of a prompt and its answer, where no render of the answered conversation shows what the prompt does.
+    """
+
+    def tokens(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    renders = {tokens(text) for text in [rendered.full, *rendered.shown.values()]}
+    for index in rendered.prompts:
+        shown = rendered.shown[index]
+        bare = tokenizer.apply_chat_template(rendered.messages[:index], tools=rendered.tools, tokenize=False)
+        if not shown.startswith(bare):
+            with contextlib.suppress(NoOracle):
+                renders.add(tokens(_answer_start(rendered, index, tokenizer)[0]))
     problems = []
     for one in encoded:
         ids = tuple(one.example.tokens.tolist())
@@ -571,9 +612,217 @@ def outcomes(material: pathlib.Path) -> dict[str, dict[str, Outcome]]:
         encoder: ChatEncoder | Exception
         stops: list[int] = []
         try:
-            stops = stop_ids(fitted.tokenizer)
-            encoder = make_encoder(fitted.tokenizer)
+            stops = stops_of(fitted)
+            encoder = make_encoder(fitted.tokenizer, stops)
         except Exception as error:
             encoder = error
         results[fitted.name] = {case.name: try_case(fitted, encoder, stops, case) for case in CASES}
     return results
+
+
+def test_every_template_trains_the_answers_and_nothing_else(material):
+    problems = [
+        f"{template}: {case}: {problem}"
+        for template, by_case in outcomes(material).items()
+        for case, outcome in by_case.items()
+        for problem in outcome.problems
+        if (template, case) not in LISTED
+    ]
+    assert not problems, f"{len(problems)}:\n" + "\n".join(problems)
+
+
+LISTED: dict[tuple[str, str], str] = {}
+"""By template and conversation: why the outcome is right although the oracle says otherwise."""
+
+
+def test_few_templates_are_refused_that_render_the_conversation(material, capsys):
+    table = outcomes(material)
+    with capsys.disabled():
+        print(f"\n{summary(table)}")
+    kinds = {name: Counter(outcome.kind for outcome in by_case.values()) for name, by_case in table.items()}
+    rendered = sum(kind["trained"] + kind["refused"] for kind in kinds.values())
+    refused = sum(kind["refused"] for kind in kinds.values())
+    assert refused < 0.05 * rendered, f"{refused} of {rendered} conversations"
+    some = [name for name, kind in kinds.items() if kind["trained"] + kind["refused"]]
+    wholly = [name for name in some if not kinds[name]["trained"]]
+    partly = [name for name in some if kinds[name]["refused"]]
+    assert len(wholly) < 0.05 * len(some), wholly
+    assert len(partly) < 0.05 * len(some), partly
+
+
+def test_the_oracle_knows_most_of_what_is_trained(material):
+    trained = [one for by_case in outcomes(material).values() for one in by_case.values() if one.kind == "trained"]
+    assert len(CASES) >= 12 and sum(one.has_oracle for one in trained) > 0.9 * len(trained) > 0
+
+
+def summary(table: dict[str, dict[str, Outcome]]) -> str:
+    kinds = Counter(outcome.kind for by_case in table.values() for outcome in by_case.values())
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{len(table)} templates x {len(CASES)} conversations: {counts}"
+
+
+# Templates that mark what is to be trained by themselves.
+
+
+TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def tagged(messages: list[Message], tools: Any, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The render, and the characters between the tags."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, ranges = render_jinja_template(
+        [messages],
+        tools=tools,
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0], ranges[0]
+
+
+def tag_differences(fitted: Fitted, encoder: ChatEncoder, stops: Sequence[int]) -> tuple[Counter[tuple[str, str]], int]:
+    """What only the tags train ("tag") or only we ("ours"), as text; and how many turns are alike."""
+    tokenizer, differences, alike = fitted.tokenizer, Counter[tuple[str, str]](), 0
+    for case in CASES:
+        try:
+            rendered = render(tokenizer, case)
+        except (NotRendered, Absent):
+            continue
+        (encoded,) = encoder.encode([conversation_of(case.messages, case.tools)])
+        if isinstance(encoded, MaskError):
+            continue
+        found = found_answers(encoded, stops)
+        for index in rendered.shown:
+            text, ranges = tagged(rendered.messages[: index + 1], case.tools, tokenizer)
+            earlier = tagged(rendered.messages[:index], case.tools, tokenizer)[1] if index else []
+            tokens = tokenise(normalise(text, tokenizer), tokenizer)
+            spans = [
+                tuple(len(normalise(text[:at], tokenizer).encode()) for at in span) for span in ranges[len(earlier) :]
+            ]
+            theirs = weigh(tokens, spans)
+            # The answer that this render ends with; one in another context is for the other test to judge.
+            past = _render(tokenizer, rendered.messages[:index], case.tools).full if index else ""
+            behind = len(normalise(os.path.commonprefix([past, text]), tokenizer).encode())
+            held = [
+                one
+                for one in found
+                if one.tokens == tuple(tokens.ids[: len(one.tokens)]) and tokens.ends[len(one.tokens) - 1] > behind
+            ]
+            if not held:
+                continue
+            ours = [0.0] * len(tokens.ids)
+            last = max(held, key=lambda one: one.start)
+            ours[last.start : len(last.tokens)] = [1.0] * (len(last.tokens) - last.start)
+            alike += ours == theirs
+            whose = [
+                ("tag" if a > b else "ours" if b > a else "", id)
+                for a, b, id in zip(theirs, ours, tokens.ids, strict=True)
+            ]
+            for side, group in itertools.groupby(whose, key=lambda pair: pair[0]):
+                if side:
+                    differences[side, decode([id for _, id in group], tokenizer)] += 1
+    return differences, alike
+
+
+LAST = {"the newline after the stop": "\n"}
+TAG_DIFFERENCES: dict[str, dict[tuple[str, str], str]] = {}
+
+
+def test_tags_and_weights_agree_but_for_what_is_listed(material):
+    found, alike = {}, {}
+    for fitted in fit_templates(material):
+        if not TAG.search(fitted.tokenizer.chat_template):
+            continue
+        stops = stops_of(fitted)
+        differences, alike[fitted.name] = tag_differences(fitted, make_encoder(fitted.tokenizer, stops), stops)
+        found[fitted.name] = differences
+    print(found, alike)
+    assert {name: set(differences) for name, differences in found.items()} == {
+        name: set(TAG_DIFFERENCES.get(name, {})) for name in found
+    }
+    assert sum(alike.values()) > 0
+
+
+# Text of the data that spells a control token.
+
+
+def control_texts(tokenizer: Any) -> dict[str, int]:
+    """Every added token but runs of whitespace, which control nothing."""
+    return {text: id for id, text in added_tokens(tokenizer).items() if text.strip(" ▁\t\r\n")}
+
+
+def forgeries(words: Sequence[str]) -> dict[str, tuple[list[Message], Any]]:
+    """Conversations in which others than the assistant write the words, in each place that they can write to."""
+    text = "".join(f"{word} {word}\n{word}x" for word in words)
+    spoken = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "call00001", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "here"}}}
+        ],
+    }
+    result = {"role": "tool", "tool_call_id": "call00001", "name": "get_weather", "content": text}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": text,
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": text}}},
+        },
+    }
+    return {
+        "user": ([{"role": "user", "content": text}, spoken[1], {"role": "user", "content": text}, spoken[1]], None),
+        "system": ([{"role": "system", "content": text}, *spoken], None),
+        "tool result": ([spoken[0], called, result, spoken[1]], None),
+        "tools": (list(spoken), [tool]),
+        "roles": ([spoken[0], *({"role": word, "content": "Hm"} for word in words), spoken[1]], None),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        path
+        for path in (
+            "chatglm3",
+            "deepseek-v3",
+            "gemma-2",
+            "llama-2",
+            "llama-3-tiny",
+            "llama-3.1",
+            "mistral-nemo",
+            "phi-3",
+            "qwen2.5",
+            "qwen3",
+            "smollm2",
+        )
+    ),
+)
+def test_nobody_but_the_template_and_the_assistant_writes_control_tokens(material, name):
+    tokenizer = load(material / "tokenizers" / name)
+    controls = control_texts(tokenizer)
+    encoder = make_encoder(tokenizer)
+    forged, harmless = forgeries(list(controls)), forgeries(["word"] * len(controls))
+    tried = []
+    for place in forged:
+        results = encoder.encode([conversation_of(*forged[place]), conversation_of(*harmless[place])])
+        if any(isinstance(one, MaskError) for one in results):
+            assert isinstance(results[0], MaskError), f"{place}: the harmless one is refused: {results[1]}"
+            # Only where the template itself does not take it.
+            assert place != "user", results[0]
+            continue
+        tried.append(place)
+        counts = [Counter(id for one in result for id in one.example.tokens.tolist()) for result in results]
+        for text, id in controls.items():
+            assert counts[0][id] == counts[1][id], f"{place}: {text!r} became a token"
+        if place != "roles":
+            seen = decode(results[0][-1].example.tokens.tolist(), tokenizer)
+            lost = [text for text in controls if text not in seen]
+            assert not lost or lacking_bytes(tokenizer.backend_tokenizer), f"{place}: {lost[:5]} are no longer there"
+    assert "user" in tried and len(tried) >= LEAST_PLACES.get(name, 2), tried
+
+
+LEAST_PLACES = {"gemma-2": 1, "phi-3": 1, "mistral-nemo": 2}
+"""Of the five: Gemma 2 takes no system, tools or other roles, Phi 3 writes users and assistants only."""

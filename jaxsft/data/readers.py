@@ -1,0 +1,320 @@
+"""What a file holds: each kind of file gives its records, lossless, each with the line where it starts.
+
+In: one file. Out: records that are parsed only when they are wanted, so that skipping is cheap; parsing one may raise
+`BadRow`. A place from which on a file cannot be read is a `DataError`. Which files there are is left to `sources.py`.
+"""
+
+import collections
+import csv
+import functools
+import gzip
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from jaxsft.data.strict import (
+    DECODER,
+    MAX_ROW_BYTES,
+    TOO_DEEP,
+    BadRow,
+    DataError,
+    as_row,
+    bad_utf8,
+    check_utf8,
+    check_value,
+    parse_json,
+)
+
+# A record: where it starts (a line, or a number from 1) and what parses it. It is parsed only when it is wanted.
+Parse = Callable[[], dict[str, Any]]
+Records = Iterator[tuple[int | str, Parse]]
+
+
+def _read_jsonl(path: Path, compression: str) -> Records:
+    first = True
+    for number, line in _lines(path, compression):
+        if line.isspace():
+            continue
+        if first and line.startswith(b"[") and not _is_json(line):
+            # One JSON list under the wrong name.
+            yield from _read_json(path, compression)
+            return
+        first = False
+        yield number, functools.partial(_parse_line, line)
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_ROW_BYTES:
+        raise BadRow("row-too-large", f"a line of more than {MAX_ROW_BYTES // 2**20} MiB")
+    try:
+        text = line.rstrip(b"\r\n").decode()
+    except UnicodeDecodeError as error:
+        raise bad_utf8(error.object[error.start], error.start) from None
+    return as_row(parse_json(text))
+
+
+def _read_json(path: Path, compression: str) -> Records:
+    """A list of objects, or (as many files named .json are) one object per line, or objects one after the other."""
+    with _open(path, compression) as file:
+        head = file.readline(MAX_ROW_BYTES + 1)
+        if head.lstrip(_BOM).startswith(b"{") and _is_json(head):
+            yield from _read_jsonl(path, compression)
+            return
+        # Bytes that are no UTF-8 survive as half surrogates, so that the element that holds them can be named.
+        text = (head + file.read()).removeprefix(_BOM).decode(errors="surrogateescape")
+    at = _skip_space(text, 0)
+    if at == len(text):
+        return
+    listed = text[at] == "["
+    if not listed and text[at] != "{":
+        raise lost(path, 1, "not-a-list", "a .json data file holds a list of objects, or one object per line")
+    at = _skip_space(text, at + listed)
+    line, counted, before = 1, 0, 0
+    while at < len(text) and not (listed and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        if listed and before:
+            if text[at] != ",":
+                raise lost(path, line, "bad-json", "not readable as JSON: expected , or ] after an element")
+            at = _skip_space(text, at + 1)
+            line, counted = line + text.count("\n", counted, at), at
+        # Of several on one line, the column says which.
+        column = at - text.rfind("\n", 0, at)
+        end, parse = _element(path, text, at, line)
+        yield line if line > before else f"{line}:{column}", parse
+        at, before = _skip_space(text, end), line
+    line += text.count("\n", counted, at)
+    if listed and at == len(text):
+        raise lost(path, line, "bad-json", "not readable as JSON: the list is not closed")
+    if listed and _skip_space(text, at + 1) != len(text):
+        raise lost(path, line, "bad-json", "not readable as JSON: text after the end of the list")
+
+
+def _element(path: Path, text: str, at: int, line: int) -> tuple[int, Parse]:
+    """Where the JSON value ends that starts at `at`, and what gives it or says why it is bad."""
+    try:
+        value, end = DECODER.raw_decode(text, at)
+        return end, functools.partial(_parse_element, text[at:end], value)
+    except json.JSONDecodeError as error:
+        line = text.count("\n", 0, error.pos) + 1
+        raise lost(path, line, "bad-json", f"not readable as JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise lost(path, line, "too-deep", TOO_DEEP) from None
+    except ValueError:
+        # Well-formed but not acceptable: find its end with a decoder that takes everything.
+        end = json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
+        return end, functools.partial(_parse_element, text[at:end])
+
+
+def _parse_element(text: str, value: Any = None) -> dict[str, Any]:
+    if len(text) > MAX_ROW_BYTES:
+        raise BadRow("row-too-large", f"an element of more than {MAX_ROW_BYTES // 2**20} MiB")
+    check_utf8(text)
+    if value is None:
+        return as_row(parse_json(text))
+    check_value(value, text)
+    return as_row(value)
+
+
+def _read_csv(path: Path, compression: str) -> Records:
+    csv.field_size_limit(2**31 - 1)  # The default refuses cells of more than 131,072 characters.
+    lines = _text_lines(path, compression)
+    reader = csv.reader((line for _, line in lines), strict=True)
+    header: list[str] | None = None
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise lost(path, start, "bad-csv", "a quoted cell that starts here is never closed") from None
+            yield start, functools.partial(_refuse, "bad-csv", f"not readable as CSV: {error}")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = _header(path, cells)
+            if header == cells:
+                continue
+        yield start, functools.partial(_parse_cells, header, cells)
+
+
+def _read_tsv(path: Path, compression: str) -> Records:
+    """Tab-separated cells; a quote opens a quoted cell only where the cells then come out right.
+
+    Most TSV is written without quoting (a cell may start with a quotation); spreadsheets quote cells that hold tabs,
+    newlines or quotes. So a quoted record over several lines is one that closes, has as many cells as the header, and
+    whose lines are not as good as rows by themselves.
+    """
+    lines = _text_lines(path, compression)
+    ahead: collections.deque[tuple[int, str]] = collections.deque()
+    header: list[str] | None = None
+    while True:
+        start, line = ahead.popleft() if ahead else next(lines, (0, ""))
+        if not start:
+            return
+        if not line.strip("\r\n"):
+            continue
+        cells = [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
+        if '"' in line:
+            taken, whole = [(start, line)], _quoted_cells(line)
+            while whole == [] and len(taken) < _MAX_JOINED and (following := _peek(ahead, lines, len(taken) - 1)):
+                taken.append(following)
+                if '"' in following[1]:
+                    whole = _quoted_cells("".join(text for _, text in taken))
+            width = len(header or whole or ())
+            rows_alone = len(taken) > 1 and all(text.count("\t") + 1 == width for _, text in taken)
+            if whole and len(whole) == width and not rows_alone:
+                cells = whole
+                for _ in taken[1:]:
+                    ahead.popleft()
+        if header is None:
+            header = _header(path, cells)
+            if header == cells:
+                continue
+        yield start, functools.partial(_parse_cells, header, cells)
+
+
+def _peek(
+    ahead: collections.deque[tuple[int, str]], lines: Iterator[tuple[int, str]], at: int
+) -> tuple[int, str] | None:
+    """The line `at` lines ahead, which stays there; None at the end of the file."""
+    ahead.extend(itertools.islice(lines, max(at + 1 - len(ahead), 0)))
+    return ahead[at] if at < len(ahead) else None
+
+
+def _quoted_cells(text: str) -> list[str] | None:
+    """The cells of one record by the rules of quoting; [] if a quoted cell is still open, None if they are broken."""
+    try:
+        records = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+    except csv.Error as error:
+        return [] if "end of data" in str(error) else None
+    return records[0] if len(records) == 1 else None
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    """The names of the columns: the first line, or "1", "2", ... where that is a row already (no name is so long)."""
+    if any(len(cell) > 60 or len(cell.split()) > 6 for cell in cells):
+        return [str(number) for number in range(1, len(cells) + 1)]
+    repeated = sorted({name for name in cells if cells.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}:1: column {repeated[0]!r} is given twice in the header")
+    return cells
+
+
+def _parse_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
+    if len(cells) != len(header):
+        raise BadRow("cell-count", f"{len(cells)} cells, but the header has {len(header)} columns")
+    for name, cell in zip(header, cells, strict=True):
+        check_utf8(cell, f"column {name!r}: ")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path, compression: str) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield number, functools.partial(_parse_arrow, batch, index)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet after row {number}: {error}") from None
+
+
+def _parse_arrow(batch: Any, index: int) -> dict[str, Any]:
+    try:
+        (fields,) = batch.slice(index, 1).to_pylist()
+    except UnicodeDecodeError as error:
+        raise bad_utf8(error.object[error.start], error.start) from None
+    return columnar(fields)
+
+
+READERS: dict[str, Callable[[Path, str], Records]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+}
+COMPRESSIONS = (".gz", ".zst")
+
+_MAX_JOINED = 100
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _open(path: Path, compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if compression == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _lines(path: Path, compression: str) -> Iterator[tuple[int, bytes]]:
+    """Lines from 1, cut at newlines only; of a line that is too long only the first MAX_ROW_BYTES + 1 bytes."""
+    with _open(path, compression) as file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            if number == 1 and line.startswith(_UTF16):
+                raise lost(path, 1, "bad-utf8", "this is UTF-16; save the file as UTF-8")
+            yield number, line.removeprefix(_BOM) if number == 1 else line
+            while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW_BYTES + 1)
+
+
+def _text_lines(path: Path, compression: str) -> Iterator[tuple[int, str]]:
+    for number, line in _lines(path, compression):
+        if len(line) > MAX_ROW_BYTES:
+            raise lost(path, number, "row-too-large", f"a line of more than {MAX_ROW_BYTES // 2**20} MiB")
+        # Bytes that are no UTF-8 survive as half surrogates, so that the row that holds them can be named.
+        yield number, line.decode(errors="surrogateescape")
+
+
+def _skip_space(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match
+    return match.end()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(code: str, reason: str) -> Any:
+    raise BadRow(code, reason)
+
+
+def columnar(value: Any) -> Any:
+    """Columnar files have every key in every object, so a null says that it is not there: left out, at every depth."""
+    if isinstance(value, dict):
+        return {name: columnar(part) for name, part in value.items() if part is not None}
+    return [columnar(part) for part in value] if isinstance(value, list) else value
+
+
+def lost(path: Path, line: int, code: str, reason: str) -> DataError:
+    return DataError(f"{path}:{line}: {code}: {reason}; the rest of the file cannot be read, so it is never skipped")
