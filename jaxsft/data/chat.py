@@ -67,6 +67,8 @@ class ChatEncoder:
             DataError: the tokenizer is not fast, or its template is no program that can be run.
         """
         self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
+        self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
+        self._is_stop[self._stops] = True
         self._template_kwargs = config.chat_template_kwargs
         self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
         self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
@@ -294,7 +296,7 @@ class ChatEncoder:
         start, end = turn.stop
         if start == end:  # Of another role, and not ended by one.
             return int(np.searchsorted(tokens.starts, end)) - 1
-        (found,) = np.nonzero(np.isin(tokens.ids, self._stops) & (tokens.starts <= start) & (tokens.ends >= end))
+        (found,) = np.nonzero(self._is_stop[tokens.ids] & (tokens.starts <= start) & (tokens.ends >= end))
         if not len(found):
             raise MaskError(
                 f"message {turn.message + 1}: the stop token {view.text[start:end]!r} that follows it is not one token "
@@ -329,7 +331,7 @@ class ChatEncoder:
         trained = weights > 0
         is_end = trained & ~np.append(trained[1:], False)
         ends = np.nonzero(is_end)[0] + 1
-        unstopped = int((is_end & ~np.isin(tokens, self._stops)).any())
+        unstopped = int((is_end & ~self._is_stop[tokens]).any())
         return Encoded(
             Example(tokens, weights),
             np.full(len(tokens), WRITERS.index("other"), np.uint8),

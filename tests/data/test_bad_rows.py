@@ -285,6 +285,13 @@ CELLS = [
     ("not-an-object", "a.json", b'[{"text": "a"},\n\n 3,\n{"text": "b"}]', 3, "this is a number"),
     ("not-finite", "a.json", b'[{"text": "a"},\n\n{"text": "a", "weight": NaN},\n{"text": "b"}]', 3, "NaN is not JSON"),
     ("bad-utf8", "a.json", b'[\n{"text": "a"},\n{"text":\n "\xff"},\n{"text": "b"}]', 3, "byte 0xff"),
+    (
+        "row-too-large",
+        "a.json",
+        b'[{"text": "a"},\n{"text": "' + b"a" * MAX_ROW_BYTES + b'"},\n{"text": "b"}]',
+        2,
+        "an element of more than 64 MiB",
+    ),
     ("bad-json", "a.json", b'{"text": "a"}\n{"text": "a"\n{"text": "b"}\n', 2, "delimiter"),
 ]
 
