@@ -110,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch is not needed, so that transformers need not miss it aloud.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     args = _parser().parse_args(arguments)
+    if arguments is None:
+        # Nor need transformers spend seconds on importing it where it is installed.
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         if arguments is None and args.command in (train_command, evaluate_command):
             from jaxsft.mesh import start_processes

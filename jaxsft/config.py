@@ -48,12 +48,21 @@ class ModelConfig(Section):
     """What the backward pass computes again: nothing, all but matmul outputs, or each whole layer."""
 
 
+def _with_text_values(value: Any) -> Any:
+    """Files without a header have columns "1", "2", ..., which YAML reads as numbers."""
+    return (
+        {key: str(each) if type(each) is int else each for key, each in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+
+
 class SourceConfig(Section):
     path: str
     """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), or hub `org/name[@config][:split]`."""
     format: str | None = None
     """Format of the rows; left out: detected from the columns."""
-    columns: dict[str, str] = {}
+    columns: Annotated[dict[str, str], BeforeValidator(_with_text_values)] = {}
     """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}."""
     roles: dict[str, str] = {}
     """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}."""

@@ -135,10 +135,13 @@ def _stream_lines(loader: StreamLoader, num_steps: int) -> list[tuple[str, str]]
 
 def describe_lost(lost: Mapping[str, int]) -> str:
     """What of a stream was left out so far, from `StreamLoader.rows_so_far`."""
-    words = {"stream_bad_rows": "bad", "stream_dropped_examples": "dropped:", "stream_cut_examples": "cut:"}
-    return ", ".join(
-        f"{n:,} {words[kind]} {reason}" for (kind, reason), n in ((k.split("/", 1), n) for k, n in lost.items())
-    )
+    words = {
+        "stream_bad_rows": "bad rows left out",
+        "stream_dropped_examples": "examples dropped",
+        "stream_cut_examples": "examples cut",
+    }
+    parts = [(*name.split("/", 1), count) for name, count in lost.items()]
+    return ", ".join(f"{count:,} {words[kind]} ({reason})" for kind, reason, count in parts)
 
 
 def _items(report: dict[str, Any], key: str) -> Iterable[tuple[str, dict[str, int]]]:

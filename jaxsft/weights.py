@@ -211,7 +211,7 @@ def _read_shard(weight: Weight, tensors: list[StoredTensor], index: tuple[slice,
 def _read_rows(
     weight: Weight,
     tensor: StoredTensor,
-    bounds: tuple[tuple[int, int], tuple[int, int]],
+    bounds: Sequence[tuple[int, int]],
     mean_rows: Sequence[int],
     dtype: np.dtype,
 ) -> np.ndarray:
@@ -254,7 +254,7 @@ def vocabulary_tables(folder: pathlib.Path, family: ModuleType, abstract: nnx.St
     stored = _read_headers(folder, problems)
     if problems:
         raise ConfigError(_report("the model's weights:", problems))
-    tables = {}
+    tables: dict[str, np.ndarray] = {}
     for weight, variable in _weights(abstract, family):
         (name, *_) = weight.names
         if variable.get_metadata("axes") == "v d":

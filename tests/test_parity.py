@@ -95,9 +95,7 @@ def open_setup(
     tokenizer = open_tokenizer(model, data.chat_template)
     pretrained = open_model(model, tokenizer)
     encoder = ChatEncoder(tokenizer.tokenizer, data, tokenizer.stops)
-    prepared = make_dataset(
-        [prepare(data, data.train[0], encoder, tokenizer_files_key=tokenizer.key, limit=limit)]
-    )
+    prepared = make_dataset([prepare(data, data.train[0], encoder, tokenizer_files_key=tokenizer.key, limit=limit)])
     loader = uneven_loader(prepared, data.seq_len, range(least_rows, 99, num_microbatches), seed=0, packing=True)
     optim = OptimConfig(
         learning_rate=learning_rate,

@@ -18,16 +18,16 @@ from jaxsft.model.families import family
 from jaxsft.pretrained import export_model, load_params, open_model, open_tokenizer
 
 STOP = "<|im_end|>"
-WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(297))]
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(397))]
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def make_model(folder, *, vocab_size=300, tie=False, template=None, param_dtype="float32", change=None):
+def make_model(folder, *, vocab_size=300, words=300, tie=False, template=None, param_dtype="float32", change=None):
     """A model folder: 300 tokens, one for each word; random weights, which `change` may alter by tensor name."""
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     folder.mkdir(parents=True, exist_ok=True)
     backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: id for id, word in enumerate(WORDS)}, unk_token="<unk>")
+        tokenizers.models.WordLevel({word: id for id, word in enumerate(WORDS[:words])}, unk_token="<unk>")
     )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -230,6 +230,14 @@ def test_rows_that_a_model_has_to_spare_are_used_before_it_grows(vocab_size, gro
     np.testing.assert_allclose(table(params, "embed_tokens"), expected, rtol=1e-6, atol=1e-7)
     untouched = [*range(300), *range(302, vocab_size)]
     np.testing.assert_array_equal(table(params, "embed_tokens")[untouched], expected[untouched])
+
+
+@pytest.mark.parametrize(("words", "grown"), [(382, 384), (383, 512)])
+def test_the_last_new_token_still_has_a_row(words, grown, tmp_path):
+    folder = make_model(tmp_path / "model", vocab_size=words, words=words)
+    tokenizer, pretrained = open_both(folder)
+    assert pretrained.new_ids == (words, words + 1)
+    assert pretrained.decoder_config.vocab_size == grown
 
 
 def test_without_new_tokens_nothing_changes(base):

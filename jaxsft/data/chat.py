@@ -6,6 +6,7 @@ the text is compared with what transformers renders, so that nothing rests on ou
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class ChatEncoder:
         self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
         self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
         self._is_stop[self._stops] = True
-        self._template_kwargs = config.chat_template_kwargs
+        self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
+        self._stop_texts = [_content(tokenizer, id) for id in stops]
         self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
         self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
         today = datetime.date.fromisoformat(config.template_date) if config.template_date else None
@@ -81,7 +83,7 @@ class ChatEncoder:
         if self._template is not None:
             self._finder = TurnFinder(
                 self._template,
-                stop_texts=[_content(tokenizer, id) for id in stops],
+                stop_texts=self._stop_texts,
                 train_on=config.train_on,
                 train_reasoning=config.train_reasoning,
                 unroll=config.unroll,
@@ -107,8 +109,8 @@ class ChatEncoder:
         habits, notes = self._finder.habits, []
         if habits.ignores_prompt and habits.header.strip():
             notes.append(
-                f"the chat template ignores add_generation_prompt; its header {habits.header!r} is not trained and must "
-                f"be given to the model by whoever asks it"
+                f"the chat template ignores add_generation_prompt; its header {habits.header!r} is not trained and "
+                f"must be given to the model by whoever asks it"
             )
         if not self._finder.writes_stop:
             stop = _content(self._tokenizer, int(self._stops[0])) if len(self._stops) else "none"
@@ -179,6 +181,7 @@ class ChatEncoder:
         if self._finder is None:
             raise _no_template(self._tokenizer)
         kwargs = conversation.template_kwargs
+        conversation, num_stripped = self._without_stops(conversation)
         messages = fitted(conversation.messages, self._finder.habits)
         traceable = number_sources(messages, conversation.tools, kwargs)
         views, left_out = self._finder.views(conversation, traceable)
@@ -186,8 +189,26 @@ class ChatEncoder:
         drawn: list[_Drawn] = []
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
-            drawn.append(_Drawn(view, trust, writers, left_out if not drawn else 0))
+            counts = {} if drawn else {"left_out_turns": left_out, "stripped_stops": num_stripped}
+            drawn.append(_Drawn(view, trust, writers, counts))
         return drawn
+
+    def _without_stops(self, conversation: Conversation) -> tuple[Conversation, int]:
+        """Some data end their answers with the text of a stop token (T0's with `<|endoftext|>`).
+
+        The template writes that token itself; as ordinary text, the model would learn to spell it before it stops.
+        """
+        messages, num_stripped = [], 0
+        for message in conversation.messages:
+            content = message.get("content")
+            if message["role"] == "assistant" and isinstance(content, str):
+                for text in self._stop_texts:
+                    if content.rstrip().endswith(text) and self._policy == "split":
+                        message = {**message, "content": content.rstrip().removesuffix(text)}
+                        num_stripped += 1
+                        break
+            messages.append(message)
+        return conversation._replace(messages=messages), num_stripped
 
     def _compare(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], views: Sequence[View]) -> None:
         """Our text is transformers' text; else the mask would be of another conversation."""
@@ -252,7 +273,7 @@ class ChatEncoder:
         ids, starts, ends = tokens.ids, tokens.starts, tokens.ends
         self._check_ids(ids)
         weights = np.zeros(len(ids), np.float32)
-        counts = {"split_control_tokens": tokens.num_split, "left_out_turns": drawn.left_out}
+        counts = drawn.counts | {"split_control_tokens": tokens.num_split}
         counts["unrolled_examples"] = int(drawn.view.is_unrolled)
         turn_ends = []
         appended = False
@@ -354,7 +375,7 @@ class _Drawn(NamedTuple):
     view: View
     trust: np.ndarray
     writers: np.ndarray
-    left_out: int
+    counts: dict[str, int]
 
 
 def prompt_tokens(
@@ -432,17 +453,20 @@ def _no_template(tokenizer: Tokenizer) -> MaskError:
 
 
 def _template_stop(tokenizer: Tokenizer) -> int | None:
-    """The added token that directly follows an answer in the text of the template, if there is one."""
+    """The token by which the template ends an answer: the first added token after it, if there is one.
+
+    One that also stands between the header and the answer is no end: a model that stopped there would never answer.
+    """
     template = open_template(tokenizer)
     if template is None:
         return None
     habits = habits_of(template)
     after = habits.after.lstrip()
-    if not after:
-        return None
-    added = [token for id, token in tokenizer.added_tokens_decoder.items() if after.startswith(token.content)]
-    longest = max(added, key=lambda token: len(token.content), default=None)
+    contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
+    known = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
+    first = known.match(after)
     # A header that follows at once begins the next turn.
-    if longest is None or not longest.content.strip() or habits.header.lstrip().startswith(longest.content):
+    if first is None or habits.header.lstrip().startswith(first[0]):
         return None
-    return int(tokenizer.convert_tokens_to_ids(longest.content))
+    stop = next((found[0] for found in known.finditer(after) if found[0] not in habits.lead), None)
+    return None if stop is None else int(tokenizer.convert_tokens_to_ids(stop))

@@ -403,7 +403,7 @@ def _missing(row: Row, name: str, columns: Mapping[str, str], format: str) -> Ba
 def _check_kind(fields: dict[str, Any]) -> None:
     """The row is for supervised training on text."""
     for name in _MEDIA:
-        # Text under such a name may be anything, as long as it is no column that is read.
+        # A number or a flag may count or mark something, all else is a picture or where to find one.
         if fields.get(name) and not isinstance(fields[name], bool | int | float):
             raise BadRow("image-or-audio", f"column {name!r}: only text is supported, no images, audio or video")
     for name in ("kto_tag", "label"):
@@ -442,11 +442,11 @@ def _conversation(
         if text.strip():
             messages = [{"role": "system", "content": text}, *messages]
             trained_from += trained_from > 0
-    history_masked = "mask_history" in fields and read_flag(fields["mask_history"], "mask_history")
+    history_masked = read_flag(_setting(fields, "mask_history", False), "mask_history")
     return Conversation(
         messages,
         read_tools(fields["tools"]) if "tools" in fields else None,
-        read_template_kwargs(fields["chat_template_kwargs"]) if "chat_template_kwargs" in fields else {},
+        read_template_kwargs(_setting(fields, "chat_template_kwargs", {})),
         trained_from,
         weight=_row_weight(fields),
         train_on="last_turn" if history_masked else None,
@@ -454,14 +454,23 @@ def _conversation(
 
 
 def _row_weight(fields: dict[str, Any]) -> float:
-    weight = fields.get("weight", 1.0)
-    if isinstance(weight, str):  # CSV knows no numbers.
-        try:
-            weight = float(weight)
-        except ValueError:
-            raise BadRow("bad-weight", f"weight must be a number, got {short(weight)}") from None
-    weight = read_weight(weight, "")
-    return weight if "train" not in fields or read_flag(fields["train"], "train") else 0.0
+    weight = read_weight(_setting(fields, "weight", 1.0), "")
+    return weight if read_flag(_setting(fields, "train", True), "train") else 0.0
+
+
+def _setting(fields: dict[str, Any], name: str, default: Any) -> Any:
+    """What a row says about itself; the cells of CSV are text, and empty where nothing is said."""
+    value = fields.get(name, default)
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return default
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _history(fields: dict[str, Any]) -> list[Message]:

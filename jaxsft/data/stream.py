@@ -33,8 +33,7 @@ from jaxsft.data.mixture import Dataset, check_weights, draw_counts, make_datase
 from jaxsft.data.packing import PackingPlan, permutation, plan
 from jaxsft.data.portions import Tally, added_counts, merged_descriptions, nothing_left, percentiles
 from jaxsft.data.prepare import code_key, digest, no_rows, open_source, prepared_in_memory
-from jaxsft.data.sources import Problem, Row, read_rows, source_files
-from jaxsft.data.sources import _is_hub as is_hub
+from jaxsft.data.sources import Problem, Row, is_hub, read_rows, source_files
 from jaxsft.data.workers import CHUNK, Task, Workers
 
 KEPT_WINDOWS = 3

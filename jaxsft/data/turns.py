@@ -306,11 +306,13 @@ class TurnFinder:
             found_by = "parting" if same_past else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
         header = self.habits.header
+        if found_by in ("parting", "moved") and header.strip() and header in gap:
+            return start + gap.rindex(header) + len(header), found_by  # The end of the message before it differs, too.
         if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):
             return start, found_by
         # The header is not in the prompt: what the template writes before an answer in general is the header here.
         if header.strip() and header in gap:
-            return start + gap.rindex(header) + len(header), "header" if found_by == "prompt" else found_by
+            return start + gap.rindex(header) + len(header), "header"
         if header.strip() and (same := len(os.path.commonprefix([header, gap]))):
             return start + same, "header" if found_by == "prompt" else found_by
         if prompt is not None and not header.strip():
@@ -323,7 +325,7 @@ class TurnFinder:
         )
 
     def _prompt(self, traceable: Traceable, index: int) -> Layout | None:
-        """The prompt of a turn; None where the template has none: before the first message there is nothing to render."""
+        """The prompt of a turn; None where there is none to render, as before the first message."""
         if index == 0:
             return None
         try:
@@ -394,9 +396,9 @@ class TurnFinder:
 def _parting(tail: str, gap: str) -> int:
     """How far `gap` says the same as the end of a prompt, blanks aside, up to the end of a word or of a mark.
 
-        _parting("<turn>model\\n<think>", "<turn>model\\nYes")  is 12: the newline is in both
-        _parting("\\nAssistant:", "\\n\\nAssistant: Yes")      is 12: one newline more changes nothing
-        _parting("<|a|><|think|>", "<|a|><|text|>")          is 5: `<|t` is no common beginning
+    _parting("<turn>model\\n<think>", "<turn>model\\nYes")  is 12: the newline is in both
+    _parting("\\nAssistant:", "\\n\\nAssistant: Yes")      is 12: one newline more changes nothing
+    _parting("<|a|><|think|>", "<|a|><|text|>")          is 5: `<|t` is no common beginning
     """
     at = here = same = 0
     while True:
@@ -420,6 +422,8 @@ class Habits(NamedTuple):
     """What it writes between the question and the answer, as far as the prompt supplies that."""
     ignores_prompt: bool
     """add_generation_prompt changes nothing."""
+    lead: str
+    """What it writes between the header and the answer: the model's to write, such as an empty thought."""
     after: str
     """What it writes after the answer."""
     takes_blocks: bool
@@ -477,7 +481,7 @@ _TOOLS = [
 
 def habits_of(template: ChatTemplate) -> Habits:
     """Learns them by rendering; a template that refuses all of it is known by its refusals of rows."""
-    habits = Habits("", True, "", False, False)
+    habits = Habits("", True, "", "", False, False)
     for blocks in (False, True):
         found = _around_answer(template, habits._replace(takes_blocks=blocks))
         if found is not None:
@@ -506,11 +510,14 @@ def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
         since = max(min(same, speech[0]), shown.end_before(len(beginning)))
         header = str.__getitem__(shown.text, slice(since, speech[0]))
         if past != prompt:  # Only as far as the prompt has it: an empty thinking block is the model's to write.
-            header = os.path.commonprefix([header, str.__getitem__(prompt, slice(since, None))])
+            added = str.__getitem__(prompt, slice(len(os.path.commonprefix([past, prompt])), None))
+            found = max(range(len(header) + 1), key=lambda at: _parting(added, header[at:]))
+            header = header[found : found + _parting(added, header[found:])]
         elif not shown.text.startswith(past):  # It always ends with a header, which is then in the prompt as well.
             header = ""
         return habits._replace(
             header=header,
+            lead=str.__getitem__(shown.text, slice(since, speech[0])).rpartition(header)[2] if header else "",
             ignores_prompt=past == prompt,
             after=str.__getitem__(shown.text, slice(speech[1], None)),
         )

@@ -92,7 +92,8 @@ _READY = "ready"
 class _Worker:
     def __init__(self, recipes: Sequence[Recipe]) -> None:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment = os.environ | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+        settings = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+        environment = os.environ | {"PYTHONPATH": paths} | settings
         command = [sys.executable, "-c", "from jaxsft.data.workers import serve; serve()"]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._is_ready = False
@@ -140,6 +141,7 @@ def serve() -> None:
     # Whoever stops the program decides when we end: with our stdin.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # seconds to import, for nothing
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no result
     try:

@@ -439,6 +439,9 @@ def test_all_bad_rows_of_a_source_are_one_error_with_counts_and_the_first_ten(tm
     with pytest.raises(DataError) as error:
         load_items(SourceConfig(path=str(path)))
     lines = str(error.value).split("\n")
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"^1 bad row: 1 bad-json\n  .*a.jsonl:1: bad-json: "):
+        load_items(SourceConfig(path=str(path)))
     assert lines[0] == "16 bad (format 'text') rows: 15 blank-text, 1 bad-json"
     assert lines[-1] == "  ... and 6 more" and len(lines) == 12
 

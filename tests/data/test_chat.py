@@ -212,18 +212,35 @@ def test_an_assistant_turn_that_nothing_precedes_begins_after_its_header(make_to
     assert all_trained(TURNS[1:2], bare) == [["I am a 🤖 bot.<|endoftext|>"]]
 
 
-def test_the_template_s_own_tags_say_what_nothing_else_does(make_tokenizer):
-    # The header changes with the length of the answer, so that no other answer shows it.
-    header = "'<|im_start|>' + 'a' * (m['content'] | length) + ':'"
-    tagged = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'U' + m['content'] + '<|im_end|>' }}{% else %}"
-        f"{{{{ {header} }}}}{{% generation %}}{{{{ m['content'] + '<|im_end|>' }}}}{{% endgeneration %}}"
-        "{% endif %}{% endfor %}{{ '' if messages | length > 1 else '' }}"
+def test_a_default_system_text_is_not_trained_with_the_first_word(make_tokenizer):
+    greeting = (
+        "{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
     )
-    tokenizer = make_tokenizer(tagged)
-    turns = [TURNS[0], {"role": "assistant", "content": "ab"}]
-    (encoded,) = encode(turns, tokenizer)
-    assert trained_texts(encoded, tokenizer)[0].endswith("ab<|im_end|>")
+    tokenizer = make_tokenizer(CHATML.replace("{{ '<|im_start|>' + m", greeting + "{{ '<|im_start|>' + m"))
+    assert all_trained(TURNS[1:], tokenizer) == [BOTH]
+
+
+def test_a_header_that_is_always_appended_is_no_part_of_an_answer_that_begins_otherwise(make_tokenizer):
+    template = TURN_BY_TURN.replace("m['role'] + '\n'", "('[R]' if m['role'] == 'assistant' else '[U]')")
+    tokenizer = make_tokenizer(template + "{{ '<|im_start|>[T]' }}")
+    assert all_trained(TURNS, tokenizer) == [["[R]" + text for text in BOTH]]
+
+
+def test_the_template_s_own_tags_say_what_nothing_else_does(make_tokenizer):
+    # It ignores add_generation_prompt, and the header before a thought is another one than that before an answer.
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'U' + m['content'] + '<|im_end|>' }}{% else %}"
+        "{{ 'Thought:' if m.reasoning_content else 'Answer:' }}BEGIN"
+        "{{ m.reasoning_content + ';' if m.reasoning_content }}{{ m['content'] + '<|im_end|>' }}END"
+        "{% endif %}{% endfor %}"
+    )
+    untagged = template.replace("BEGIN", "").replace("END", "")
+    tagged = template.replace("BEGIN", "{% generation %}").replace("END", "{% endgeneration %}")
+    thought = [TURNS[0], {"role": "assistant", "content": "4", "reasoning_content": "2+2"}]
+    with pytest.raises(MaskError, match="where it begins cannot be told: .* writes 'Thought:' before it"):
+        encode(thought, make_tokenizer(untagged))
+    (encoded,) = encode(thought, make_tokenizer(tagged))
+    assert trained_texts(encoded, make_tokenizer()) == ["2+2;4<|im_end|>"] and encoded.counts["turns_by_tags"] == 1
 
 
 # Unrolling.
@@ -248,6 +265,15 @@ def test_turns_that_are_shown_as_they_were_said_share_an_example(make_tokenizer)
     alone, together = sorted(encode(turns, tokenizer), key=lambda each: len(each.turn_ends))
     assert trained_texts(alone, tokenizer) == ["<think>\nwell\n</think>\n" + BOTH[0]]
     assert trained_texts(together, tokenizer) == BOTH
+
+
+def test_a_turn_that_ends_otherwise_later_has_an_example_of_its_own(make_tokenizer):
+    ending = "(eos_token if loop.last else '<|im_end|>')"
+    tokenizer = make_tokenizer(CHATML.replace("'<|im_end|>\n'", f"{ending} + '\n'"))
+    first, second = encode(TURNS, tokenizer, stops=tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+    assert trained_texts(first, tokenizer) == ["I am a 🤖 bot.<|endoftext|>"]
+    assert trained_texts(second, tokenizer) == ["It is 4.<|endoftext|>"]
+    assert text_of(second, tokenizer).count("<|im_end|>") == 3
 
 
 def test_unrolling_can_be_asked_for_and_refused(make_tokenizer):
@@ -321,12 +347,35 @@ def test_text_after_the_stop_token_is_not_trained(make_tokenizer):
 
 def test_a_stop_token_further_on_belongs_to_somebody_else(make_tokenizer):
     # Only users' messages end with one: the assistant's would be found there if nothing stopped the search.
-    tokenizer = make_tokenizer(TURN_BY_TURN.replace("'<|im_end|>\n'", "('<|im_end|>' if m['role'] == 'user' else '')"))
-    examples = encode(TURNS, tokenizer)
+    template = TURN_BY_TURN.replace("'<|im_end|>\n'", "('<|im_end|>' if m['role'] == 'user' else '')")
+    tokenizer = make_tokenizer(template)
+    examples = encode(TURNS, tokenizer, stops=tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
     assert [trained_texts(each, tokenizer) for each in examples] == [
         ["I am a 🤖 bot.<|endoftext|>"],
         ["It is 4.<|endoftext|>"],
     ]
+
+
+def test_a_mark_that_the_model_also_writes_before_its_answer_is_no_stop_token(make_tokenizer):
+    # As Kimi-K3 does: <|im_start|> closes the thought and the answer, <|im_end|> the turn.
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:<think>' + '<|im_start|>' }}"
+        "{{ m['content'] + '<|im_start|><|im_end|>' }}{% else %}{{ 'U:' + m['content'] + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A:<think>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    assert stop_ids(tokenizer)[1:] == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert all_trained(TURNS, tokenizer) == [
+        [f"<|im_start|>{text.replace('<|im', '<|im_start|><|im')}" for text in BOTH]
+    ]
+
+
+def test_a_stop_token_that_the_data_spell_at_the_end_is_not_trained_twice(make_tokenizer):
+    turns = [TURNS[0], {"role": "assistant", "content": "4<|endoftext|>\n"}]
+    (encoded,) = encode(turns, make_tokenizer())
+    assert trained_texts(encoded, make_tokenizer()) == ["4<|im_end|>"] and encoded.counts["stripped_stops"] == 1
+    (allowed,) = encode(turns, make_tokenizer(), control_tokens="allow")
+    assert trained_texts(allowed, make_tokenizer()) == ["4<|endoftext|>\n<|im_end|>"]
 
 
 def test_without_any_stop_token_nothing_is_trained(make_tokenizer):

@@ -298,6 +298,13 @@ def test_flags_of_a_row_count_for_all_of_it():
     assert convert("messages", messages=HELLO, train=True).weight == 1.0
     assert convert("messages", messages=HELLO, mask_history=True).train_on == "last_turn"
     assert convert("messages", messages=HELLO, mask_history=False).train_on is None
+    # Cells of CSV.
+    cells = {"question": "Hi", "answer": "Hello", "weight": " ", "train": "True", "mask_history": "", "tools": ""}
+    cells |= {"chat_template_kwargs": "", "history": "", "system": ""}
+    assert convert("question_answer", **cells) == Conversation(HELLO, origin="a.jsonl:7")
+    cells |= {"weight": "2", "train": "1", "mask_history": "true", "chat_template_kwargs": '{"a": 1}'}
+    read = convert("question_answer", **cells)
+    assert (read.weight, read.train_on, read.template_kwargs) == (2.0, "last_turn", {"a": 1})
     assert convert("input_ids", input_ids=[5, 6, 7], weight=0.5).loss_weights == [0, 0.5, 0.5]
 
 

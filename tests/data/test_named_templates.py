@@ -297,6 +297,10 @@ template, so serving it needs nothing more. All of them
 - refuse what they have no place for (tools, reasoning, an unknown role, content that is no text) and name the turn;
 - take `developer` turns as `system` turns (chatml and llama3 keep the word).
 
+In chatml, llama3 and gemma only control tokens begin a turn, which text of users can never become. The markers of the
+other four are ordinary text, as in their originals, so a user can write them as well as the template can: prefer the
+first three where answers depend on who speaks.
+
 Control tokens that the tokenizer lacks are added to it as special tokens. They take rows that the model has to spare,
 or its embedding (and untied unembedding) grows to a multiple of 128 rows. Their rows, and any that growing adds beyond
 them, begin as the mean of all rows of the model: the logit of a new token is then the mean of all logits, and its

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -268,6 +269,35 @@ def equal(one, other):
 def test_what_workers_import_knows_nothing_of_jax():
     code = "import sys, jaxsft.data.workers, jaxsft.data.prepare; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_workers_end_when_their_program_is_killed(setting, repo):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(repo)!r})
+from jaxsft.data.workers import Workers
+workers = Workers([])
+workers.start()
+while not workers._are_ready():
+    pass
+print(*[worker._process.pid for worker in workers._processes], flush=True)
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo)
+    assert done.returncode == -9
+    deadline = time.monotonic() + 20
+    for pid in map(int, done.stdout.split()):
+        while is_running(pid):
+            assert time.monotonic() < deadline, "a worker outlives its program"
+            time.sleep(0.05)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_what_a_worker_raises_is_raised_here(setting):

@@ -52,7 +52,7 @@ def questions(make, loader, steps):
 def steps_of(loader, num_windows):
     """Steps whose rows are all of the first windows."""
     for window in range(num_windows):
-        loader._window(window).order
+        loader._window(window)
     return range(loader._starts[num_windows].first_row // loader.shape[0])
 
 
