@@ -2,9 +2,9 @@
 
 Run as `python benchmarks/preparation.py [--tokenizer FOLDER] [--rows N] [--rounds N]`; needs `pip install trl`. Both
 prepare the same conversations, made up here, with the same tokenizer and a ChatML template that has the
-`{% generation %}` tags which TRL needs. Each measurement is a process of its own on one core, ours and TRL's in turns;
-imports are not counted. Both begin at the file and end with what training reads from disk, and must agree on all tokens
-and masks.
+`{% generation %}` tags which TRL needs. Each measurement is a process of its own on one core, ours and TRL's in turns,
+in seconds of processor time, which a busy machine changes less; imports are not counted. Both begin at the file and end
+with what training reads from disk, and must agree on the numbers of tokens and of trained ones.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(name: str, args: argparse.Namespace, folder: str) -> dict[str, float]:
-    """Seconds, tokens and trained tokens, from a process of its own."""
+    """Seconds of the processor, tokens and trained tokens, from a process of its own."""
     command = [sys.executable, __file__, "--measure", name, "--folder", folder]
     command += ["--tokenizer", args.tokenizer, "--rows", str(args.rows)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
@@ -100,10 +100,10 @@ def measure_ours(args: argparse.Namespace) -> dict[str, float]:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as cache:
         config = DataConfig(train=str(args.folder / "rows.jsonl"), seq_len=SEQ_LEN, overlong="truncate", cache=cache)
-        start = time.perf_counter()
+        start = time.process_time()
         encoder = ChatEncoder(tokenizer, config, stop_ids(tokenizer))
         prepared = prepare(config, config.train[0], encoder, tokenizer_files_key="")
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     return {"seconds": seconds, "tokens": prepared.report["tokens"], "trained": prepared.report["trained_tokens"]}
 
 
@@ -121,10 +121,10 @@ def measure_trl(args: argparse.Namespace) -> dict[str, float]:
         )
         # What SFTTrainer does with its dataset, without the model that its constructor asks for.
         trainer = types.SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=False)
-        start = time.perf_counter()
+        start = time.process_time()
         rows = datasets.Dataset.from_json(str(args.folder / "rows.jsonl"), cache_dir=cache)
         found = SFTTrainer._prepare_dataset(trainer, rows, tokenizer, config, False, None, "train")
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         labels = found["labels"]
         trained = sum(label != -100 for each in labels for label in each[1:])
         return {"seconds": seconds, "tokens": sum(map(len, labels)), "trained": trained}

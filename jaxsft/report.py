@@ -140,8 +140,8 @@ def describe_lost(lost: Mapping[str, int]) -> str:
         "stream_dropped_examples": "examples dropped",
         "stream_cut_examples": "examples cut",
     }
-    parts = [(*name.split("/", 1), count) for name, count in lost.items()]
-    return ", ".join(f"{count:,} {words[kind]} ({reason})" for kind, reason, count in parts)
+    parts = [(name.partition("/"), count) for name, count in lost.items()]
+    return ", ".join(f"{count:,} {words[kind]} ({reason})" for (kind, _, reason), count in parts)
 
 
 def _items(report: dict[str, Any], key: str) -> Iterable[tuple[str, dict[str, int]]]:
