@@ -297,6 +297,12 @@ class ChatEncoder:
         writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
         if appended:
             counts["appended_stops"] = 1
+            turn = drawn.view.turns[-1]
+            if str.__getitem__(drawn.view.text, slice(turn.content_end, None)).strip():
+                # What the template writes after the answer is not the model's: the stop token goes before it.
+                kept = int(np.searchsorted(starts, turn.content_end))
+                ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
+                turn_ends[-1] = kept
             ids = np.append(ids, np.int32(self._stops[0]))
             weights = np.append(weights, np.float32(drawn.view.turns[-1].weight))
             writers = np.append(writers, np.uint8(0))
@@ -406,8 +412,8 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
     stops = [tokenizer.eos_token_id]
     for ids in configured:
         stops += ids if isinstance(ids, list) else [ids]
-    stops.append(_template_stop(tokenizer))
-    return list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
+    known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
+    return [*known, *_template_stops(tokenizer, known)]
 
 
 def open_template(
@@ -452,21 +458,21 @@ def _no_template(tokenizer: Tokenizer) -> MaskError:
     )
 
 
-def _template_stop(tokenizer: Tokenizer) -> int | None:
-    """The token by which the template ends an answer: the first added token after it, if there is one.
+def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
+    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one.
 
-    One that also stands between the header and the answer is no end: a model that stopped there would never answer.
+    It is the first added token that stands both after the last answer and between an answer and the next question. One
+    that also stands between the header and the answer is no end: a model that stopped there would never answer.
     """
     template = open_template(tokenizer)
     if template is None:
-        return None
+        return []
     habits = habits_of(template)
-    after = habits.after.lstrip()
-    contents = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
-    known = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
-    first = known.match(after)
+    added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+    after = pattern.findall(habits.after)
     # A header that follows at once begins the next turn.
-    if first is None or habits.header.lstrip().startswith(first[0]):
-        return None
-    stop = next((found[0] for found in known.finditer(after) if found[0] not in habits.lead), None)
-    return None if stop is None else int(tokenizer.convert_tokens_to_ids(stop))
+    if not after or not pattern.match(habits.after.lstrip()) or habits.header.lstrip().startswith(after[0]):
+        return []
+    ends = [added[text] for text in after if text not in habits.lead and (text in habits.between or not habits.between)]
+    return [] if set(ends) & set(known) else ends[:1]

@@ -73,6 +73,7 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], trusts: Sequence[np.ndarray]) -> list[Tokens | ControlError]:
         """Each text with the trust of its characters (uint8 [len(text)]) to tokens."""
         results: list[Tokens | ControlError] = []
+        texts = [str.__str__(text) for text in texts]  # Whatever else they know, here only their characters count.
         for text, trust, tokens in zip(texts, trusts, _encode(self._backend, texts), strict=True):
             places = [] if self._policy == "allow" else self._places(text, tokens)
             spelt = [id for id, start, end in places if not self._may_spell(id, trust[start:end])]
@@ -171,7 +172,7 @@ def _encode(backend: Any, texts: Sequence[str]) -> list[Tokens]:
     if backend.padding is not None:
         backend.no_padding()
     results = []
-    for encoding in backend.encode_batch([str.__str__(text) for text in texts], add_special_tokens=False):
+    for encoding in backend.encode_batch(texts, add_special_tokens=False):
         starts, ends = _extents(encoding.offsets)
         results.append(Tokens(np.array(encoding.ids, np.int32), starts, ends, 0))
     return results

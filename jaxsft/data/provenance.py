@@ -72,7 +72,11 @@ class Traced(str):
         return join(self._cut(at, at + 1) for at in range(start, stop, stride))
 
     def __iter__(self) -> Iterator[str]:
-        return (self._cut(at, at + 1) for at in range(len(self)))
+        at = 0
+        for length, source, offset in self._runs:
+            for here in range(length):
+                yield _make(str.__getitem__(self, at + here), ((1, source, offset + here),))
+            at += length
 
     def _cut(self, start: int, stop: int) -> "Traced":
         runs = []

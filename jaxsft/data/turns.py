@@ -204,13 +204,17 @@ class TurnFinder:
                 together.append(self._spoken(index, full, weight))
                 continue
             is_last = index == len(conversation.messages) - 1
-            shown = full if is_last else self._shown(traceable, index, full)
-            self._check_answer(traceable, index, shown)
             prompt = self._prompt(traceable, index)
-            turn = self._turn(index, prompt, shown, weight)
+            shown = full if is_last else self._shown(traceable, index, full)
+            turn = self._turn(traceable, index, prompt, shown, weight)
+            is_alone = turn.stop is None or turn.found_by == "moved" or self._unroll == "always"
+            if shown is full and is_alone and not is_last:
+                # Without what comes after it.
+                shown = self._shown(traceable, index, None)
+                turn = self._turn(traceable, index, prompt, shown, weight)
+            self._check_answer(traceable, index, shown)
             if turn.found_by == "moved":
-                assert prompt is not None
-                later, view = None, self._joined(traceable, prompt, shown, turn)
+                later, view = None, self._joined(traceable, shown, turn)
             else:
                 later = turn if shown is full else self._later(turn, shown, full)
                 view = View(shown, [turn], True, [shown])
@@ -225,8 +229,9 @@ class TurnFinder:
             raise MaskError("no turn is left that can be trained in one render; data.unroll=auto trains all", "mask")
         return sorted(views, key=lambda view: view.turns[0].message), left_out
 
-    def _joined(self, traceable: Traceable, prompt: "Layout", shown: "Layout", turn: Turn) -> View:
+    def _joined(self, traceable: Traceable, shown: "Layout", turn: Turn) -> View:
         """The turn behind its true prompt, where no render has both."""
+        prompt = self._prompt_layout(traceable, turn.message)
         shift = len(prompt.text) - turn.start
         layout = Layout(prompt.text + shown.text[turn.start :], traceable, shown.num_messages)
         moved = turn._replace(
@@ -274,10 +279,10 @@ class TurnFinder:
         stop = self._find_stop(full, speech[1], index) or (speech[1], speech[1])
         return Turn(index, speech[0], speech[1], stop, weight, (), "content")
 
-    def _turn(self, index: int, prompt: "Layout | None", shown: "Layout", weight: float) -> Turn:
+    def _turn(self, traceable: Traceable, index: int, prompt: str | None, shown: "Layout", weight: float) -> Turn:
         speech = shown.speech(index)
         try:
-            start, found_by = self._start(index, prompt, shown)
+            start, found_by = self._start(traceable, index, prompt, shown)
         except MaskError:
             # The template's author may say what we cannot see.
             tagged = [start for start, end in shown.generated if speech and start <= speech[0] < end]
@@ -288,22 +293,22 @@ class TurnFinder:
         seen_only = () if self._train_reasoning else shown.reasoning(index)
         return Turn(index, start, content_end, self._find_stop(shown, content_end, index), weight, seen_only, found_by)
 
-    def _start(self, index: int, prompt: "Layout | None", shown: "Layout") -> tuple[int, str]:
+    def _start(self, traceable: Traceable, index: int, prompt: str | None, shown: "Layout") -> tuple[int, str]:
         """Where the text of a turn's prompt ends in `shown`."""
         speech = shown.speech(index)
         text = str.__str__(shown.text)
         past = shown.end_before(index)
         found_by = "header"
         start = past
-        if prompt is not None and text.startswith(prompt.text):
-            start, found_by = len(prompt.text), "prompt"
+        if prompt is not None and text.startswith(prompt):
+            start, found_by = len(prompt), "prompt"
         elif prompt is not None:
             # What follows the past in the prompt, and what follows it here: the end of that message, and the header.
-            tail = str.__getitem__(prompt.text, slice(prompt.end_before(index), None))
+            end = self._prompt_layout(traceable, index).end_before(index)
+            tail = prompt[end:]
             gap = text[past : speech[0]] if speech else text[past:]
             start = past + _parting(tail, gap)
-            same_past = text.startswith(str.__getitem__(prompt.text, slice(0, prompt.end_before(index))))
-            found_by = "parting" if same_past else "moved"
+            found_by = "parting" if text.startswith(prompt[:end]) else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
         header = self.habits.header
         if found_by in ("parting", "moved") and header.strip() and header in gap:
@@ -324,19 +329,30 @@ class TurnFinder:
             f"before it, which is neither in the prompt nor its usual header {header!r}"
         )
 
-    def _prompt(self, traceable: Traceable, index: int) -> Layout | None:
+    def _prompt(self, traceable: Traceable, index: int) -> str | None:
         """The prompt of a turn; None where there is none to render, as before the first message."""
         if index == 0:
             return None
         try:
-            return Layout(self._template.render(traceable, index, prompt=True), traceable, index, prompt=True)
+            return self._template.render_plain(traceable, index, prompt=True)
         except TemplateError:
             return None
 
-    def _shown(self, traceable: Traceable, index: int, full: Layout) -> Layout:
+    def _prompt_layout(self, traceable: Traceable, index: int) -> Layout:
+        return Layout(self._template.render(traceable, index, prompt=True), traceable, index, prompt=True)
+
+    def _shown(self, traceable: Traceable, index: int, full: Layout | None) -> Layout:
+        """The turn as the last message; `full` itself where that begins with the very same text."""
         try:
+            if full is not None:
+                text = self._template.render_plain(traceable, index + 1)
+                speech = full.speech(index)
+                if full.text.startswith(text) and (speech is None or speech[1] <= len(text)):
+                    return full
             return Layout(self._template.render(traceable, index + 1), traceable, index + 1)
         except TemplateError:
+            if full is None:
+                raise
             return full  # It cannot be the last message: then the only way in which it is ever shown is this.
 
     def _later(self, turn: Turn, shown: Layout, full: Layout) -> Turn | None:
@@ -426,6 +442,8 @@ class Habits(NamedTuple):
     """What it writes between the header and the answer: the model's to write, such as an empty thought."""
     after: str
     """What it writes after the answer."""
+    between: str
+    """What it writes between an answer and the next question."""
     takes_blocks: bool
     """It shows only content that is a list of `{"type": "text", "text": ...}`."""
     takes_json_arguments: bool
@@ -481,7 +499,7 @@ _TOOLS = [
 
 def habits_of(template: ChatTemplate) -> Habits:
     """Learns them by rendering; a template that refuses all of it is known by its refusals of rows."""
-    habits = Habits("", True, "", "", False, False)
+    habits = Habits("", True, "", "", "", False, False)
     for blocks in (False, True):
         found = _around_answer(template, habits._replace(takes_blocks=blocks))
         if found is not None:
@@ -520,8 +538,20 @@ def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
             lead=str.__getitem__(shown.text, slice(since, speech[0])).rpartition(header)[2] if header else "",
             ignores_prompt=past == prompt,
             after=str.__getitem__(shown.text, slice(speech[1], None)),
+            between=_between(template, habits, beginning),
         )
     return None
+
+
+def _between(template: ChatTemplate, habits: Habits, beginning: list[Message]) -> str:
+    messages = [*beginning, _ANSWER, {"role": "user", "content": "and more"}, _ANSWER]
+    traceable = number_sources(fitted(messages, habits), None, {})
+    try:
+        layout = Layout(template.render(traceable, len(messages)), traceable, len(messages))
+    except TemplateError:
+        return ""
+    answer, question = layout.speech(len(beginning)), layout.speech(len(beginning) + 1)
+    return str.__getitem__(layout.text, slice(answer[1], question[0])) if answer and question else ""
 
 
 def _shown_call(template: ChatTemplate, habits: Habits) -> bool:

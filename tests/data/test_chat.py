@@ -330,6 +330,25 @@ def test_a_stop_token_that_the_template_forgets_is_appended_after_every_turn(mak
     assert whole.example.tokens[-1] == tokenizer.eos_token_id and whole.example.loss_weights.all()
 
 
+def test_an_appended_stop_token_goes_before_what_the_template_writes_after_the_answer(make_tokenizer):
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", " END"))
+    first, second = encode(TURNS, tokenizer)
+    assert trained_texts(first, tokenizer) == ["I am a 🤖 bot.<|endoftext|>"]
+    assert trained_texts(second, tokenizer) == ["It is 4.<|endoftext|>"]
+    for each in (first, second):
+        assert each.turn_ends.tolist() == [len(each.example.tokens)] == [len(each.writers)]
+
+
+def test_a_known_stop_token_after_a_closing_mark_is_the_only_one(make_tokenizer):
+    closing = make_tokenizer(CHATML.replace("'<|im_end|>\n'", "'<|im_end|>' + eos_token + '\n'"))
+    assert stop_ids(closing) == [closing.eos_token_id]
+    assert all_trained(TURNS, closing) == [[text + "<|endoftext|>" for text in BOTH]]
+    # An eos at the very end alone is none that ends a turn.
+    last = make_tokenizer(TURN_BY_TURN + "{{ eos_token if not add_generation_prompt }}" + PROMPT)
+    assert stop_ids(last) == [last.eos_token_id, last.convert_tokens_to_ids("<|im_end|>")]
+    assert all_trained(TURNS, last) == [BOTH]
+
+
 def test_a_stop_token_that_begins_the_next_message_ends_the_turn_before_it(make_tokenizer):
     between = "{% for m in messages %}{{ '<|im_end|>' if not loop.first }}{{ m['role'] + ':' + m['content'] }}"
     between += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>assistant:' }}{% endif %}"

@@ -579,9 +579,27 @@ def judge(
 
 
 OPENINGS = set(
-    '[TOOL_CALLS] [ARGS] [CALL_ID] [THINK] <|tool_call> <|"|> <|channel> <|channel|> <|message|> <|content|> '
-    "<|START_RESPONSE|> <|START_ACTION|> <|START_THINKING|> <|open|> <|sep|> <|close|> "
-    "<｜tool▁calls▁begin｜> <｜tool▁call▁begin｜> <｜tool▁sep｜>".split()
+    [
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "[THINK]",
+        "<|tool_call>",
+        '<|"|>',
+        "<|channel>",
+        "<|channel|>",
+        "<|message|>",
+        "<|content|>",
+        "<|START_RESPONSE|>",
+        "<|START_ACTION|>",
+        "<|START_THINKING|>",
+        "<|open|>",
+        "<|sep|>",
+        "<|close|>",
+        "<｜tool▁calls▁begin｜>",
+        "<｜tool▁call▁begin｜>",
+        "<｜tool▁sep｜>",
+    ]
 )
 """What models write themselves before the words of a call, a thought or an answer; no header has them."""
 
