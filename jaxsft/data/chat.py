@@ -298,8 +298,9 @@ class ChatEncoder:
         if appended:
             counts["appended_stops"] = 1
             turn = drawn.view.turns[-1]
-            if str.__getitem__(drawn.view.text, slice(turn.content_end, None)).strip():
-                # What the template writes after the answer is not the model's: the stop token goes before it.
+            after = str.__getitem__(drawn.view.text, slice(turn.content_end, None))
+            if after.strip() and turn.found_by != "all" and drawn.view.layout.ends_with(turn.message) == "content":
+                # Words after an answer (a call has its closing marks) are not the model's: the stop token goes before.
                 kept = int(np.searchsorted(starts, turn.content_end))
                 ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
                 turn_ends[-1] = kept

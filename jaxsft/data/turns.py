@@ -107,6 +107,11 @@ class Layout:
         parts = [part for part in self.data if self._is_speech(part[2], message)]
         return (parts[0][0], parts[-1][1]) if parts else None
 
+    def ends_with(self, message: int) -> str:
+        """The field that the last character of what a message says is of."""
+        fields = [self._sources[source - 1].field for _, _, source in self.data if self._is_speech(source, message)]
+        return fields[-1] if fields else "content"
+
     def reasoning(self, message: int) -> tuple[tuple[int, int], ...]:
         return tuple(
             (start, end)
