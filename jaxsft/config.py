@@ -67,7 +67,7 @@ class SourceConfig(Section):
     roles: dict[str, str] = {}
     """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the examples that come from this source, relative to the other weights."""
+    """Share of an epoch's examples, relative to the other weights; the epoch has as many as all sources together."""
     count: PositiveInt | None = None
     """Examples drawn from this source per epoch; more than it has repeats them."""
     epochs: Annotated[float, Field(gt=0)] | None = None

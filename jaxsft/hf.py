@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
-from jaxsft.data.template import check_template
+from jaxsft.data.probe import check_template
 from jaxsft.model.decoder import DecoderConfig
 from jaxsft.weights import DTYPES, dump_json, load_json, write_weights
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxsft import hf, special_tokens
 from jaxsft.config import ConfigError, ModelConfig
-from jaxsft.data import chat
+from jaxsft.data.stops import stop_ids
 from jaxsft.mesh import shardings
 from jaxsft.model.decoder import Decoder, DecoderConfig
 from jaxsft.model.families import family as family_of
@@ -76,7 +76,7 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
         notes = special_tokens.describe_added(tokenizer, chat_template, added)
     folder = hf.model_folder(config.path, weights=False)
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
-    stops = chat.stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
+    stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
     if not stops:
         raise ConfigError(
             f"{config.tokenizer or config.path}: no stop token: the tokenizer has no eos_token, and neither "

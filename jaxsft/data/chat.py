@@ -5,8 +5,6 @@ the text is compared with what transformers renders, so that nothing rests on ou
 """
 
 import datetime
-import json
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,17 +14,11 @@ from jaxsft.batch import Example
 from jaxsft.config import DataConfig
 from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
+from jaxsft.data.habits import fitted
 from jaxsft.data.provenance import TEMPLATE
-from jaxsft.data.sources import DataError
-from jaxsft.data.template import (
-    GENERATED,
-    ChatTemplate,
-    Source,
-    TemplateError,
-    check_template,
-    number_sources,
-)
-from jaxsft.data.turns import MaskError, Turn, TurnFinder, View, fitted, habits_of
+from jaxsft.data.stops import open_template, stop_ids, template_name, token_text
+from jaxsft.data.template import GENERATED, Source, TemplateError, number_sources
+from jaxsft.data.turns import MaskError, Turn, TurnFinder, View
 
 WRITERS = ("template", "system", "user", "assistant", "tool", "other")
 """Who wrote the characters of a token."""
@@ -71,7 +63,7 @@ class ChatEncoder:
         self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
         self._is_stop[self._stops] = True
         self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
-        self._stop_texts = [_content(tokenizer, id) for id in stops]
+        self._stop_texts = [token_text(tokenizer, id) for id in stops]
         self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
         self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
         today = datetime.date.fromisoformat(config.template_date) if config.template_date else None
@@ -113,7 +105,7 @@ class ChatEncoder:
                 f"must be given to the model by whoever asks it"
             )
         if not self._finder.writes_stop:
-            stop = _content(self._tokenizer, int(self._stops[0])) if len(self._stops) else "none"
+            stop = token_text(self._tokenizer, int(self._stops[0])) if len(self._stops) else "none"
             notes.append(f"the chat template writes no stop token after an answer; {stop!r} is appended and trained")
         if self._clock is not None:
             notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")
@@ -155,13 +147,14 @@ class ChatEncoder:
         """
         results: list[list[Encoded] | MaskError] = []
         conversations: list[tuple[int, list[_Drawn]]] = []
+        documents: list[tuple[int, Document]] = []
         for item in items:
             results.append([])
             try:
                 if isinstance(item, Conversation):
                     conversations.append((len(results) - 1, self._draw(item)))
                 elif isinstance(item, Document):
-                    results[-1] = [self._document(item)]
+                    documents.append((len(results) - 1, item))
                 else:
                     results[-1] = [self._tokenised(item)]
             except MaskError as error:
@@ -172,6 +165,13 @@ class ChatEncoder:
             found = [next(tokens) for _ in views]
             try:
                 results[index] = self._weigh_all(items[index].origin, views, found)
+            except MaskError as error:
+                results[index] = error
+        texts = [document.text for _, document in documents]
+        read = self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        for (index, document), ids in zip(documents, read, strict=True):
+            try:
+                results[index] = [self._document(document, ids)]
             except MaskError as error:
                 results[index] = error
         return results
@@ -333,14 +333,13 @@ class ChatEncoder:
             )
         return int(found[0])
 
-    def _document(self, document: Document) -> Encoded:
+    def _document(self, document: Document, ids: list[int]) -> Encoded:
         """Plain text may hold control tokens of its own, such as a conversation that was rendered before."""
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise MaskError(
                 f"the tokenizer {self._tokenizer.name_or_path} has no eos token, so a text would have no end", "no-stop"
             )
-        ids = self._tokenizer(document.text, return_attention_mask=False, verbose=False)["input_ids"]
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
         self._check_ids(tokens)
         control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
@@ -401,79 +400,11 @@ def prompt_tokens(
     return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
 
 
-def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] = ()) -> list[int]:
-    """Every token that ends an answer: the tokenizer's eos, those of the model's configs, and the template's own.
-
-    The template's own is the added token that directly follows an answer in a rendered probe, such as `<|im_end|>` of
-    ChatML on a base model whose eos is `<|endoftext|>`. All of them belong into the export's generation_config.
-
-    Raises:
-        DataError: the tokenizer's template is no program that can be run.
-    """
-    stops = [tokenizer.eos_token_id]
-    for ids in configured:
-        stops += ids if isinstance(ids, list) else [ids]
-    known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
-    return [*known, *_template_stops(tokenizer, known)]
-
-
-def open_template(
-    tokenizer: Tokenizer, *, today: datetime.date | None = None, template_kwargs: dict[str, Any] | None = None
-) -> ChatTemplate | None:
-    """The chat template of a tokenizer, once a process with limits has shown that it can be run; None if there is none.
-
-    Raises:
-        DataError: it is not Jinja, or takes too long or too much memory.
-    """
-    source = tokenizer.chat_template
-    if not source:
-        return None
-    variables = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
-    for text in [source] if isinstance(source, str) else source.values():
-        if problem := check_template(text, json.dumps(variables, sort_keys=True)):
-            raise DataError(f"{template_name(tokenizer)} {problem}")
-    return ChatTemplate(source, variables | (template_kwargs or {}), today=today)
-
-
-def template_name(tokenizer: Tokenizer) -> str:
-    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-
-
-def _plain(value: Any) -> Any:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
-
-
 def _sources(config: DataConfig) -> list[Any]:
     return [*config.train, *config.eval.values()]
-
-
-def _content(tokenizer: Tokenizer, id: int) -> str:
-    """What a token is written as."""
-    added = tokenizer.added_tokens_decoder.get(id)
-    return added.content if added else tokenizer.decode([id])
 
 
 def _no_template(tokenizer: Tokenizer) -> MaskError:
     return MaskError(
         f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template", "no-template"
     )
-
-
-def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
-    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one.
-
-    It is the first added token that stands both after the last answer and between an answer and the next question. One
-    that also stands between the header and the answer is no end: a model that stopped there would never answer.
-    """
-    template = open_template(tokenizer)
-    if template is None:
-        return []
-    habits = habits_of(template)
-    added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
-    after = pattern.findall(habits.after)
-    # A header that follows at once begins the next turn.
-    if not after or not pattern.match(habits.after.lstrip()) or habits.header.lstrip().startswith(after[0]):
-        return []
-    ends = [added[text] for text in after if text not in habits.lead and (text in habits.between or not habits.between)]
-    return [] if set(ends) & set(known) else ends[:1]

@@ -177,9 +177,6 @@ def is_hub(source: str) -> bool:
     raise DataError(f"{source}: no such file or folder, and not a hub dataset (org/name, org/name@config:split)")
 
 
-_is_hub = is_hub  # GOES when stream.py takes the public name.
-
-
 def _load_hub(source: str, **options: Any) -> Any:
     import datasets
 

@@ -2,15 +2,11 @@
 
 The environment is that of transformers' `apply_chat_template`, rebuilt so that every character of the text names the
 message and field it was taken from (`provenance.py`), and so that "today" is a day that the run records. That both give
-the same text is not assumed: `chat.py` compares them. A template is someone else's program: `check_template` runs it in
-a process of its own, with limits on time and memory, before anything else does.
+the same text is not assumed: `chat.py` compares them. A template is someone else's program: `probe.py` runs it first.
 """
 
 import datetime
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -318,84 +314,3 @@ def _string(value: Any) -> str:
 
 
 _FILTERS = {"string": _string, "join": _join, "safe": _safe, "indent": _indent}
-
-
-# A template in a process of its own.
-
-_SECONDS, _BYTES = 10, 2**30
-
-_PROBES: list[dict[str, Any]] = [
-    {"messages": [{"role": "user", "content": "a question"}]},
-    {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "the answer"}]},
-    {
-        "messages": [
-            {"role": "system", "content": "a rule"},
-            {"role": "user", "content": "a question"},
-            {"role": "assistant", "content": "the answer"},
-            {"role": "user", "content": "and another"},
-        ],
-        "tools": [
-            {
-                "type": "function",
-                "function": {
-                    "name": "look_up",
-                    "description": "Looks a word up.",
-                    "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
-                },
-            }
-        ],
-    },
-]
-
-
-@functools.lru_cache(maxsize=256)
-def check_template(source: str, variables_json: str) -> str | None:
-    """Compiles and renders a template in a child process with at most 10 s and 1 GiB; returns what is wrong with it.
-
-    What it has against a single conversation is not wrong with it: that is said of the rows that meet it.
-    """
-    task = json.dumps({"source": source, "variables": json.loads(variables_json)})
-    command = [sys.executable, "-m", "jaxsft.data.template"]
-    try:
-        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=3 * _SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"does not end within {3 * _SECONDS} seconds"
-    if done.returncode == 0:
-        return done.stdout.strip() or None
-    if "MemoryError" in done.stderr:
-        return f"needs more than {_BYTES >> 30} GiB of memory"
-    if done.returncode < 0:
-        return (
-            f"takes more than {_SECONDS} seconds or {_BYTES >> 30} GiB of memory (ended by signal {-done.returncode})"
-        )
-    return f"cannot be run: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
-
-
-def _probe() -> None:
-    """The child process: reads a template, sets itself limits, and prints what is wrong, if anything."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-    except (ImportError, ValueError, OSError):
-        pass  # Not on this system; the time limit of the parent remains.
-    task = json.loads(sys.stdin.read())
-    try:
-        _compiled(task["source"], None, _Traced)
-    except jinja2.TemplateSyntaxError as error:
-        print(f"is not Jinja: line {error.lineno}: {error.message}")
-        return
-    template = ChatTemplate(task["source"], task["variables"])
-    for probe in _PROBES:
-        for prompt in (False, True):
-            conversation = number_sources(probe["messages"], probe.get("tools"), {})
-            try:
-                template.render(conversation, len(probe["messages"]), prompt=prompt)
-            except TemplateError as error:
-                if isinstance(error.__cause__, MemoryError):
-                    raise
-
-
-if __name__ == "__main__":
-    _probe()

@@ -16,16 +16,17 @@ The characters themselves name the message they come from (`provenance.py`), so 
                                                                   ^^^^^^^^^^^^^^^      trained
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxsft.data.formats import Conversation, Message
-from jaxsft.data.provenance import TEMPLATE, Traced
+from jaxsft.data.formats import Conversation
+from jaxsft.data.habits import habits_of, parting
+from jaxsft.data.layout import SPEECH, Layout
+from jaxsft.data.provenance import Traced
 from jaxsft.data.sources import DataError
-from jaxsft.data.template import GENERATED, REASONING, TOOLS, ChatTemplate, TemplateError, Traceable, number_sources
+from jaxsft.data.template import REASONING, TOOLS, ChatTemplate, TemplateError, Traceable
 
 
 class MaskError(DataError):
@@ -62,104 +63,18 @@ FOUND_BY = {
 }
 
 
-SPEECH = ("content", REASONING, "tool call")
-"""Fields of a message that somebody says; the others (role, name, ids) are about it."""
-
-
 class View(NamedTuple):
     """One text of a conversation and the turns that are trained in it: one example."""
 
-    layout: "Layout"
+    layout: Layout
     turns: list[Turn]
     is_unrolled: bool
-    renders: list["Layout"]
+    renders: list[Layout]
     """What the text is made of: one render, or a prompt and the render that the answer to it is taken from."""
 
     @property
     def text(self) -> Traced:
         return self.layout.text
-
-
-class Layout:
-    """Where in a rendered text which message stands."""
-
-    def __init__(self, text: Traced, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> None:
-        self.text, self.num_messages, self.is_prompt = text, num_messages, prompt
-        self._sources = conversation.sources
-        self.data: list[tuple[int, int, int]] = []
-        """(start, end, source) of everything that is not the template's, in order."""
-        self.generated: list[tuple[int, int]] = []
-        """What stands inside `{% generation %}`."""
-        self.shown: dict[int, list[tuple[int, int]]] = {}
-        """By source, the parts of it that are shown: (first character, end) in the source."""
-        at = 0
-        for length, marked, offset in text.runs:
-            source = marked & ~GENERATED
-            if marked & GENERATED:
-                self.generated.append((at, at + length))
-            if source != TEMPLATE:
-                self.data.append((at, at + length, source))
-                self.shown.setdefault(source, []).append((offset, offset + length))
-            at += length
-
-    def speech(self, message: int) -> tuple[int, int] | None:
-        """From the first to behind the last character of what a message says; None if it says nothing."""
-        parts = [part for part in self.data if self._is_speech(part[2], message)]
-        return (parts[0][0], parts[-1][1]) if parts else None
-
-    def ends_with(self, message: int) -> str:
-        """The field that the last character of what a message says is of."""
-        fields = [self._sources[source - 1].field for _, _, source in self.data if self._is_speech(source, message)]
-        return fields[-1] if fields else "content"
-
-    def reasoning(self, message: int) -> tuple[tuple[int, int], ...]:
-        return tuple(
-            (start, end)
-            for start, end, source in self.data
-            if self._sources[source - 1].message == message and self._sources[source - 1].field == REASONING
-        )
-
-    def end_before(self, message: int) -> int:
-        """Behind the last character that any earlier message gave to the text."""
-        return max((end for _, end, source in self.data if 0 <= self._sources[source - 1].message < message), default=0)
-
-    def next_other(self, position: int, message: int) -> int:
-        """Where the first character of another message or of the tools stands, from `position` on."""
-        others = (
-            start
-            for start, _, source in self.data
-            if start >= position and self._sources[source - 1].message not in (message, -2)
-        )
-        return next(others, len(self.text))
-
-    def missing(self, source: int) -> str:
-        """The first part of a source that the text does not show; blanks, and what the template writes instead, aside.
-
-        A template may take `<think>a</think>b` apart and write the tags itself.
-        """
-        text = self._sources[source - 1].text
-        at, pieces = 0, []
-        for start, end in sorted(self.shown.get(source, [])):
-            pieces.append(text[at:start])
-            at = max(at, end)
-        pieces.append(text[at:])
-        pieces = [piece.strip() for piece in pieces if piece.strip()]
-        if not pieces:
-            return ""
-        written = self._written()
-        return next((piece for piece in pieces if at == 0 or piece not in written), "")
-
-    def _written(self) -> str:
-        """What the template itself wrote."""
-        parts, at = [], 0
-        for start, end, _ in self.data:
-            parts.append(str.__getitem__(self.text, slice(at, start)))
-            at = end
-        return "\0".join([*parts, str.__getitem__(self.text, slice(at, None))])
-
-    def _is_speech(self, source: int, message: int) -> bool:
-        each = self._sources[source - 1]
-        return each.message == message and each.field in SPEECH
 
 
 class TurnFinder:
@@ -199,7 +114,7 @@ class TurnFinder:
         return views, left_out
 
     def _turn_views(
-        self, conversation: Conversation, traceable: Traceable, full: "Layout", weights: dict[int, float]
+        self, conversation: Conversation, traceable: Traceable, full: Layout, weights: dict[int, float]
     ) -> tuple[list[View], int]:
         together: list[Turn] = []
         alone: list[View] = []
@@ -234,7 +149,7 @@ class TurnFinder:
             raise MaskError("no turn is left that can be trained in one render; data.unroll=auto trains all", "mask")
         return sorted(views, key=lambda view: view.turns[0].message), left_out
 
-    def _joined(self, traceable: Traceable, shown: "Layout", turn: Turn) -> View:
+    def _joined(self, traceable: Traceable, shown: Layout, turn: Turn) -> View:
         """The turn behind its true prompt, where no render has both."""
         prompt = self._prompt_layout(traceable, turn.message)
         shift = len(prompt.text) - turn.start
@@ -284,7 +199,7 @@ class TurnFinder:
         stop = self._find_stop(full, speech[1], index) or (speech[1], speech[1])
         return Turn(index, speech[0], speech[1], stop, weight, (), "content")
 
-    def _turn(self, traceable: Traceable, index: int, prompt: str | None, shown: "Layout", weight: float) -> Turn:
+    def _turn(self, traceable: Traceable, index: int, prompt: str | None, shown: Layout, weight: float) -> Turn:
         speech = shown.speech(index)
         try:
             start, found_by = self._start(traceable, index, prompt, shown)
@@ -298,7 +213,7 @@ class TurnFinder:
         seen_only = () if self._train_reasoning else shown.reasoning(index)
         return Turn(index, start, content_end, self._find_stop(shown, content_end, index), weight, seen_only, found_by)
 
-    def _start(self, traceable: Traceable, index: int, prompt: str | None, shown: "Layout") -> tuple[int, str]:
+    def _start(self, traceable: Traceable, index: int, prompt: str | None, shown: Layout) -> tuple[int, str]:
         """Where the text of a turn's prompt ends in `shown`."""
         speech = shown.speech(index)
         text = str.__str__(shown.text)
@@ -312,7 +227,7 @@ class TurnFinder:
             end = self._prompt_layout(traceable, index).end_before(index)
             tail = prompt[end:]
             gap = text[past : speech[0]] if speech else text[past:]
-            start = past + _parting(tail, gap)
+            start = past + parting(tail, gap)
             found_by = "parting" if text.startswith(prompt[:end]) else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
         header = self.habits.header
@@ -379,7 +294,7 @@ class TurnFinder:
         except TemplateError as error:
             raise MaskError(f"{self._name} refuses this conversation: {error}", "template-refuses") from error
 
-    def _check_shown(self, conversation: Conversation, traceable: Traceable, layouts: "Sequence[Layout]") -> None:
+    def _check_shown(self, conversation: Conversation, traceable: Traceable, layouts: Sequence[Layout]) -> None:
         """Refuses what the template drops: nobody could learn from it, and nobody would notice.
 
         Answers are checked where they are trained; later they may be shown in part.
@@ -412,160 +327,3 @@ class TurnFinder:
             f"that does as data.chat_template, or rows without it",
             "field-absent",
         )
-
-
-def _parting(tail: str, gap: str) -> int:
-    """How far `gap` says the same as the end of a prompt, blanks aside, up to the end of a word or of a mark.
-
-    _parting("<turn>model\\n<think>", "<turn>model\\nYes")  is 12: the newline is in both
-    _parting("\\nAssistant:", "\\n\\nAssistant: Yes")      is 12: one newline more changes nothing
-    _parting("<|a|><|think|>", "<|a|><|text|>")          is 5: `<|t` is no common beginning
-    """
-    at = here = same = 0
-    while True:
-        if at < len(tail) and here < len(gap) and tail[at] == gap[here]:
-            at, here = at + 1, here + 1
-            is_end = at == len(tail) or tail[at].isspace() or tail[at] in "<["
-            if is_end or tail[at - 1].isspace() or tail[at - 1] in ">]":
-                same = here
-        elif at < len(tail) and tail[at].isspace():
-            at += 1
-        elif here < len(gap) and gap[here].isspace():
-            here += 1
-        else:
-            return same
-
-
-class Habits(NamedTuple):
-    """What a template does around every answer and expects of every message, seen in a conversation of two words."""
-
-    header: str
-    """What it writes between the question and the answer, as far as the prompt supplies that."""
-    ignores_prompt: bool
-    """add_generation_prompt changes nothing."""
-    lead: str
-    """What it writes between the header and the answer: the model's to write, such as an empty thought."""
-    after: str
-    """What it writes after the answer."""
-    between: str
-    """What it writes between an answer and the next question."""
-    takes_blocks: bool
-    """It shows only content that is a list of `{"type": "text", "text": ...}`."""
-    takes_json_arguments: bool
-    """It shows the arguments of a tool call only, or only as JSON, where they are a string."""
-
-
-def fitted(messages: Sequence[Message], habits: Habits) -> list[Message]:
-    """Messages in the form that a template takes."""
-    fitting = []
-    for message in messages:
-        message = {key: value for key, value in message.items() if key != "weight"}
-        if habits.takes_blocks and isinstance(message.get("content"), str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        if habits.takes_json_arguments and message.get("tool_calls"):
-            message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
-        fitting.append(message)
-    return fitting
-
-
-def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_json_arguments(call["function"])}
-    if isinstance(call.get("arguments"), dict | list):
-        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
-    return call
-
-
-_QUESTION: Message = {"role": "user", "content": "a question"}
-_BEGINNINGS: list[list[Message]] = [[_QUESTION], [{"role": "system", "content": "a rule"}, _QUESTION]]
-_ANSWER: Message = {"role": "assistant", "content": "the answer"}
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "tree"}}}
-    ],
-}
-_TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "look_up",
-            "description": "Looks up a word.",
-            "parameters": {
-                "type": "object",
-                "properties": {"word": {"type": "string", "description": "The word."}},
-                "required": ["word"],
-            },
-        },
-    }
-]
-
-
-def habits_of(template: ChatTemplate) -> Habits:
-    """Learns them by rendering; a template that refuses all of it is known by its refusals of rows."""
-    habits = Habits("", True, "", "", "", False, False)
-    for blocks in (False, True):
-        found = _around_answer(template, habits._replace(takes_blocks=blocks))
-        if found is not None:
-            habits = found
-            break
-    as_object, as_text = (
-        _shown_call(template, habits._replace(takes_json_arguments=as_json)) for as_json in (False, True)
-    )
-    return habits._replace(takes_json_arguments=as_text and not as_object)
-
-
-def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
-    for beginning in _BEGINNINGS:
-        traceable = number_sources(fitted([*beginning, _ANSWER], habits), None, {})
-        try:
-            past = template.render(traceable, len(beginning))
-            prompt = template.render(traceable, len(beginning), prompt=True)
-            num_messages = len(beginning) + 1
-            shown = Layout(template.render(traceable, num_messages), traceable, num_messages)
-        except TemplateError:
-            continue
-        speech = shown.speech(len(beginning))
-        if speech is None:
-            continue
-        same = len(os.path.commonprefix([past, shown.text]))
-        since = max(min(same, speech[0]), shown.end_before(len(beginning)))
-        header = str.__getitem__(shown.text, slice(since, speech[0]))
-        if past != prompt:  # Only as far as the prompt has it: an empty thinking block is the model's to write.
-            added = str.__getitem__(prompt, slice(len(os.path.commonprefix([past, prompt])), None))
-            found = max(range(len(header) + 1), key=lambda at: _parting(added, header[at:]))
-            header = header[found : found + _parting(added, header[found:])]
-        elif not shown.text.startswith(past):  # It always ends with a header, which is then in the prompt as well.
-            header = ""
-        return habits._replace(
-            header=header,
-            lead=str.__getitem__(shown.text, slice(since, speech[0])).rpartition(header)[2] if header else "",
-            ignores_prompt=past == prompt,
-            after=str.__getitem__(shown.text, slice(speech[1], None)),
-            between=_between(template, habits, beginning),
-        )
-    return None
-
-
-def _between(template: ChatTemplate, habits: Habits, beginning: list[Message]) -> str:
-    messages = [*beginning, _ANSWER, {"role": "user", "content": "and more"}, _ANSWER]
-    traceable = number_sources(fitted(messages, habits), None, {})
-    try:
-        layout = Layout(template.render(traceable, len(messages)), traceable, len(messages))
-    except TemplateError:
-        return ""
-    answer, question = layout.speech(len(beginning)), layout.speech(len(beginning) + 1)
-    return str.__getitem__(layout.text, slice(answer[1], question[0])) if answer and question else ""
-
-
-def _shown_call(template: ChatTemplate, habits: Habits) -> bool:
-    """Whether a tool call is rendered with its arguments, and not in Python's spelling of them."""
-    for beginning in _BEGINNINGS:
-        traceable = number_sources(fitted([*beginning, _CALL], habits), _TOOLS, {})
-        try:
-            text = template.render(traceable, len(beginning) + 1)
-        except TemplateError:
-            continue
-        return "tree" in text and "{'word'" not in text and '\\"tree' not in text
-    return False

@@ -1,0 +1,87 @@
+"""A chat template in a process of its own: whether it is a program that ends, in little memory, before it is used."""
+
+import functools
+import json
+import subprocess
+import sys
+from typing import Any
+
+import jinja2
+
+from jaxsft.data.template import ChatTemplate, TemplateError, number_sources
+
+_SECONDS, _BYTES = 10, 2**30
+
+_PROBES: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "a question"}]},
+    {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "the answer"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "a rule"},
+            {"role": "user", "content": "a question"},
+            {"role": "assistant", "content": "the answer"},
+            {"role": "user", "content": "and another"},
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {
+                    "name": "look_up",
+                    "description": "Looks a word up.",
+                    "parameters": {"type": "object", "properties": {"word": {"type": "string"}}},
+                },
+            }
+        ],
+    },
+]
+
+
+@functools.lru_cache(maxsize=256)
+def check_template(source: str, variables_json: str) -> str | None:
+    """Compiles and renders a template in a child process with at most 10 s and 1 GiB; returns what is wrong with it.
+
+    What it has against a single conversation is not wrong with it: that is said of the rows that meet it.
+    """
+    task = json.dumps({"source": source, "variables": json.loads(variables_json)})
+    command = [sys.executable, "-m", "jaxsft.data.probe"]
+    try:
+        done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=3 * _SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"does not end within {3 * _SECONDS} seconds"
+    if done.returncode == 0:
+        return done.stdout.strip() or None
+    if "MemoryError" in done.stderr:
+        return f"needs more than {_BYTES >> 30} GiB of memory"
+    if done.returncode < 0:
+        return (
+            f"takes more than {_SECONDS} seconds or {_BYTES >> 30} GiB of memory (ended by signal {-done.returncode})"
+        )
+    return f"cannot be run: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+
+
+def _probe() -> None:
+    """The child process: reads a template, sets itself limits, and prints what is wrong, if anything."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
+    except (ImportError, ValueError, OSError):
+        pass  # Not on this system; the time limit of the parent remains.
+    task = json.loads(sys.stdin.read())
+    template = ChatTemplate(task["source"], task["variables"])
+    for probe in _PROBES:
+        for prompt in (False, True):
+            conversation = number_sources(probe["messages"], probe.get("tools"), {})
+            try:
+                template.render(conversation, len(probe["messages"]), prompt=prompt)
+            except TemplateError as error:
+                if isinstance(error.__cause__, MemoryError):
+                    raise
+                if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                    print(f"is not Jinja: line {error.__cause__.lineno}: {error.__cause__.message}")
+                    return
+
+
+if __name__ == "__main__":
+    _probe()

@@ -1,0 +1,81 @@
+"""The tokens that end an answer, and the chat template that writes them, opened once it is known to be harmless."""
+
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxsft.data.control import Tokenizer
+from jaxsft.data.habits import habits_of
+from jaxsft.data.probe import check_template
+from jaxsft.data.sources import DataError
+from jaxsft.data.template import ChatTemplate
+
+
+def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] = ()) -> list[int]:
+    """Every token that ends an answer: the tokenizer's eos, those of the model's configs, and the template's own.
+
+    The template's own is the added token that directly follows an answer in a rendered probe, such as `<|im_end|>` of
+    ChatML on a base model whose eos is `<|endoftext|>`. All of them belong into the export's generation_config.
+
+    Raises:
+        DataError: the tokenizer's template is no program that can be run.
+    """
+    stops = [tokenizer.eos_token_id]
+    for ids in configured:
+        stops += ids if isinstance(ids, list) else [ids]
+    known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
+    return [*known, *_template_stops(tokenizer, known)]
+
+
+def open_template(
+    tokenizer: Tokenizer, *, today: datetime.date | None = None, template_kwargs: dict[str, Any] | None = None
+) -> ChatTemplate | None:
+    """The chat template of a tokenizer, once a process with limits has shown that it can be run; None if there is none.
+
+    Raises:
+        DataError: it is not Jinja, or takes too long or too much memory.
+    """
+    source = tokenizer.chat_template
+    if not source:
+        return None
+    variables = {name: _plain(value) for name, value in tokenizer.special_tokens_map.items()}
+    for text in [source] if isinstance(source, str) else source.values():
+        if problem := check_template(text, json.dumps(variables, sort_keys=True)):
+            raise DataError(f"{template_name(tokenizer)} {problem}")
+    return ChatTemplate(source, variables | (template_kwargs or {}), today=today)
+
+
+def template_name(tokenizer: Tokenizer) -> str:
+    return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+
+
+def _plain(value: Any) -> Any:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else str(value)
+
+
+def token_text(tokenizer: Tokenizer, id: int) -> str:
+    """What a token is written as."""
+    added = tokenizer.added_tokens_decoder.get(id)
+    return added.content if added else tokenizer.decode([id])
+
+
+def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
+    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one.
+
+    It is the first added token that stands both after the last answer and between an answer and the next question. One
+    that also stands between the header and the answer is no end: a model that stopped there would never answer.
+    """
+    template = open_template(tokenizer)
+    if template is None:
+        return []
+    habits = habits_of(template)
+    added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+    after = pattern.findall(habits.after)
+    # A header that follows at once begins the next turn.
+    if not after or not pattern.match(habits.after.lstrip()) or habits.header.lstrip().startswith(after[0]):
+        return []
+    ends = [added[text] for text in after if text not in habits.lead and (text in habits.between or not habits.between)]
+    return [] if set(ends) & set(known) else ends[:1]
