@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxsft.config import Config
 from jaxsft.data.loader import Loader
 from jaxsft.data.stream import StreamLoader
+from jaxsft.data.turns import FOUND_BY
 from jaxsft.metrics import read_metrics
 from jaxsft.step import TrainState
 
@@ -117,7 +118,7 @@ def _source_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"lengths {', '.join(f'{length:,} ({p}%)' for p, length in report['length_percentiles'].items())}",
         ),
     ]
-    lines += [("counted", f"{count:,} {name.replace('_', ' ')}") for name, count in report["counts"].items()]
+    lines += [("counted", describe_count(*each)) for each in report["counts"].items() if each[0] != "turns_by_prompt"]
     return lines
 
 
@@ -131,6 +132,12 @@ def _stream_lines(loader: StreamLoader, num_steps: int) -> list[tuple[str, str]]
     rows, seq_len = loader.shape
     lines.append(("steps", f"{num_steps:,} of {rows} rows ({rows * seq_len:,} tokens)"))
     return lines
+
+
+def describe_count(name: str, count: int) -> str:
+    """A count of `Encoded.counts` in words."""
+    how = name.removeprefix("turns_by_")
+    return f"{count:,} {name.replace('_', ' ')}" if how == name else f"{count:,} turns: {FOUND_BY[how]}"
 
 
 def describe_lost(lost: Mapping[str, int]) -> str:

@@ -55,7 +55,7 @@ class Layout:
         others = (
             start
             for start, _, source in self.data
-            if start >= position and self._sources[source - 1].message not in (message, -2)
+            if start >= position and self._sources[source - 1].message != message
         )
         return next(others, len(self.text))
 

@@ -208,7 +208,8 @@ def test_an_assistant_turn_that_nothing_precedes_begins_after_its_header(make_to
     assert all_trained(TURNS[1:], make_tokenizer()) == [BOTH]
     greeted = "{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}" + CHATML
     assert all_trained(TURNS[1:], make_tokenizer(greeted)) == [BOTH]
-    bare = make_tokenizer("{{ bos_token or '' }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    first = "{% for m in messages %}{% if loop.first %}{{ '<|im_start|>' }}{% endif %}"
+    bare = make_tokenizer(first + "{{ m['content'] + eos_token }}{% endfor %}")
     assert all_trained(TURNS[1:2], bare) == [["I am a 🤖 bot.<|endoftext|>"]]
 
 
@@ -354,9 +355,12 @@ def test_a_stop_token_that_begins_the_next_message_ends_the_turn_before_it(make_
     between += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_end|>assistant:' }}{% endif %}"
     tokenizer = make_tokenizer(between)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    (encoded,) = encode(TURNS, tokenizer, stops=[end])
-    assert trained_texts(encoded, tokenizer) == BOTH and encoded.counts["appended_stops"] == 1
-    assert encoded.example.tokens[:-1].tolist() == tokenizer.apply_chat_template(TURNS)["input_ids"]
+    for template in (between, between + "{{ '\n' if not add_generation_prompt }}"):
+        tokenizer = make_tokenizer(template)
+        (encoded,) = encode(TURNS, tokenizer, stops=[end])
+        assert [text.replace("\n", "") for text in trained_texts(encoded, tokenizer)] == BOTH
+        assert encoded.counts["appended_stops"] == 1
+        assert encoded.example.tokens[:-1].tolist() == tokenizer.apply_chat_template(TURNS)["input_ids"]
 
 
 def test_text_after_the_stop_token_is_not_trained(make_tokenizer):
