@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written
 import argparse
 import contextlib
 import io
+import json
 import math
 import os
 import sys
@@ -27,16 +28,30 @@ def train_command(args: argparse.Namespace) -> int:
 
 def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
-    from jaxsft.preview import make_preview, print_preview
-    from jaxsft.preview_page import write_html
+    from jaxsft.preview.make import make_preview
+    from jaxsft.preview.page import write_html
+    from jaxsft.preview.records import as_json
+    from jaxsft.preview.terminal import print_preview
     from jaxsft.train import make_encoder, make_loader, open_tokenizer, resolve_date, run_folder
 
-    config = _config(args)
-    folder = run_folder(config)
-    config = resolve_date(config, folder)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
-    with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
-        preview = make_preview(loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
+    # The JSON stands alone on stdout; whatever else there is to say goes to stderr.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        config = _config(args)
+        folder = run_folder(config)
+        config = resolve_date(config, folder)
+        tokenizer = open_tokenizer(config.model, config.data.chat_template)
+        with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
+            preview = make_preview(
+                loader,
+                loader.dataset,
+                tokenizer.tokenizer,
+                stops=tokenizer.stops,
+                title=folder.name,
+                notes=tokenizer.notes,
+            )
+    if args.json:
+        print(json.dumps(as_json(preview)))
+        return 0
     print_preview(preview)
     # Beside the run folder, which belongs to `train`.
     path = folder.parent / f"{folder.name}.preview.html"
@@ -150,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         subparser = add(name, command)
         subparser.add_argument("config", help="YAML file")
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+        if command is preview_command:
+            subparser.add_argument("--json", action="store_true", help="the same for programs; see docs/preview.md")
     subparser = add("chat", chat_command)
     subparser.add_argument("model_dir", help="Hugging Face folder")
     subparser.add_argument("--system", help="system prompt")

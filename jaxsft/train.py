@@ -33,8 +33,8 @@ from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, summarise
 from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
-from jaxsft.preview import make_preview
-from jaxsft.preview_page import write_html
+from jaxsft.preview.make import make_preview
+from jaxsft.preview.page import write_html
 from jaxsft.report import describe_lost, plot_run, start_summary
 from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
 
@@ -323,7 +323,9 @@ def _describe_run(
     path.write_text(dump_config(config), encoding="utf-8")
     if (folder / "preview.html").exists():
         return  # of the first batch, which a stream would have to make again
-    preview = make_preview(loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name)
+    preview = make_preview(
+        loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name, notes=tokenizer.notes
+    )
     write_html(preview, folder / "preview.html")
 
 

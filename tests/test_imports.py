@@ -9,7 +9,7 @@ LAYERS = [
     {"config", "batch", "mesh"},
     {"data", "model", "loss", "metrics"},
     {"hf", "weights", "special_tokens", "optim", "step"},
-    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "preview_page", "report"},
+    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report"},
     {"train", "converse"},
     {"cli"},
 ]

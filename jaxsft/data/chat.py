@@ -15,7 +15,7 @@ from jaxsft.config import DataConfig
 from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
 from jaxsft.data.habits import fitted
-from jaxsft.data.provenance import TEMPLATE
+from jaxsft.data.provenance import TEMPLATE, UNKNOWN
 from jaxsft.data.stops import open_template, stop_ids, template_name, token_text
 from jaxsft.data.template import GENERATED, Source, TemplateError, number_sources
 from jaxsft.data.turns import MaskError, Turn, TurnFinder, View
@@ -91,7 +91,7 @@ class ChatEncoder:
             "train_reasoning": config.train_reasoning,
             "unroll": config.unroll,
             "control_tokens": config.control_tokens,
-            "trusted_roles": sorted(self._trusted_roles),
+            "trusted_roles": sorted(self._trusted_roles - {*TRUSTED_ROLES}),
         }
 
     def _make_notes(self, config: DataConfig) -> list[str]:
@@ -234,7 +234,10 @@ class ChatEncoder:
         lengths, trusts, writers = [], [], []
         for length, marked, _ in runs:
             source = marked & ~GENERATED
-            trust, writer = (TRUSTED, 0) if source == TEMPLATE else self._standing(sources[source - 1], messages)
+            if source in (TEMPLATE, UNKNOWN):
+                trust, writer = (TRUSTED, 0) if source == TEMPLATE else (UNTRUSTED, WRITERS.index("other"))
+            else:
+                trust, writer = self._standing(sources[source - 1], messages)
             lengths.append(length)
             trusts.append(trust)
             writers.append(writer)
@@ -300,8 +303,11 @@ class ChatEncoder:
             turn = drawn.view.turns[-1]
             after = str.__getitem__(drawn.view.text, slice(turn.content_end, None))
             if after.strip() and turn.found_by != "all" and drawn.view.layout.ends_with(turn.message) == "content":
-                # Words after an answer (a call has its closing marks) are not the model's: the stop token goes before.
-                kept = int(np.searchsorted(starts, turn.content_end))
+                # Words after an answer, but for those that close it, are not the model's: the stop token goes before.
+                closing = (
+                    self._finder.closing if self._finder is not None and after.startswith(self._finder.closing) else ""
+                )
+                kept = int(np.searchsorted(starts, turn.content_end + len(closing)))
                 ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
                 turn_ends[-1] = kept
             ids = np.append(ids, np.int32(self._stops[0]))

@@ -1,6 +1,6 @@
 """Where in a rendered text which message stands, and what of a message is not in it."""
 
-from jaxsft.data.provenance import TEMPLATE, Traced
+from jaxsft.data.provenance import TEMPLATE, UNKNOWN, Traced
 from jaxsft.data.template import GENERATED, REASONING, Traceable
 
 SPEECH = ("content", REASONING, "tool call")
@@ -24,7 +24,7 @@ class Layout:
             source = marked & ~GENERATED
             if marked & GENERATED:
                 self.generated.append((at, at + length))
-            if source != TEMPLATE:
+            if source not in (TEMPLATE, UNKNOWN):
                 self.data.append((at, at + length, source))
                 self.shown.setdefault(source, []).append((offset, offset + length))
             at += length
@@ -51,11 +51,13 @@ class Layout:
         return max((end for _, end, source in self.data if 0 <= self._sources[source - 1].message < message), default=0)
 
     def next_other(self, position: int, message: int) -> int:
-        """Where the first character of another message or of the tools stands, from `position` on."""
+        """Where the first character that another message or the tools say stands, from `position` on."""
         others = (
             start
             for start, _, source in self.data
-            if start >= position and self._sources[source - 1].message != message
+            if start >= position
+            and self._sources[source - 1].message != message
+            and self._sources[source - 1].field != "role"  # A word of the next header, which may be a stop: <|user|>.
         )
         return next(others, len(self.text))
 

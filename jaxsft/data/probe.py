@@ -12,6 +12,9 @@ from jaxsft.data.template import ChatTemplate, TemplateError, number_sources
 
 _SECONDS, _BYTES = 10, 2**30
 
+_LONG = "A longer text, with more than a few words in it, <think>and a thought</think> of its own. " * 20
+_CALLS = [{"id": "call00001", "type": "function", "function": {"name": "look_up", "arguments": {"word": "tree"}}}]
+
 _PROBES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "a question"}]},
     {"messages": [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "the answer"}]},
@@ -32,6 +35,19 @@ _PROBES: list[dict[str, Any]] = [
                 },
             }
         ],
+    },
+    {
+        "messages": [
+            {"role": "system", "content": _LONG},
+            *[
+                {"role": "user", "content": _LONG},
+                {"role": "assistant", "content": "", "tool_calls": _CALLS},
+                {"role": "tool", "content": _LONG, "tool_call_id": "call00001", "name": "look_up"},
+                {"role": "assistant", "content": _LONG, "reasoning_content": _LONG},
+            ]
+            * 3,
+        ],
+        "tools": [{"type": "function", "function": {"name": "look_up", "description": _LONG, "parameters": {}}}],
     },
 ]
 

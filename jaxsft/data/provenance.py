@@ -21,6 +21,8 @@ Run = tuple[int, int, int]
 """Length, source, and offset of the first character in that source; the template is source 0."""
 
 TEMPLATE = 0
+UNKNOWN = 1 << 39
+"""Of text that was computed from data in a way that is not followed: it may be anybody's."""
 
 
 class Traced(str):
@@ -29,6 +31,11 @@ class Traced(str):
     # The underscore keeps templates out: their sandbox refuses such attributes.
     __slots__ = ("_runs",)
     _runs: tuple[Run, ...]
+
+    def __new__(cls, text: str = "") -> "Traced":
+        traced = str.__new__(cls, text)
+        traced._runs = ((len(text), TEMPLATE, 0),) if text else ()
+        return traced
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -110,11 +117,11 @@ class Traced(str):
         return self._located(str.rsplit(self, sep, maxsplit), sep)
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        parts, at = [], 0
+        bounds, at = [], 0
         for kept, line in zip(str.splitlines(self, True), str.splitlines(self, keepends), strict=True):
-            parts.append(self._cut(at, at + len(line)))
+            bounds.append((at, at + len(line)))
             at += len(kept)
-        return list(parts)
+        return self._cuts(bounds)
 
     def partition(self, sep: str) -> tuple[str, str, str]:
         before, found, _ = str.partition(self, sep)
@@ -129,20 +136,39 @@ class Traced(str):
 
     def _located(self, parts: list[str], sep: str | None) -> list[str]:
         """The parts of a split, which stand in the text in order."""
-        found: list[str] = []
+        bounds: list[tuple[int, int]] = []
         at = 0
         for part in parts:
             if sep is None:
                 at = str.index(self, part, at)
-            elif found:
+            elif bounds:
                 at += len(sep)
-            found.append(self._cut(at, at + len(part)))
+            bounds.append((at, at + len(part)))
             at += len(part)
-        return found
+        return self._cuts(bounds)
+
+    def _cuts(self, bounds: list[tuple[int, int]]) -> list[str]:
+        """Many parts, in order and apart, in one walk along the text."""
+        cuts: list[str] = []
+        runs, number, at = self._runs, 0, 0
+        for start, stop in bounds:
+            while number < len(runs) and at + runs[number][0] <= start:
+                at += runs[number][0]
+                number += 1
+            found, here, each = [], at, number
+            while each < len(runs) and here < stop:
+                length, source, offset = runs[each]
+                first, last = max(start, here), min(stop, here + length)
+                if first < last:
+                    found.append((last - first, source, offset + first - here))
+                here += length
+                each += 1
+            cuts.append(_make(str.__getitem__(self, slice(start, stop)), tuple(found)))
+        return cuts
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1) -> "Traced":
         if not old:
-            return _make(str.replace(self, old, new, count), None)
+            return unknown(str.replace(self, old, new, count))
         parts = self.split(old, count.__index__())
         return trace_plain(new).join(parts)
 
@@ -156,7 +182,7 @@ class Traced(str):
 
     def _mapped(self, text: str) -> "Traced":
         """Another spelling, character for character; where the length changes, nothing is known of it."""
-        return _make(text, self._runs if len(text) == len(self) else None)
+        return _make(text, self._runs) if len(text) == len(self) else unknown(text)
 
     def upper(self) -> "Traced":
         return self._mapped(str.upper(self))
@@ -214,6 +240,11 @@ def trace(text: str, source: int) -> Traced:
     return _make(text, ((len(text), source, 0),) if text else ())
 
 
+def unknown(text: str) -> Traced:
+    """Text of data of which nobody can tell any more where it comes from."""
+    return _make(text, ((len(text), UNKNOWN, 0),) if text else ())
+
+
 def trace_plain(text: str) -> Traced:
     """A string as it is, the template's own where it has no provenance."""
     return text if isinstance(text, Traced) else _make(text, None)
@@ -231,12 +262,12 @@ def join(parts: Iterable[str]) -> Traced:
     parts = list(parts)
     runs: list[Run] = []
     for part in parts:
-        if isinstance(part, Traced):
-            runs += part._runs
-        elif runs and runs[-1][1] == TEMPLATE:
-            runs[-1] = (runs[-1][0] + len(part), TEMPLATE, 0)
-        elif part:
-            runs.append((len(part), TEMPLATE, 0))
+        for run in runs_of(part):
+            length, source, offset = runs[-1] if runs else (0, -1, 0)
+            if run[1] == source and (source == TEMPLATE or run[2] == offset + length):
+                runs[-1] = (length + run[0], source, offset)
+            else:
+                runs.append(run)
     return _make("".join(parts), tuple(runs))
 
 
@@ -255,7 +286,9 @@ def holds_traced(value: Any) -> bool:
     """Whether plain data holds a string with provenance."""
     if isinstance(value, dict):
         return any(holds_traced(key) or holds_traced(item) for key, item in value.items())
-    return isinstance(value, Traced) or (isinstance(value, list | tuple) and any(map(holds_traced, value)))
+    if isinstance(value, list | tuple | set | type({}.items()) | type({}.keys()) | type({}.values())):
+        return any(map(holds_traced, value))
+    return isinstance(value, Traced)
 
 
 def dump_json(value: Any, *, ensure_ascii: bool, indent: Any, separators: Any, sort_keys: bool) -> str:
@@ -293,11 +326,11 @@ def dump_json(value: Any, *, ensure_ascii: bool, indent: Any, separators: Any, s
         yield closing
 
     traced = join(dump(value, 0))
-    return traced if traced == plain else plain
+    return traced if traced == plain else unknown(plain)
 
 
 def dump_python(value: Any) -> str:
-    """`str` of a dict or list, as Python writes it, with the provenance of the strings inside."""
+    """`str` of a dict, list or anything else, as Python writes it, with the provenance of the strings inside."""
     plain = str(value)
 
     def dump(value: Any) -> Iterator[str]:
@@ -323,7 +356,7 @@ def dump_python(value: Any) -> str:
             yield repr(value)
 
     traced = join(dump(value))
-    return traced if traced == plain else plain
+    return traced if traced == plain else unknown(plain)
 
 
 def _quoted(text: Traced, ensure_ascii: bool) -> str:
@@ -352,7 +385,7 @@ def _escaped(text: Traced, quoted: str, escape: Callable[[str], str]) -> str:
         runs += [(at + length - since, source, offset + since - at)] * (at + length > since)
         at += length
     runs.append((1, TEMPLATE, 0))
-    return _make(quoted, tuple(runs) if sum(run[0] for run in runs) == len(quoted) else None)
+    return _make(quoted, tuple(runs)) if sum(run[0] for run in runs) == len(quoted) else unknown(quoted)
 
 
 def _one(index: int, length: int) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from jaxsft.data.provenance import (
     trace,
     trace_plain,
     trace_values,
+    unknown,
 )
 
 Message = dict[str, Any]
@@ -217,19 +218,38 @@ class _Traced(_Plain):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, finalize=_finalize, **kwargs)
-        self.filters |= _FILTERS
+        self.filters = {name: _followed(filter) for name, filter in (self.filters | _FILTERS).items()}
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # Methods of a literal, as in `", ".join(names)`, know nothing of provenance.
         owner = getattr(__obj, "__self__", None)
         if type(owner) is str and __obj.__name__ in ("join", "replace"):
             __obj = getattr(trace_plain(owner), __obj.__name__)
-        return super().call(__context, __obj, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        is_lost = type(result) is str and holds_traced([owner, *args, *kwargs.values()])
+        return unknown(result) if is_lost else result
+
+    intercepted_binops = frozenset(["%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        result = super().call_binop(context, operator, left, right)
+        return unknown(result) if type(result) is str and holds_traced([left, right]) else result
 
 
 def _finalize(value: Any) -> Any:
     """What `{{ value }}` prints: `str` of it, which for lists and dicts would lose the provenance."""
-    return dump_python(value) if isinstance(value, dict | list) and holds_traced(value) else value
+    return dump_python(value) if not isinstance(value, str) and holds_traced(value) else value
+
+
+def _followed(filter: Any) -> Any:
+    """A filter that says so where it loses track of the data."""
+
+    @functools.wraps(filter)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = filter(*args, **kwargs)
+        return unknown(result) if type(result) is str and holds_traced([*args, *kwargs.values()]) else result
+
+    return wrapped
 
 
 class _Generation(jinja2.ext.Extension):

@@ -95,6 +95,8 @@ class TurnFinder:
         longest_first = sorted(stop_texts, key=len, reverse=True)
         self._stop = re.compile("|".join(re.escape(text) for text in longest_first) or r"(?!)")
         self.habits = habits_of(template)
+        self.closing = os.path.commonprefix([self.habits.after, self.habits.between])
+        """What it writes after every answer, whatever comes next."""
         self.writes_stop = self._stop.search(self.habits.after) is not None
 
     def views(self, conversation: Conversation, traceable: Traceable) -> tuple[list[View], int]:
@@ -203,6 +205,8 @@ class TurnFinder:
         speech = shown.speech(index)
         try:
             start, found_by = self._start(traceable, index, prompt, shown)
+            if speech and speech[0] < start and found_by != "prompt":
+                raise MaskError(f"message {index + 1} (assistant): {self._name} shows it before what it answers")
         except MaskError:
             # The template's author may say what we cannot see.
             tagged = [start for start, end in shown.generated if speech and start <= speech[0] < end]
@@ -228,11 +232,14 @@ class TurnFinder:
             tail = prompt[end:]
             gap = text[past : speech[0]] if speech else text[past:]
             start = past + parting(tail, gap)
-            found_by = "parting" if text.startswith(prompt[:end]) else "moved"
+            # The same past, to the letter, of which only the prompt has more: thinking that it begins, for instance.
+            found_by = "parting" if prompt.startswith(text[:start]) else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
         header = self.habits.header
         if found_by in ("parting", "moved") and header.strip() and header in gap:
             return start + gap.rindex(header) + len(header), found_by  # The end of the message before it differs, too.
+        if found_by == "prompt" and header.strip() and gap.startswith(header):
+            return start + len(header), "header"  # A prompt after this kind of message has none.
         if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):
             return start, found_by
         # The header is not in the prompt: what the template writes before an answer in general is the header here.
@@ -302,9 +309,11 @@ class TurnFinder:
         for number, source in enumerate(traceable.sources, start=1):
             if source.message >= 0 and source.field == "content":
                 role = conversation.messages[source.message]["role"]
-                missing = "" if role == "assistant" else min((layout.missing(number) for layout in layouts), key=len)
-                if missing:
-                    raise self._dropped(f"message {source.message + 1} ({role})", "content", missing)
+                # The whole conversation shows nearly all of it.
+                if role != "assistant" and layouts[0].missing(number):
+                    missing = min((layout.missing(number) for layout in layouts), key=len)
+                    if missing:
+                        raise self._dropped(f"message {source.message + 1} ({role})", "content", missing)
         wanted = [str((tool.get("function") or tool).get("name") or "") for tool in conversation.tools or []]
         shown = {number for layout in layouts for number in layout.shown}
         names = {source.text for n, source in enumerate(traceable.sources, 1) if source.message == TOOLS and n in shown}
