@@ -6,6 +6,7 @@ elsewhere takes its own section; only `train.py` and `run.py` see the whole.
 
 import datetime
 import difflib
+import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -17,6 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+RESERVED_TEMPLATE_KWARGS = {
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+"""Arguments of apply_chat_template: setting one would change more than a template's variables."""
 
 
 class ConfigError(ValueError):
@@ -81,6 +90,11 @@ class SourceConfig(Section):
         return self
 
 
+def _date_as_text(value: Any) -> Any:
+    """YAML reads 2024-07-26 as a date."""
+    return value.isoformat() if type(value) is datetime.date else value
+
+
 def _as_sources(value: Any) -> Any:
     """One path, one source, or several of either; `{0: ...}` is what an override of `train.0.path` makes."""
     if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
@@ -107,7 +121,7 @@ class DataConfig(Section):
     """Jinja file, or the name of one of ours, that replaces the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template; those of a row go first."""
-    template_date: str | None = None
+    template_date: Annotated[str | None, BeforeValidator(_date_as_text)] = None
     """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
     train_on: Literal["assistant", "last_turn", "all"] | list[str] = "assistant"
     """Train every assistant turn, only the last one, every token, or the turns of these roles."""
@@ -143,6 +157,14 @@ class DataConfig(Section):
                 datetime.date.fromisoformat(self.template_date)
             except ValueError:
                 raise ValueError(f"template_date: {self.template_date!r} given, expected YYYY-MM-DD") from None
+        if reserved := sorted(RESERVED_TEMPLATE_KWARGS & self.chat_template_kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs: {', '.join(reserved)} cannot be set: no variable of the template")
+        try:
+            json.dumps(self.chat_template_kwargs, sort_keys=True)
+        except TypeError as error:
+            raise ValueError(f"chat_template_kwargs: only what JSON can hold: {error}") from None
+        if len(self.train) == 1 and self.train[0].weight is not None:
+            raise ValueError("train.0.weight has no effect: there is no other source")
         if not self.stream and "shuffle_buffer" in self.model_fields_set:
             raise ValueError("`shuffle_buffer` has no effect without `stream`")
         return self

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxsft.config import EvalConfig
-from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.chat import ChatEncoder, MaskError
 from jaxsft.data.formats import Conversation, Item
 from jaxsft.data.loader import Loader
 from jaxsft.generate import Generator
@@ -90,16 +90,18 @@ def held_out_loss(sums: np.ndarray) -> dict[str, float]:
     }
 
 
-def make_questions(items: Iterable[Item], encoder: ChatEncoder, *, most: int | None = None) -> list[Question]:
+def make_questions(
+    items: Iterable[Item], encoder: ChatEncoder, *, most: int | None = None, seq_len: int | None = None
+) -> list[Question]:
     """The prompts of those conversations that end with text of the assistant; plain text has none.
+
+    What the template refuses is left out: the preparation of the same rows has counted it.
 
     Args:
         items: conversations, and what else rows may hold; read only until there are enough questions.
         encoder: of the model.
         most: so many questions at most.
-
-    Raises:
-        DataError: the chat template refuses a conversation.
+        seq_len: prompts of as many tokens are left out, as their examples are.
     """
     questions: list[Question] = []
     for conversation in items:
@@ -110,7 +112,12 @@ def make_questions(items: Iterable[Item], encoder: ChatEncoder, *, most: int | N
         *earlier, last = conversation.messages
         if last["role"] != "assistant" or not last.get("content") or not earlier:
             continue
-        tokens = encoder.prompt(earlier, tools=conversation.tools, template_kwargs=conversation.template_kwargs)
+        try:
+            tokens = encoder.prompt(earlier, tools=conversation.tools, template_kwargs=conversation.template_kwargs)
+        except MaskError:
+            continue
+        if seq_len is not None and len(tokens) >= seq_len:
+            continue
         said = " | ".join(f"{message['role']}: {message.get('content') or ''}" for message in earlier)
         questions.append(Question(said, tokens, last["content"].strip()))
     return questions

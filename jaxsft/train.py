@@ -261,7 +261,9 @@ def make_examiner(
         )
         num_questions = None if config.eval.exact_match else config.eval.samples
         items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
-        sets.append(HeldOut(name, loader, make_questions(items, encoder, most=num_questions)))
+        sets.append(
+            HeldOut(name, loader, make_questions(items, encoder, most=num_questions, seq_len=config.data.seq_len))
+        )
     if not sets:
         return None
     return Examiner(

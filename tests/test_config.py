@@ -59,6 +59,16 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
         ("{{a}}: 3\n" + SMALLEST, "not readable as YAML"),
         (SMALLEST + "optim: {decay_ratio: 0.5}", "`decay_ratio` has no effect with schedule 'cosine'"),
         (SMALLEST + "eval: {samples: 3}", "eval.samples: no effect without held-out rows; give data.eval"),
+        (
+            "model: {path: m}\ndata: {train: d, chat_template_kwargs: {tokenize: true}}",
+            "data: chat_template_kwargs: tokenize cannot be set",
+        ),
+        ("model: {path: m}\ndata: {train: d, chat_template_kwargs: {x: 2024-01-01}}", "only what JSON can hold"),
+        ("model: {path: m}\ndata: {train: [{path: d, weight: 2}]}", "train.0.weight has no effect"),
+        ("model: {path: m}\ndata: {train: d, template_date: 2024-13-01}", "not readable as YAML"),
+        ("model: {path: m}\ndata: {train: d, template_date: soon}", "'soon' given, expected YYYY-MM-DD"),
+        ("model: {path: m}\ndata: {train: [{path: d, weight: 1, count: 3}]}", "give only one of `weight` and `count`"),
+        ("model: {path: m}\ndata: {train: d, stream: true}", "the length of a stream is not known; give train.steps"),
         (SMALLEST + "train: {batch_size: true}", "train.batch_size: True given"),
         (SMALLEST + "train: {batch_size: 0}", "train.batch_size: 0 given; input should be greater than or equal to 1"),
     ],
@@ -76,6 +86,17 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     path = write(tmp_path, SMALLEST + "optim: {learning_rate: 1e-3, weight_decay: 0, epsilon: 1.0e-6}")
     config = load_config(path, ["optim.learning_rate=2e-4"])
     assert (config.optim.learning_rate, config.optim.weight_decay, config.optim.epsilon) == (2e-4, 0.0, 1e-6)
+
+
+def test_sources_are_given_as_paths_or_in_full_and_overridden_by_number(tmp_path):
+    path = write(tmp_path, "model: {path: m}\ndata: {train: [a, {path: b}], eval: c, template_date: 2024-07-26}")
+    config = load_config(path, ["data.train.1.path=d", "data.train.1.columns={prompt: 1}", "data.train.2.path=e"])
+    assert [source.path for source in config.data.train] == ["a", "d", "e"]
+    assert config.data.train[1].columns == {"prompt": "1"} and config.data.eval["eval"].path == "c"
+    assert config.data.template_date == "2024-07-26"
+    config = load_config(write(tmp_path, SMALLEST), ["data.train.0.path=x", "data.eval.one=y", "data.eval.two.path=z"])
+    assert [source.path for source in config.data.train] == ["x"]
+    assert {name: source.path for name, source in config.data.eval.items()} == {"one": "y", "two": "z"}
 
 
 def test_an_override_can_clear_a_value(tmp_path):

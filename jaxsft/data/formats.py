@@ -407,7 +407,9 @@ def _check_kind(fields: dict[str, Any]) -> None:
         if fields.get(name) and not isinstance(fields[name], bool | int | float):
             raise BadRow("image-or-audio", f"column {name!r}: only text is supported, no images, audio or video")
     for name in ("kto_tag", "label"):
-        if isinstance(fields.get(name), bool) and (name != "label" or "completion" in fields):
+        if isinstance(fields.get(name), bool) and (
+            name != "label" or {"completion", "messages", "conversations"} & fields.keys()
+        ):
             reason = f"column {name!r} says whether the answer is good or bad; keep the good rows and leave it out"
             raise BadRow("preference-row", reason)
 
@@ -419,7 +421,7 @@ def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
             raise BadRow("nothing-trained", "the weight of the row is 0, or `train` is false, so nothing to train")
         return
     turns = item.messages[item.trained_from :]
-    turns = [turn for turn in turns if trained_roles is None or turn["role"] in trained_roles]
+    turns = [turn for turn in turns if turn.get("train", trained_roles is None or turn["role"] in trained_roles)]
     if not turns:
         wanted = " or ".join(trained_roles or ("any",))
         given = list(dict.fromkeys(message["role"] for message in item.messages))

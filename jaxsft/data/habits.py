@@ -55,7 +55,7 @@ def fitted(messages: Sequence[Message], habits: Habits) -> list[Message]:
     """Messages in the form that a template takes."""
     fitting = []
     for message in messages:
-        message = {key: value for key, value in message.items() if key != "weight"}
+        message = {key: value for key, value in message.items() if key not in ("weight", "train")}
         if habits.takes_blocks and isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         if habits.takes_json_arguments and message.get("tool_calls"):

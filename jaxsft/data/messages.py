@@ -25,6 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxsft.config import RESERVED_TEMPLATE_KWARGS
 from jaxsft.data.calls import read_call
 from jaxsft.data.strict import BadRow, inner_json, kind_of, short
 
@@ -58,13 +59,6 @@ ALIASES = {
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a turn's reasoning; the first is ours."""
 
-# Arguments of apply_chat_template; a row that sets one of them would change more than the template's variables.
-RESERVED = {
-    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
-
 MAX_WEIGHT = 1e6
 """Largest weight of a turn or a row: many times more than can be meant, and still far from what float32 sums lose."""
 
@@ -92,7 +86,7 @@ def read_messages(
         read, is_call = _read_turn(turn, f"message {number}", roles, aliases)
         for message in read:
             before: Message = (messages or after or [{}])[-1]
-            same_turn = before.get("role") == "assistant" and before.get("weight") == message.get("weight")
+            same_turn = before.get("role") == "assistant" and _flags(before) == _flags(message)
             if is_call and same_turn and messages and REASONING[0] not in message:
                 messages[-1] = {**before, "tool_calls": before.get("tool_calls", []) + message["tool_calls"]}
                 continue
@@ -111,7 +105,7 @@ def read_template_kwargs(kwargs: Any) -> dict[str, Any]:
     if not isinstance(kwargs, dict):
         reason = f"{where}expected an object of template variables, got {kind_of(kwargs)}"
         raise BadRow("bad-template-kwargs", reason)
-    if reserved := sorted(RESERVED & kwargs.keys()):
+    if reserved := sorted(RESERVED_TEMPLATE_KWARGS & kwargs.keys()):
         reason = f"{where}{', '.join(reserved)} cannot be set here: it is no variable of the template"
         raise BadRow("reserved-template-kwargs", reason)
     return kwargs
@@ -201,7 +195,7 @@ def _read_turn(turn: Any, where: str, roles: Mapping[str, str], aliases: bool) -
         if not isinstance(message.get(key, ""), str):
             raise BadRow("wrong-type", f"{where}: {key} must be text, got {short(message[key])}")
     if results:
-        weight = {"weight": message["weight"]} if "weight" in message else {}
+        weight = _flags(message)
         results = [{**result, **weight} for result in results]
         if content is None:
             return results, False
@@ -223,13 +217,18 @@ def _role(role: Any, other: Any, where: str, roles: Mapping[str, str], aliases: 
 
 
 def _read_flags(message: Message, where: str) -> None:
-    """`weight` and `train` become one float `weight`."""
-    weight = read_weight(message["weight"], f"{where}: ") if "weight" in message else 1.0
-    if "train" in message and not read_flag(message["train"], f"{where}: train"):
-        weight = 0.0
+    """`weight` becomes a float, 0 where `train` is false; where that is true, the turn is trained whatever its role."""
     if "weight" in message or "train" in message:
-        message.pop("train", None)
-        message["weight"] = weight
+        message["weight"] = read_weight(message.get("weight", 1.0), f"{where}: ")
+    if "train" in message and not read_flag(message["train"], f"{where}: train"):
+        message["weight"] = 0.0
+        del message["train"]
+    elif "train" in message:
+        message["train"] = True
+
+
+def _flags(message: Message) -> dict[str, Any]:
+    return {key: message[key] for key in ("weight", "train") if key in message}
 
 
 def _read_calls(message: Message, where: str) -> list[dict[str, Any]]:

@@ -353,7 +353,7 @@ def dump_python(value: Any) -> str:
             escapes = {"'": "'", '"': '"', quoted[0]: "\\" + quoted[0]}
             yield _escaped(value, quoted, lambda char: escapes.get(char) or repr(char)[1:-1])
         else:
-            yield repr(value)
+            yield unknown(repr(value)) if holds_traced(value) else repr(value)
 
     traced = join(dump(value))
     return traced if traced == plain else unknown(plain)

@@ -73,7 +73,7 @@ def _read_json(path: Path, compression: str) -> Records:
     if not listed and text[at] != "{":
         raise lost(path, 1, "not-a-list", "a .json data file holds a list of objects, or one object per line")
     at = _skip_space(text, at + listed)
-    line, counted, before = 1, 0, 0
+    line, counted, before, line_start = 1, 0, 0, -1
     while at < len(text) and not (listed and text[at] == "]"):
         line, counted = line + text.count("\n", counted, at), at
         if listed and before:
@@ -82,7 +82,9 @@ def _read_json(path: Path, compression: str) -> Records:
             at = _skip_space(text, at + 1)
             line, counted = line + text.count("\n", counted, at), at
         # Of several on one line, the column says which.
-        column = at - text.rfind("\n", 0, at)
+        if line > before:
+            line_start = text.rfind("\n", 0, at)
+        column = at - line_start
         end, parse = _element(path, text, at, line)
         yield line if line > before else f"{line}:{column}", parse
         at, before = _skip_space(text, end), line

@@ -23,8 +23,10 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
         DataError: the tokenizer's template is no program that can be run.
     """
     stops = [tokenizer.eos_token_id]
+    added = tokenizer.added_tokens_decoder
     for ids in configured:
-        stops += ids if isinstance(ids, list) else [ids]
+        # With a tokenizer that is not the model's own, its ids mean other tokens, words even.
+        stops += [id for id in (ids if isinstance(ids, list) else [ids]) if id in added]
     known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
     return [*known, *_template_stops(tokenizer, known)]
 

@@ -309,7 +309,6 @@ def _fingerprint(config: DataConfig, encoder: ChatEncoder, tokenizer_files_key: 
         "tokenizer": tokenizer_files_key,
         "seq_len": config.seq_len,
         "overlong": config.overlong,
-        "on_bad_row": config.on_bad_row,
         "shuffle_buffer": config.shuffle_buffer,
         "stream": [
             [source.format, source.columns, source.roles, source.weight, *_files(source.path)]

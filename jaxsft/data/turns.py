@@ -170,7 +170,8 @@ class TurnFinder:
         roles = ("assistant",) if isinstance(train_on, str) else tuple(train_on)
         weights = {}
         for index, message in enumerate(conversation.messages):
-            weight = float(message.get("weight", message["role"] in roles)) * conversation.weight
+            is_trained = message.get("train", message["role"] in roles)
+            weight = is_trained * message.get("weight", 1.0) * conversation.weight
             if weight > 0 and index >= conversation.trained_from:
                 weights[index] = weight
         if train_on == "last_turn":
@@ -222,8 +223,8 @@ class TurnFinder:
         speech = shown.speech(index)
         text = str.__str__(shown.text)
         past = shown.end_before(index)
-        found_by = "header"
-        start = past
+        header = self.habits.header
+        start, found_by = past, "header"
         if prompt is not None and text.startswith(prompt):
             start, found_by = len(prompt), "prompt"
         elif prompt is not None:
@@ -232,12 +233,12 @@ class TurnFinder:
             tail = prompt[end:]
             gap = text[past : speech[0]] if speech else text[past:]
             start = past + parting(tail, gap)
+            gap = text[start : speech[0]] if speech else text[start:]
+            if header.strip() and header in gap:  # The end of the message before it differs, too.
+                start += gap.rindex(header) + len(header)
             # The same past, to the letter, of which only the prompt has more: thinking that it begins, for instance.
             found_by = "parting" if prompt.startswith(text[:start]) else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
-        header = self.habits.header
-        if found_by in ("parting", "moved") and header.strip() and header in gap:
-            return start + gap.rindex(header) + len(header), found_by  # The end of the message before it differs, too.
         if found_by == "prompt" and header.strip() and gap.startswith(header):
             return start + len(header), "header"  # A prompt after this kind of message has none.
         if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):

@@ -102,7 +102,8 @@ class _Worker:
     def is_ready(self) -> bool:
         assert self._process.stdout is not None
         if not self._is_ready and select.select([self._process.stdout], [], [], 0)[0]:
-            assert self.receive() == _READY
+            said = self.receive()
+            assert said == _READY, said
             self._is_ready = True
         return self._is_ready
 

@@ -225,7 +225,7 @@ def test_calls_one_after_the_other_are_parallel_calls_of_one_turn_with_the_text_
     assert len(shared(USER, text, {**FUNCTION_CALL, "thinking": "hm"})) == 3
     assert shared(USER, {**FUNCTION_CALL, "thinking": "hm"}, FUNCTION_CALL)[1]["reasoning_content"] == "hm"
     assert [len(shared(USER, {**text, "train": train}, FUNCTION_CALL)) for train in (True, False)] == [3, 3]
-    assert len(shared(USER, {**text, "train": True}, {**FUNCTION_CALL, "weight": 1})) == 2
+    assert len(shared(USER, {**text, "weight": 2}, {**FUNCTION_CALL, "weight": 2.0})) == 2
 
 
 def test_tools_of_every_spelling_come_out_the_same():
@@ -287,7 +287,8 @@ def test_weight_and_train_become_one_weight():
         ({"train": 1}, 1.0),
     ]:
         message = answer(content="Hello", **given)
-        assert message == {**HELLO[1], "weight": weight} and isinstance(message["weight"], float)
+        flags = {"weight": weight} | ({"train": True} if given.get("train") else {})
+        assert message == {**HELLO[1], **flags} and isinstance(message["weight"], float)
     assert answer(content="Hello", weight=None) == HELLO[1]
     assert answer(content="", weight=0)["content"] == "", "what is not trained may be empty"
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from jaxsft.data.provenance import Traced, dump_json, dump_python, holds_traced, join, trace, trace_values
+from jaxsft.data.provenance import UNKNOWN, Traced, dump_json, dump_python, holds_traced, join, trace, trace_values
 
 SOURCES = {1: "  ab c\n d </think> x  ", 2: "", 3: "zz<think>q</think>", 4: 'he said "hé\n\\" it\'s 🦊', 5: "k'ey"}
 
@@ -77,7 +77,7 @@ def test_joining_keeps_the_places(pair):
 
 def test_another_case_keeps_the_places_where_the_length_stays():
     assert trace("abc", 9).upper().runs == ((3, 9, 0),)
-    assert trace("straße", 9).upper().runs == ((7, 0, 0),)  # Nothing is known of "STRASSE".
+    assert trace("straße", 9).upper().runs == ((7, UNKNOWN, 0),)  # Nothing is known of "STRASSE".
 
 
 def test_json_is_that_of_the_standard_library_with_places():
