@@ -19,6 +19,8 @@ NUM_LISTED = 10
 """Bad rows that are shown with their reason; of all others only the code is kept."""
 MOST_SKIPPED = 0.01
 """Share of bad rows above which a source is not what it was thought to be."""
+UNTRAINED = "nothing-trained"
+"""Code of rows whose weights or flags leave nothing to train."""
 
 
 class Recipe(NamedTuple):
@@ -112,8 +114,15 @@ def encode_rows(recipe: Recipe, rows: Sequence[Row | Problem]) -> Portion:
     longest = (0, "")
     encoded_lengths: list[int] = []
     kept_rows, good_rows = set(), set()
+    for at in [at for at, problem in problems.items() if problem.code == UNTRAINED]:
+        # Nothing is wrong with a row whose own flags say so.
+        del problems[at]
+        good_rows.add(at)
+        encoded_lengths.append(0)
+        _count(dropped, "not to be trained, as the row says", 0)
+    untrained = frozenset(good_rows)
     for at, result in zip(rows_of_items, results, strict=True):
-        if at in problems:
+        if at in problems or at in untrained:
             continue
         good_rows.add(at)
         assert not isinstance(result, MaskError), "its row is bad"
@@ -287,6 +296,7 @@ def nothing_left(path: str, report: Mapping[str, Any], seq_len: int, shortest: i
 
 
 def percentiles(lengths: np.ndarray) -> dict[str, int]:
+    lengths = lengths[lengths > 0]  # A row that is not to be trained has none.
     return {str(p): int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths) else {}
 
 

@@ -133,6 +133,9 @@ def prepare(
         return prepared
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and then renamed, so that a folder of that name is always whole.
+    for left in folder.parent.glob(".*-*"):  # Of preparations that were killed, a day ago or longer.
+        if time.time() - left.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(left, ignore_errors=True)
     building = folder.with_name(f".{key[:16]}-{uuid.uuid4().hex}")
     building.mkdir()
     try:

@@ -334,3 +334,26 @@ def test_the_source_config_alone_says_what_is_read(setting):
     config, _, encoder = setting.parts()
     with pytest.raises(DataError, match="nowhere"):
         prepare(config, SourceConfig(path=str(setting.folder / "nowhere.jsonl")), encoder, tokenizer_files_key="t")
+
+
+def test_rows_that_say_so_are_not_trained_and_not_bad(setting):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    silent = [turns[0], {**turns[1], "weight": 0}]
+    rows = [{"messages": turns}, {"messages": turns, "train": False}, {"messages": silent}, {"messages": turns}]
+    write(setting.source, rows)
+    report = setting().report
+    assert (report["rows"], report["examples"], report["bad_rows"]) == (4, 2, {})
+    assert report["dropped"] == {"not to be trained, as the row says": {"examples": 2, "tokens": 0}}
+    assert min(report["length_percentiles"].values()) > 0
+    write(setting.source, rows[1:3])
+    with pytest.raises(DataError, match="no example is left of 2 rows"):
+        setting()
+
+
+def test_what_a_killed_preparation_left_goes_after_a_day(setting):
+    old, new = setting.cache / ".0123-abcd", setting.cache / ".4567-ef01"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    setting()
+    assert not old.exists() and new.exists()
