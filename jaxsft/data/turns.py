@@ -171,7 +171,7 @@ class TurnFinder:
         weights = {}
         for index, message in enumerate(conversation.messages):
             is_trained = message.get("train", message["role"] in roles)
-            weight = is_trained * message.get("weight", 1.0) * conversation.weight
+            weight = float(is_trained) * message.get("weight", 1.0) * conversation.weight
             if weight > 0 and index >= conversation.trained_from:
                 weights[index] = weight
         if train_on == "last_turn":
