@@ -237,8 +237,8 @@ class TurnFinder:
             if header.strip() and header in gap:  # The end of the message before it differs, too.
                 start += gap.rindex(header) + len(header)
             # The same past but for blanks, and only the prompt has more of it: thinking that it begins, for instance.
-            same = "".join(prompt.split()).startswith("".join(text[:start].split()))
-            found_by = "parting" if same else "moved"
+            is_same = "".join(prompt.split()).startswith("".join(text[:start].split()))
+            found_by = "parting" if is_same else "moved"
         gap = text[start : speech[0]] if speech else text[start:]
         if found_by == "prompt" and header.strip() and gap.startswith(header):
             return start + len(header), "header"  # A prompt after this kind of message has none.
