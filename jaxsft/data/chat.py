@@ -167,6 +167,12 @@ class ChatEncoder:
                 results[index] = self._weigh_all(items[index].origin, views, found)
             except MaskError as error:
                 results[index] = error
+        for index, segmented in [each for each in documents if each[1].trained is not None]:
+            try:
+                results[index] = [self._segmented(segmented)]
+            except MaskError as error:
+                results[index] = error
+        documents = [each for each in documents if each[1].trained is None]
         texts = [document.text for _, document in documents]
         read = self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
         for (index, document), ids in zip(documents, read, strict=True):
@@ -356,6 +362,30 @@ class ChatEncoder:
             True,
             document.origin,
             {"control_tokens_in_text": control} if control else {},
+        )
+
+    def _segmented(self, document: Document) -> Encoded:
+        """Text with parts that are trained, as it stands: what begins and ends a turn is in it."""
+        assert document.trained is not None
+        (tokens,) = self._text_encoder.encode([document.text], [np.full(len(document.text), TRUSTED, np.uint8)])
+        assert isinstance(tokens, Tokens), "all of it may act"
+        weights, ends, straddling = np.zeros(len(tokens.ids), np.float32), [], 0
+        for start, end in document.trained:
+            inside = (tokens.ends > start) & (tokens.starts < end)
+            weights[inside] = document.weight
+            straddling += int(np.sum(inside & ((tokens.starts < start) | (tokens.ends > end))))
+            ends.append(int(np.nonzero(inside)[0][-1]) + 1)
+        counts = {
+            "straddling_tokens": straddling,
+            "tokenised_without_stop": int(not self._is_stop[tokens.ids[ends[-1] - 1]]),
+        }
+        return Encoded(
+            Example(tokens.ids, weights),
+            np.full(len(tokens.ids), WRITERS.index("other"), np.uint8),
+            np.array(sorted(set(ends)), np.int32),
+            False,
+            document.origin,
+            {name: count for name, count in counts.items() if count},
         )
 
     def _tokenised(self, item: Tokenised) -> Encoded:

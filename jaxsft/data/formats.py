@@ -45,11 +45,12 @@ class Conversation(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Plain text, all of it trained."""
+    """Plain text, all of it trained or, where `trained` is given, only those parts of it (first character, end)."""
 
     text: str
     origin: str = ""
     weight: float = 1.0
+    trained: tuple[tuple[int, int], ...] | None = None
 
 
 class Tokenised(NamedTuple):
@@ -304,6 +305,26 @@ def _from_text(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
     return [Document(_text(fields, "text"), weight=_row_weight(fields))]
 
 
+def _from_segments(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+    """Texts one after the other, each trained or not, with whatever control tokens they spell: no template is used."""
+    segments = fields.get("segments")
+    if not isinstance(segments, list) or not segments:
+        raise BadRow("bad-segments", f"segments: expected a list of objects with label and text, got {short(segments)}")
+    text, trained = "", []
+    for index, segment in enumerate(segments):
+        where = f"segments[{index}]"
+        if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
+            raise BadRow("bad-segments", f"{where}: expected an object with label and text, got {short(segment)}")
+        if not isinstance(segment.get("label"), bool):
+            raise BadRow("bad-segments", f"{where}: label must be true or false, got {short(segment.get('label'))}")
+        if segment["label"] and segment["text"]:
+            trained.append((len(text), len(text) + len(segment["text"])))
+        text += segment["text"]
+    if not trained:
+        raise BadRow("nothing-trained", "no segment with text has label true")
+    return [Document(check_text(text, "segments"), weight=_row_weight(fields), trained=tuple(trained))]
+
+
 _ROW = ("system", "system_prompt", "tools", "chat_template_kwargs", "weight", "train", "mask_history")
 _CONTEXT = ("context", "article", "passage")
 
@@ -349,6 +370,7 @@ FORMATS: dict[str, Format] = {
     "message_1_message_2": _pair("message_1", "message_2"),
     "INSTRUCTION_RESPONSE": _pair("INSTRUCTION", "RESPONSE"),
     "user_assistant": _pair("user", "assistant"),
+    "segments": Format(("segments",), ("weight", "train"), _from_segments),
     "text": Format(("text",), ("weight", "train"), _from_text),
 }
 """In the order of detection: a format that says more about the turns goes before one that says less, and the answer

@@ -31,6 +31,7 @@ GOOD = {
         "prompt": {"role": "prompter", "text": "Hi", "replies": [{"role": "assistant", "text": "Hello"}]},
     },
     "natural_instructions": {"Definition": ["Greet."], "Instances": [{"input": "Hi", "output": ["Hello"]}]},
+    "segments": {"segments": [{"label": True, "text": "Hello"}]},
     "text": {"text": "Hello"},
 }
 
@@ -163,6 +164,10 @@ ROWS = [
     ("nothing-trained", "messages", asked(train=False), "weight 0 or `train` false"),
     ("nothing-trained", "messages", {**GOOD["messages"], "weight": 0}, "nothing to train"),
     ("nothing-trained", "text", {"text": "a", "train": False}, "nothing to train"),
+    ("nothing-trained", "segments", {"segments": [{"label": False, "text": "a"}]}, "no segment with text"),
+    ("bad-segments", "segments", {"segments": []}, "expected a list of objects"),
+    ("bad-segments", "segments", {"segments": ["a"]}, "segments[0]: expected an object"),
+    ("bad-segments", "segments", {"segments": [{"label": 1, "text": "a"}]}, "label must be true or false"),
     ("nothing-trained", "input_ids", {"input_ids": [5, 6], "labels": [-100, -100]}, "labels are all -100"),
     ("nothing-trained", "input_ids", {"input_ids": [5, 6], "labels": [5, -100]}, "no token after the first"),
     ("result-without-call", "messages", turns(ASK, {"role": "tool", "content": "a"}, SAY), "must follow"),

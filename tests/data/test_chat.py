@@ -700,6 +700,18 @@ def test_documents_are_trained_whole_and_end_with_eos(make_tokenizer):
         assert encoded.counts == ({"control_tokens_in_text": 1} if control else {})
 
 
+def test_segments_are_trained_where_their_rows_say_so(make_tokenizer):
+    tokenizer = make_tokenizer()
+    text = "<|im_start|>Hi<|im_end|>Hello 🤖<|im_end|>"
+    at = text.index("Hello")
+    ((encoded,),) = make_encoder(tokenizer).encode([Document(text, weight=0.5, trained=((at, len(text)),))])
+    assert trained_texts(encoded, tokenizer) == ["Hello 🤖<|im_end|>"] and text_of(encoded, tokenizer) == text
+    assert set(encoded.example.loss_weights.tolist()) == {0.0, 0.5} and encoded.counts == {} and not encoded.is_text
+    assert encoded.turn_ends.tolist() == [len(encoded.example.tokens)]
+    ((open_end,),) = make_encoder(tokenizer).encode([Document("ab", trained=((1, 2),))])
+    assert open_end.counts == {"tokenised_without_stop": 1}
+
+
 def test_rows_of_tokens_are_kept_as_they_are(make_tokenizer):
     tokenizer = make_tokenizer()
     encoder = make_encoder(tokenizer)

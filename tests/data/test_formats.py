@@ -296,6 +296,8 @@ def test_weight_and_train_become_one_weight():
 def test_flags_of_a_row_count_for_all_of_it():
     assert convert("messages", messages=HELLO, weight=0.5).weight == 0.5
     assert convert("text", text="a", weight="0.5").weight == 0.5
+    segments = [{"label": False, "text": "<s>Hi"}, {"label": True, "text": "Hello</s>"}, {"label": True, "text": ""}]
+    assert convert("segments", segments=segments)[2:] == (1.0, ((5, 14),))
     assert convert("messages", messages=HELLO, train=True).weight == 1.0
     assert convert("messages", messages=HELLO, mask_history=True).train_on == "last_turn"
     assert convert("messages", messages=HELLO, mask_history=False).train_on is None
