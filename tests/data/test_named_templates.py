@@ -372,4 +372,4 @@ def test_without_the_tags_a_template_writes_the_same(named, make):
 def test_a_wheel_carries_the_templates(repo):
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((repo / "pyproject.toml").read_text())
-    assert project["tool"]["setuptools"]["package-data"] ["jaxsft.data"] == ["templates/*.jinja"]
+    assert project["tool"]["setuptools"]["package-data"]["jaxsft.data"] == ["templates/*.jinja"]
