@@ -81,6 +81,7 @@ class ChatEncoder:
                 unroll=config.unroll,
                 name=template_name(tokenizer),
             )
+        self._closing = self._finder.closing if self._finder is not None else ""
         self.notes = self._make_notes(config)
         self.settings = {
             "chat_template": tokenizer.chat_template,
@@ -310,9 +311,7 @@ class ChatEncoder:
             after = str.__getitem__(drawn.view.text, slice(turn.content_end, None))
             if after.strip() and turn.found_by != "all" and drawn.view.layout.ends_with(turn.message) == "content":
                 # Words after an answer, but for those that close it, are not the model's: the stop token goes before.
-                closing = (
-                    self._finder.closing if self._finder is not None and after.startswith(self._finder.closing) else ""
-                )
+                closing = self._closing if after.startswith(self._closing) else ""
                 kept = int(np.searchsorted(starts, turn.content_end + len(closing)))
                 ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
                 turn_ends[-1] = kept
@@ -372,9 +371,12 @@ class ChatEncoder:
         weights, ends, straddling = np.zeros(len(tokens.ids), np.float32), [], 0
         for start, end in document.trained:
             inside = (tokens.ends > start) & (tokens.starts < end)
-            weights[inside] = document.weight
-            straddling += int(np.sum(inside & ((tokens.starts < start) | (tokens.ends > end))))
-            ends.append(int(np.nonzero(inside)[0][-1]) + 1)
+            if inside.any():  # Some tokenizers have no token for some characters.
+                weights[inside] = document.weight
+                straddling += int(np.sum(inside & ((tokens.starts < start) | (tokens.ends > end))))
+                ends.append(int(np.nonzero(inside)[0][-1]) + 1)
+        if not ends:
+            raise MaskError("no token of the trained segments is left", "nothing-trained")
         counts = {
             "straddling_tokens": straddling,
             "tokenised_without_stop": int(not self._is_stop[tokens.ids[ends[-1] - 1]]),
@@ -389,6 +391,7 @@ class ChatEncoder:
         )
 
     def _tokenised(self, item: Tokenised) -> Encoded:
+        """Tokens as the row has them; that a trained part of them ends without a stop token is counted."""
         tokens, weights = np.array(item.tokens, np.int32), np.array(item.loss_weights, np.float32)
         self._check_ids(tokens)
         trained = weights > 0
@@ -432,7 +435,7 @@ def prompt_tokens(
     Raises:
         DataError: no chat template, or the template refuses the messages.
     """
-    encoder = ChatEncoder(tokenizer, DataConfig(train=[{"path": "-"}]), stop_ids(tokenizer))  # type: ignore[list-item]
+    encoder = ChatEncoder(tokenizer, DataConfig.model_validate({"train": "-"}), stop_ids(tokenizer))
     return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
 
 

@@ -40,6 +40,7 @@ class Layout:
         return fields[-1] if fields else "content"
 
     def reasoning(self, message: int) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each part of a message's reasoning."""
         return tuple(
             (start, end)
             for start, end, source in self.data

@@ -8,7 +8,8 @@ Three renders say it, and nothing is known of any template's markup:
 
 A turn is trained from where its prompt ends in `shown` through the stop token that follows its last character.
 Where `full` begins with the same text, the turn is trained there, beside all others of which that holds. Where it does
-not (thinking that is stripped, a system text that moves) the turn is unrolled: `shown` becomes an example of its own.
+not (thinking that is stripped) the turn is unrolled: `shown` becomes an example of its own. And where no render begins
+with the prompt (a system text that only prompts show), the example is the prompt and, behind it, the answer.
 The characters themselves name the message they come from (`provenance.py`), so what is compared is never searched for.
 
     prompt  <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
@@ -54,9 +55,9 @@ class Turn(NamedTuple):
 
 FOUND_BY = {
     "prompt": "the text begins with the prompt",
-    "header": "the template ignores add_generation_prompt; the header that it writes before every answer was left out",
+    "header": "the prompt lacks the header that the template writes before an answer; the header was left out",
     "parting": "the prompt ends with text that the conversation lacks; trained from where the two part",
-    "moved": "the past stands otherwise in the prompt; trained from behind the header",
+    "moved": "no render has the past as the prompt has it: the example is the prompt, and the answer behind it",
     "tags": "the template's own {% generation %}",
     "content": "there is no prompt to it (another role, or nothing precedes it): trained from its first character",
     "all": "everything is trained",

@@ -164,6 +164,7 @@ ROWS = [
     ("nothing-trained", "messages", asked(train=False), "weight 0 or `train` false"),
     ("nothing-trained", "messages", {**GOOD["messages"], "weight": 0}, "nothing to train"),
     ("nothing-trained", "text", {"text": "a", "train": False}, "nothing to train"),
+    ("preference-row", "messages", {**GOOD["messages"], "label": False}, "good or bad"),
     ("nothing-trained", "segments", {"segments": [{"label": False, "text": "a"}]}, "no segment with text"),
     ("bad-segments", "segments", {"segments": []}, "expected a list of objects"),
     ("bad-segments", "segments", {"segments": ["a"]}, "segments[0]: expected an object"),
