@@ -29,7 +29,7 @@ def converse(model_dir: str, *, system: str | None, sampling: Sampling, max_new_
     generator = Generator(pretrained.model, mesh, stop_ids=tokenizer.stops)
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
-    print(f"{model_dir}: {pretrained.decoder_config.num_layers} layers; /new begins anew, an empty line ends")
+    print(f"{model_dir}: {len(pretrained.decoder_config.layers)} layers; /new begins anew, an empty line ends")
     for line in _lines():
         if line == "/new":
             messages = list(beginning)

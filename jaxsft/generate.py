@@ -44,13 +44,16 @@ class Generator:
         self._mesh = mesh
         self.stop_ids = frozenset(stop_ids)
         graphdef = model.graphdef
+        config = nnx.merge(graphdef, model.params).config
+        self._ropes = config.ropes
+        self._num_positions = config.max_position if config.learned_positions else math.inf
 
         def advance(
             params: Any, cache: Cache, tokens: Any, segment_ids: Any, positions: Any, last: Any, sampling: Sampling
         ) -> tuple[Cache, jax.Array]:
             """Reads tokens [B, T] into the cache; the next token of each row follows the one at index `last` [B]."""
             decoder = nnx.merge(graphdef, params)
-            hidden, cache = decoder(tokens, segment_ids, positions, cache=cache)
+            hidden, cache, _ = decoder(tokens, segment_ids, positions, cache=cache)
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
             logits = decoder.logits(hidden)[:, 0]
             key = jax.random.fold_in(jax.random.key(sampling.seed), cache.length)
@@ -81,37 +84,45 @@ class Generator:
     ) -> list[list[int]]:
         """The answer to each prompt: ids up to and with a stop id, or `max_new_tokens` of them.
 
+        A model with a table of positions answers no further than that goes.
+
         Raises:
-            ValueError: a prompt is empty.
+            ValueError: a prompt is empty, or longer than the table of positions.
         """
         answers: list[list[int]] = []
         for columns, group in self._groups(params, prompts, max_new_tokens, sampling):
-            found: list[list[int]] = [[] for _ in range(group)]
+            found: list[list[int]] = [[] for _ in group]
             for column in columns:
-                for answer, token in zip(found, column, strict=False):
-                    if not (answer and answer[-1] in self.stop_ids):
+                for prompt, answer, token in zip(group, found, column, strict=False):
+                    if self._goes_on(prompt, answer):
                         answer.append(int(token))
-                if all(answer[-1] in self.stop_ids for answer in found):
+                if not any(map(self._goes_on, group, found)):
                     break
             answers += found
         return answers
+
+    def _goes_on(self, prompt: Sequence[int], answer: list[int]) -> bool:
+        stopped = bool(answer) and answer[-1] in self.stop_ids
+        return not stopped and len(prompt) + len(answer) <= self._num_positions
 
     def stream(
         self, params: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[int]:
         """The answer to one prompt, token by token as they are made, the stop id last."""
         for columns, _ in self._groups(params, [prompt], max_new_tokens, sampling):
-            for column in columns:
+            for length, column in enumerate(columns, start=len(prompt)):
                 yield int(column[0])
-                if int(column[0]) in self.stop_ids:
+                if int(column[0]) in self.stop_ids or length >= self._num_positions:
                     return
 
     def _groups(
         self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
-    ) -> Iterator[tuple[Iterator[np.ndarray], int]]:
-        """Groups of prompts that are answered at once: their columns of tokens [B], and how many rows are real."""
+    ) -> Iterator[tuple[Iterator[np.ndarray], Sequence[Sequence[int]]]]:
+        """Groups of prompts that are answered at once, with their columns of tokens [B], B at least as many."""
         if not all(prompts):
             raise ValueError("a prompt has no tokens")
+        if (longest := max(map(len, prompts), default=0)) > self._num_positions:
+            raise ValueError(f"a prompt has {longest} tokens, but the model has only {self._num_positions} positions")
         row_multiple = math.prod(self._mesh.shape[axis] for axis in ROW_AXES)
         size = _round_up(max(map(len, prompts), default=0), PROMPT_MULTIPLE)
         rows = _round_up(min(max(len(prompts), 1), MAX_ROWS * row_multiple), row_multiple)
@@ -119,7 +130,7 @@ class Generator:
             group = prompts[first : first + rows]
             # Each group draws its own numbers; the first one those of the seed, as `stream` does.
             group_sampling = sampling._replace(seed=sampling.seed + first)
-            yield self._columns(params, group, (rows, size), max_new_tokens, group_sampling), len(group)
+            yield self._columns(params, group, (rows, size), max_new_tokens, group_sampling), group
 
     def _columns(
         self,
@@ -134,21 +145,28 @@ class Generator:
         Attention goes by segment and position, not by slot, so the padding between prompt and answer is never seen.
         """
         rows, size = shape
-        tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        sequences = np.zeros((rows, _round_up(size + max_new_tokens, PROMPT_MULTIPLE)), np.int32)
+        lengths = np.zeros(rows, np.int32)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            segment_ids[row, : len(prompt)] = 1
-        positions = np.arange(size, dtype=np.int32) * segment_ids
-        lengths = segment_ids.sum(axis=1, dtype=np.int32)
-        cache = self._make_cache(params, rows, size + max_new_tokens)
-        last = np.maximum(lengths - 1, 0)
+            sequences[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+        next_tokens = np.zeros(rows, np.int32)
         for i in range(max_new_tokens):
-            on_devices = map(self._put, (tokens, segment_ids, positions, last))
-            cache, column = self._advance(params, cache, *on_devices, sampling)
+            if i == 0 or any(rope.changes_at(lengths).any() for rope in self._ropes):
+                # The whole so far: keys that were cached before may have been turned by other angles.
+                size = max(size, _round_up(int(lengths.max()), PROMPT_MULTIPLE))
+                cache = self._make_cache(params, rows, size + max_new_tokens - i)
+                segment_ids = (np.arange(size) < lengths[:, None]).astype(np.int32)
+                read = sequences[:, :size], segment_ids, np.arange(size, dtype=np.int32) * segment_ids
+                last = np.maximum(lengths - 1, 0)
+            else:
+                read = next_tokens[:, None], np.ones((rows, 1), np.int32), lengths[:, None] - 1
+                last = np.zeros(rows, np.int32)
+            cache, column = self._advance(params, cache, *map(self._put, (*read, last)), sampling)
             next_tokens = np.asarray(column)
             yield next_tokens
-            tokens, segment_ids = next_tokens[:, None], np.ones((rows, 1), np.int32)
-            positions, last = (lengths + i)[:, None], np.zeros(rows, np.int32)
+            sequences[np.arange(rows), lengths] = next_tokens
+            lengths = lengths + 1
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxsft.mesh import ROW_AXES, partition_spec
-from jaxsft.model.layers import precision
+from jaxsft.model.layers import Logits, precision
 
 LOGITS_PER_CHUNK = 2**25
 """Logits held at once by one device: 128 MiB in float32."""
@@ -34,34 +34,39 @@ class LossSums(NamedTuple):
     """number of targets with a non-zero weight."""
 
 
-def next_token_loss(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array) -> LossSums:
-    """Cross-entropy of the targets under softmax(hidden @ unembedding.T), weighted and summed.
+def next_token_loss(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array, *, logits: Logits
+) -> LossSums:
+    """Cross-entropy of the targets under softmax(logits(hidden @ unembedding.T)), weighted and summed.
 
-    loss_sum = sum_t w_t * (logsumexp_v(h_t . u_v) - h_t . u_target). The gradients of one chunk are computed together
-    with its value, so nothing of size V is kept for the backward pass; positions of weight 0 cost nothing.
+    loss_sum = sum_t w_t * (logsumexp_v(l_tv) - l_t,target), where l_tv = logits(h_t . u_v). The gradients of one chunk
+    are computed together with its value, so nothing of size V is kept for the backward pass; positions of weight 0 cost
+    nothing.
 
     Args:
         hidden: [B, T, D], any float dtype; its dtype is the dtype of the matmuls, accumulation is float32.
         unembedding: [V, D].
         targets: int32 [B, T], already shifted; entries of weight 0 are ignored.
         loss_weights: float32 [B, T].
+        logits: scale, soft cap and size of the vocabulary; rows of the table beyond it are in no sum.
     """
-    loss_sum, correct_sum = _loss(hidden, unembedding, targets, loss_weights)
+    loss_sum, correct_sum = _loss(logits, hidden, unembedding, targets, loss_weights)
     return LossSums(loss_sum, loss_weights.sum(), correct_sum, jnp.count_nonzero(loss_weights).astype(jnp.float32))
 
 
-@jax.custom_vjp
-def _loss(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-    return _over_mesh(hidden, unembedding, targets, weights, with_gradients=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(logits: Logits, *arrays: jax.Array) -> Any:
+    return _over_mesh(logits, *arrays, with_gradients=False)
 
 
-def _loss_forward(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-    sums, *gradients = _over_mesh(hidden, unembedding, targets, weights, with_gradients=True)
+def _loss_forward(logits: Logits, *arrays: jax.Array) -> Any:
+    hidden, unembedding, *_ = arrays
+    sums, *gradients = _over_mesh(logits, *arrays, with_gradients=True)
     # Zero-sized stand-ins carry the dtypes that the cotangents must have.
     return sums, (*gradients, jnp.zeros(0, hidden.dtype), jnp.zeros(0, unembedding.dtype))
 
 
-def _loss_backward(residuals: Any, cotangents: Any) -> Any:
+def _loss_backward(logits: Logits, residuals: Any, cotangents: Any) -> Any:
     hidden_gradient, unembedding_gradient, hidden_like, unembedding_like = residuals
     scale = cotangents[0]
     return (
@@ -76,7 +81,13 @@ _loss.defvjp(_loss_forward, _loss_backward)
 
 
 def _over_mesh(
-    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, weights: jax.Array, *, with_gradients: bool
+    logits: Logits,
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    with_gradients: bool,
 ) -> Any:
     """Runs `_local` on each device's own tokens and vocabulary, and reduces once after the last chunk.
 
@@ -84,10 +95,10 @@ def _over_mesh(
     """
     unembedding = unembedding.astype(hidden.dtype)
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
+        return _local(logits, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
     rows, hidden_spec, sums = partition_spec("b t"), partition_spec("b t d"), (PartitionSpec(), PartitionSpec())
     return jax.shard_map(
-        functools.partial(_local, with_gradients=with_gradients, on_mesh=True),
+        functools.partial(_local, logits, with_gradients=with_gradients, on_mesh=True),
         in_specs=(hidden_spec, PartitionSpec("tensor", None), rows, rows),
         out_specs=(sums, hidden_spec, partition_spec("v d")) if with_gradients else sums,
         check_vma=False,
@@ -95,6 +106,7 @@ def _over_mesh(
 
 
 def _local(
+    of_products: Logits,
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
@@ -120,7 +132,8 @@ def _local(
         (loss_sum, correct_sum), gradients = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         x, target, weight = (array.at[at].get(mode="fill", fill_value=0) for array in (hidden, targets, weights))
-        logits = jnp.einsum("cd,vd->cv", x, unembedding, precision=exact, preferred_element_type=jnp.float32)
+        products = jnp.einsum("cd,vd->cv", x, unembedding, precision=exact, preferred_element_type=jnp.float32)
+        logits = of_products(products, first_id=first_id)
         maximum = logits.max(axis=-1)
         if on_mesh:
             maximum = jax.lax.pmax(maximum, "tensor")
@@ -136,10 +149,10 @@ def _local(
         loss_sum += jnp.sum(jnp.where(weight == 0, 0.0, weight * nll))
         correct_sum += jnp.sum(weight * (target_logit >= maximum))
         if with_gradients:
-            # d nll / d logits = softmax(logits) - onehot(target)
+            # d nll / d logits = softmax(logits) - onehot(target), times d logits / d products
             onehot = (jnp.arange(vocab_size) == local_target[:, None]) & is_here[:, None]
             logits_gradient = exponentials * (weight / normaliser)[:, None] - weight[:, None] * onehot
-            logits_gradient = logits_gradient.astype(x.dtype)
+            logits_gradient = (logits_gradient * of_products.slope(logits)).astype(x.dtype)
             hidden_gradient, unembedding_gradient = gradients
             x_gradient = jnp.einsum(
                 "cv,vd->cd", logits_gradient, unembedding, precision=exact, preferred_element_type=jnp.float32

@@ -26,6 +26,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "f": ("tensor",),
     "v": ("tensor",),
     "e": ("expert",),
+    "p": (),
     "a": (),
     "h": (),
     "l": (),
@@ -164,6 +165,7 @@ DIM_WORDS = {
     "h": "head dim",
     "f": "MLP width",
     "v": "vocabulary size",
+    "p": "number of positions",
     "e": "number of experts",
     "l": "number of layers",
 }

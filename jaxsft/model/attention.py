@@ -5,6 +5,7 @@ half-filled cache are one case. Projections and rotary positions are `decoder.py
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ def attention(
     kv_segment_ids: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> jax.Array:
     """Causal attention within segments, with float32 softmax, in memory linear in T.
@@ -38,7 +43,7 @@ def attention(
         segment_ids = [1, 1, 2, 2, 2, 0]      query 3 (segment 2, position 1) attends to keys 2 and 3
         positions   = [0, 1, 0, 1, 2, 0]
 
-    Query heads are grouped: head n reads key/value head n // (N / K). Scores are scaled by 1 / sqrt(H).
+    Query heads are grouped: head n reads key/value head n // (N / K).
 
     Args:
         q: [B, T, N, H].
@@ -47,37 +52,84 @@ def attention(
         kv_segment_ids: int32 [B, S], as is `kv_positions`. Every query must be allowed at least one key. Where S == T,
             key i is that of query i (self-attention) and positions grow with the index inside a segment, so the keys
             after a query are not looked at.
+        scale: what scores are multiplied by; 1 / sqrt(H) if left out.
+        window: keys that a query sees at most, counted back from its own position; all if left out.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
+        sinks: [N], a score of each head for attending to nothing (gpt-oss).
         block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S].
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
     """
     num_queries, num_keys = q.shape[1], k.shape[1]
+    dense = functools.partial(
+        _dense, scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, soft_cap=soft_cap, sinks=sinks
+    )
     num_blocks = -(-num_queries // block_size)
     # Queries that fill up the last block are padding: finite, and cut off again.
     fill = num_blocks * block_size - num_queries if num_blocks > 1 else 0
     queries = [_fill(x, fill) for x in (q, q_segment_ids, q_positions)]
-    keys = (k, v, kv_segment_ids, kv_positions)
+    keys = [k, v, kv_segment_ids, kv_positions]
 
-    num_stages = min(num_blocks, NUM_STAGES) if num_keys == num_queries else 1
+    is_self = num_keys == num_queries
+    reach = block_size if window is None else block_size + window - 1
+    if is_self and window is not None and reach < num_keys:
+        keys = [_fill(k, fill), _fill(v, fill), _fill(kv_segment_ids, fill, -1), _fill(kv_positions, fill)]
+        return _in_blocks(queries, keys, dense, block_size=block_size, reach=reach)[:, :num_queries]
+    num_stages = min(num_blocks, NUM_STAGES) if is_self else 1
     bounds = [num_blocks * stage // num_stages * min(block_size, num_queries) for stage in range(num_stages + 1)]
     outs: list[jax.Array] = []
     for start, end in zip(bounds, bounds[1:], strict=False):
-        seen = min(end, num_keys) if num_keys == num_queries else num_keys
+        seen = min(end, num_keys) if is_self else num_keys
         stage_queries = [x[:, start:end] for x in queries]
         if outs:
             # One stage after the other: run side by side, each would hold its own scores.
             stage_queries, outs[-1] = jax.lax.optimization_barrier((stage_queries, outs[-1]))
-        outs.append(_in_blocks(*stage_queries, *(x[:, :seen] for x in keys), block_size=block_size))
+        outs.append(_in_blocks(stage_queries, [x[:, :seen] for x in keys], dense, block_size=block_size))
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
     return out[:, :num_queries]
 
 
-def _fill(x: jax.Array, count: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2)) if count else x
+def _fill(x: jax.Array, count: int, value: int = 0) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2), constant_values=value) if count else x
 
 
 def _in_blocks(
+    queries: list[jax.Array], keys: list[jax.Array], dense: Callable, *, block_size: int, reach: int | None = None
+) -> jax.Array:
+    """One block of queries after the other; T is at most `block_size`, or a multiple of it.
+
+    Args:
+        queries: q, segment ids and positions.
+        keys: k, v, segment ids and positions.
+        dense: attention of some queries to some keys.
+        block_size: queries computed at once.
+        reach: keys that a block can see, up to its last query's own; all keys if left out.
+    """
+    length = queries[0].shape[1]
+
+    # Recomputed in the backward pass, which so keeps no probabilities.
+    @jax.checkpoint
+    def block(start: jax.Array | int, queries: list[jax.Array]) -> jax.Array:
+        seen = keys
+        if reach is not None:
+            # Where fewer keys than `reach` lie before a block, later ones are there, and not allowed.
+            first = jnp.maximum(start + block_size - reach, 0)
+            seen = [jax.lax.dynamic_slice_in_dim(x, first, min(reach, length), axis=1) for x in keys]
+        return dense(*queries, *seen)
+
+    if length <= block_size:
+        return block(0, queries)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), 1, 0)
+
+    starts = jnp.arange(0, length, block_size)
+    out = jax.lax.map(lambda each: block(*each), (starts, [cut(x) for x in queries]))
+    return jnp.moveaxis(out, 0, 1).reshape(queries[0].shape)
+
+
+def _dense(
     q: jax.Array,
     q_segment_ids: jax.Array,
     q_positions: jax.Array,
@@ -86,35 +138,29 @@ def _in_blocks(
     kv_segment_ids: jax.Array,
     kv_positions: jax.Array,
     *,
-    block_size: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """All keys for one block of queries after the other; T is at most `block_size`, or a multiple of it."""
-
-    # Recomputed in the backward pass, which so keeps no probabilities.
-    @jax.checkpoint
-    def block(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, segment_ids, positions = queries
-        same_segment = segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-        not_later = kv_positions[:, None, :] <= positions[:, :, None]
-        return _dense(q, k, v, same_segment & not_later)
-
-    queries = (q, q_segment_ids, q_positions)
-    if q.shape[1] <= block_size:
-        return block(queries)
-
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, block_size, *x.shape[2:]), 1, 0)
-
-    return jnp.moveaxis(jax.lax.map(block, tuple(cut(x) for x in queries)), 0, 1).reshape(q.shape)
-
-
-def _dense(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Softmax attention with all scores at once; `allowed` is bool [B, T, S]."""
+    """Softmax attention with all scores at once."""
     batch, num_queries, num_heads, head_dim = q.shape
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    allowed = (q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]) & (distance >= 0)
+    if window is not None:
+        allowed &= distance < window
     q_btkgh = q.reshape(batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim)
     einsum = functools.partial(jnp.einsum, precision=precision(q.dtype))
-    scores = einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32)
+    scores = einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     # A finite floor: -inf - -inf would be NaN. exp of it is exactly 0, in the gradients as well.
-    scores = jnp.where(allowed[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return einsum("bkgts,bskh->btkgh", probabilities, v).reshape(q.shape)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        nothing = sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
+        nothing = jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, nothing], axis=-1)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:
+        probabilities = probabilities[..., :-1]
+    return einsum("bkgts,bskh->btkgh", probabilities.astype(v.dtype), v).reshape(q.shape)

@@ -6,7 +6,9 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, overload
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,21 @@ from flax import nnx
 
 from jaxsft.mesh import constrain
 from jaxsft.model.attention import attention
-from jaxsft.model.layers import GatedMLP, Linear, RMSNorm, Rope, precision, rope_frequencies, rotate
+from jaxsft.model.experts import MixtureMLP, RouterSums, Routing
+from jaxsft.model.layers import MLP, Linear, Logits, Norm, NormKind, precision
+from jaxsft.model.rope import Rope, Rotation, example_lengths, rotate, rotation
+
+PADDED_VOCAB_MULTIPLE = 128
+"""Tables of the vocabulary are filled up to this: any usual mesh cuts them, and matmuls like it."""
+
+
+class LayerKind(NamedTuple):
+    """In what one layer differs from another; models repeat a few of them in a fixed order."""
+
+    window: int | None = None
+    """A query attends to so many positions up to its own; None: to all of them."""
+    rope: int | None = 0
+    """Index into `DecoderConfig.ropes`; None: the layer is not told positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,39 +40,85 @@ class DecoderConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    """Of an expert, in a mixture."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    layers: tuple[LayerKind, ...]
+    """One for each layer."""
+    ropes: tuple[Rope, ...]
     max_position: int
     """Positions that the model was made for; a row may hold more, but what it then computes was never trained."""
-    rms_norm_eps: float
-    rope: Rope
+    norm: NormKind
+    norms: tuple[Literal["pre_attention", "post_attention", "pre_mlp", "post_mlp"], ...]
+    """Norms of a layer: of what enters attention and MLP, and of what they add."""
+    activation: Callable[..., jax.Array]
+    """Of (gate, up) if `gated`, else of (up); a function of a module, as configs are compared."""
     tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
     initializer_range: float
     """Standard deviation of random weights."""
+
+    gated: bool = True
+    parallel: bool = False
+    """Attention and MLP read the same residual stream, and both are added to it."""
+    qkv_bias: bool = False
+    attention_bias: bool = False
+    """On the output projection of attention."""
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "each head", "all heads"] = "none"
+    """Norm of queries and keys: of each head, with one weight for all or with its own; or of all heads at once."""
+    qk_norm_kind: NormKind | None = None
+    """As `norm`, where left out."""
+    attention_scale: float | None = None
+    """Scores are multiplied by it; left out: 1 / sqrt(head_dim)."""
+    attention_soft_cap: float | None = None
+    query_scale: Callable[[jax.Array], jax.Array] | None = None
+    """Of positions [B, T]: what queries are multiplied by."""
+    sinks: bool = False
+    """Each head has a score for attending to nothing."""
+    learned_positions: bool = False
+    """A table of positions is added to the embeddings, and there are no others than its `max_position`."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+    routing: Routing | None = None
+    """How tokens find their experts; None: the model is no mixture."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user: what config.json asks for and a trainer does without."""
 
     @property
     def sizes(self) -> dict[str, int]:
         """Letter of a dim to its size."""
         return {
-            "l": self.num_layers,
-            "v": self.vocab_size,
+            "l": len(self.layers),
+            "v": -(-self.vocab_size // PADDED_VOCAB_MULTIPLE) * PADDED_VOCAB_MULTIPLE,
+            "p": self.max_position,
             "d": self.hidden_size,
             "n": self.num_heads,
             "k": self.num_kv_heads,
             "h": self.head_dim,
             "f": self.intermediate_size,
+            "e": self.routing.num_experts if self.routing else 0,
         }
+
+    @property
+    def period(self) -> int:
+        """The smallest number of layers after which their kinds repeat."""
+        kinds = self.layers
+        return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+    @property
+    def logits(self) -> Logits:
+        """What becomes of hidden . unembedding."""
+        return Logits(self.vocab_size, self.logit_scale, self.logit_soft_cap)
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far; slots from `length` on are empty (segment 0)."""
 
     k: jax.Array
-    """[L, B, S, K, H], rotated"""
+    """[L, B, S, K, H], rotated. Where angles depend on the length (`Rope.changes_at`), a cache is made anew."""
     v: jax.Array
     """[L, B, S, K, H]"""
     segment_ids: jax.Array
@@ -67,11 +129,22 @@ class Cache(NamedTuple):
     """int32 []: slots written, the same in every row."""
 
 
+class Output(NamedTuple):
+    """What a decoder makes of tokens."""
+
+    hidden: jax.Array
+    """[B, T, D], after the final norm, in the compute dtype."""
+    cache: Cache | None
+    """The cache that was given, with the new tokens."""
+    router: RouterSums | None
+    """Of each layer of a mixture: leaves with a leading L."""
+
+
 class Slots(NamedTuple):
     """What every layer needs to know of the rows: whom a query may attend to, and where the new keys go."""
 
-    cos: jax.Array
-    sin: jax.Array
+    rotations: tuple[Rotation, ...]
+    """Of the queries, one for each rope."""
     q_segment_ids: jax.Array
     q_positions: jax.Array
     kv_segment_ids: jax.Array
@@ -83,30 +156,57 @@ class Attention(nnx.Module):
     """The attention half of a layer, from normed residual stream to what is added to it."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        shared: dict[str, Any] = dict(bias=config.attention_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
-        self.q_proj = Linear("d -> n h", config.sizes, **shared)
-        self.k_proj = Linear("d -> k h", config.sizes, **shared)
-        self.v_proj = Linear("d -> k h", config.sizes, **shared)
-        self.o_proj = Linear("n h -> d", config.sizes, **shared)
+        self.config = config
+        shared: dict[str, Any] = dict(std=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear("d -> n h", config.sizes, bias=config.qkv_bias, **shared)
+        self.k_proj = Linear("d -> k h", config.sizes, bias=config.qkv_bias, **shared)
+        self.v_proj = Linear("d -> k h", config.sizes, bias=config.qkv_bias, **shared)
+        self.o_proj = Linear("n h -> d", config.sizes, bias=config.attention_bias, **shared)
+        self.q_norm, self.k_norm = (self._norm(letter, dtype) for letter in "nk")
+        sinks = nnx.Param(jnp.zeros((len(config.layers), config.num_heads), dtype), axes="l n")
+        self.sinks = sinks if config.sinks else None
 
-    def __call__(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+    def _norm(self, heads: str, dtype: jnp.dtype) -> Norm | None:
+        config = self.config
+        if config.qk_norm == "none":
+            return None
+        axes = "l h" if config.qk_norm == "head" else f"l {heads} h"
+        over = 2 if config.qk_norm == "all heads" else 1
+        return Norm(axes, config.sizes, config.qk_norm_kind or config.norm, dtype=dtype, over=over)
+
+    def __call__(
+        self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
+    ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and this layer's cached keys and values [B, S, K, H] with the new ones written."""
-        q = rotate(constrain(self.q_proj(x), "b t n h"), slots.cos, slots.sin)
-        k = rotate(constrain(self.k_proj(x), "b t k h"), slots.cos, slots.sin)
+        config = self.config
+        q = constrain(self.q_proj(x), "b t n h")
+        k = constrain(self.k_proj(x), "b t k h")
         v = constrain(self.v_proj(x), "b t k h")
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if kind.rope is not None:
+            interleaved = config.ropes[kind.rope].interleaved
+            q, k = (rotate(x, slots.rotations[kind.rope], interleaved=interleaved) for x in (q, k))
         if cached is not None:
             old_k, old_v = cached
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), slots.start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(old_v, v.astype(old_v.dtype), slots.start, axis=1)
             cached = (k, v)
+            k, v = k.astype(q.dtype), v.astype(q.dtype)
+        if config.query_scale is not None:
+            q = (q * config.query_scale(slots.q_positions)[:, :, None, None]).astype(q.dtype)
         mixed = attention(
             q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
+            k,
+            v,
             q_segment_ids=slots.q_segment_ids,
             kv_segment_ids=slots.kv_segment_ids,
             q_positions=slots.q_positions,
             kv_positions=slots.kv_positions,
+            scale=config.attention_scale,
+            window=kind.window,
+            soft_cap=config.attention_soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
         )
         return self.o_proj(constrain(mixed, "b t n h")), cached
 
@@ -115,27 +215,61 @@ class Layers(nnx.Module):
     """All layers at once (every weight has a leading `l`), or one of them (inside the scan, without it)."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        sizes, eps = config.sizes, config.rms_norm_eps
-        self.input_layernorm = RMSNorm("l d", sizes, eps=eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm("l d", sizes, eps=eps, dtype=dtype)
-        self.mlp = GatedMLP(sizes, bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        def norm(name: str) -> Norm | None:
+            return Norm("l d", config.sizes, config.norm, dtype=dtype) if name in config.norms else None
 
-    def __call__(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
-        """One layer: [B, T, D] -> [B, T, D], and its cached keys and values."""
-        mixed, cached = self.self_attn(self.input_layernorm(x), slots, cached)
-        x = constrain(x + mixed, "b t d")
-        x = constrain(x + self.mlp(self.post_attention_layernorm(x)), "b t d")
-        return x, cached
+        self.config = config
+        self.pre_attention_norm = norm("pre_attention")
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_norm = norm("post_attention")
+        self.pre_mlp_norm = norm("pre_mlp")
+        shared: dict[str, Any] = dict(bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
+        self.mlp = (
+            MLP(config.sizes, activation=config.activation, gated=config.gated, **shared)
+            if config.routing is None
+            else MixtureMLP(config.sizes, routing=config.routing, gating=config.activation, **shared)
+        )
+        self.post_mlp_norm = norm("post_mlp")
+
+    def __call__(
+        self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
+    ) -> tuple[jax.Array, Any]:
+        """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
+        before = x
+        normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
+        mixed, cached = self.self_attn(normed, slots, cached, kind)
+        x = self._add(x, mixed, self.post_attention_norm)
+        mlp_input = before if self.config.parallel else x
+        if self.pre_mlp_norm is not None:
+            normed = self.pre_mlp_norm(mlp_input)
+        elif not self.config.parallel:
+            normed = x
+        router = None
+        if isinstance(self.mlp, MixtureMLP):
+            out, router = self.mlp(normed, slots.q_segment_ids > 0)
+        else:
+            out = self.mlp(normed)
+        return self._add(x, out, self.post_mlp_norm), (cached, router)
+
+    def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
+        out = out if norm is None else norm(out)
+        scale = self.config.residual_scale
+        return constrain(x + (out if scale == 1.0 else out * scale), "b t d")
 
 
 class Embedding(nnx.Module):
-    """A table [V, D], of token embeddings or of an output projection."""
+    """A table with a row [D] for each token or position, of embeddings or of an output projection."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.hidden_size)
+    def __init__(self, axes: str, rows: int, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        """Random rows; those from `rows` on only fill up the table, and are zeros."""
+        shape = tuple(config.sizes[letter] for letter in axes.split())
         table = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
-        self.weight = nnx.Param(table, axes="v d")
+        self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0), axes=axes)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Rows [B, T, D] of ids [B, T], in `dtype`; an id outside is clamped."""
+        # Looked up where the table lies, and only then cut by rows: in one step, it would all be replicated.
+        return constrain(self.weight[...].astype(dtype)[ids], "u t d")
 
 
 class Decoder(nnx.Module):
@@ -148,30 +282,30 @@ class Decoder(nnx.Module):
         compute_dtype: jnp.dtype | str,
         param_dtype: jnp.dtype | str,
         remat: Literal["none", "dots", "full"],
+        unroll: bool = False,
         rngs: nnx.Rngs,
     ):
-        """Random weights: normal(initializer_range), norms ones, biases zeros, each weight of its own key of `rngs`."""
+        """Random weights: normal(initializer_range), norms ones, biases zeros, each weight of its own key of `rngs`.
+
+        Args:
+            unroll: each layer is compiled by itself, in place of one period of layers that is run again and again.
+        """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
+        self.unroll = unroll
         dtype = jnp.dtype(param_dtype)
-        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        table = functools.partial(Embedding, config=config, dtype=dtype, rngs=rngs)
+        self.embed_tokens = table("v d", config.vocab_size)
+        self.embed_positions = table("p d", config.max_position) if config.learned_positions else None
         self.layers = Layers(config, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm("d", config.sizes, eps=config.rms_norm_eps, dtype=dtype)
-        self.lm_head = None if config.tie_embeddings else Embedding(config, dtype=dtype, rngs=rngs)
-
-    @overload
-    def __call__(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array: ...
-
-    @overload
-    def __call__(
-        self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, cache: Cache
-    ) -> tuple[jax.Array, Cache]: ...
+        self.norm = Norm("d", config.sizes, config.norm, dtype=dtype)
+        self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
     def __call__(
         self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, cache: Cache | None = None
-    ) -> jax.Array | tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] after the final norm, in the compute dtype.
+    ) -> Output:
+        """Hidden states after the final norm.
 
         Args:
             tokens: int32 [B, T], in [0, V); an id outside is clamped, so it must be checked where tokens are made.
@@ -180,40 +314,73 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
-        # Looked up where the table lies, and only then cut by rows: in one step, it would all be replicated.
-        hidden = constrain(self.embed_tokens.weight[...].astype(self.compute_dtype)[tokens], "u t d")
+        hidden = self.embed_tokens(tokens, self.compute_dtype)
+        if self.config.embedding_scale != 1.0:
+            hidden *= self.config.embedding_scale
+        if self.embed_positions is not None:
+            hidden += self.embed_positions(positions, self.compute_dtype)
         slots, cached = self._slots(segment_ids, positions, cache)
-        hidden, cached = self._scan(constrain(hidden, "b t d"), slots, cached)
+        hidden, (cached, router) = self._run(constrain(hidden, "b t d"), slots, cached)
         hidden = self.norm(hidden)
-        if cache is None:
-            return hidden
-        k, v = cached
-        return hidden, Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
+        if cache is not None:
+            k, v = cached
+            cache = Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
+        return Output(hidden, cache, router)
 
     def _slots(self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[Slots, Any]:
-        frequencies = rope_frequencies(self.config.rope, self.config.head_dim)
-        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-        rotation = (jnp.cos(angles), jnp.sin(angles))
-        if cache is None:
-            return Slots(*rotation, segment_ids, positions, segment_ids, positions, 0), None
-        write = jax.lax.dynamic_update_slice_in_dim
-        all_segment_ids = write(cache.segment_ids, segment_ids, cache.length, axis=1)
-        all_positions = write(cache.positions, positions, cache.length, axis=1)
-        slots = Slots(*rotation, segment_ids, positions, all_segment_ids, all_positions, cache.length)
-        return slots, (cache.k, cache.v)
+        all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
+        if cache is not None:
+            write = jax.lax.dynamic_update_slice_in_dim
+            all_segment_ids = write(cache.segment_ids, segment_ids, cache.length, axis=1)
+            all_positions = write(cache.positions, positions, cache.length, axis=1)
+            start, cached = cache.length, (cache.k, cache.v)
 
-    def _scan(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+        lengths = None
+        if any(rope.depends_on_length for rope in self.config.ropes):
+            lengths = example_lengths(segment_ids, all_segment_ids, all_positions)
+        rotations = tuple(rotation(rope, positions, lengths) for rope in self.config.ropes)
+        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, start), cached
+
+    def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+        """All layers: whole periods of their pattern in a scan, the rest (or all, unrolled) one after the other."""
         graphdef, weights = nnx.split(self.layers)
+        kinds = self.config.layers
+        period = self.config.period
+        scanned = 0 if self.unroll else len(kinds) // period * period
 
-        def body(x: jax.Array, layer: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
-            weights, cached = layer
-            return nnx.merge(graphdef, weights)(x, slots, cached)
+        def make_layer(kind: LayerKind, *, in_scan: bool) -> Callable:
+            def layer(x: jax.Array, weights: nnx.State, slots: Slots, cached: Any) -> tuple[jax.Array, Any]:
+                return nnx.merge(graphdef, weights)(x, slots, cached, kind)
 
-        if self.remat != "none":
+            if self.remat == "none":
+                return layer
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             # A scan is already a barrier against common-subexpression elimination.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, x, (weights, cached))
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
+
+        def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any, *, in_scan: bool) -> tuple[jax.Array, Any]:
+            outs = []
+            for kind, of_layer in zip(kinds, _split(of_layers, len(kinds)), strict=True):
+                x, out = make_layer(kind, in_scan=in_scan)(x, of_layer[0], slots, of_layer[1])
+                outs.append(out)
+            return x, jax.tree.map(lambda *each: jnp.stack(each), *outs)
+
+        def scan(x: jax.Array, of_layers: Any) -> tuple[jax.Array, Any]:
+            def body(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
+                return run(x, kinds[:period], of_period, in_scan=True)
+
+            periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)
+            x, out = jax.lax.scan(body, x, periods)
+            return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+
+        if scanned == len(kinds):
+            return scan(x, (weights, cached))
+        if scanned == 0:
+            return run(x, kinds, (weights, cached), in_scan=False)
+        whole_periods, rest = _cut((weights, cached), scanned)
+        x, first_out = scan(x, whole_periods)
+        x, last_out = run(x, kinds[scanned:], rest, in_scan=False)
+        return x, jax.tree.map(lambda *each: jnp.concatenate(each), first_out, last_out)
 
     @property
     def unembedding(self) -> jax.Array:
@@ -223,18 +390,35 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [B, T, V] of hidden states [B, T, D]. For generation and tests; training never makes them."""
-        return jnp.einsum(
+        products = jnp.einsum(
             "btd,vd->btv",
             hidden,
             self.unembedding.astype(hidden.dtype),
             precision=precision(hidden.dtype),
             preferred_element_type=jnp.float32,
         )
+        return self.config.logits(products)
 
     def make_cache(self, batch_size: int, size: int, *, dtype: jnp.dtype | str | None = None) -> Cache:
         """An empty cache of `size` slots per row, in the compute dtype if no other is given."""
         config = self.config
-        shape = (config.num_layers, batch_size, size, config.num_kv_heads, config.head_dim)
+        shape = (len(config.layers), batch_size, size, config.num_kv_heads, config.head_dim)
         empty = jnp.zeros(shape, dtype or self.compute_dtype)
         rows = jnp.zeros((batch_size, size), jnp.int32)
         return Cache(empty, empty, rows, rows, jnp.zeros((), jnp.int32))
+
+
+def _split(tree: Any, count: int) -> list[Any]:
+    """Leaves [count, ...] to `count` trees of leaves [...]; backwards, the parts are put together in one copy."""
+    parts = jax.tree.map(lambda leaf: [part[0] for part in jax.lax.split(leaf, (1,) * count)], tree)
+    return _transposed(tree, parts, count)
+
+
+def _cut(tree: Any, at: int) -> list[Any]:
+    """The first `at` of the leading dim of each leaf, and the rest."""
+    return _transposed(tree, jax.tree.map(lambda leaf: list(jax.lax.split(leaf, (at, len(leaf) - at))), tree), 2)
+
+
+def _transposed(tree: Any, parts: Any, count: int) -> list[Any]:
+    """A tree of lists of `count` to a list of trees."""
+    return jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure([0] * count), parts)

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear maps, the RMS norm, rotary positions, the gated MLP.
+"""The parts of a decoder layer: linear maps, norms, the MLP and its activations, and what becomes of logits.
 
 Weights are born here, each with the letters of its dims as `axes`; `mesh.py` turns letters into shardings and
 `families/` turns them into Hugging Face layouts. The layers of a model are stacked: a weight is made with a leading
@@ -6,13 +6,12 @@ dim `l`, and what runs inside the scan over layers is the same module with that 
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jaxsft.mesh import constrain
@@ -46,75 +45,103 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dim, in float32, cast back once."""
+@dataclasses.dataclass(frozen=True)
+class NormKind:
+    """Which norm a model uses."""
 
-    def __init__(self, axes: str, sizes: Sizes, *, eps: float, dtype: jnp.dtype):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones([sizes[letter] for letter in axes.split()], dtype), axes=axes)
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
+    offset: float = 0.0
+    """Added to the weight; gemma stores weights around 0."""
+
+
+class Norm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, or of `x - mean(x)` ("layer"); in float32, cast back once."""
+
+    def __init__(self, axes: str, sizes: Sizes, kind: NormKind, *, dtype: jnp.dtype, over: int = 1):
+        """Weight with these axes, 1 (and bias 0) to begin with; the mean is taken over the last `over` dims of `x`."""
+        self.kind, self.over = kind, over
+        shape = [sizes[letter] for letter in axes.split()]
+        self.weight = nnx.Param(jnp.full(shape, 1 - kind.offset, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if kind.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        mean = functools.partial(jnp.mean, axis=tuple(range(-self.over, 0)), keepdims=True)
         x_float = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_float), axis=-1, keepdims=True)
-        normed = x_float * jax.lax.rsqrt(mean_square + self.eps) * self.weight[...].astype(jnp.float32)
-        return normed.astype(x.dtype)
+        if self.kind.kind == "layer":
+            x_float = x_float - mean(x_float)
+        normed = x_float * jax.lax.rsqrt(mean(jnp.square(x_float)) + self.kind.eps)
+        normed *= self.weight[...].astype(jnp.float32) + self.kind.offset
+        return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+"""Name of an activation in config.json -> its formula."""
 
-    def __init__(self, sizes: Sizes, *, bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+@functools.cache
+def gated(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """`activation(gate) * up`; the same function each time, as it is part of what a compiled step is known by."""
+
+    def product(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return ACTIVATIONS[name](gate) * up
+
+    return product
+
+
+class MLP(nnx.Module):
+    """`down(activation(gate(x), up(x)))`, or without a gate `down(activation(up(x)))`."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        activation: Callable[..., jax.Array],
+        gated: bool,
+        bias: bool,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.gate_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs) if gated else None
         self.up_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(constrain(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x), "b t f"))
+        inner = [self.up_proj(x)] if self.gate_proj is None else [self.gate_proj(x), self.up_proj(x)]
+        return self.down_proj(constrain(self.activation(*inner), "b t f"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary positions: the base, and how its frequencies are rescaled for a longer context than pretraining's."""
+class Logits:
+    """What becomes of `hidden . unembedding`: scaled, perhaps soft-capped, and masked beyond the vocabulary."""
 
-    theta: float
-    scaling: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position: int = 0
+    vocab_size: int
+    """Ids from here on are rows that only fill up the table: they can be neither target nor answer."""
+    scale: float = 1.0
+    soft_cap: float | None = None
 
+    def __call__(self, products: jax.Array, *, first_id: jax.Array | int = 0) -> jax.Array:
+        """Logits of float32 products [..., V], whose first column is token `first_id`; the lowest float where none."""
+        logits = products * self.scale if self.scale != 1.0 else products
+        if self.soft_cap is not None:
+            logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
+        is_token = first_id + jnp.arange(products.shape[-1]) < self.vocab_size
+        return jnp.where(is_token, logits, jnp.finfo(jnp.float32).min)
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of dims, float32 [H/2].
-
-    Rounded to float32 step by step as in transformers' modeling_rope_utils, as an error of 1e-7 in a frequency is one
-    of 1e-3 radians at position 10,000. The power alone is taken in float64 and rounded: torch's is correctly rounded,
-    numpy's in float32 is not. And torch divides a number by an array by multiplying with the reciprocal.
-
-    `llama3` leaves wavelengths below original_max_position / high_freq_factor alone, divides the frequencies of those
-    above original_max_position / low_freq_factor by `factor`, and blends in between.
-    """
-    one, factor = np.float32(1), np.float32(rope.factor)
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = one / np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)
-    if rope.scaling == "linear":
-        return frequencies / factor
-    if rope.scaling == "llama3":
-        wavelengths = one / frequencies * np.float32(2 * math.pi)
-        low, high, original = rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position
-        blend = (one / wavelengths * np.float32(original) - np.float32(low)) / np.float32(high - low)
-        blended = (one - blend) * frequencies / factor + blend * frequencies
-        unscaled, is_long = wavelengths < np.float32(original / high), wavelengths > np.float32(original / low)
-        return np.where(unscaled, frequencies, np.where(is_long, frequencies / factor, blended))
-    return frequencies
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H/2) of the last dim by their angles, in float32, cast back once.
-
-    Args:
-        x: [B, T, N, H] or [B, T, K, H].
-        cos: float32 [B, T, 1, H/2], as is `sin`.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    def slope(self, logits: jax.Array) -> jax.Array | float:
+        """d logits / d products, from the logits themselves."""
+        if self.soft_cap is None:
+            return self.scale
+        # Ids that are no tokens have the lowest float, and slope 0.
+        return self.scale * (1.0 - jnp.square(jnp.clip(logits / self.soft_cap, -1.0, 1.0)))

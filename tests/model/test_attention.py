@@ -13,17 +13,23 @@ SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int3
 POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
 
 
-def naive(q, k, v, segment_ids, positions):
+def naive(q, k, v, segment_ids, positions, scale=None, window=None, soft_cap=None, sinks=None):
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (positions[:, None, :] <= positions[:, :, None])
-    weights = jnp.where(allowed[:, None], jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return jnp.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(q.shape[-1]))
+    if soft_cap:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    distance = positions[:, :, None] - positions[:, None, :]
+    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance >= 0) & (distance < (window or 1e9))
+    nothing = jnp.full((1, q.shape[2], 1, 1), -jnp.inf) if sinks is None else sinks[None, :, None, None]
+    highest = jnp.maximum(scores.max(-1, keepdims=True), nothing)
+    weights = jnp.where(allowed[:, None], jnp.exp(scores - highest), 0)
+    total = weights.sum(-1, keepdims=True) + jnp.exp(nothing - highest)
+    return jnp.einsum("bnts,bsnh->btnh", weights / total, v)
 
 
-@functools.partial(jax.jit, static_argnames="block_size")
-def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512):
+@functools.partial(jax.jit, static_argnames=("block_size", "scale", "window", "soft_cap"))
+def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, **options):
     return attention(
         q,
         k,
@@ -33,6 +39,7 @@ def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512):
         q_positions=positions,
         kv_positions=positions,
         block_size=block_size,
+        **options,
     )
 
 
@@ -52,6 +59,47 @@ def test_equals_the_naive_formula_in_value_and_gradients_for_every_block_size(nu
     np.testing.assert_allclose(given, expected, atol=2e-6)
     for ours, theirs in zip(given_vjp(cotangent), expected_vjp(cotangent), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+OPTIONS = [
+    {"scale": 0.7},
+    {"window": 1},
+    {"window": 4},
+    {"window": 9},
+    {"soft_cap": 0.5},
+    {"window": 6, "soft_cap": 1.5, "scale": 2.0},
+]
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("block_size", [5, 8, 512])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_windows_soft_caps_scales_and_sinks_equal_the_naive_formula(options, block_size, with_sinks):
+    arrays = qkv()
+    extra = [jnp.array([0.3, -2.0, 5.0, 0.0, 1.0, -0.5])] * with_sinks
+
+    def run(function, **more):
+        def of(q, k, v, sinks=None):
+            return function(q, k, v, SEGMENTS, POSITIONS, sinks=sinks, **options, **more)
+
+        return jax.vjp(of, *arrays, *extra)
+
+    (expected, expected_vjp), (given, given_vjp) = run(naive), run(packed, block_size=block_size)
+    np.testing.assert_allclose(given, expected, atol=3e-6)
+    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+    for ours, theirs in zip(given_vjp(cotangent), expected_vjp(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_window_spares_the_work_of_keys_out_of_reach():
+    def flops(window):
+        arrays = [jax.ShapeDtypeStruct((1, 2048, heads, 16), jnp.float32) for heads in (4, 2, 2)]
+        ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        compiled = packed.lower(*arrays, ids, ids, block_size=128, window=window).compile()
+        # The loop over blocks is counted once, so this is the work of a block.
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(64) < 0.2 * flops(None)
 
 
 def test_padding_gives_no_nan_in_value_or_gradients_even_with_huge_scores():

@@ -10,32 +10,38 @@ from flax import nnx
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.model.decoder import Decoder, DecoderConfig
-from jaxsft.model.layers import Rope
+from jaxsft.model.decoder import Decoder, DecoderConfig, LayerKind
+from jaxsft.model.layers import NormKind, gated
+from jaxsft.model.rope import Rope
 
 CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
-    num_layers=3,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
+    layers=(LayerKind(), LayerKind(window=5), LayerKind(rope=None)),
+    ropes=(Rope(dim=8, theta=10000.0),),
     max_position=64,
-    rms_norm_eps=1e-5,
-    rope=Rope(theta=10000.0),
+    norm=NormKind(eps=1e-5),
+    norms=("pre_attention", "pre_mlp"),
+    activation=gated("silu"),
     tie_embeddings=False,
+    qkv_bias=True,
     attention_bias=True,
     mlp_bias=True,
     initializer_range=0.1,
 )
 
 
-def make(config=CONFIG, *, compute_dtype="float32", remat="none", seed=0):
-    return Decoder(config, compute_dtype=compute_dtype, param_dtype="float32", remat=remat, rngs=nnx.Rngs(seed))
+def make(config=CONFIG, *, compute_dtype="float32", remat="none", unroll=False, seed=0):
+    return Decoder(
+        config, compute_dtype=compute_dtype, param_dtype="float32", remat=remat, unroll=unroll, rngs=nnx.Rngs(seed)
+    )
 
 
-run = jax.jit(lambda model, *rows: model(*rows))
+run = jax.jit(lambda model, *rows: model(*rows).hidden)
 
 
 def row(*lengths, size):
@@ -84,12 +90,75 @@ def test_prefill_and_single_steps_with_a_cache_give_the_hidden_states_of_the_who
     cache = model.make_cache(2, 20)
     pieces = []
     for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, length))]:
-        hidden, cache = step(model, cache, *(each[:, start:end] for each in (tokens, segment_ids, positions)))
+        hidden, cache, _ = step(model, cache, *(each[:, start:end] for each in (tokens, segment_ids, positions)))
         pieces.append(hidden)
     assert int(cache.length) == length
     given = np.concatenate(pieces, axis=1)
     np.testing.assert_allclose(given[segment_ids > 0], whole[segment_ids > 0], atol=3e-6)
     assert np.isfinite(given).all()
+
+
+PATTERN = (LayerKind(window=3), LayerKind(rope=1), LayerKind())
+ROPES = (
+    Rope(dim=8, theta=100.0),
+    Rope(dim=4, theta=10.0, scaling="longrope", original_max_position=9, short_factors=(1, 2), long_factors=(3, 5)),
+)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3, 6, 8])
+def test_unrolled_layers_have_the_same_state_and_give_the_same_values_and_gradients(num_layers):
+    config = dataclasses.replace(CONFIG, layers=(PATTERN * 3)[:num_layers], ropes=ROPES)
+    rows = row(7, 12, size=20)
+
+    def value_and_gradient(unroll):
+        graphdef, state = nnx.split(make(config, unroll=unroll))
+        value = jax.jit(jax.value_and_grad(lambda state: projected(nnx.merge(graphdef, state)(*rows).hidden)))
+        return state, value(state)
+
+    ours, theirs = value_and_gradient(True), value_and_gradient(False)
+    jax.tree.map(np.testing.assert_array_equal, ours[0], theirs[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours[1], theirs[1])
+
+
+def test_layers_of_a_pattern_run_in_their_order_with_or_without_a_rest():
+    """Each layer by itself, with the decoder's own parts, is the definition."""
+    tokens, segment_ids, positions = row(7, 12, size=20)
+    for num_layers in (2, 3, 7):
+        config = dataclasses.replace(CONFIG, layers=(PATTERN * 3)[:num_layers], ropes=ROPES)
+        model = make(config)
+        slots, _ = model._slots(segment_ids, positions, None)
+        x = model.embed_tokens(tokens, jnp.float32)
+        graphdef, weights = nnx.split(model.layers)
+        for index, kind in enumerate(config.layers):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], weights))  # noqa: B023
+            x, _ = layer(x, slots, None, kind)
+        np.testing.assert_allclose(run(model, tokens, segment_ids, positions), model.norm(x), atol=1e-5)
+
+
+def test_a_cache_gives_the_whole_also_with_windows_and_a_rest_of_layers():
+    config = dataclasses.replace(CONFIG, layers=(PATTERN * 2)[:5], ropes=ROPES)
+    model = make(config)
+    tokens = np.random.default_rng(0).integers(0, 96, (1, 9)).astype(np.int32)
+    rows = (tokens, np.ones_like(tokens), np.arange(9, dtype=np.int32)[None])
+    whole = run(model, *rows)
+    step = jax.jit(lambda model, cache, *rows: model(*rows, cache=cache))
+    cache = model.make_cache(1, 12)
+    for start, end in [(0, 5), *((i, i + 1) for i in range(5, 9))]:
+        hidden, cache, _ = step(model, cache, *(each[:, start:end] for each in rows))
+        np.testing.assert_allclose(hidden, whole[:, start:end], atol=5e-6)
+
+
+def test_angles_that_depend_on_the_length_depend_on_that_of_the_example_alone():
+    config = dataclasses.replace(CONFIG, ropes=ROPES, layers=PATTERN)
+    model = make(config)
+    packed = row(7, 12, 3, size=26)
+    hidden = run(model, *packed)
+    for start, end in ((0, 7), (7, 19), (19, 22)):
+        alone = [each[:, start:end] for each in packed]
+        np.testing.assert_allclose(hidden[:, start:end], run(model, *alone), atol=3e-6)
+    # Twelve tokens are more than the original nine, so the first seven of them by themselves are turned otherwise.
+    cut = run(model, *(each[:, 7:14] for each in packed))
+    assert np.abs(hidden[:, 7:14] - cut).max() > 1e-3
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -98,7 +167,7 @@ def test_remat_changes_neither_value_nor_gradients(remat):
 
     def value_and_gradient(remat):
         graphdef, state = nnx.split(make(remat=remat))
-        return jax.jit(jax.value_and_grad(lambda state: projected(nnx.merge(graphdef, state)(*rows))))(state)
+        return jax.jit(jax.value_and_grad(lambda state: projected(nnx.merge(graphdef, state)(*rows).hidden)))(state)
 
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
@@ -127,6 +196,9 @@ def test_every_weight_names_its_dims_and_no_two_draws_are_equal():
     for leaf in leaves:
         assert leaf.shape == tuple(CONFIG.sizes[letter] for letter in leaf.get_metadata("axes").split())
     drawn = [np.asarray(leaf[...]).ravel() for leaf in leaves if np.std(leaf[...]) > 0]
+    # Rows that fill up the tables of the vocabulary are zeros.
+    assert all(np.all(leaf[...][96:] == 0) for leaf in leaves if leaf.get_metadata("axes") == "v d")
+    drawn = [values if len(values) != 128 * 32 else values[: 96 * 32] for values in drawn]
     assert len(drawn) == 9
     assert len({tuple(values[:8]) for values in drawn}) == 9
     assert all(abs(np.std(values) - 0.1) < 0.01 and abs(np.mean(values)) < 0.01 for values in drawn)
@@ -139,7 +211,7 @@ def on_mesh(mesh):
 
     def value_and_gradient(state):
         def loss(state):
-            hidden = nnx.merge(graphdef, state)(*rows)
+            hidden = nnx.merge(graphdef, state)(*rows).hidden
             return projected(hidden), hidden
 
         return jax.grad(loss, has_aux=True)(state)
@@ -167,14 +239,16 @@ def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(ax
 
 
 def test_under_fsdp_only_a_layer_at_a_time_is_gathered():
-    config = dataclasses.replace(CONFIG, num_layers=16, hidden_size=128, intermediate_size=512, vocab_size=64)
+    config = dataclasses.replace(
+        CONFIG, layers=(LayerKind(),) * 16, hidden_size=128, intermediate_size=512, vocab_size=64
+    )
     graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config, remat="full")))
     mesh = make_mesh(MeshConfig(fsdp=8))
     rows = [jax.ShapeDtypeStruct((8, 16), jnp.int32)] * 3
     sharded = shardings(mesh, abstract)
 
     def loss(state, *rows):
-        return projected(nnx.merge(graphdef, state)(*rows))
+        return projected(nnx.merge(graphdef, state)(*rows).hidden)
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), in_shardings=(sharded, None, None, None), out_shardings=sharded)

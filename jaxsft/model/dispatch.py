@@ -1,0 +1,350 @@
+"""Tokens to their experts and back: choices in blocks of one expert each, forward and backward, on any mesh.
+
+In: tokens, the experts that each has chosen, with scores. Out: the scored sum of these experts' outputs.
+
+Nothing is dropped and nothing has a capacity. Choices are sorted by expert and cut into blocks of one expert each; a
+loop runs as many blocks as the choices fill, each a few plain matmuls, and its gradients are computed by a second such
+loop. So work and memory go by what was chosen, on every kind of device. `jax.lax.ragged_dot` has that in the forward
+pass on TPUs; XLA multiplies every choice by every expert in its weight gradients there, and in all of it on CPUs and
+on GPUs (jax 0.10.2).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsft.mesh import DIM_AXES, partition_spec
+from jaxsft.model.layers import precision
+
+MAX_BLOCK = 512
+"""Rows of a block at most: enough for a matmul to hide the reading of its weights."""
+MIN_BLOCK = 8
+
+Gating = Callable[[jax.Array, jax.Array], jax.Array]
+"""(gate, up) -> what the down projection is given, elementwise."""
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of all experts in their stored dtype, of one layer."""
+
+    gate: jax.Array
+    """[E, D, F], as is `up`."""
+    up: jax.Array
+    down: jax.Array
+    """[E, F, D]"""
+    gate_bias: jax.Array | None
+    """[E, F], as is `up_bias`; None where the experts have no biases."""
+    up_bias: jax.Array | None
+    down_bias: jax.Array | None
+    """[E, D]"""
+
+
+WEIGHT_AXES = ("e d f", "e d f", "e f d", "e f", "e f", "e d")
+
+
+def _map_weights(f: Callable, *trees: Any) -> ExpertWeights:
+    """`f(axes, *weights)` of each weight that there is."""
+    parts = [None if each[0] is None else f(axes, *each) for axes, *each in zip(WEIGHT_AXES, *trees, strict=True)]
+    return ExpertWeights(*parts)  # type: ignore[arg-type]
+
+
+def experts_of_tokens(
+    x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, gating: Gating
+) -> jax.Array:
+    """The weighted sum over each token's chosen experts, added up in float32 and cast back once.
+
+    On a mesh each device computes the experts that it holds, for the tokens of all devices along `expert`: these are
+    gathered, and the sums scattered back. (Sending each token only to where it is needed is less to send where top_k
+    is below the size of that axis, but needs room for the case that all tokens choose the experts of one device.)
+
+    Args:
+        x: [B, T, D].
+        chosen: int32 [B, T, top_k], no expert twice for a token; E stands for none.
+        scores: float32 [B, T, top_k].
+        weights: of all experts.
+        gating: see `Gating`.
+    """
+    return _experts(gating, (x, chosen, scores, weights))
+
+
+def fill_up(x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, D] and is_token [B, T] with padding until the mesh cuts them evenly.
+
+    Batches of training are; a few rows or a single position, as in generation, need not be.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x, is_token
+    fill = [
+        (0, -size % math.prod(mesh.shape[axis] for axis in DIM_AXES[letter]))
+        for letter, size in zip("bt", is_token.shape, strict=True)
+    ]
+    return jnp.pad(x, (*fill, (0, 0))), jnp.pad(is_token, fill)
+
+
+def choose(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The largest [B, T, top_k] of probabilities [B, T, E], and whose they are; of equal ones, the first."""
+
+    def local(probabilities: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = jax.lax.top_k(probabilities, top_k)
+        return values, ids
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(probabilities)
+    # Left to the partitioner, the probabilities of all tokens would be gathered on every device.
+    tokens = partition_spec("b t d")
+    return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(probabilities)
+
+
+Inputs = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
+"""x, chosen, scores and weights."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(gating: Gating, inputs: Inputs) -> jax.Array:
+    return _over_mesh(functools.partial(_local, gating), inputs)
+
+
+def _experts_forward(gating: Gating, inputs: Inputs) -> tuple[jax.Array, Inputs]:
+    return _experts(gating, inputs), inputs
+
+
+def _experts_backward(gating: Gating, inputs: Inputs, y_gradient: jax.Array) -> Any:
+    local = functools.partial(_local_gradients, gating)
+    x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, y_gradient)
+    return ((x_gradient, None, scores_gradient, weights_gradient),)
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def _over_mesh(local: Callable, inputs: Inputs, y_gradient: jax.Array | None = None) -> Any:
+    """Runs `local` on each device's own experts, with the tokens of all that share them."""
+    arrays = inputs if y_gradient is None else (*inputs, y_gradient)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*arrays, on_mesh=False)
+    tokens = partition_spec("b t d")
+    weight_specs = _map_weights(lambda axes, weight: partition_spec(axes), inputs[-1])
+    in_specs: tuple[Any, ...] = (tokens, tokens, tokens, weight_specs)
+    if y_gradient is None:
+        out_specs: Any = tokens
+    else:
+        in_specs += (tokens,)
+        out_specs = (tokens, tokens, weight_specs)
+    return jax.shard_map(
+        functools.partial(local, on_mesh=True), in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )(*arrays)
+
+
+def _local(
+    gating: Gating, x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, on_mesh: bool
+) -> jax.Array:
+    """One device's part of the forward pass."""
+    shape, num_tokens = x.shape, x.shape[0] * x.shape[1]
+    x, chosen, scores, maps = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
+    plan = make_plan(chosen, maps.gate.shape[0], axis_size=x.shape[0] // num_tokens)
+
+    def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
+        expert, token, choice = block_of(plan, i)
+        of_expert = _select(maps, expert)
+        down = _down(gating, of_expert, *_gate_and_up(of_expert, _rows(x, token)), x.dtype)
+        score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)
+        return y.at[token].add(score[:, None] * down, mode="drop", unique_indices=True)
+
+    y = jax.lax.fori_loop(0, plan.num_blocks, add_block, jnp.zeros(x.shape, jnp.float32))
+    return _scatter(y, on_mesh=on_mesh).reshape(shape).astype(x.dtype)
+
+
+def _local_gradients(
+    gating: Gating,
+    x: jax.Array,
+    chosen: jax.Array,
+    scores: jax.Array,
+    weights: ExpertWeights,
+    y_gradient: jax.Array,
+    *,
+    on_mesh: bool,
+) -> tuple[jax.Array, jax.Array, ExpertWeights]:
+    """One device's part of the backward pass: gradients by x, scores and weights; gate and up are computed again."""
+    shapes, num_tokens, dtype, exact = (x.shape, scores.shape), x.shape[0] * x.shape[1], x.dtype, precision(x.dtype)
+    x, chosen, scores, maps = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
+    y_gradient = _gather_tokens(y_gradient, on_mesh=on_mesh)
+    plan = make_plan(chosen, maps.gate.shape[0], axis_size=x.shape[0] // num_tokens)
+    matmul = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+
+    def add_block(i: jax.Array, carry: Any) -> Any:
+        x_gradient, scores_gradient, sums = carry
+        expert, token, choice = block_of(plan, i)
+        of_expert = _select(maps, expert)
+        rows, row_gradient = _rows(x, token), _rows(y_gradient, token)
+        score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)[:, None]
+        inner, gating_gradient = jax.vjp(gating, *_gate_and_up(of_expert, rows))
+
+        # y = score * (inner @ down + bias), so that its gradient by the score needs no second down projection.
+        inner_gradient = matmul("cd,fd->cf", row_gradient, of_expert.down)
+        score_gradient = jnp.sum(inner * inner_gradient, axis=-1)
+        if of_expert.down_bias is not None:
+            score_gradient += jnp.sum(row_gradient * of_expert.down_bias, axis=-1)
+        gate_gradient, up_gradient = (each.astype(dtype) for each in gating_gradient(score * inner_gradient))
+        scored = score * row_gradient
+        of_rows = matmul("cf,df->cd", gate_gradient, of_expert.gate) + matmul("cf,df->cd", up_gradient, of_expert.up)
+        parts = ExpertWeights(
+            matmul("cd,cf->df", rows, gate_gradient),
+            matmul("cd,cf->df", rows, up_gradient),
+            matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
+            *(None if sums.gate_bias is None else each.sum(axis=0) for each in (gate_gradient, up_gradient, scored)),
+        )
+        return (
+            x_gradient.at[token].add(of_rows, mode="drop", unique_indices=True),
+            scores_gradient.at[choice].set(score_gradient, mode="drop", unique_indices=True),
+            jax.tree.map(lambda total, part: total.at[expert].add(part), sums, parts),
+        )
+
+    no_gradients = jax.tree.map(lambda each: jnp.zeros(each.shape, jnp.float32), (x, scores.reshape(-1), maps))
+    gradients = jax.lax.fori_loop(0, plan.num_blocks, add_block, no_gradients)
+    x_gradient, scores_gradient, sums = gradients
+    scores_gradient = scores_gradient.reshape(scores.shape)
+    x_gradient, scores_gradient = (_scatter(each, on_mesh=on_mesh) for each in (x_gradient, scores_gradient))
+    if on_mesh:
+        sums = _map_weights(_reduce_over_rows, sums)
+    weights_gradient = jax.tree.map(lambda each, weight: each.astype(weight.dtype), sums, weights)
+    return x_gradient.reshape(shapes[0]).astype(dtype), scores_gradient.reshape(shapes[1]), weights_gradient
+
+
+def _gate_and_up(of_expert: ExpertWeights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [C, F] each."""
+    exact = precision(rows.dtype)
+    gate, up = (
+        jnp.einsum("cd,df->cf", rows, weight, precision=exact, preferred_element_type=jnp.float32)
+        for weight in (of_expert.gate, of_expert.up)
+    )
+    if of_expert.gate_bias is None or of_expert.up_bias is None:
+        return gate, up
+    return gate + of_expert.gate_bias, up + of_expert.up_bias
+
+
+def _down(gating: Gating, of_expert: ExpertWeights, gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 [C, D]."""
+    inner = gating(gate, up).astype(dtype)
+    down = jnp.einsum(
+        "cf,fd->cd", inner, of_expert.down, precision=precision(dtype), preferred_element_type=jnp.float32
+    )
+    return down if of_expert.down_bias is None else down + of_expert.down_bias
+
+
+def _select(maps: ExpertWeights, expert: jax.Array) -> ExpertWeights:
+    return jax.tree.map(lambda each: jax.lax.dynamic_index_in_dim(each, expert, keepdims=False), maps)
+
+
+def _rows(x: jax.Array, token: jax.Array) -> jax.Array:
+    return x.at[token].get(mode="fill", fill_value=0)
+
+
+# What goes where over the mesh.
+
+
+def _gather(
+    x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, on_mesh: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]:
+    """Tokens [M, ...] of all devices along `expert`, and this device's experts, numbered from 0, whole over `fsdp`."""
+    maps = weights._replace(
+        gate=weights.gate.astype(x.dtype), up=weights.up.astype(x.dtype), down=weights.down.astype(x.dtype)
+    )
+    x, chosen, scores = (_gather_tokens(each, on_mesh=on_mesh) for each in (x, chosen, scores))
+    if not on_mesh:
+        return x, chosen, scores, maps
+
+    def gather(axes: str, weight: jax.Array) -> jax.Array:
+        letters = axes.split()
+        return jax.lax.all_gather(weight, "fsdp", axis=letters.index("d"), tiled=True) if "d" in letters else weight
+
+    maps = _map_weights(gather, maps)
+    if maps.down_bias is not None:
+        # The parts of F are summed up over `tensor`; the bias belongs to one of them.
+        maps = maps._replace(down_bias=jnp.where(jax.lax.axis_index("tensor") == 0, maps.down_bias, 0))
+    num_local = maps.gate.shape[0]
+    local = chosen - jax.lax.axis_index("expert") * num_local
+    return x, jnp.where((local >= 0) & (local < num_local), local, num_local), scores, maps
+
+
+def _gather_tokens(each: jax.Array, *, on_mesh: bool) -> jax.Array:
+    """[B, T, ...] -> [M, ...]"""
+    each = each.reshape(-1, each.shape[-1])
+    return jax.lax.all_gather(each, "expert", axis=0, tiled=True) if on_mesh else each
+
+
+def _scatter(each: jax.Array, *, on_mesh: bool) -> jax.Array:
+    """The other way: sums over all experts and all of F, of this device's tokens."""
+    if not on_mesh:
+        return each
+    return jax.lax.psum(jax.lax.psum_scatter(each, "expert", scatter_dimension=0, tiled=True), "tensor")
+
+
+def _reduce_over_rows(axes: str, gradient: jax.Array) -> jax.Array:
+    """The gradient of a weight, summed over all rows and cut over `fsdp` as the weight is."""
+    letters = axes.split()
+    if "d" in letters:
+        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=letters.index("d"), tiled=True)
+    else:
+        gradient = jax.lax.psum(gradient, "fsdp")
+    return jax.lax.psum(gradient, ("data", "context"))
+
+
+# Choices in blocks.
+
+
+class Plan(NamedTuple):
+    """Choices sorted by expert, those of each expert cut into blocks of C (the last one may be filled in part)."""
+
+    order: jax.Array
+    """int32 [M * top_k]: choices (m * top_k + i) by expert."""
+    starts: jax.Array
+    """int32 [E]: where the choices of an expert begin in `order`."""
+    counts: jax.Array
+    """int32 [E]"""
+    block_ends: jax.Array
+    """int32 [E]: number of blocks of this expert and those before it."""
+    top_k: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> jax.Array:
+        return self.block_ends[-1]
+
+
+def make_plan(chosen: jax.Array, num_experts: int, *, axis_size: int = 1) -> Plan:
+    """The plan of choices int32 [M, top_k] among `num_experts` here, of `axis_size` times as many in all; E is none.
+
+    Worked example: 3 tokens that choose experts (0, 2), (2, 3), (2, 0) of 3 (3 is none), in blocks of 2:
+    order 0 5 1 2 4 3, starts 0 2 2, counts 2 0 3, block_ends 1 1 3.
+    """
+    chosen, top_k = chosen.reshape(-1), chosen.shape[-1]
+    # Half of a block is empty per expert on average: a quarter of the work at most where choices are even.
+    even_share = chosen.size // (num_experts * axis_size)
+    block_size = min(MAX_BLOCK, max(MIN_BLOCK, 2 ** ((even_share // 2).bit_length() - 1)))
+    order = jnp.argsort(chosen, stable=True)
+    bounds = jnp.searchsorted(chosen[order], jnp.arange(num_experts + 1))
+    counts = jnp.diff(bounds)
+    return Plan(
+        order=order,
+        starts=bounds[:-1],
+        counts=counts,
+        block_ends=jnp.cumsum(-(-counts // block_size)),
+        top_k=top_k,
+        block_size=block_size,
+    )
+
+
+def block_of(plan: Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(expert [], tokens [C], choices [C]) of block i; tokens and choices beyond the last are out of range."""
+    expert = jnp.searchsorted(plan.block_ends, i, side="right")
+    count, slots = plan.counts[expert], jnp.arange(plan.block_size)
+    num_before = plan.block_ends[expert] - -(-count // plan.block_size)
+    at = (i - num_before) * plan.block_size + slots
+    beyond = plan.order.size + slots  # each another one, as a scatter of unique indices asks for
+    choice = jnp.where(at < count, plan.order[plan.starts[expert] + at], beyond)
+    return expert, jnp.where(at < count, choice // plan.top_k, beyond), choice

@@ -1,0 +1,129 @@
+"""Mixture of experts: a router chooses some experts for each token, and their outputs are summed up, weighted.
+
+In: hidden states, and which of them are tokens. Out: what the MLP of a dense model would give, and the sums that the
+routers' losses are made of. How tokens get to their experts is the business of `dispatch.py`.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsft.mesh import constrain
+from jaxsft.model.dispatch import ExpertWeights, Gating, choose, experts_of_tokens, fill_up
+from jaxsft.model.layers import Linear, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Who is chosen, and how the chosen ones are weighted."""
+
+    num_experts: int
+    top_k: int
+    """Experts per token."""
+    normalise: bool
+    """Chosen probabilities are divided by their sum. A softmax over the chosen logits alone is the same."""
+    router_bias: bool
+
+
+class RouterSums(NamedTuple):
+    """What the auxiliary losses of a layer are made of: float32 sums over its real tokens."""
+
+    probabilities: jax.Array
+    """[E]: of softmax(router logits)."""
+    counts: jax.Array
+    """[E]: of choices; whole numbers, so exact to 2^24."""
+    z: jax.Array
+    """[]: of logsumexp(router logits)^2."""
+
+
+def router_losses(sums: RouterSums, num_tokens: Any) -> tuple[Any, Any]:
+    """(load balance, z), each a mean over layers; of `jax.Array`s or numpy's.
+
+    Balance is E * sum_e (share of tokens that chose e) * (mean probability of e), after Fedus et al. 2021 (Switch
+    Transformer), equation 4; choices spread evenly over the experts give top_k. z is the mean over tokens of
+    logsumexp(router logits)^2 (Zoph et al. 2022, ST-MoE, equation 5).
+
+    Args:
+        sums: leaves with a leading L.
+        num_tokens: that they are over, padding not counted.
+    """
+    num_experts = sums.counts.shape[-1]
+    balance = (sums.counts / num_tokens * (sums.probabilities / num_tokens)).sum(axis=-1).mean() * num_experts
+    return balance, (sums.z / num_tokens).mean()
+
+
+class PerExpert(nnx.Module):
+    """One linear map for each expert, `"d -> f"`: weight `"l e d f"`, bias `"l e f"`. `MixtureMLP` applies them."""
+
+    def __init__(self, dims: str, sizes: Sizes, *, bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        inputs, output = (side.strip() for side in dims.split("->"))
+        axes = f"l e {inputs} {output}"
+        shape = tuple(sizes[letter] for letter in axes.split())
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        axes = f"l e {output}"
+        shape = tuple(sizes[letter] for letter in axes.split())
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
+
+
+class Experts(nnx.Module):
+    """The maps of all experts, by the names that a single MLP gives them."""
+
+    def __init__(self, sizes: Sizes, *, bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate_proj = PerExpert("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.up_proj = PerExpert("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        self.down_proj = PerExpert("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+
+class MixtureMLP(nnx.Module):
+    """`sum_e score_e * down_e(gating(gate_e(x), up_e(x)))` over the chosen experts of each token."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        routing: Routing,
+        gating: Gating,
+        bias: bool,
+        std: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """`sizes` has `e`, the number of experts, and `f`, the width of one; `bias` is that of the experts."""
+        self.routing = routing
+        self.gating = gating
+        self.router = Linear("d -> e", sizes, bias=routing.router_bias, std=std, dtype=dtype, rngs=rngs)
+        self.experts = Experts(sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterSums]:
+        """One layer: [B, T, D] -> [B, T, D], and what its router did.
+
+        Args:
+            x: [B, T, D]; its dtype is the dtype of the matmuls, the router and all sums are float32.
+            is_token: bool [B, T]; padding goes to no expert, and its output is 0.
+        """
+        num_rows, length = is_token.shape
+        x, is_token = fill_up(x, is_token)
+        logits = constrain(self.router(x.astype(jnp.float32)), "b t e")
+        probabilities = jax.nn.softmax(logits)
+        scores, chosen = choose(probabilities, self.routing.top_k)
+        if self.routing.normalise:
+            scores = scores / scores.sum(axis=-1, keepdims=True)
+
+        num_experts = self.routing.num_experts
+        is_chosen = (chosen[..., None] == jnp.arange(num_experts)) & is_token[..., None, None]
+        sums = RouterSums(
+            probabilities=jnp.where(is_token[..., None], probabilities, 0.0).sum(axis=(0, 1)),
+            counts=is_chosen.sum(axis=(0, 1, 2), dtype=jnp.float32),
+            z=jnp.where(is_token, jnp.square(jax.nn.logsumexp(logits, axis=-1)), 0.0).sum(),
+        )
+        chosen = jnp.where(is_token[..., None], chosen, num_experts)
+        maps = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        weights = ExpertWeights(
+            *(each.weight[...] for each in maps),
+            *(None if each.bias is None else each.bias[...] for each in maps),
+        )
+        y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating)
+        return y[:num_rows, :length], sums

@@ -1,0 +1,315 @@
+"""The fields of a model's `config.json`, as its family reads them: each one read, or known to say nothing, or refused.
+
+transformers' config classes fill in what a file leaves out and bring older spellings to one form (`rope_parameters`,
+`layer_types`), so a family reads the values that transformers would compute with.
+"""
+
+import copy
+import dataclasses
+import logging
+import math
+from typing import Any
+
+from jaxsft.config import ConfigError
+from jaxsft.model.decoder import LayerKind
+from jaxsft.model.layers import ACTIVATIONS, NormKind
+from jaxsft.model.rope import Rope
+
+HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "classifier_dropout",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "eos_token_id",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "keys_to_ignore",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "max_sequence_length",
+        "min_length",
+        "model_type",
+        "name_or_path",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "repetition_penalty",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
+        "task_specific_params",
+        "temperature",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "use_flash_attn",
+    ]
+)
+"""Fields that say nothing about the model's mathematics."""
+
+LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
+
+DROPOUTS = frozenset(
+    ["attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout", "resid_pdrop"]
+)
+"""Fields that ask for dropout in training. We train without, and say so."""
+
+
+class Fields:
+    """A `config.json`, canonical; `hf("key")` reads a field, and `finish` refuses what no one has read."""
+
+    def __init__(self, raw: dict[str, Any]):
+        """Brings a config.json of a known model_type to its canonical form.
+
+        Raises:
+            ConfigError: transformers refuses it, or it lacks a size.
+        """
+        import transformers
+
+        self.model_type = raw["model_type"]
+        config_class = transformers.CONFIG_MAPPING[self.model_type]
+        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        keys = {key: config_class.attribute_map.get(key, key) for key in needed}
+        missing = [key for key in keys.values() if type(raw.get(key, raw.get(_alias(keys, key)))) is not int]
+        if missing:
+            raise refusal([f"{key}: missing" for key in missing])
+        level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # its hints are for those who write configs
+        try:
+            config = config_class.from_dict(copy.deepcopy(raw))
+        except Exception as error:  # it raises whatever its validators raise
+            raise refusal([" ".join(str(error).split())]) from None
+        finally:
+            logging.getLogger("transformers").setLevel(level)
+        self._values = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
+        self._declared = {field.name for field in dataclasses.fields(config_class)}
+        self._unread = set(self._values)
+        self._problems: list[str] = []
+        self.notes: tuple[str, ...] = tuple(
+            f"config.json asks for dropout in training ({key} {value}); this trainer has none"
+            for key, value in sorted(self._values.items())
+            if key in DROPOUTS and value
+        )
+        self._unread -= DROPOUTS
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        """The value of a field, `default` where the model's config class has no such field."""
+        self._unread.discard(key)
+        return self._values.get(key, default)
+
+    def problem(self, text: str) -> None:
+        """Notes what cannot be computed; `finish` reports all of it together."""
+        self._problems.append(text)
+
+    def only(self, key: str, *values: Any) -> None:
+        """Reads a field that must have one of these values, or be absent, null, false, 0 or empty."""
+        value = self(key)
+        if value and value not in values:
+            computed = ", ".join(repr(each) for each in values) or "nothing"
+            self.problem(f"{key}: {value!r}; only {computed} is computed")
+
+    def activation(self, key: str = "hidden_act") -> str:
+        """The name of an activation that `layers.ACTIVATIONS` has."""
+        name = self(key)
+        if name not in ACTIVATIONS:
+            self.problem(f"{key}: {name!r}; computed are {', '.join(ACTIVATIONS)}")
+            return "silu"
+        return name
+
+    def sizes(self) -> dict[str, Any]:
+        """What almost every family spells alike: arguments of `DecoderConfig`, but for the layers."""
+        num_heads, hidden_size = self("num_attention_heads"), self("hidden_size")
+        num_kv_heads = self("num_key_value_heads") or num_heads
+        head_dim = self("head_dim") or hidden_size // num_heads
+        if num_heads % num_kv_heads:
+            self.problem(f"num_key_value_heads: {num_kv_heads} does not divide num_attention_heads {num_heads}")
+        return dict(
+            vocab_size=self("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=self("intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position=self("max_position_embeddings"),
+            tie_embeddings=bool(self("tie_word_embeddings")),
+            initializer_range=self("initializer_range"),
+            notes=self.notes,
+        )
+
+    def rms_norm(self, **kind: Any) -> NormKind:
+        """The RMS norm with the config's eps."""
+        return NormKind(self("rms_norm_eps"), **kind)
+
+    def rope(self, layer_type: str | None = None, *, interleaved: bool = False) -> Rope:
+        """The rope of all layers, or that of one layer type where `rope_parameters` has one for each."""
+        parameters, where = dict(self("rope_parameters")), "rope_parameters"
+        # transformers looks for this one above the layer types, wherever it stands.
+        truncate = parameters.get("truncate", True)
+        if layer_type is not None and layer_type in parameters:
+            for key in parameters.keys() - LAYER_TYPES - {"truncate"}:
+                self.problem(f"{where}.{key}: {parameters[key]!r} stands beside layer types, where it has no effect")
+            parameters, where = dict(parameters[layer_type]), f"{where}.{layer_type}"
+        head_dim = self("head_dim") or self("hidden_size") // self("num_attention_heads")
+        fields = _RopeFields(self, where, parameters)
+        kind: Any = fields("rope_type") or "default"
+        fields("type")
+        share = fields("partial_rotary_factor", 1.0)
+        dim = int(head_dim * (1.0 if share is None else share))
+        if dim % 2 or dim < 2:
+            self.problem(f"{where}: {dim} of {head_dim} dims of a head would be rotated; their number must be even")
+        values: dict[str, Any] = dict(dim=dim, theta=float(fields("rope_theta")), interleaved=interleaved)
+        if kind == "default":
+            fields("original_max_position_embeddings"), fields("factor")
+        elif kind in ("linear", "dynamic"):
+            values |= dict(factor=fields.number("factor"))
+            values |= dict(original_max_position=self("max_position_embeddings")) if kind == "dynamic" else {}
+            fields("original_max_position_embeddings")
+        elif kind == "llama3":
+            keys = ("factor", "low_freq_factor", "high_freq_factor")
+            values |= {key: fields.number(key) for key in keys}
+            values |= dict(original_max_position=int(fields.number("original_max_position_embeddings")))
+        elif kind == "yarn":
+            original = int(fields.number("original_max_position_embeddings"))
+            factor = fields("factor") or self("max_position_embeddings") / original
+            fields("truncate")
+            values |= dict(
+                factor=float(factor),
+                original_max_position=original,
+                attention_factor=_yarn_attention_factor(fields, factor),
+                beta_fast=float(fields("beta_fast") or 32),
+                beta_slow=float(fields("beta_slow") or 1),
+                truncate=truncate,
+            )
+        elif kind == "longrope":
+            original = int(fields.number("original_max_position_embeddings"))
+            factor = fields("factor") or self("max_position_embeddings") / original
+            attention_factor = fields("attention_factor")
+            if attention_factor is None:
+                attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            factors = {f"{name}s": tuple(map(float, fields(name) or ())) for name in ("short_factor", "long_factor")}
+            for name, numbers in factors.items():
+                if len(numbers) != dim // 2:
+                    self.problem(f"{where}.{name[:-1]}: {len(numbers)} numbers, but {dim // 2} pairs are rotated")
+            values |= dict(original_max_position=original, attention_factor=float(attention_factor), **factors)
+        else:
+            self.problem(f"{where}.rope_type: {kind!r}; computed are default, linear, dynamic, yarn, longrope, llama3")
+            return Rope(dim, 1e4)
+        fields.finish()
+        return Rope(scaling=kind, **values)
+
+    def layers(self, *, ropes: dict[str, int | None] | None = None) -> tuple[LayerKind, ...]:
+        """The layers of a config with `layer_types`, or with none: full attention, or all with `sliding_window`.
+
+        Args:
+            ropes: index of the rope of each layer type, where not all have the first.
+        """
+        # A field that the model's own config class lacks is not computed by transformers, and stays unread.
+        window = self("sliding_window") if "sliding_window" in self._declared else None
+        types = self("layer_types") or ["sliding_attention" if window else "full_attention"] * self("num_hidden_layers")
+        if len(types) != self("num_hidden_layers"):
+            self.problem(f"layer_types: {len(types)} entries, but num_hidden_layers is {self('num_hidden_layers')}")
+        if unknown := sorted(set(types) - LAYER_TYPES):
+            known = ", ".join(sorted(LAYER_TYPES))
+            self.problem(f"layer_types: {', '.join(map(repr, unknown))}; computed are {known}")
+        if "sliding_attention" in types and not window:
+            self.problem("sliding_window: missing, but layer_types has sliding_attention")
+        of_type = ropes or {}
+        return tuple(
+            LayerKind(window=window if each == "sliding_attention" else None, rope=of_type.get(each, 0))
+            for each in types
+        )
+
+    def finish(self) -> None:
+        """Refuses the problems noted, and every field that was not read and asks for something.
+
+        Raises:
+            ConfigError: all of them, each with its key and value.
+        """
+        # Absent, null, false, 0, empty: a field that is switched off asks for nothing.
+        self._problems += [
+            f"{key}: {self._values[key]!r} is not known for model_type {self.model_type} (remove it if it does not "
+            "change the model)"
+            for key in sorted(self._unread)
+            if self._values[key] and not key.startswith("_")
+        ]
+        if self._problems:
+            raise refusal(self._problems)
+
+
+class _RopeFields:
+    """One dict of rope parameters, read like `Fields`."""
+
+    def __init__(self, hf: Fields, where: str, values: dict[str, Any]):
+        self._hf, self._where, self._values, self._unread = hf, where, values, set(values)
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        self._unread.discard(key)
+        return self._values.get(key, default)
+
+    def number(self, key: str) -> float:
+        value = self(key)
+        if not isinstance(value, int | float):
+            self._hf.problem(f"{self._where}.{key}: {value!r}; rope_type {self._values['rope_type']!r} needs a number")
+            return 1.0
+        return float(value)
+
+    def finish(self) -> None:
+        for key in sorted(self._unread):
+            if self._values[key]:
+                self._hf.problem(f"{self._where}.{key}: {self._values[key]!r} is not known")
+
+
+def _yarn_attention_factor(fields: _RopeFields, factor: float) -> float:
+    """As given, else 0.1 ln(factor) + 1 (Peng et al., 2023, eq. 22), or the ratio of two of them (DeepSeek)."""
+    given, mscale, mscale_all_dim = (fields(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is not None:
+        return float(given)
+
+    def of(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
+
+
+def _alias(keys: dict[str, str], key: str) -> str:
+    return next(alias for alias, name in keys.items() if name == key)
+
+
+def refusal(problems: list[str]) -> ConfigError:
+    """One error of all problems with a config.json."""
+    return ConfigError("the model's config.json:\n" + "\n".join(f"  {problem}" for problem in problems))
