@@ -52,7 +52,12 @@ class ModelConfig(Section):
     compute_dtype: Dtype | None = None
     """Dtype of activations and matmuls; left out: bfloat16 on accelerators, float32 on CPU."""
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the exported weights; left out: what config.json says, else float32."""
+    """Dtype of the exported weights; left out: each as it was stored, and random weights as config.json says."""
+    tie_embeddings: bool | None = None
+    """Whether embedding and output projection are one; left out: as config.json says; false: trained apart."""
+    unroll: bool = False
+    """Layers one after the other in the compiled program instead of one scanned: faster on CPU, slow to compile.
+    Checkpoints are the same."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass computes again: nothing, all but matmul outputs, or each whole layer."""
 
@@ -218,6 +223,13 @@ class OptimConfig(Section):
     """Largest global norm of the gradient; null: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype of the first and second moments."""
+    router_balance: Annotated[float, Field(ge=0)] = 0.0
+    """Mixtures of experts: weight of the load-balancing loss beside the loss, num_experts * sum over experts of (share
+    of the batch's tokens that chose it) * (its mean probability), a mean over layers; config.json's
+    router_aux_loss_coef is such a weight (transformers takes shares and means over all layers together, and adds it
+    only with output_router_logits). With several microbatches, a first forward pass counts all choices."""
+    router_z: Annotated[float, Field(ge=0)] = 0.0
+    """Mixtures of experts: weight of the mean over tokens and layers of logsumexp(router logits)^2."""
 
     @model_validator(mode="after")
     def _checked(self) -> "OptimConfig":

@@ -1,7 +1,8 @@
 """Hugging Face folders: where a model lies, its config and tokenizer; and the folder that a run ends with.
 
-In: a folder or hub id. Out: what transformers would read of it, with errors that say what is wrong; and at the end of a
-run a folder that transformers opens. The weights themselves are `weights.py`'s.
+In: a folder or hub id, or a GGUF model, which is read as if it were such a folder. Out: what transformers would read of
+it, with errors that say what is wrong; and at the end of a run a folder that transformers opens. The weights themselves
+are `weights.py`'s and `export_weights.py`'s.
 """
 
 import difflib
@@ -9,36 +10,42 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
+from jaxsft.export_weights import dump_json, write_weights
+from jaxsft.gguf_import import is_gguf, open_gguf
+from jaxsft.gguf_tokenizer import load_gguf_tokenizer
 from jaxsft.model.decoder import DecoderConfig
-from jaxsft.weights import DTYPES, dump_json, load_json, write_weights
+from jaxsft.mxfp4 import is_mxfp4, unpacked
+from jaxsft.stored import DTYPES, Stored, load_json, open_folder
 
 # Folders, configs and tokenizers.
 
 
 def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
-    """The local folder of a model: `path` itself, or the hub's copy of it, downloaded once.
+    """The local folder of a model: `path` itself, or the hub's copy of it, downloaded once; or its GGUF file.
 
     Args:
-        path: a folder, or a hub id such as `org/name`.
+        path: a folder, a .gguf file, or a hub id such as `org/name`.
         weights: whether a download brings the safetensors along.
 
     Raises:
         ConfigError: there is no such folder, and the hub does not give one.
     """
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.exists() and is_gguf(path)):
         return folder
     if folder.exists():
         raise ConfigError(f"{path}: a file, but a model is a folder with config.json")
@@ -55,12 +62,28 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
 
 
 def load_hf_config(folder: pathlib.Path) -> dict[str, Any]:
-    """The folder's `config.json`.
+    """The folder's `config.json`, or what it would say of a GGUF model.
 
     Raises:
         ConfigError: there is none, or it is not a JSON object.
     """
+    if is_gguf(str(folder)):
+        return open_gguf(folder)[1]
     return load_json(folder / "config.json")
+
+
+def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
+    """Where a model's weights lie, and its config.json: the one place that knows in which formats models come.
+
+    What is wrong with safetensors is noted in the `Stored`.
+
+    Raises:
+        ConfigError: no config.json, or what is wrong with a GGUF.
+    """
+    if is_gguf(str(folder)):
+        return open_gguf(folder)
+    stored, hf_config = open_folder(folder), load_hf_config(folder)
+    return unpacked(stored, hf_config) if is_mxfp4(hf_config) else (stored, hf_config)
 
 
 def load_generation_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -87,10 +110,15 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
 def load_tokenizer_and_own_template(path: str, chat_template: str | None) -> tuple[Any, str | None]:
     """As `load_tokenizer`, and the chat template that the tokenizer came with."""
     folder = model_folder(path, weights=False)
-    import transformers
-
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if is_gguf(str(folder)):
+            tokenizer = load_gguf_tokenizer(folder)
+        else:
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise.
         raise ConfigError(f"{folder}: no tokenizer could be loaded: {type(error).__name__}: {error}") from None
     if not tokenizer.is_fast:
@@ -163,6 +191,12 @@ def check_vocabulary(tokenizer: Any, config: DecoderConfig, *, added: Sequence[s
 # Export.
 
 
+class ExportError(OSError):
+    """The folder of an export could not be written; what was there before is untouched. Its text is shown as it is."""
+
+    exit_code = 74
+
+
 def export_dtype(hf_config: dict[str, Any], asked: str | None) -> str:
     """Dtype of the exported weights: as asked, else as `config.json` says, else float32.
 
@@ -184,9 +218,11 @@ def export(
     *,
     family: ModuleType,
     hf_config: dict[str, Any],
+    vocab_size: int,
     tokenizer: Any,
     stop_ids: Sequence[int],
     dtype: str | None = None,
+    stored: Stored | None = None,
     source_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -194,26 +230,33 @@ def export(
 
     Every process of the run must call this. Tensors are gathered one after the other, and process 0 writes each as it
     comes, so no more than one is ever in host memory. The folder appears in one rename, complete or not at all, and
-    takes the place of an earlier export.
+    takes the place of an earlier export. config.json and generation_config.json are those of the source, to the byte if
+    nothing in them has to change.
 
     Args:
         params: the whole state of the model, Variables with axes.
-        hf_config: the model's `config.json`; written with the dtype and the special ids of what is exported.
+        hf_config: the model's `config.json`; written with the dtype and the stop ids of what is exported.
+        vocab_size: rows of the vocabulary; the tables of the state may have more.
         stop_ids: every token id that ends an answer; generation_config.json and config.json name them all.
-        dtype: float32, bfloat16 or float16; left out: what `hf_config` says, else float32.
+        dtype: float32, bfloat16 or float16; left out: that of each tensor in `stored`, else what `hf_config` says, else
+            float32.
+        stored: what the weights were read from: its names, dtypes and split into files are kept.
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
-        max_shard_bytes: largest safetensors file; a tensor that is larger has a file to itself.
+        max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
 
     Raises:
         ConfigError: `folder` holds something else than an export, or is `source_folder`.
+        ExportError: it could not be written.
     """
     folder = pathlib.Path(folder).absolute()
     if source_folder is not None and folder.resolve() == pathlib.Path(source_folder).resolve():
         raise ConfigError(f"{folder}: the export would replace the model that it was made from")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
         raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
-    dtype = export_dtype(hf_config, dtype)
-    file_dtype = next(each for each in DTYPES.values() if each.name == dtype)
+    into = None
+    if dtype is not None or stored is None or not stored.files:
+        name = export_dtype(hf_config, dtype)
+        into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
@@ -221,11 +264,23 @@ def export(
             for left in folder.parent.glob(f".{folder.name}.partial-*"):
                 shutil.rmtree(left, ignore_errors=True)  # of an export that was killed
             aside.mkdir(parents=True)
-            generation_config = load_generation_config(pathlib.Path(source_folder)) if source_folder else {}
-            _write_configs(aside, hf_config, generation_config, tokenizer=tokenizer, stop_ids=stop_ids, dtype=dtype)
-        write_weights(aside, params, family, file_dtype, max_shard_bytes=max_shard_bytes, writes=writes)
+            tokenizer.save_pretrained(aside)
+            source = pathlib.Path(source_folder) if source_folder else None
+            _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+        write_weights(
+            aside,
+            params,
+            family,
+            vocab_size=vocab_size,
+            dtype=into,
+            stored=stored,
+            max_shard_bytes=max_shard_bytes,
+            writes=writes,
+        )
         if writes:
             _rename_over(aside, folder)
+    except OSError as error:
+        raise ExportError(f"{folder}: the export could not be written: {error}") from error
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
@@ -236,23 +291,56 @@ def export(
 def _write_configs(
     folder: pathlib.Path,
     hf_config: dict[str, Any],
-    generation_config: dict[str, Any],
+    source: pathlib.Path | None,
     *,
     tokenizer: Any,
     stop_ids: Sequence[int],
-    dtype: str,
+    dtype: np.dtype | None,
 ) -> None:
-    tokenizer.save_pretrained(folder)
-    ids: dict[str, Any] = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)}
+    """config.json and generation_config.json, those of `source` with only what differs."""
+    config = dict(hf_config)
+    if dtype is not None:
+        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(dtype_keys, dtype.name)
+    _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
+    generation_config = load_generation_config(source) if source else {}
+    if changes := _new_ids(generation_config, tokenizer, stop_ids):
+        # With this mark, transformers would make the file anew from config.json.
+        generation_config.pop("_from_model_config", None)
+    if not generation_config:
+        known = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
+        changes = {key: hf_config.get(key) if id is None else id for key, id in known.items()} | changes
+        changes = {key: id for key, id in changes.items() if id is not None}
+    _write_config(folder / "generation_config.json", generation_config | changes, source)
+
+
+def _new_ids(config: dict[str, Any], tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The special ids that a config has to say otherwise; bos and pad only where it speaks of them."""
+    ids: dict[str, Any] = {}
+    if set(_as_list(config.get("eos_token_id"))) != set(stop_ids):
+        ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
     for key in ("bos_token_id", "pad_token_id"):
-        if getattr(tokenizer, key) is not None:
-            ids[key] = getattr(tokenizer, key)
-    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["dtype"]
-    dump_json(folder / "config.json", {**hf_config, **dict.fromkeys(dtype_keys, dtype), **ids})
-    # With this mark, transformers would make the file anew from config.json.
-    generation_config = {key: value for key, value in generation_config.items() if key != "_from_model_config"}
-    kept = {key: hf_config[key] for key in ("bos_token_id", "pad_token_id") if hf_config.get(key) is not None}
-    dump_json(folder / "generation_config.json", {**kept, **generation_config, **ids})
+        id = getattr(tokenizer, key)
+        if id is not None and config.get(key) not in (None, id):
+            ids[key] = id
+    return ids
+
+
+def _as_list(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Path | None) -> None:
+    """As the source's file of this name lays it out, and its very bytes where it says the same."""
+    before = source / path.name if source else None
+    if before is None or not before.is_file():
+        path.write_bytes(dump_json(dict(sorted(config.items()))))
+        return
+    text = before.read_bytes()
+    if json.loads(text) != config:
+        indent = re.search(rb"\n( +)\S", text)
+        text = dump_json(config, indent=len(indent[1]) if indent else 2)
+    path.write_bytes(text)
 
 
 def _rename_over(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from jaxsft.loss import LossSums
+from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.experts import RouterSums, router_losses
 
 
 class StepMetrics(NamedTuple):
@@ -24,12 +28,14 @@ class StepMetrics(NamedTuple):
     tokens: Any
     """tokens that are not padding."""
     attention_pairs: Any
-    """(query, key) pairs that attention has to look at."""
+    """(query, key) pairs that attention has to look at, of all layers."""
     grad_norm: Any
     """global norm of the gradient before clipping."""
     learning_rate: Any
     skipped: Any
     """1 where the loss or the gradient was not finite and nothing was changed."""
+    router: RouterSums | None
+    """Of each layer of a mixture of experts (leading L)."""
 
 
 PEAK_FLOPS = {
@@ -59,15 +65,34 @@ def train_flops(*, matmul_params: int, tokens: float, attention_width: int, atte
     """FLOPs that training on these tokens needs, without recomputation and without padding.
 
     6 per parameter of a matmul and token (2 forward, 4 backward), and for each (query, key) pair 12 per head element
-    of each layer (two products, forward and twice backward). Chowdhery et al. 2022 (PaLM), appendix B.
+    (two products, forward and twice backward). Chowdhery et al. 2022 (PaLM), appendix B.
 
     Args:
-        matmul_params: parameters that multiply a token; the embedding table only where it is the output projection.
+        matmul_params: parameters that multiply a token; the embedding table only where it is the output projection,
+            of experts those of the `top_k` that a token chooses.
         tokens: tokens that are not padding.
-        attention_width: layers times query heads times head dim.
-        attention_pairs: (query, key) pairs that attend.
+        attention_width: query heads times head dim.
+        attention_pairs: (query, key) pairs that attend, of all layers.
     """
     return 6.0 * matmul_params * tokens + 12.0 * attention_width * attention_pairs
+
+
+def matmul_params(params: Any, config: DecoderConfig) -> int:
+    """The parameters that multiply a token, of abstract parameters (Variables with `axes`)."""
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    total = 0
+    for path, leaf in leaves:
+        names = [key.key for key in path]
+        is_looked_up = names[0] == "embed_positions" or (names[0] == "embed_tokens" and not config.tie_embeddings)
+        if names[-1] != "weight" or is_looked_up or any("norm" in name for name in names):
+            continue
+        sizes = dict(zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True))
+        if "v" in sizes:
+            sizes["v"] = config.vocab_size
+        if names[-2] != "router" and "e" in sizes and config.routing is not None:
+            sizes["e"] = config.routing.top_k
+        total += math.prod(sizes.values())
+    return total
 
 
 class Totals(NamedTuple):
@@ -105,7 +130,26 @@ def summarise(steps: Sequence[StepMetrics], totals: Totals, *, batch_positions: 
         "total_trained_tokens": totals.trained_tokens,
         "skipped_steps": totals.skipped_steps,
     }
-    return line, totals
+    return line | _router_line(steps), totals
+
+
+def _router_line(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """How a mixture of experts chose: its losses, means over steps, and the largest share of choices in any layer.
+
+    A share of 1 is an even one, num_experts is all choices.
+    """
+    routers = [step.router for step in steps if step.router is not None]
+    if not routers:
+        return {}
+    losses = [router_losses(step.router, max(float(step.tokens), 1.0)) for step in steps if step.router is not None]
+    counts = np.sum([router.counts for router in routers], axis=0, dtype=np.float64)
+    shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1.0)
+    balances, zs = zip(*losses, strict=True)
+    return {
+        "router_balance": float(np.mean(balances)),
+        "router_z": float(np.mean(zs)),
+        "router_max_share": float(shares.max()) * counts.shape[-1],
+    }
 
 
 def divide(numerator: float, denominator: float) -> float:

@@ -15,10 +15,15 @@ from jax.sharding import Mesh
 from jaxsft import hf, special_tokens
 from jaxsft.config import ConfigError, ModelConfig
 from jaxsft.data.stops import stop_ids
+from jaxsft.gguf_import import is_gguf
+from jaxsft.gguf_import import notes as gguf_notes
+from jaxsft.gguf_tokenizer import check_gguf_tokens
 from jaxsft.mesh import shardings
 from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.families import decoder_config as read_decoder_config
 from jaxsft.model.families import family as family_of
 from jaxsft.step import Model, abstract_model, random_params
+from jaxsft.stored import Stored
 from jaxsft.weights import check_weights
 from jaxsft.weights import load_params as read_params
 
@@ -44,7 +49,11 @@ class Pretrained(NamedTuple):
     """A model folder without its weights."""
 
     folder: pathlib.Path
+    """Or the GGUF file."""
     hf_config: dict[str, Any]
+    """As it is exported: what the folder says, with a vocabulary that has grown and embeddings that were untied."""
+    stored: Stored | None
+    """Where the weights lie; None where they are random."""
     family: ModuleType
     decoder_config: DecoderConfig
     make_decoder: Callable[[nnx.Rngs], Decoder]
@@ -52,6 +61,8 @@ class Pretrained(NamedTuple):
     config: ModelConfig
     stored_vocab_size: int
     """Rows of the vocabulary in the folder; `decoder_config` has more where added tokens ask for them."""
+    is_untied: bool = False
+    """The folder has one table as embedding and output projection, of which the model has two."""
     new_ids: tuple[int, ...] = ()
     """Ids of added tokens, whose rows begin as the mean of the folder's."""
     notes: tuple[str, ...] = ()
@@ -66,7 +77,8 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
         chat_template: a template of ours, or a file, in place of its own; what it needs is added to the tokenizer.
 
     Raises:
-        ConfigError: no tokenizer there, or no stop token at all, so that the model could never learn to stop.
+        ConfigError: no tokenizer there, one that is not that of a GGUF model, or no stop token at all, so that the
+            model could never learn to stop.
     """
     tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
     added: tuple[str, ...] = ()
@@ -74,6 +86,8 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
     if chat_template is not None:
         added = special_tokens.add_missing_tokens(tokenizer, chat_template, own_template=own_template)
         notes = special_tokens.describe_added(tokenizer, chat_template, added)
+    if config.tokenizer is not None and is_gguf(config.path):
+        check_gguf_tokens(tokenizer, config.path, where=config.tokenizer, added=added)
     folder = hf.model_folder(config.path, weights=False)
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
@@ -96,16 +110,21 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
             extra, misshapen or truncated.
     """
     folder = hf.model_folder(config.path, weights=config.weights == "pretrained")
-    hf_config = hf.load_hf_config(folder)
+    stored, hf_config = hf.open_source(folder)
     family = family_of(hf_config)
-    decoder_config = family.decoder_config(hf_config)
+    decoder_config = read_decoder_config(hf_config)
     hf.check_vocabulary(tokenizer.tokenizer, decoder_config, added=tokenizer.added_tokens)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
+    changes = _untied(config, decoder_config)
+    is_untied = bool(changes)
     if max(new_ids, default=0) >= stored_vocab_size:
-        hf_config = hf_config | {"vocab_size": -(-(max(new_ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE}
-        decoder_config = family.decoder_config(hf_config)
-    hf.export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
+        changes["vocab_size"] = -(-(max(new_ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if changes:
+        hf_config = hf_config | changes
+        decoder_config = read_decoder_config(hf_config)
+    if config.export_dtype or config.weights == "random":
+        hf.export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
     compute_dtype = config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
@@ -114,39 +133,72 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
             compute_dtype=compute_dtype,
             param_dtype=config.param_dtype,
             remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
         )
 
     model = abstract_model(make_decoder)
-    notes: list[str] = []
+    notes = list(decoder_config.notes)
     if config.weights == "pretrained":
-        check_weights(folder, family, model.params, stored_vocab_size=stored_vocab_size)
-        notes = _vocabulary_notes(folder, family, model, tokenizer, stored_vocab_size, new_ids)
+        notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
+        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
+        vocab_size = decoder_config.vocab_size
+        notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
         folder,
         hf_config,
+        stored if config.weights == "pretrained" else None,
         family,
         decoder_config,
         make_decoder,
         model,
         config,
         stored_vocab_size=stored_vocab_size,
+        is_untied=is_untied,
         new_ids=new_ids,
         notes=tuple(notes),
     )
 
 
+def _untied(config: ModelConfig, decoder_config: DecoderConfig) -> dict[str, Any]:
+    """What `model.tie_embeddings` changes in config.json.
+
+    Raises:
+        ConfigError: it asks to tie two tables.
+    """
+    if config.tie_embeddings and not decoder_config.tie_embeddings:
+        raise ConfigError(
+            "model.tie_embeddings: true, but the model has an output projection of its own, which would be lost; "
+            "leave it out"
+        )
+    is_untied = config.tie_embeddings is False and decoder_config.tie_embeddings
+    return {"tie_word_embeddings": False} if is_untied else {}
+
+
+def check_positions(decoder_config: DecoderConfig, seq_len: int) -> None:
+    """Refuses rows that are longer than a model's table of positions; models without one only lose quality.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if decoder_config.learned_positions and seq_len > decoder_config.max_position:
+        raise ConfigError(
+            f"data.seq_len: {seq_len}, but the model has a table of {decoder_config.max_position} positions and knows "
+            "no others"
+        )
+
+
 def _vocabulary_notes(
-    folder: pathlib.Path,
+    stored: Stored,
     family: ModuleType,
     model: Model,
     tokenizer: OpenTokenizer,
     stored_vocab_size: int,
+    vocab_size: int,
     new_ids: Sequence[int],
 ) -> list[str]:
     """What the user should know of the rows that the chat template's tokens have in the model."""
     notes = []
-    vocab_size = model.params["embed_tokens"]["weight"].shape[0]
     if vocab_size > stored_vocab_size:
         notes.append(
             f"the model's vocabulary grows from {stored_vocab_size} to {vocab_size} rows, a multiple of "
@@ -158,7 +210,7 @@ def _vocabulary_notes(
         )
     old_ids = [*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)]
     untrained = special_tokens.untrained_tokens(
-        folder,
+        stored,
         family,
         model.params,
         tokenizer=tokenizer.tokenizer,
@@ -169,16 +221,18 @@ def _vocabulary_notes(
 
 def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     """The parameters to begin with, each shard on its device: read from the folder, or drawn from `seed`."""
-    if pretrained.config.weights == "random":
+    if pretrained.stored is None:
         return random_params(pretrained.make_decoder, mesh, seed=seed)
     abstract = pretrained.model.params
     return read_params(
-        pretrained.folder,
+        pretrained.stored,
         pretrained.family,
         abstract=abstract,
         shardings=shardings(mesh, abstract),
+        vocab_size=pretrained.decoder_config.vocab_size,
         stored_vocab_size=pretrained.stored_vocab_size,
         mean_rows=pretrained.new_ids,
+        untied=pretrained.is_untied,
     )
 
 
@@ -189,8 +243,10 @@ def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, 
         params,
         family=pretrained.family,
         hf_config=pretrained.hf_config,
+        vocab_size=pretrained.decoder_config.vocab_size,
         tokenizer=tokenizer.tokenizer,
         stop_ids=tokenizer.stops,
         dtype=pretrained.config.export_dtype,
+        stored=pretrained.stored,
         source_folder=pretrained.folder,
     )

@@ -7,7 +7,6 @@ of these rows look as if pretraining never touched them.
 A template that the tokenizer came with adds nothing: what it breaks up, the model knows broken up.
 """
 
-import pathlib
 import re
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,7 +17,8 @@ from flax import nnx
 
 from jaxsft.data.formats import Message
 from jaxsft.data.named_templates import NAMED_TEMPLATES
-from jaxsft.weights import vocabulary_tables
+from jaxsft.stored import Stored
+from jaxsft.weights import read_rows, vocabulary_tables
 
 # Adding.
 
@@ -152,7 +152,7 @@ def template_ids(tokenizer: Any) -> list[int]:
 
 
 def untrained_tokens(
-    folder: pathlib.Path, family: ModuleType, abstract: nnx.State, *, tokenizer: Any, ids: Sequence[int]
+    stored: Stored, family: ModuleType, abstract: nnx.State, *, tokenizer: Any, ids: Sequence[int]
 ) -> list[Untrained]:
     """Which of the rows `ids` look untrained, in the embedding and, if it is another tensor, the unembedding.
 
@@ -160,26 +160,26 @@ def untrained_tokens(
     token or of no token at all: reserved rows begin equal and stay so. Only the rows that are compared are read.
 
     Args:
-        folder: the model, with safetensors.
+        stored: the model.
         family: the module of its family.
         abstract: the model's state; only axes are looked at.
         tokenizer: says which other rows belong to control tokens or to none.
         ids: rows to look at; ids that the tables do not have are passed over.
     """
     found = []
-    for name, table in vocabulary_tables(folder, family, abstract).items():
-        rows = len(table)
-        # Sorted, so that the pages are read in their order.
-        sample = np.unique(np.linspace(0, rows - 1, NUM_COMPARED).astype(int))
-        median = float(np.median(_norms(table[sample])))
+    for name, table in vocabulary_tables(stored, family, abstract).items():
+        rows = table.shape[0]
+        # Sorted, so that they are read in their order.
+        sample = np.unique(np.linspace(0, rows - 1, NUM_COMPARED).astype(int)).tolist()
+        median = float(np.median(_norms(read_rows(table, sample))))
         reserved = sorted(id for id in tokenizer.added_tokens_decoder if id < rows)[-NUM_COMPARED:]
         spare = range(max(tokenizer.get_vocab().values()) + 1, rows)[:NUM_COMPARED]
-        others = {id: table[id].tobytes() for id in sorted({*reserved, *spare})}
+        others = {id: read_rows(table, [id]).tobytes() for id in sorted({*reserved, *spare})}
         for id in sorted(set(ids)):
             if id >= rows:
                 continue
-            norm = float(_norms(table[id : id + 1])[0])
-            row = table[id].tobytes()
+            own = read_rows(table, [id])
+            norm, row = float(_norms(own)[0]), own.tobytes()
             twins = sum(other == row for other_id, other in others.items() if other_id != id)
             if norm == 0.0:
                 found.append(Untrained(name, id, "all zeros"))

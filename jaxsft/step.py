@@ -5,6 +5,7 @@ the loss *sum* in float32, one division by the sum of all weights follows, then 
 gradient that is not finite leaves parameters and optimizer as they were and is counted.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from jaxsft.config import OptimConfig
 from jaxsft.loss import LossSums, next_token_loss
 from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
 from jaxsft.metrics import StepMetrics
-from jaxsft.model.decoder import Decoder
+from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.optim import make_optimizer, make_schedule
 
 
@@ -99,11 +101,12 @@ def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: M
     return Batch(*map(leaf, Batch._fields))
 
 
-def forward_loss(graphdef: Any, params: Any, frozen: Any, batch: Batch) -> LossSums:
-    """Runs the model on one (micro)batch of leaves [B, T] and returns the sums of the loss."""
+def forward_loss(graphdef: Any, params: Any, frozen: Any, batch: Batch) -> tuple[LossSums, RouterSums | None]:
+    """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers."""
     model = nnx.merge(graphdef, params, frozen)
-    hidden = model(batch.tokens, batch.segment_ids, batch.positions)
-    return next_token_loss(hidden, model.unembedding, batch.targets, batch.loss_weights)
+    out = model(batch.tokens, batch.segment_ids, batch.positions)
+    sums = next_token_loss(out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits)
+    return sums, out.router
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
@@ -116,23 +119,72 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch) -> tuple[Any, LossSums]:
-    """Float32 gradients of the loss sum, and the loss sums, over all microbatches (leaves [A, B, T])."""
+class Summed(NamedTuple):
+    """Sums over all microbatches of a step."""
 
-    def loss_sum(params: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
-        sums = forward_loss(graphdef, params, frozen, batch)
-        return sums.loss_sum, sums
+    gradients: Any
+    """float32: of the loss sum, and of what the routers' losses add to it."""
+    loss: LossSums
+    router: RouterSums | None
+    """None where the model is no mixture of experts."""
+
+
+def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, *, optim: OptimConfig) -> Summed:
+    """Gradients and sums over all microbatches (leaves [A, B, T]).
+
+    The routers' losses are of all tokens of the step, however it is cut. They enter times the sum of all weights, by
+    which the gradients are divided later. Balance multiplies shares of choices by probabilities: where there are
+    several microbatches, a first forward pass counts the choices of all (a third more time, and exact).
+    """
+    num_tokens = jnp.maximum(jnp.sum(microbatches.segment_ids > 0, dtype=jnp.float32), 1.0)
+    weight_sum = divisor(microbatches.loss_weights.sum())
+    nothing_routed = _nothing_routed(nnx.merge(graphdef, params, frozen).config)
+    all_counts = None
+    if nothing_routed is not None and optim.router_balance > 0 and microbatches.tokens.shape[0] > 1:
+        all_counts = _all_counts(graphdef, params, frozen, microbatches, nothing_routed.counts)
+
+    def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[LossSums, RouterSums | None]]:
+        sums, router = forward_loss(graphdef, params, frozen, batch)
+        total = sums.loss_sum
+        if router is not None and (optim.router_balance > 0 or optim.router_z > 0):
+            counts = router.counts if all_counts is None else all_counts
+            balance, z = router_losses(router._replace(counts=counts), num_tokens)
+            total += weight_sum * (optim.router_balance * balance + optim.router_z * z)
+        return total, (sums, router)
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
-        (_, sums), gradients = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
         # Cut like the parameters at once, so that no device sums up whole gradients.
-        return jax.tree.map(jnp.add, total, (constrain_params(gradients), sums)), None
+        return jax.tree.map(jnp.add, total, (constrain_params(gradients), *sums)), None
 
     zero = jnp.zeros((), jnp.float32)
     no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    nothing = no_gradients, LossSums(zero, zero, zero, zero)
-    (gradients, sums), _ = jax.lax.scan(add, nothing, microbatches)
-    return gradients, sums
+    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed
+    total, _ = jax.lax.scan(add, nothing, microbatches)
+    return Summed(*total)
+
+
+def _nothing_routed(config: DecoderConfig) -> RouterSums | None:
+    if config.routing is None:
+        return None
+    num_layers, num_experts = (config.sizes[letter] for letter in "le")
+    each = jnp.zeros((num_layers, num_experts), jnp.float32)
+    return RouterSums(each, each, jnp.zeros(num_layers, jnp.float32))
+
+
+def _all_counts(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, no_counts: jax.Array) -> jax.Array:
+    """Choices [L, E] of all microbatches."""
+
+    def add(counts: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
+        model = nnx.merge(graphdef, params, frozen)
+        return counts + model(batch.tokens, batch.segment_ids, batch.positions).router.counts, None
+
+    return jax.lax.scan(add, no_counts, microbatches)[0]
+
+
+def divisor(weight_sum: jax.Array) -> jax.Array:
+    """Without a trained token the gradient is 0, and must not become 0 / 0."""
+    return jnp.where(weight_sum > 0, weight_sum, 1.0)
 
 
 def make_train_step(
@@ -149,12 +201,12 @@ def make_train_step(
         mesh: where everything lives.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
+    config = nnx.merge(model.graphdef, model.params, frozen).config
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
-        gradients, sums = summed_gradients(model.graphdef, state.params, frozen, microbatches)
-        # Without a trained token the gradient is 0, and must not become 0 / 0.
-        weight_sum = jnp.where(sums.weight_sum > 0, sums.weight_sum, 1.0)
+        gradients, sums, router = summed_gradients(model.graphdef, state.params, frozen, microbatches, optim=optim)
+        weight_sum = divisor(sums.weight_sum)
         gradients = jax.tree.map(lambda g: g / weight_sum, gradients)
         grad_norm = optax.tree.norm(gradients)
         if optim.clip_norm is not None:
@@ -173,14 +225,14 @@ def make_train_step(
             (params, opt_state),
             (state.params, state.opt_state),
         )
-        is_token = batch.segment_ids > 0
         metrics = StepMetrics(
             sums=sums,
-            tokens=jnp.sum(is_token, dtype=jnp.float32),
-            attention_pairs=jnp.sum(jnp.where(is_token, batch.positions + 1, 0), dtype=jnp.float32),
+            tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            attention_pairs=attention_pairs(batch, config),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=1.0 - is_finite,
+            router=router,
         )
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -193,11 +245,22 @@ def make_train_step(
     )
 
 
+def attention_pairs(batch: Batch, config: DecoderConfig) -> jax.Array:
+    """(query, key) pairs that attention looks at, of all layers: no more than a window of keys where there is one."""
+    num_keys = jnp.where(batch.segment_ids > 0, batch.positions + 1, 0)
+    windows = collections.Counter(kind.window for kind in config.layers)
+    pairs = jnp.zeros((), jnp.float32)
+    for window, num_layers in windows.items():
+        of_layer = num_keys if window is None else jnp.minimum(num_keys, window)
+        pairs += num_layers * jnp.sum(of_layer, dtype=jnp.float32)
+    return pairs
+
+
 def make_eval_step(model: Model, frozen: Any, mesh: Mesh) -> Callable:
     """Compiles `(params, frozen, batch) -> LossSums`, batch leaves [B, T]; no gradients are computed."""
 
     def eval_step(params: Any, frozen: Any, batch: Batch) -> LossSums:
-        return forward_loss(model.graphdef, params, frozen, batch)
+        return forward_loss(model.graphdef, params, frozen, batch)[0]
 
     return jax.jit(
         eval_step,

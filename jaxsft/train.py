@@ -31,8 +31,16 @@ from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
 from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, summarise
-from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
+from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
+from jaxsft.pretrained import (
+    OpenTokenizer,
+    Pretrained,
+    check_positions,
+    export_model,
+    load_params,
+    open_model,
+    open_tokenizer,
+)
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
 from jaxsft.report import describe_lost, plot_run, start_summary
@@ -296,6 +304,11 @@ def _check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:
     """Refuses a mesh that the model or the batch does not fit; returns the number of microbatches."""
     rows = config.train.microbatch_size or config.train.batch_size
     key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
+    check_positions(pretrained.decoder_config, config.data.seq_len)
+    router_losses = [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]
+    if router_losses and pretrained.decoder_config.routing is None:
+        keys = ", ".join(f"optim.{key}" for key in router_losses)
+        raise ConfigError(f"{keys}: no effect on {config.model.path}, which is no mixture of experts")
     check_divisible(mesh, pretrained.model.params, {f"{key} (b)": rows, "data.seq_len (t)": config.data.seq_len})
     return config.train.batch_size // rows
 
@@ -334,11 +347,7 @@ def _describe_run(
 def _flop_sizes(pretrained: Pretrained) -> dict[str, int]:
     """What `metrics.train_flops` needs to know of a model."""
     config = pretrained.decoder_config
-    leaves = jax.tree.leaves(pretrained.model.params)
-    matmul_params = sum(leaf.size for leaf in leaves if leaf.ndim > 1)
-    if not config.tie_embeddings:
-        matmul_params -= config.vocab_size * config.hidden_size  # the embedding table is looked up, not multiplied
     return {
-        "matmul_params": matmul_params,
-        "attention_width": config.num_layers * config.num_heads * config.head_dim,
+        "matmul_params": matmul_params(pretrained.model.params, config),
+        "attention_width": config.num_heads * config.head_dim,
     }

@@ -1,331 +1,123 @@
-"""Weights in safetensors files and on a mesh: each device's shard read by itself, and written back tensor by tensor.
+"""Weights from files onto a mesh: what is stored compared with what a model needs, and read, each device's part.
 
-In: files, and the abstract state of a `Decoder` with its shardings. Out: the state with values, each process reading
-only the bytes that its devices hold; and files that are equal to the byte when nothing was trained. Which tensor a
-weight is, and in which layout, is the family's table (`model/families/`); a layout such as "(n h) d" names the dims of
-a tensor by the same letters as the `axes` of the weight.
+In: a `Stored` (`stored.py`), and the abstract state of a `Decoder` with its shardings. Out: the state with values, each
+process reading only the bytes that its devices hold. A tensor is read in blocks that are cast and transposed while they
+are in the cache, straight into the arrays that the devices get, so that a process holds little more than these.
 """
 
-import contextlib
-import dataclasses
-import json
+import concurrent.futures
+import fnmatch
+import itertools
 import math
-import pathlib
-import struct
+import mmap
+import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
+from jaxsft.copying import as_bits, copy
+from jaxsft.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
+from jaxsft.stored import DTYPES, SafeTensor, Stored, StoredTensor, open_folder
 
-DTYPES: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-}
-"""safetensors' word for a dtype -> numpy's."""
+__all__ = ["Stored", "StoredTensor", "check_weights", "load_params", "open_folder", "vocabulary_tables"]
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-
-# The join of our weights and their tensors.
+BLOCK_BYTES = 1 << 21
+"""Read at once by a thread."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One weight of ours, and how it lies in files.
-
-    Worked example: q_proj with axes "l d n h", shape [2, 64, 8, 4] and the family's line
-    ("model.layers.{l}.self_attn.q_proj.weight", "(n h) d") is the 2 tensors `names`, each of `file_shape` [32, 64];
-    seen as `file_dims` [8, 4, 64] and transposed by `to_ours` (2, 0, 1) it is one layer of ours, [64, 8, 4].
-    """
-
-    path: str
-    names: tuple[str, ...]
-    file_shape: tuple[int, ...]
-    file_dims: tuple[int, ...]
-    to_ours: tuple[int, ...]
-    stacked: bool
-
-
-def _weights(
-    state: nnx.State, family: ModuleType, *, stored_vocab_size: int | None = None
-) -> Iterator[tuple[Weight, nnx.Variable]]:
-    """The weights of a state, in the order of the family's table; the files may have another vocabulary size."""
-    files = {} if stored_vocab_size is None else {"v": stored_vocab_size}
-    leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    variables = {".".join(str(key.key) for key in path): variable for path, variable in leaves}
-    assert variables.keys() <= family.WEIGHTS.keys(), variables.keys() - family.WEIGHTS.keys()
-    for path, (name, layout) in family.WEIGHTS.items():
-        if path in variables:
-            yield _join(path, variables[path], name, layout, files), variables[path]
-
-
-def _join(path: str, variable: nnx.Variable, name: str, layout: str, files: dict[str, int]) -> Weight:
-    axes = variable.get_metadata("axes").split()
-    sizes = dict(zip(axes, variable.shape, strict=True)) | files
-    stacked = "{l}" in name
-    letters = layout.replace("(", " ").replace(")", " ").split()
-    dims = axes[1:] if stacked else axes
-    assert sorted(letters) == sorted(dims), (path, axes, layout)
-    # "(n h) d" -> [["n", "h"], ["d"]]
-    groups = [group.split() for part in layout.split("(") for group in _groups(part)]
-    return Weight(
-        path=path,
-        names=tuple(name.format(l=layer) for layer in range(sizes["l"])) if stacked else (name,),
-        file_shape=tuple(math.prod(sizes[letter] for letter in group) for group in groups),
-        file_dims=tuple(sizes[letter] for letter in letters),
-        to_ours=tuple(letters.index(letter) for letter in dims),
-        stacked=stacked,
-    )
-
-
-def _groups(part: str) -> list[str]:
-    """Of a layout split at "(": the group that ends at ")", if one does, and each letter after it."""
-    group, closed, rest = part.rpartition(")")
-    return [group] * bool(closed) + rest.split()
-
-
-# Import.
-
-
-class StoredTensor(NamedTuple):
-    """Where a tensor lies."""
-
-    file: pathlib.Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
+# What is stored, against what is needed.
 
 
 def check_weights(
-    folder: pathlib.Path, family: ModuleType, abstract: nnx.State, *, stored_vocab_size: int | None = None
-) -> dict[str, StoredTensor]:
-    """Reads the headers of the folder's safetensors and compares them with the weights of a model.
-
-    An `lm_head` beside tied embeddings and the rotary frequencies that old exports carry are passed over, as
-    transformers does.
+    stored: Stored,
+    family: ModuleType,
+    abstract: nnx.State,
+    *,
+    vocab_size: int,
+    untied: bool = False,
+) -> None:
+    """Compares the tensors that are stored with the weights of a model.
 
     Args:
+        stored: what the model's folder holds.
+        family: the module of its family; tensors that match its IGNORED are passed over.
         abstract: the model's state; only shapes and axes are looked at.
-        stored_vocab_size: rows of the vocabulary in the files, where the model has more.
-
-    Returns:
-        Where each tensor lies, by name.
+        vocab_size: rows of the vocabulary in the files.
+        untied: the model's own output projection is read from the embedding where the files have none.
 
     Raises:
-        ConfigError: every unreadable file and every missing, extra or misshapen tensor, in one report.
+        ConfigError: every unreadable file and every missing, extra or misshapen tensor, and those of other dtypes, in
+            one report.
     """
-    problems: list[str] = []
-    stored = _read_headers(folder, problems)
-    # With a file unreadable, its tensors would all be reported missing, which they may not be.
-    complete = not problems
-    extra = dict(stored)
-    for weight, _ in _weights(abstract, family, stored_vocab_size=stored_vocab_size):
-        for name in weight.names:
-            tensor = extra.pop(name, None)
-            if tensor is None:
-                if complete:
-                    problems.append(f"{folder}: {name} is missing, expected with shape {list(weight.file_shape)}")
-            elif tensor.shape != weight.file_shape:
+    problems = list(stored.problems)
+    extra = dict(stored.tensors)
+    for weight, _ in join(abstract, family, vocab_size=vocab_size, stored=extra, untied=untied).values():
+        for name in map(weight.name, weight.indices()):
+            tensor = stored.tensors.get(name)
+            # With a file unreadable, its tensors would all be reported missing, which they may not be.
+            if tensor is None and not stored.problems:
+                problems.append(f"{stored.path}: {name} is missing, expected with shape {list(weight.file_shape)}")
+            if tensor is None or name not in extra:
+                continue
+            del extra[name]
+            if tensor.shape != weight.file_shape:
                 given, expected = list(tensor.shape), list(weight.file_shape)
                 problems.append(f"{tensor.file}: {name} has shape {given}, but config.json asks for {expected}")
-    tied = "lm_head" not in abstract
+            if tensor.dtype is None:
+                given = tensor.word if isinstance(tensor, SafeTensor) else "unknown"
+                problems.append(f"{tensor.file}: {name} has dtype {given}; read are {', '.join(DTYPES)}")
+    if "lm_head" not in abstract:
+        problems += _check_tied(stored, family, extra)
+    patterns = getattr(family, "IGNORED", ())
     for name, tensor in extra.items():
-        if not (name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")):
+        full = base_prefix(family) + name
+        if not any(fnmatch.fnmatch(each, pattern) for each in (name, full) for pattern in patterns):
             problems.append(f"{tensor.file}: {name} {list(tensor.shape)} is extra, no weight that config.json asks for")
     if problems:
-        raise ConfigError(_report("the model's weights do not fit its config.json:", problems))
-    return stored
+        raise ConfigError(_report("the model's weights do not fit its config.json:", list(dict.fromkeys(problems))))
 
 
-def load_params(
-    folder: pathlib.Path,
-    family: ModuleType,
-    *,
-    abstract: nnx.State,
-    shardings: nnx.State,
-    stored_vocab_size: int | None = None,
-    mean_rows: Sequence[int] = (),
-) -> nnx.State:
-    """Reads the weights of a model, each device's shard by itself, cast to the dtypes of `abstract`.
+def _check_tied(stored: Stored, family: ModuleType, extra: dict[str, StoredTensor]) -> list[str]:
+    """Takes an output projection out of `extra` that the model does not have, as its embedding is both."""
+    name = family.WEIGHTS["lm_head.weight"][0]
+    embedding = family.WEIGHTS["embed_tokens.weight"][0]
+    table = stored.tensors.get(embedding) or stored.tensors.get(embedding.removeprefix(base_prefix(family)))
+    if table is None or name not in extra:
+        return []
+    head = extra.pop(name)
+    if (head.shape, head.dtype) == (table.shape, table.dtype) and _are_equal(head, table):
+        return []
+    return [
+        f"{head.file}: {name} differs from the embedding, but config.json says that they are one (tie_word_embeddings);"
+        " set model.tie_embeddings: false to train them apart"
+    ]
 
-    Args:
-        folder: a folder with safetensors.
-        family: the module of the model's family.
-        abstract: the state to fill: Variables of jax.ShapeDtypeStruct, with axes.
-        shardings: the same tree of shardings (`mesh.shardings`).
-        stored_vocab_size: rows of the vocabulary in the files, where the model has more. Those that the files lack
-            begin as the mean of those that they have, in the embedding and in the unembedding, on any mesh the same.
-        mean_rows: rows of the files that begin as that mean too.
 
-    Returns:
-        A state like `abstract`, of jax.Arrays.
-
-    Raises:
-        ConfigError: as `check_weights`.
-    """
-    stored = check_weights(folder, family, abstract, stored_vocab_size=stored_vocab_size)
-    weights = {weight.path: weight for weight, _ in _weights(abstract, family, stored_vocab_size=stored_vocab_size)}
-
-    def load(path: Any, variable: nnx.Variable, sharding: nnx.Variable) -> nnx.Variable:
-        weight = weights[".".join(str(key.key) for key in path)]
-        tensors = [stored[name] for name in weight.names]
-        is_vocabulary = variable.get_metadata("axes").startswith("v ")
-        shards: dict[Any, np.ndarray] = {}
-
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            # Devices that hold copies of one shard share one read.
-            bounds = tuple(each.indices(size)[:2] for each, size in zip(index, variable.shape, strict=True))
-            if bounds not in shards and is_vocabulary:
-                shards[bounds] = _read_rows(weight, tensors[0], bounds, mean_rows, np.dtype(variable.dtype))
-            elif bounds not in shards:
-                shards[bounds] = _read_shard(weight, tensors, index, np.dtype(variable.dtype))
-            return shards[bounds]
-
-        return variable.replace(jax.make_array_from_callback(variable.shape, sharding.get_value(), shard))
-
-    return jax.tree_util.tree_map_with_path(
-        load, abstract, shardings, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    num_rows, columns = math.prod(one.shape[:-1]), slice(0, one.shape[-1])
+    step = max(1, BLOCK_BYTES // (4 * one.shape[-1]))
+    blocks = (slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step))
+    return one.dtype is None or all(
+        np.array_equal(as_bits(one.read(rows, columns)), as_bits(other.read(rows, columns))) for rows in blocks
     )
 
 
-def _read_shard(weight: Weight, tensors: list[StoredTensor], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """The slice `index` (in our dims, `l` included) of a weight, from the tensors of its layers."""
-    if not weight.stacked:
-        return np.array(read_slice(weight, tensors[0], index), dtype, order="C")
-    layers = [read_slice(weight, tensor, index[1:]) for tensor in tensors[index[0]]]
-    shard = np.empty((len(layers), *layers[0].shape), dtype)
-    for out, layer in zip(shard, layers, strict=True):
-        out[...] = layer
-    return shard
+def vocabulary_tables(stored: Stored, family: ModuleType, abstract: nnx.State) -> dict[str, StoredTensor]:
+    """The embedding and, if it is another tensor, the unembedding [V, D], by tensor name."""
+    weights = [weight for weight, _ in join(abstract, family, vocab_size=1, stored=stored.tensors).values()]
+    names = [weight.name(()) for weight in weights if weight.axes == ("v", "d")]
+    return {name: stored.tensors[name] for name in names if name in stored.tensors}
 
 
-def _read_rows(
-    weight: Weight,
-    tensor: StoredTensor,
-    bounds: Sequence[tuple[int, int]],
-    mean_rows: Sequence[int],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """A slice of a table [V, D]; rows of `mean_rows`, and those beyond the file's, are the mean of all its rows."""
-    (first, last), columns = bounds
-    stored = weight.file_shape[0]
-    shard = np.empty((last - first, columns[1] - columns[0]), dtype)
-    held = read_slice(weight, tensor, (slice(first, min(last, stored)), slice(*columns)))
-    shard[: len(held)] = held
-    new = [row - first for row in {*mean_rows, *range(max(first, stored), last)} if first <= row < last]
-    if new:
-        shard[new] = _row_mean(read_slice(weight, tensor, (slice(None), slice(*columns)))).astype(dtype)
-    return shard
-
-
-def _row_mean(table: np.ndarray, *, chunk: int = 128) -> np.ndarray:
-    """float64 mean of the rows of a table [V, D], a few rows in memory at a time.
-
-    Whole rows are added to each other and never along one, so that a column's mean is the same to the bit whichever
-    columns stand beside it; numpy's sum promises no order.
-    """
-    total = np.zeros(table.shape[1], np.float64)
-    for at in range(0, len(table), chunk):
-        rows = table[at : at + chunk].astype(np.float64)
-        while len(rows) > 1:
-            half = len(rows) // 2
-            rows[:half] += rows[half : 2 * half]
-            rows = np.delete(rows, slice(half, 2 * half), axis=0) if len(rows) % 2 else rows[:half]
-        total += rows[0]
-    return total / len(table)
-
-
-def vocabulary_tables(folder: pathlib.Path, family: ModuleType, abstract: nnx.State) -> dict[str, np.ndarray]:
-    """The embedding and, if it is another tensor, the unembedding, by tensor name: memory maps [V, D], not yet read.
-
-    Raises:
-        ConfigError: unreadable files.
-    """
-    problems: list[str] = []
-    stored = _read_headers(folder, problems)
-    if problems:
-        raise ConfigError(_report("the model's weights:", problems))
-    tables: dict[str, np.ndarray] = {}
-    for weight, variable in _weights(abstract, family):
-        (name, *_) = weight.names
-        if variable.get_metadata("axes") == "v d":
-            tensor = stored[name]
-            tables[name] = np.memmap(tensor.file, tensor.dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
-    return tables
-
-
-def read_slice(weight: Weight, tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
-    """A view of a slice (in our dims, without `l`) of one tensor; only the pages under it are ever read."""
-    view = np.memmap(tensor.file, tensor.dtype, mode="r", offset=tensor.offset, shape=weight.file_dims)
-    return view.transpose(weight.to_ours)[index]
-
-
-def _read_headers(folder: pathlib.Path, problems: list[str]) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors; what cannot be read is added to `problems`."""
-    if (folder / SINGLE_FILE).exists():
-        return _read_header(folder / SINGLE_FILE, problems)
-    if not (folder / INDEX_FILE).exists():
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = f" ({', '.join(pickles[:3])}: pickled weights are not read)" if pickles else ""
-        problems.append(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
-        return {}
-    places = load_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        problems.append(f"{folder / INDEX_FILE}: weight_map is not a mapping of tensor names to files")
-        return {}
-    tensors: dict[str, StoredTensor] = {}
-    for file_name in sorted(set(places.values())):
-        if pathlib.PurePath(file_name).name != file_name:
-            problems.append(f"{folder / INDEX_FILE}: names {file_name!r}, which is not a file of this folder")
-            continue
-        found = _read_header(folder / file_name, problems)
-        expected = {name for name, place in places.items() if place == file_name}
-        if found and (absent := sorted(expected - found.keys())):
-            problems.append(f"{folder / file_name}: lacks {', '.join(absent)}, which {INDEX_FILE} places there")
-        tensors.update(found)
-    return tensors
-
-
-def _read_header(path: pathlib.Path, problems: list[str]) -> dict[str, StoredTensor]:
-    """The tensors of one file: 8 bytes of header length, the header in JSON, then the bytes of the tensors."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start.startswith(b"version "):
-                raise ValueError("a Git LFS pointer, not the file itself (run `git lfs pull`)")
-            if size < 8 or length > size - 8:
-                raise ValueError("truncated, or not a safetensors file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {entry['dtype']}; read are {', '.join(DTYPES)}")
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if 8 + length + end > size:
-                raise ValueError(f"truncated: {size} bytes, but {name} ends at byte {8 + length + end}")
-            if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"corrupt header: {name} {list(shape)} has {end - begin} bytes")
-            tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin)
-        return tensors
-    except FileNotFoundError:
-        problems.append(f"{path}: no such file")
-    except (OSError, ValueError) as error:
-        problems.append(f"{path}: {error}")
-    except (KeyError, TypeError, AttributeError):
-        problems.append(f"{path}: corrupt header")
-    return {}
+def read_rows(table: StoredTensor, ids: Sequence[int]) -> np.ndarray:
+    """Some rows of a table."""
+    columns = slice(0, table.shape[-1])
+    return np.concatenate([table.read(slice(id, id + 1), columns) for id in ids])
 
 
 def _report(title: str, problems: list[str], shown: int = 30) -> str:
@@ -333,99 +125,249 @@ def _report(title: str, problems: list[str], shown: int = 30) -> str:
     return "\n  ".join([title, *problems[:shown], *more])
 
 
-# Export.
+# Reading.
 
 
-def write_weights(
-    folder: pathlib.Path,
-    params: nnx.State,
+def load_params(
+    stored: Stored,
     family: ModuleType,
-    dtype: np.dtype,
     *,
-    max_shard_bytes: int,
-    writes: bool,
-) -> None:
-    """Writes the safetensors files, and an index if there is more than one, as transformers' save_pretrained would."""
-    sources = {
-        name: (weight, variable, layer)
-        for weight, variable in _weights(params, family)
-        for layer, name in enumerate(weight.names)
-    }
-    sizes = {name: math.prod(sources[name][0].file_shape) * dtype.itemsize for name in sorted(sources)}
-    shards = _shards(sizes, max_shard_bytes)
-    places = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        places.update(dict.fromkeys(names, file_name))
-        with (folder / file_name).open("wb") if writes else contextlib.nullcontext() as file:
-            if file:
-                file.write(_header({name: sources[name][0].file_shape for name in names}, dtype))
-            for name in names:
-                value = _gather(*sources[name], dtype)
-                if file:
-                    file.write(value.reshape(-1).view(np.uint8).data)
-    if writes and len(shards) > 1:
-        parameters = sum(sizes.values()) // dtype.itemsize
-        metadata = {"total_parameters": parameters, "total_size": sum(sizes.values())}
-        dump_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": places})
+    abstract: nnx.State,
+    shardings: nnx.State,
+    vocab_size: int,
+    stored_vocab_size: int | None = None,
+    mean_rows: Sequence[int] = (),
+    untied: bool = False,
+) -> nnx.State:
+    """Reads the weights of a model, each device's shard by itself, cast to the dtypes of `abstract`.
 
+    Args:
+        stored: what the model's folder holds.
+        family: the module of the model's family.
+        abstract: the state to fill: Variables of jax.ShapeDtypeStruct, with axes.
+        shardings: the same tree of shardings (`mesh.shardings`).
+        vocab_size: rows of the vocabulary that are tokens; the rows behind them are zeros.
+        stored_vocab_size: rows of the vocabulary in the files, where the model has more. Those that the files lack
+            begin as the mean of those that they have, in the embedding and in the unembedding, on any mesh the same.
+        mean_rows: rows of the files that begin as that mean too.
+        untied: an output projection that the files lack begins as the embedding.
 
-def _shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in files, filled in order; a tensor larger than `max_shard_bytes` has a file to itself.
+    Returns:
+        A state like `abstract`, of jax.Arrays.
 
-    The order of the files is that of huggingface_hub's split_torch_state_dict_into_shards.
+    Raises:
+        ConfigError: as `check_weights`.
     """
-    shards: list[list[str]] = []
-    current: list[str] = []
-    for name, size in sizes.items():
-        if size > max_shard_bytes:
-            shards.append([name])
-            continue
-        if sum(sizes[each] for each in current) + size > max_shard_bytes:
-            shards.append(current)
-            current = []
-        current.append(name)
-    return shards + [current] * bool(current)
+    in_files = vocab_size if stored_vocab_size is None else stored_vocab_size
+    check_weights(stored, family, abstract, vocab_size=in_files, untied=untied)
+    weights = join(abstract, family, vocab_size=in_files, stored=stored.tensors, untied=untied)
+    new_rows = sorted({*mean_rows, *range(in_files, vocab_size)})
+    places = {path: place.get_value() for path, place in variables_of(shardings).items()}
+    arrays: dict[str, jax.Array] = {}
+
+    def finish(read: _Read) -> None:
+        for future in read.futures:
+            future.result()
+        shape = read.variable.shape
+        if "v" in read.weight.axes:
+            table = stored.tensors[read.weight.name(())]
+            _fill_vocabulary(table, read.shards, new_rows, stored=in_files, vocab_size=vocab_size)
+        array = jax.make_array_from_callback(
+            shape, places[read.weight.path], lambda index: read.shards[_as_bounds(index, shape)]
+        )
+        # Devices that copy host arrays are done with them, or these would pile up.
+        arrays[read.weight.path] = jax.block_until_ready(array)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        before: _Read | None = None
+        for path, (weight, variable) in weights.items():
+            # While the threads are busy with one weight, the memory of the next is prepared.
+            shards = {
+                bounds: _empty([last - first for first, last in bounds], np.dtype(variable.dtype))
+                for bounds in _bounds(places[path], variable.shape)
+            }
+            tasks = _tasks(weight, stored.tensors, shards)
+            futures = [threads.submit(_fill, weight, *task) for task in tasks]
+            if before is not None:
+                finish(before)
+            before = _Read(weight, variable, shards, futures)
+        if before is not None:
+            finish(before)
+
+    return jax.tree_util.tree_map_with_path(
+        lambda path, variable: variable.replace(arrays[path_text(path)]),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
-    """The first bytes of a safetensors file, exactly as the safetensors library writes them."""
-    word = next(word for word, each in DTYPES.items() if each == dtype)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": word, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+class _Read(NamedTuple):
+    """A weight that is being read."""
+
+    weight: Weight
+    variable: nnx.Variable
+    shards: dict[Box, np.ndarray]
+    """By their bounds; devices that hold copies of one share it."""
+    futures: list[concurrent.futures.Future]
 
 
-def _gather(weight: Weight, variable: nnx.Variable, layer: int, dtype: np.dtype) -> np.ndarray:
-    """One whole tensor in its file layout, on every process."""
-    value = variable.get_value()
-    if weight.stacked:
-        value = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-    value = value.astype(dtype)
-    whole = np.asarray(value if value.is_fully_addressable else multihost_utils.process_allgather(value, tiled=True))
-    return np.ascontiguousarray(whole.transpose(np.argsort(weight.to_ours)))
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory for a shard, in pages of its own: on CPU, JAX takes over such an array as it is, and would copy others.
+
+    The pages are there at once: to get them one by one while transposing takes twice as long.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1), flags), dtype, math.prod(shape)).reshape(shape)
 
 
-# JSON files.
+def _bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[Box]:
+    """Of every shard that a device of this process holds."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return {_as_bounds(index, shape) for index in indices}
 
 
-def load_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+def _as_bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
+    assert index is not None
+    return tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
 
 
-def dump_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+class Target(NamedTuple):
+    """A part of a tensor, and the array that it goes to."""
+
+    box: Box
+    """Factor by factor."""
+    out: np.ndarray
+    """With a dim for each factor, in the order of the file."""
+
+
+def _tasks(
+    weight: Weight, tensors: dict[str, StoredTensor], shards: dict[Box, np.ndarray]
+) -> Iterator[tuple[StoredTensor, Box, list[Target]]]:
+    """What to read in one go: a block of a tensor that lies together in the file, and where it goes."""
+    split, stored = weight.split, weight.shape[weight.split :]
+    for index in weight.indices():
+        tensor = tensors[weight.name(index)]
+        targets = []
+        for bounds, shard in shards.items():
+            outer, inner = bounds[:split], bounds[split:]
+            # The vocabulary of the files may end before that of the model.
+            inner = tuple((first, min(last, size)) for (first, last), size in zip(inner, stored, strict=True))
+            holds = all(first <= at < last for at, (first, last) in zip(index, outer, strict=True))
+            if holds and all(first < last for first, last in inner):
+                part = shard[tuple(at - first for at, (first, _) in zip(index, outer, strict=True))]
+                part = part[tuple(slice(0, last - first) for first, last in inner)]
+                targets.append(Target(weight.in_file(inner), weight.file_order(part)))
+        itemsize = 4 if tensor.dtype is None else tensor.dtype.itemsize
+        for region in _regions([target.box for target in targets]):
+            for block in _blocks(weight, region, itemsize):
+                yield tensor, block, targets
+
+
+def _regions(boxes: list[Box]) -> Iterator[Box]:
+    """Boxes that cover others, such as the shards of the devices of a process, joined where they touch.
+
+    ((0, 2), (0, 4)) and ((2, 4), (0, 4)) are ((0, 4), (0, 4)).
+    """
+    runs: list[list[tuple[int, int]]] = []
+    for ranges in zip(*boxes, strict=True):
+        joined: list[tuple[int, int]] = []
+        for first, last in sorted(set(ranges)):
+            if joined and first <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+            else:
+                joined.append((first, last))
+        runs.append(joined)
+    for region in itertools.product(*runs) if boxes else ():
+        if any(all(a < d and c < b for (a, b), (c, d) in zip(region, box, strict=True)) for box in boxes):
+            yield region
+
+
+def _blocks(weight: Weight, region: Box, itemsize: int) -> Iterator[Box]:
+    """Cuts a region into blocks whose rows follow each other in the file, of about BLOCK_BYTES."""
+    num_rows = len(weight.factors) - len(weight.dims[-1])
+    factors, columns = weight.factors[:num_rows], region[num_rows:]
+    if not factors:
+        yield region
+        return
+    first, last, _ = _span(weight.dims[-1], columns)
+    most = max(1, BLOCK_BYTES // ((last - first) * itemsize))
+    # Up to the last factor of which only a part is wanted, its indices are apart in the file.
+    cut = max([at for at in range(num_rows) if region[at] != (0, factors[at].size)], default=0)
+    while cut < num_rows - 1 and math.prod(factor.size for factor in factors[cut + 1 :]) > most:
+        cut += 1
+    step = max(1, most // math.prod(factor.size for factor in factors[cut + 1 :]))
+    begin, end = region[cut]
+    for outer in itertools.product(*(range(*bounds) for bounds in region[:cut])):
+        singles = tuple((at, at + 1) for at in outer)
+        for at in range(begin, end, step):
+            yield (*singles, (at, min(at + step, end)), *region[cut + 1 : num_rows], *columns)
+
+
+def _span(factors: Sequence[Factor], box: Box) -> tuple[int, int, int]:
+    """First and last + 1 of the indices of a flattened dim that hold a box of it, and the factor that they cut.
+
+    Of the factors (2, 3, 4) the box ((1, 2), (0, 2), (1, 4)) lies in 12 to 20, which cuts factor 1.
+    """
+    begin, inner = 0, math.prod(factor.size for factor in factors)
+    for at, (factor, (first, last)) in enumerate(zip(factors, box, strict=True)):
+        inner //= factor.size
+        if last - first > 1 or at == len(factors) - 1:
+            return begin + first * inner, begin + last * inner, at
+        begin += first * inner
+    raise AssertionError(factors)
+
+
+def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target]) -> None:
+    """Reads a block and puts it where it goes, cast."""
+    num_rows = len(weight.factors) - len(weight.dims[-1])
+    sizes = [last - first for first, last in block]
+    row = 0
+    for factor, (first, _) in zip(weight.factors[:num_rows], block, strict=False):
+        row = row * factor.size + first
+    begin, end, cut = _span(weight.dims[-1], block[num_rows:])
+    data = tensor.read(slice(row, row + math.prod(sizes[:num_rows])), slice(begin, end))
+    inner = [factor.size for factor in weight.dims[-1]][cut + 1 :]
+    data = data.reshape(*sizes[: num_rows + cut + 1], *inner)
+    if inner:
+        data = data[(..., *(slice(*bounds) for bounds in block[num_rows + cut + 1 :]))]
+    for box, out in targets:
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
+        if all(first < last for first, last in common):
+            source = data[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, block, strict=True))]
+            place = out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))]
+            copy(place, source, num_rows)
+
+
+# Rows of the vocabulary that the files do not have.
+
+
+def _fill_vocabulary(
+    table: StoredTensor, shards: dict[Box, np.ndarray], new_rows: Sequence[int], *, stored: int, vocab_size: int
+) -> None:
+    """New tokens begin as the mean of the `stored` rows of a table [V, D]; rows from `vocab_size` on are zeros."""
+    means: dict[tuple[int, int], np.ndarray] = {}
+    for ((first, last), columns), shard in shards.items():
+        if last > vocab_size:
+            shard[max(vocab_size - first, 0) :] = 0
+        if new := [row - first for row in new_rows if first <= row < last]:
+            if columns not in means:
+                means[columns] = _row_mean(table, slice(0, stored), slice(*columns))
+            shard[new] = means[columns].astype(shard.dtype)
+
+
+def _row_mean(table: StoredTensor, rows: slice, columns: slice, *, chunk: int = 128) -> np.ndarray:
+    """float64 mean of some rows of a table [V, D], a few rows in memory at a time.
+
+    Whole rows are added to each other and never along one, so that a column's mean is the same to the bit whichever
+    columns stand beside it; numpy's sum promises no order.
+    """
+    total = np.zeros(columns.stop - columns.start, np.float64)
+    for at in range(rows.start, rows.stop, chunk):
+        part = table.read(slice(at, min(at + chunk, rows.stop)), columns).astype(np.float64)
+        while len(part) > 1:
+            half = len(part) // 2
+            part[:half] += part[half : 2 * half]
+            part = np.delete(part, slice(half, 2 * half), axis=0) if len(part) % 2 else part[:half]
+        total += part[0]
+    return total / (rows.stop - rows.start)

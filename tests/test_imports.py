@@ -8,7 +8,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 LAYERS = [
     {"config", "batch", "mesh"},
     {"data", "model", "loss", "metrics"},
-    {"hf", "weights", "special_tokens", "optim", "step"},
+    {
+        *("hf", "stored", "layout", "copying", "weights", "export_weights", "special_tokens", "optim", "step"),
+        *("gguf_file", "gguf_config", "gguf_metadata", "gguf_import", "gguf_tokenizer", "mxfp4"),
+    },
     {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report"},
     {"train", "converse"},
     {"cli"},

@@ -2,16 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
 from jaxsft.loss import LossSums
-from jaxsft.metrics import MetricsFile, StepMetrics, Totals, summarise, train_flops
+from jaxsft.metrics import MetricsFile, StepMetrics, Totals, matmul_params, summarise, train_flops
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.experts import RouterSums
+from jaxsft.model.families import decoder_config
 from jaxsft.report import plot_run
 
 
-def step(loss_sum, weight_sum, correct=0.0, tokens=10.0, skipped=0.0):
-    return StepMetrics(LossSums(loss_sum, weight_sum, correct, weight_sum), tokens, 0.0, 1.0, 0.5, skipped)
+def step(loss_sum, weight_sum, correct=0.0, tokens=10.0, skipped=0.0, router=None):
+    return StepMetrics(LossSums(loss_sum, weight_sum, correct, weight_sum), tokens, 0.0, 1.0, 0.5, skipped, router)
 
 
 def test_the_loss_of_a_line_is_over_all_its_tokens_not_a_mean_of_means():
@@ -27,6 +32,47 @@ def test_the_loss_of_a_line_is_over_all_its_tokens_not_a_mean_of_means():
 def test_a_line_without_trained_tokens_is_zero_not_nan():
     line, _ = summarise([step(0.0, 0.0)], Totals(), batch_positions=10)
     assert line["loss"] == 0 and line["accuracy"] == 0
+
+
+def test_what_routers_did_is_in_the_lines_of_mixtures_only():
+    """Two layers of two experts, one choice per token, two steps of 10 tokens."""
+    sums = [
+        RouterSums(np.array([[5, 5], [8, 2]]), np.array([[5, 5], [9, 1]]), np.array([10, 30])),
+        RouterSums(np.array([[5, 5], [6, 4]]), np.array([[3, 7], [7, 3]]), np.array([20, 60])),
+    ]
+    line, _ = summarise([step(1.0, 1.0, router=each) for each in sums], Totals(), batch_positions=10)
+    balances = [2 * (0.5 + 0.9 * 0.8 + 0.1 * 0.2) / 2, 2 * (0.5 + 0.7 * 0.6 + 0.3 * 0.4) / 2]
+    assert line["router_balance"] == pytest.approx(sum(balances) / 2)
+    assert line["router_z"] == pytest.approx((2 + 4) / 2)
+    assert line["router_max_share"] == pytest.approx(2 * 16 / 20)  # the first expert of the second layer
+    assert not any("router" in key for key in summarise([step(1.0, 1.0)], Totals(), batch_positions=10)[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_that_multiply_a_token_are_those_of_its_own_experts(tied):
+    config = decoder_config(
+        {
+            "model_type": "mixtral",
+            "vocab_size": 100,
+            "hidden_size": 8,
+            "intermediate_size": 6,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": tied,
+        }
+    )
+
+    def make():
+        return Decoder(config, compute_dtype="float32", param_dtype="float32", remat="none", rngs=nnx.Rngs(0))
+
+    params = nnx.split(nnx.eval_shape(make))[1]
+    attention, experts = 2 * (4 + 2) * 6 * 8, 8 * 7 + 2 * 3 * 8 * 6
+    # The head multiplies, the table of embeddings is looked up; ids that fill up the vocabulary are nobody's.
+    assert matmul_params(params, config) == 3 * (attention + experts) + 100 * 8
 
 
 def test_flops_of_a_worked_example():

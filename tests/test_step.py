@@ -1,6 +1,9 @@
 """The step: the same loss and gradients however the batch is cut, and nothing changed by what is not finite."""
 
+import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,11 @@ from jaxsft.batch import Batch
 from jaxsft.config import MeshConfig, load_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
+from jaxsft.metrics import Totals, summarise
+from jaxsft.model.decoder import LayerKind
 from jaxsft.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.step import (
+    attention_pairs,
     forward_loss,
     init_state,
     make_eval_step,
@@ -54,7 +60,7 @@ def gradients_of(run, batches, mesh, *, num_microbatches=1):
     @jax.jit
     def compute(params, batch):
         microbatches = split_microbatches(batch, num_microbatches)
-        return summed_gradients(pretrained.model.graphdef, params, FROZEN, microbatches)
+        return summed_gradients(pretrained.model.graphdef, params, FROZEN, microbatches, optim=config.optim)
 
     total = None
     with jax.set_mesh(mesh):
@@ -62,12 +68,14 @@ def gradients_of(run, batches, mesh, *, num_microbatches=1):
             part = compute(params, put_batch(lambda r, b=batch: jax.tree.map(lambda x: x[r], b), batch[0].shape, mesh))
             part = jax.device_get(part)
             total = part if total is None else jax.tree.map(np.add, total, part)
-    gradients, sums = total
-    return float(sums.loss_sum / sums.weight_sum), jax.tree.map(lambda g: g / sums.weight_sum, gradients)
+    loss = float(total.loss.loss_sum / total.loss.weight_sum)
+    return loss, jax.tree.map(lambda g: g / total.loss.weight_sum, total.gradients), total.router
 
 
 def assert_equal(ours, expected, *, tolerance=1e-5):
     np.testing.assert_allclose(ours[0], expected[0], rtol=tolerance)
+    for sums, expected_sums in zip(jax.tree.leaves(ours[2]), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(sums, expected_sums, rtol=tolerance)
     for path, gradient in jax.tree_util.tree_flatten_with_path(ours[1])[0]:
         other = functools.reduce(lambda tree, key: tree[key.key] if hasattr(key, "key") else tree, path, expected[1])
         other = other.get_value() if isinstance(other, nnx.Variable) else other
@@ -131,11 +139,112 @@ def test_no_segment_sees_another(run, segment):
     assert of_one.any() and (batch.segment_ids > 1).any()
     others = batch._replace(loss_weights=np.where(of_one, 0, batch.loss_weights))
     changed = others._replace(tokens=np.where(of_one, (batch.tokens + 1) % 90, batch.tokens))
-    loss = jax.jit(functools.partial(forward_loss, pretrained.model.graphdef))
+    loss = jax.jit(lambda *inputs: forward_loss(pretrained.model.graphdef, *inputs)[0])
     before, after = loss(params, FROZEN, others), loss(params, FROZEN, changed)
     assert float(before.loss_sum) == float(after.loss_sum) > 0
     swapped = loss(params, FROZEN, batch._replace(tokens=changed.tokens))
     assert float(swapped.loss_sum) != float(loss(params, FROZEN, batch).loss_sum)  # so the change does change its own
+
+
+# Mixtures of experts: the routers' losses are of the whole batch too.
+
+
+@pytest.fixture(scope="module")
+def mixture(run, tiny_model, tmp_path_factory):
+    """A small mixtral on the same data, with losses of its routers large enough to matter."""
+    config, _, data = run
+    folder = tmp_path_factory.mktemp("mixture")
+    for file in tiny_model.iterdir():
+        shutil.copy(file, folder)
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    tiny = json.loads((tiny_model / "config.json").read_text())
+    mixtral = {"model_type": "mixtral", "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    mixtral |= {key: tiny[key] for key in keys} | {"initializer_range": 0.3, "architectures": ["MixtralForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(mixtral))
+    model = config.model.model_copy(update={"path": str(folder), "tokenizer": None})
+    optim = config.optim.model_copy(update={"router_balance": 0.5, "router_z": 0.1})
+    config = config.model_copy(update={"model": model, "optim": optim})
+    return config, open_model(model, open_tokenizer(model)), data
+
+
+@pytest.fixture(scope="module")
+def mixture_on_one_device(mixture):
+    return gradients_of(mixture, [make_loader(mixture).batch(0)], mesh_of(1))
+
+
+def test_the_losses_of_routers_are_added_as_they_are_written(mixture, mixture_on_one_device):
+    """loss + 0.5 * balance + 0.1 * z of the batch as a whole, differentiated at once."""
+    config, pretrained, _ = mixture
+    batch = make_loader(mixture).batch(0)
+    num_tokens = (batch.segment_ids > 0).sum()
+    assert num_tokens < batch.tokens.size and (batch.segment_ids > 1).any()
+
+    def objective(params, batch):
+        sums, router = forward_loss(pretrained.model.graphdef, params, FROZEN, batch)
+        layers = [
+            4 * jnp.sum(router.counts[layer] / num_tokens * router.probabilities[layer] / num_tokens)
+            for layer in range(2)
+        ]
+        z = (router.z[0] + router.z[1]) / (2 * num_tokens)
+        return sums.loss_sum / sums.weight_sum + 0.5 * (layers[0] + layers[1]) / 2 + 0.1 * z
+
+    params = load_params(pretrained, mesh_of(1), seed=config.seed)
+    loss, _, router = mixture_on_one_device
+    assert_equal(mixture_on_one_device, (loss, jax.device_get(jax.jit(jax.grad(objective))(params, batch)), router))
+    np.testing.assert_array_equal(router.counts.sum(axis=-1), 2 * num_tokens)
+    without = config.model_copy(update={"optim": config.optim.model_copy(update={"router_balance": 0, "router_z": 0})})
+    _, gradients, _ = gradients_of((without, *mixture[1:]), [batch], mesh_of(1))
+    routers = [tree["layers"]["mlp"]["router"]["weight"].get_value() for tree in (mixture_on_one_device[1], gradients)]
+    assert np.linalg.norm(routers[0] - routers[1]) > 0.1 * np.linalg.norm(routers[1])  # so they do matter here
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+@pytest.mark.parametrize("sizes", [{}, {"expert": 2}])
+def test_the_losses_of_routers_are_equal_for_every_accumulation(
+    mixture, mixture_on_one_device, num_microbatches, sizes
+):
+    mesh = mesh_of(sizes.get("expert", 1), **sizes)
+    batch = make_loader(mixture).batch(0)
+    assert_equal(gradients_of(mixture, [batch], mesh, num_microbatches=num_microbatches), mixture_on_one_device)
+
+
+MIXTURE_MESHES = [
+    {"expert": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "expert": 4},
+    {"context": 2, "expert": 2, "fsdp": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", MIXTURE_MESHES, ids=str)
+def test_the_losses_of_routers_are_equal_on_every_mesh(mixture, mixture_on_one_device, sizes):
+    batch = make_loader(mixture).batch(0)
+    assert_equal(gradients_of(mixture, [batch], mesh_of(**sizes)), mixture_on_one_device)
+
+
+def test_the_losses_of_routers_are_equal_packed_or_one_example_per_row_and_padded(mixture):
+    num_rows = make_loader(mixture).num_rows
+    packed = make_loader(mixture, batch_size=num_rows).batch(0)
+    single = make_loader(mixture, packing=False, batch_size=120).batch(0)
+    expected = gradients_of(mixture, [single], mesh_of(1))
+    assert_equal(gradients_of(mixture, [packed], mesh_of(1)), expected)
+    padded = Batch(*(np.pad(leaf, ((0, -num_rows % 4 + 4), (0, 64))) for leaf in packed))
+    assert_equal(gradients_of(mixture, [padded], mesh_of(1), num_microbatches=4), expected)
+
+
+def test_a_mixture_compiles_its_step_once_and_reports_its_routers(mixture):
+    mesh = mesh_of(expert=2, fsdp=2, tensor=2)
+    state, step = make_step(mixture, mesh, num_microbatches=2)
+    loader, steps = make_loader(mixture), []
+    with jax.set_mesh(mesh):
+        for index in range(2):
+            batch = put_batch(functools.partial(loader.batch, index), loader.shape, mesh)
+            state, metrics = step(state, FROZEN, batch)
+            steps.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    line, _ = summarise(steps, Totals(), batch_positions=loader.shape[0] * loader.shape[1])
+    assert 1.9 < line["router_balance"] < 4 and line["router_z"] > 0 and 1 < line["router_max_share"] < 2
+    expert = state.params["layers"]["mlp"]["experts"]["up_proj"]["weight"].get_value()
+    assert expert.shape == (2, 4, 32, 16) and expert.addressable_shards[0].data.shape == (2, 2, 16, 8)
 
 
 def make_step(run, mesh, *, num_microbatches=1, **optim):
@@ -228,6 +337,16 @@ def test_clipping_bounds_the_norm_and_reports_it_as_it_was(run):
         moments[clip_norm] = float(metrics.grad_norm), float(jnp.sqrt(sum(squares)) / 0.1)  # mu = (1 - beta1) g
     np.testing.assert_allclose(moments[None][0], moments[None][1], rtol=1e-5)
     np.testing.assert_allclose(moments[1e-3], (moments[None][0], 1e-3), rtol=1e-5)
+
+
+def test_a_window_bounds_the_pairs_that_are_counted(run):
+    """Segments of 4 and 2 tokens and padding; two layers, the second sees 3 keys at most."""
+    config = run[1].decoder_config
+    rows = Batch(*[np.array([[0, 1, 2, 3, 0, 1, 0, 1]])] * 5)
+    batch = rows._replace(segment_ids=np.array([[1, 1, 1, 1, 2, 2, 0, 0]]))
+    assert attention_pairs(batch, config) == 2 * ((1 + 2 + 3 + 4) + (1 + 2))
+    windowed = dataclasses.replace(config, layers=(LayerKind(), LayerKind(window=3)))
+    assert attention_pairs(batch, windowed) == (10 + 3) + ((1 + 2 + 3 + 3) + 3)
 
 
 def test_microbatches_take_their_rows_in_turn():

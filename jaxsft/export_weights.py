@@ -1,0 +1,262 @@
+"""Weights from a mesh into safetensors: the tensors, dtypes and files that they came from, or those of transformers.
+
+In: the state of a `Decoder`, and the `Stored` that it was read from, if it was. Out: files that are equal to the byte
+where nothing was trained. Each tensor is put together from the weights that lie in it, gathered and written before the
+next, so that no more than one is ever in host memory.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from jaxsft.copying import copy
+from jaxsft.layout import Weight, join
+from jaxsft.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
+
+COPY_BYTES = 1 << 24
+
+
+class Part(NamedTuple):
+    """One weight of ours, or one index of its split dims, as a part of a tensor."""
+
+    weight: Weight
+    variable: nnx.Variable
+    index: tuple[int, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    word: str
+    """Its dtype, as safetensors calls it."""
+    shape: tuple[int, ...]
+    source: tuple[Part, ...] | SafeTensor
+    """What it is put together from; a tensor that is no weight of the model is copied."""
+
+    @property
+    def num_bytes(self) -> int:
+        if isinstance(self.source, SafeTensor):
+            return self.source.num_bytes
+        return math.prod(self.shape) * DTYPES[self.word].itemsize
+
+
+class File(NamedTuple):
+    """A file to be written."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    """By name, in the order of the file."""
+    header: bytes
+
+
+def write_weights(
+    folder: pathlib.Path,
+    params: nnx.State,
+    family: ModuleType,
+    *,
+    vocab_size: int,
+    dtype: np.dtype | None,
+    stored: Stored | None = None,
+    max_shard_bytes: int,
+    writes: bool,
+) -> None:
+    """Writes the safetensors files, and an index if there is more than one.
+
+    Every process must call this; those that do not write help to gather.
+
+    Args:
+        folder: where to.
+        params: the state of the model, Variables with axes.
+        family: the module of its family.
+        vocab_size: rows of the vocabulary that are written.
+        dtype: of all tensors; left out: as `stored`.
+        stored: what the model was read from: names, dtypes, and what lies in which file are the same again. Left out,
+            or not of safetensors: files such as transformers' save_pretrained writes.
+        max_shard_bytes: largest file, where `stored` does not say what lies where.
+        writes: whether this process is the one that writes.
+    """
+    tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
+    if stored is not None and stored.files:
+        _add_passed_over(tensors, family, stored)
+        files = _files_as_stored(tensors, stored)
+    else:
+        files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
+    for file in files:
+        with (folder / file.name).open("wb") if writes else contextlib.nullcontext() as out:
+            if out:
+                out.write(file.header)
+            for tensor in file.tensors.values():
+                for block in _blocks(tensor):
+                    if out:
+                        out.write(block)
+    if writes and (index := _index(files, tensors, stored)):
+        (folder / INDEX_FILE).write_bytes(index)
+
+
+def _tensors(
+    params: nnx.State, family: ModuleType, *, vocab_size: int, dtype: np.dtype | None, stored: Stored | None
+) -> dict[str, Tensor]:
+    """Every tensor of the model by name."""
+    known = stored.tensors if stored else {}
+    parts: dict[str, list[Part]] = {}
+    for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
+        for index in weight.indices():
+            parts.setdefault(weight.name(index), []).append(Part(weight, variable, index))
+    # A tensor that the files did not have is one of an output projection that was tied.
+    tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
+    tensors = {}
+    for name, each in parts.items():
+        into = dtype or known.get(name, *tables[:1]).dtype
+        assert into is not None, name
+        word = next(word for word, each in DTYPES.items() if each == into)
+        tensors[name] = Tensor(word, each[0].weight.file_shape, tuple(each))
+    return tensors
+
+
+def _add_passed_over(tensors: dict[str, Tensor], family: ModuleType, stored: Stored) -> None:
+    """Adds what is stored but is no weight of ours: an output projection tied to the embedding, buffers of torch."""
+    head = family.WEIGHTS["lm_head.weight"][0]
+    embedding = next(
+        tensor
+        for tensor in tensors.values()
+        if isinstance(tensor.source, tuple) and tensor.source[0].weight.path == "embed_tokens.weight"
+    )
+    for name, tensor in stored.tensors.items():
+        if name not in tensors and isinstance(tensor, SafeTensor):
+            tensors[name] = embedding if name == head else Tensor(tensor.word, tensor.shape, tensor)
+
+
+# What lies in which file.
+
+
+def _files_as_stored(tensors: dict[str, Tensor], stored: Stored) -> list[File]:
+    """The files that the model came in; a tensor that it did not have goes into the last."""
+    held = {name for file in stored.files for name in file.names}
+    new = tuple(name for name in tensors if name not in held)
+    files = []
+    for at, was in enumerate(stored.files):
+        names = was.names + (new if at == len(stored.files) - 1 else ())
+        inside = {name: tensors[name] for name in names}
+        is_same = names == was.names and all(_is_like(inside[name], stored, name) for name in names)
+        files.append(File(was.name, inside, was.header if is_same else _header(inside, was.metadata)))
+    return files
+
+
+def _is_like(tensor: Tensor, stored: Stored, name: str) -> bool:
+    was = stored.tensors[name]
+    return isinstance(was, SafeTensor) and (was.word, was.shape) == (tensor.word, tensor.shape)
+
+
+def _files_of_transformers(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[File]:
+    """Names in files, filled in order; a tensor larger than `max_shard_bytes` has a file to itself.
+
+    The order of the files is that of huggingface_hub's split_torch_state_dict_into_shards.
+    """
+    shards: list[list[str]] = []
+    current: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.num_bytes > max_shard_bytes:
+            shards.append([name])
+            continue
+        if sum(tensors[each].num_bytes for each in current) + tensor.num_bytes > max_shard_bytes:
+            shards.append(current)
+            current = []
+        current.append(name)
+    shards += [current] * bool(current)
+    files = []
+    for number, names in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        inside = {each: tensors[each] for each in names}
+        files.append(File(name, inside, _header(inside, {"format": "pt"})))
+    return files
+
+
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    """The first bytes of a safetensors file, exactly as the safetensors library writes them."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.num_bytes
+        entries[name] = {"dtype": tensor.word, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _index(files: Sequence[File], tensors: dict[str, Tensor], stored: Stored | None) -> bytes | None:
+    """The index file; nothing where there is one file and there was no index before."""
+    was = stored.index if stored else None
+    if was is None and len(files) == 1:
+        return None
+    places = {name: file.name for file in files for name in file.tensors}
+    total_size = sum(tensor.num_bytes for tensor in tensors.values())
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if stored is None or was is None:
+        metadata = {"total_parameters": num_parameters, "total_size": total_size}
+        return dump_json({"metadata": metadata, "weight_map": dict(sorted(places.items()))})
+    if all(name in stored.tensors and _is_like(tensors[name], stored, name) for name in places):
+        return was
+    index = json.loads(was)
+    metadata = {**(index.get("metadata") or {}), "total_size": total_size}
+    if "total_parameters" in metadata:
+        before = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
+        metadata["total_parameters"] += num_parameters - before
+    weight_map = {name: places[name] for name in [*index["weight_map"], *places] if name in places}
+    return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
+
+
+def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
+    """A JSON file as transformers lays it out; keys in their order."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+# The bytes of a tensor.
+
+
+def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, on every process."""
+    if isinstance(tensor.source, SafeTensor):
+        for at in range(0, tensor.num_bytes, COPY_BYTES):
+            yield tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data
+        return
+    factors = tensor.source[0].weight.factors
+    num_rows = len(factors) - len(tensor.source[0].weight.dims[-1])
+    whole = np.empty([factor.size for factor in factors], DTYPES[tensor.word])
+    for part in tensor.source:
+        factors = part.weight.factors
+        assert [factor.size for factor in factors] == list(whole.shape), part.weight.path
+        place = whole[tuple(slice(factor.start, factor.start + factor.length) for factor in factors)]
+        # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
+        copy(place, _gather(part), num_rows)
+    yield whole.reshape(-1).view(np.uint8).data
+
+
+def _gather(part: Part) -> np.ndarray:
+    """A part of a tensor whole, on every process, with a dim for each factor in the order of the file."""
+    weight, value = part.weight, part.variable.get_value()
+    dtype = np.dtype(value.dtype)
+    bits = _pick(value, part.index)
+    whole = np.asarray(bits if bits.is_fully_addressable else multihost_utils.process_allgather(bits, tiled=True))
+    # The vocabulary of the model may be filled up.
+    whole = whole.view(dtype)[tuple(slice(0, size) for size in weight.shape[weight.split :])]
+    return weight.file_order(whole)
+
+
+@jax.jit
+def _pick(value: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    """The bits of one index of the leading dims; numbers that are added to zeros on the way could change."""
+    bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+    for at in index:
+        bits = jax.lax.dynamic_index_in_dim(bits, at, keepdims=False)
+    return bits

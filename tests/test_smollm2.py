@@ -1,0 +1,62 @@
+"""SmolLM2-135M, real pretrained weights: its answers are those of transformers, token by token."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxsft.config import MeshConfig, ModelConfig
+from jaxsft.generate import Generator
+from jaxsft.mesh import make_mesh
+from jaxsft.pretrained import load_params, open_model, open_tokenizer
+
+NUM_PROMPTS, NEW_TOKENS = 20, 48
+
+
+@pytest.fixture(scope="module")
+def smollm2(material, tmp_path_factory):
+    """The model as a folder: its weights come from a package, so from the package index of this machine."""
+    for package in ("torch", "transformers", "gguf"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    command = [sys.executable, str(material / "get_smollm2.py"), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def test_twenty_greedy_answers_are_those_of_transformers_token_by_token(smollm2, material):
+    import torch
+    import transformers
+
+    config = ModelConfig(path=str(smollm2))
+    tokenizer = open_tokenizer(config)
+    rows = (material / "data" / "gsm8k_test.jsonl").read_text().splitlines()[: NUM_PROMPTS // 2]
+    questions = [json.loads(row)["question"] for row in rows]
+    questions += [each["instruction"] for each in json.loads((material / "data" / "alpaca_en.json").read_text())][
+        : NUM_PROMPTS - len(questions)
+    ]
+    prompts = [
+        tokenizer.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        for question in questions
+    ]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    pretrained = open_model(config, tokenizer)
+    generator = Generator(pretrained.model, mesh, stop_ids=[])
+    ours = generator.answers(load_params(pretrained, mesh, seed=0), prompts, max_new_tokens=NEW_TOKENS)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    for prompt, answer in zip(prompts, ours, strict=True):
+        ids = torch.tensor(prompt)[None]
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+        assert answer == out[0, len(prompt) :].tolist(), tokenizer.tokenizer.decode(prompt)
+    print(tokenizer.tokenizer.decode(ours[0]))
+    assert len({tuple(answer) for answer in ours}) == NUM_PROMPTS
