@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """Hugging Face folder of the model (config.json, safetensors, tokenizer), or a hub id."""
+    """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights in `path`, or from random ones drawn for its config.json."""
     tokenizer: str | None = None

@@ -12,7 +12,7 @@ import pathlib
 import struct
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.copying import copy
-from jaxsft.layout import Weight, join
+from jaxsft.layout import Box, Weight, join
 from jaxsft.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
 
 COPY_BYTES = 1 << 24
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
     weight: Weight
     variable: nnx.Variable
-    index: tuple[int, ...]
+    at: tuple[int, ...]
 
 
 class Tensor(NamedTuple):
@@ -96,9 +96,7 @@ def write_weights(
             if out:
                 out.write(file.header)
             for tensor in file.tensors.values():
-                for block in _blocks(tensor):
-                    if out:
-                        out.write(block)
+                _write(out, tensor)
     if writes and (index := _index(files, tensors, stored)):
         (folder / INDEX_FILE).write_bytes(index)
 
@@ -129,7 +127,7 @@ def _add_passed_over(tensors: dict[str, Tensor], family: ModuleType, stored: Sto
     embedding = next(
         tensor
         for tensor in tensors.values()
-        if isinstance(tensor.source, tuple) and tensor.source[0].weight.path == "embed_tokens.weight"
+        if not isinstance(tensor.source, SafeTensor) and tensor.source[0].weight.path == "embed_tokens.weight"
     )
     for name, tensor in stored.tensors.items():
         if name not in tensors and isinstance(tensor, SafeTensor):
@@ -196,7 +194,7 @@ def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> byte
 
 def _index(files: Sequence[File], tensors: dict[str, Tensor], stored: Stored | None) -> bytes | None:
     """The index file; nothing where there is one file and there was no index before."""
-    was = stored.index if stored else None
+    was = stored.index_file if stored else None
     if was is None and len(files) == 1:
         return None
     places = {name: file.name for file in files for name in file.tensors}
@@ -224,33 +222,45 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
-def _blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, on every process."""
+def _write(out: BinaryIO | None, tensor: Tensor) -> None:
+    """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
         for at in range(0, tensor.num_bytes, COPY_BYTES):
-            yield tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data
+            if out:
+                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
         return
     factors = tensor.source[0].weight.factors
     num_rows = len(factors) - len(tensor.source[0].weight.dims[-1])
-    whole = np.empty([factor.size for factor in factors], DTYPES[tensor.word])
+    whole = np.empty([factor.size for factor in factors] if out else [], DTYPES[tensor.word])
     for part in tensor.source:
-        factors = part.weight.factors
-        assert [factor.size for factor in factors] == list(whole.shape), part.weight.path
-        place = whole[tuple(slice(factor.start, factor.start + factor.length) for factor in factors)]
-        # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
-        copy(place, _gather(part), num_rows)
-    yield whole.reshape(-1).view(np.uint8).data
+        assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
+        for box, values in _gather(part):
+            if out:
+                place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
+                # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
+                copy(place, part.weight.file_order(values), num_rows)
+    if out:
+        out.write(whole.reshape(-1).view(np.uint8).data)
 
 
-def _gather(part: Part) -> np.ndarray:
-    """A part of a tensor whole, on every process, with a dim for each factor in the order of the file."""
-    weight, value = part.weight, part.variable.get_value()
-    dtype = np.dtype(value.dtype)
-    bits = _pick(value, part.index)
-    whole = np.asarray(bits if bits.is_fully_addressable else multihost_utils.process_allgather(bits, tiled=True))
-    # The vocabulary of the model may be filled up.
-    whole = whole.view(dtype)[tuple(slice(0, size) for size in weight.shape[weight.split :])]
-    return weight.file_order(whole)
+def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
+    """A part of a tensor, as boxes of our dims that together are all of it, on every process."""
+    shape, value = part.weight.shape[part.weight.split :], part.variable.get_value()
+    bits = _pick(value, part.at)
+    if bits.is_fully_addressable:
+        pieces = {
+            tuple(each.indices(size)[:2] for each, size in zip(shard.index, bits.shape, strict=True)): shard.data
+            for shard in bits.addressable_shards
+        }
+    else:
+        whole = multihost_utils.process_allgather(bits, tiled=True)
+        pieces = {tuple((0, size) for size in bits.shape): whole}
+    for bounds, piece in pieces.items():
+        # The vocabulary of the state may be filled up.
+        box = tuple((first, min(last, size)) for (first, last), size in zip(bounds, shape, strict=True))
+        if all(first < last for first, last in box):
+            inside = tuple(slice(0, last - first) for first, last in box)
+            yield box, np.asarray(piece).view(value.dtype)[inside]
 
 
 @jax.jit

@@ -42,6 +42,8 @@ def read_config(file: GGUFFile) -> Meaning:
     architecture = ARCHITECTURES[name]
     keys = Keys(file)
     sizes = read_sizes(keys)
+    if architecture.pairs_adjacent and "partial_rotary_factor" in sizes["rope_parameters"]:
+        keys.problems.append(f"{keys.prefix}rope.dimension_count: rope that turns only a part of each head is not read")
     own = architecture.config(keys, sizes)
     head_dim = sizes.pop("head_dim")
     if own["model_type"] in HEAD_DIM or head_dim * sizes["num_attention_heads"] != sizes["hidden_size"]:

@@ -55,7 +55,7 @@ FUSED = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """A tensor of Hugging Face's as it lies in a tensor of GGUF's; a `weights.StoredTensor`."""
+    """A tensor of Hugging Face's as it lies in a tensor of GGUF's; a `StoredTensor`."""
 
     source: GGUFTensor
     shape: tuple[int, ...]
@@ -94,7 +94,7 @@ class HFTensor:
 
 @dataclasses.dataclass(frozen=True)
 class StackedExperts:
-    """gpt-oss' experts in one tensor [E, inputs, outputs], or their biases [E, outputs]; a `weights.StoredTensor`.
+    """gpt-oss' experts in one tensor [E, inputs, outputs], or their biases [E, outputs]; a `StoredTensor`.
 
     GGUF's are [E, outputs, inputs], and gate and up, whose columns alternate in Hugging Face's, lie in two.
     """

@@ -35,10 +35,10 @@ class Keys:
         # What was 1e-05 in a config.json is 9.999999747378752e-06 as a float32.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    def number(self, key: str, kind: type = int) -> Any:
-        """A number that must be there."""
-        value = self.get(key)
-        if type(value) not in (int, kind):
+    def number(self, key: str, kind: type = int, *, default: Any = None) -> Any:
+        """A number; it must be there if there is no default."""
+        value = self.get(key, default)
+        if type(value) not in (int, kind) or kind is int and value < 0:
             given = "missing" if value is None else f"{str(value)[:60]!r}, but one number is expected"
             self.problems.append(f"{self.prefix}{key}: {given}")
             return kind(1)
@@ -77,11 +77,8 @@ def read_sizes(keys: Keys) -> Config:
         "tie_word_embeddings": "output.weight" not in keys.tensors,
     }
     heads = max(1, config["num_attention_heads"])
-    config["num_key_value_heads"] = keys.get("attention.head_count_kv", heads)
-    if not isinstance(config["num_key_value_heads"], int):
-        keys.number("attention.head_count_kv")
-        config["num_key_value_heads"] = heads
-    config["head_dim"] = keys.get("attention.key_length", config["hidden_size"] // heads)
+    config["num_key_value_heads"] = keys.number("attention.head_count_kv", default=heads)
+    config["head_dim"] = max(1, keys.number("attention.key_length", default=config["hidden_size"] // heads))
     keys.expect("attention.value_length", config["head_dim"])
     keys.expect("vocab_size", config["vocab_size"])
     keys.expect("attention.causal", True)
@@ -91,8 +88,8 @@ def read_sizes(keys: Keys) -> Config:
 
 def _rope(keys: Keys, config: Config) -> Config:
     head_dim = config["head_dim"]
-    rope: Config = {"rope_theta": keys.get("rope.freq_base", 10000.0), "rope_type": "default"}
-    turned = keys.get("rope.dimension_count", head_dim)
+    rope: Config = {"rope_theta": keys.number("rope.freq_base", float, default=10000.0), "rope_type": "default"}
+    turned = keys.number("rope.dimension_count", default=head_dim)
     if turned != head_dim:
         rope["partial_rotary_factor"] = turned / head_dim
     kind = keys.get("rope.scaling.type", "none")
@@ -146,7 +143,7 @@ def _long_rope(keys: Keys, config: Config, theta: float) -> Config:
 def _llama3_rope(keys: Keys, config: Config, theta: float) -> Config:
     """The scaling of Llama 3.1 and later, of which a file has only what becomes of each frequency."""
     stored = np.array(keys.floats("rope_freqs.weight"))
-    dim = keys.get("rope.dimension_count", config["head_dim"])
+    dim = keys.number("rope.dimension_count", default=config["head_dim"])
     wavelengths = 2 * math.pi * theta ** (np.arange(0, dim, 2) / dim)
     low, high, factor = 1.0, 4.0, float(stored.max())
     for original in (8192, 4096, 2048, 16384, 32768, 65536, 131072):

@@ -138,7 +138,7 @@ class Stored(NamedTuple):
     """Why files could not be read; their tensors are missing in `tensors`."""
     files: tuple[StoredFile, ...] = ()
     """Where the tensors lie in safetensors; an export is split into files of these names again."""
-    index: bytes | None = None
+    index_file: bytes | None = None
     """The index file, where there is one."""
 
 

@@ -66,8 +66,9 @@ def check_weights(
                 continue
             del extra[name]
             if tensor.shape != weight.file_shape:
-                given, expected = list(tensor.shape), list(weight.file_shape)
-                problems.append(f"{tensor.file}: {name} has shape {given}, but config.json asks for {expected}")
+                expected = list(weight.file_shape)
+                shape = list(tensor.shape)
+                problems.append(f"{tensor.file}: {name} has shape {shape}, but config.json asks for {expected}")
             if tensor.dtype is None:
                 given = tensor.word if isinstance(tensor, SafeTensor) else "unknown"
                 problems.append(f"{tensor.file}: {name} has dtype {given}; read are {', '.join(DTYPES)}")
@@ -330,7 +331,8 @@ def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target
     inner = [factor.size for factor in weight.dims[-1]][cut + 1 :]
     data = data.reshape(*sizes[: num_rows + cut + 1], *inner)
     if inner:
-        data = data[(..., *(slice(*bounds) for bounds in block[num_rows + cut + 1 :]))]
+        outer = (slice(None),) * (num_rows + cut + 1)
+        data = data[outer + tuple(slice(*bounds) for bounds in block[num_rows + cut + 1 :])]
     for box, out in targets:
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(block, box, strict=True)]
         if all(first < last for first, last in common):

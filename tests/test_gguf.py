@@ -3,6 +3,7 @@
 The files are written here by the rules of llama.cpp's converters, with gguf's writer and its map of names.
 """
 
+import copy
 import json
 import pathlib
 import struct
@@ -398,11 +399,9 @@ def test_tensors_are_those_that_transformers_reads_from_the_same_file(kind, tmp_
 # Formats of numbers.
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in gguf.GGMLQuantizationType])
+@pytest.mark.parametrize("kind", [kind.name for kind in tensor_types().values()])
 def test_any_part_of_a_tensor_equals_that_part_of_the_whole_dequantised(kind, tmp_path):
     kind = gguf.GGMLQuantizationType[kind]
-    if int(kind) not in tensor_types():
-        pytest.skip("gguf itself does not dequantise it")
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(0).integers(0, 256, size=(37, 3 * block_bytes), dtype=np.uint8)
     if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16):
@@ -529,12 +528,30 @@ def test_a_format_that_gguf_does_not_dequantise_is_refused_with_the_tensors(tmp_
 
 
 def test_scaled_rope_that_no_config_can_say_is_refused(tmp_path, llama):
-    config, tensors = llama
+    config, tensors = copy.deepcopy(llama[0]), llama[1]
     strange = {"rope.freqs.weight": np.linspace(1, 3, 16, dtype=np.float32)}
     write_gguf(tmp_path / "model.gguf", config, tensors | strange)
     assert "rope_freqs.weight" in refusal(tmp_path / "model.gguf")
     write_gguf(tmp_path / "yarn.gguf", config, tensors, metadata={"llama.rope.scaling.type": "longrope"})
     assert "longrope" in refusal(tmp_path / "yarn.gguf")
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "attention_factor": 1.5} | {
+        key: YARN_ROPE[key] for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")
+    }
+    write_gguf(tmp_path / "factor.gguf", config, tensors)
+    assert "yarn_attn_factor" in refusal(tmp_path / "factor.gguf")
+
+
+def test_rope_that_turns_a_part_of_interleaved_heads_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_rope_dimension_count(8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "llama.rope.dimension_count" in refusal(tmp_path / "model.gguf")
 
 
 def test_without_the_gguf_package_the_error_says_what_to_install(tmp_path, llama):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxsft import train as train_module
 from jaxsft.batch import Batch
-from jaxsft.config import MeshConfig, load_config
+from jaxsft.config import ConfigError, MeshConfig, load_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
 from jaxsft.metrics import Totals, summarise
@@ -206,6 +206,21 @@ def test_the_losses_of_routers_are_equal_for_every_accumulation(
     mesh = mesh_of(sizes.get("expert", 1), **sizes)
     batch = make_loader(mixture).batch(0)
     assert_equal(gradients_of(mixture, [batch], mesh, num_microbatches=num_microbatches), mixture_on_one_device)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_a_mixture_may_be_computed_again_in_the_backward_pass(mixture, mixture_on_one_device, remat):
+    config, _, data = mixture
+    model = config.model.model_copy(update={"remat": remat})
+    again = config.model_copy(update={"model": model}), open_model(model, open_tokenizer(model)), data
+    mesh = mesh_of(4, expert=2, fsdp=2)
+    assert_equal(gradients_of(again, [make_loader(again).batch(0)], mesh), mixture_on_one_device)
+
+
+def test_losses_of_routers_are_refused_where_there_are_no_routers(run):
+    config = run[0].model_copy(update={"optim": run[0].optim.model_copy(update={"router_z": 0.1})})
+    with pytest.raises(ConfigError, match="optim.router_z: no effect on .* no mixture of experts"):
+        train_module.train(config)
 
 
 MIXTURE_MESHES = [

@@ -694,21 +694,21 @@ def write_llama(folder, *, hidden_size, num_layers, num_files=2):
 def test_a_process_needs_little_more_memory_than_its_arrays_to_load_them_and_than_a_tensor_to_write_them(
     mesh, tmp_path
 ):
-    folder = write_llama(tmp_path, hidden_size=640, num_layers=4)
+    folder = write_llama(tmp_path, hidden_size=896, num_layers=4)
     files = contents(folder)
     result = result_of(run_child(folder, mesh, tmp_path / "out", devices=8))
     stored = open_folder(folder)
     sizes = [tensor.num_bytes for tensor in stored.tensors.values()]
-    assert sum(sizes) > 100 * 10**6 and result["read"] == sum(sizes)
+    assert sum(sizes) > 200 * 10**6 and result["read"] == sum(sizes)
     assert result["load"] < 1.3 * result["held"] + 30 * 10**6
-    # A tensor as it is gathered and as it is written, and what compiling the gathering takes.
-    assert result["export"] < 2 * max(sizes) + 60 * 10**6
+    # A tensor gathered, once for each copy, and as it is written; and what compiling the gathering takes.
+    assert result["export"] < 3 * max(sizes) + 110 * 10**6 < sum(sizes)
     assert contents(tmp_path / "out") == files
 
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    [{"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}],
     ids=lambda mesh: " ".join(f"{k}={v}" for k, v in mesh.items()),
 )
 def test_each_of_two_processes_reads_what_its_devices_hold_and_together_they_write_every_byte(mesh, tmp_path):

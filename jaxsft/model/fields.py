@@ -120,11 +120,15 @@ class Fields:
         self._declared = {field.name for field in dataclasses.fields(config_class)}
         self._unread = set(self._values)
         self._problems: list[str] = []
-        self.notes: tuple[str, ...] = tuple(
+        notes = [
             f"config.json asks for dropout in training ({key} {value}); this trainer has none"
             for key, value in sorted(self._values.items())
             if key in DROPOUTS and value
-        )
+        ]
+        if raw.get("output_router_logits"):
+            asked = raw.get("router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+            notes.append(f"config.json asks for a router loss in training: set optim.router_balance to {asked}")
+        self.notes = tuple(notes)
         self._unread -= DROPOUTS
 
     def __call__(self, key: str, default: Any = None) -> Any:
