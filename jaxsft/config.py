@@ -227,7 +227,8 @@ class OptimConfig(Section):
     """Mixtures of experts: weight of the load-balancing loss beside the loss, num_experts * sum over experts of (share
     of the batch's tokens that chose it) * (its mean probability), a mean over layers; config.json's
     router_aux_loss_coef is such a weight (transformers takes shares and means over all layers together, and adds it
-    only with output_router_logits). With several microbatches, a first forward pass counts all choices."""
+    only with output_router_logits). With several microbatches a first forward pass counts all choices, a third more
+    time."""
     router_z: Annotated[float, Field(ge=0)] = 0.0
     """Mixtures of experts: weight of the mean over tokens and layers of logsumexp(router logits)^2."""
 

@@ -1,7 +1,6 @@
 """Hugging Face folders: reading by slice, errors that name files and tensors, and what an export holds."""
 
 import json
-import struct
 
 import jax
 import ml_dtypes
@@ -16,7 +15,7 @@ from jaxsft.data.named_templates import template_text
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
-from jaxsft.stored import INDEX_FILE, open_folder
+from jaxsft.stored import open_folder
 
 CONFIG = dict(
     model_type="llama",

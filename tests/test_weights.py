@@ -572,7 +572,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path):
 # Memory and processes.
 
 CHILD = """
-    import json, os, pathlib, resource, sys
+    import json, os, pathlib, sys
     import jax
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
     from jaxsft.mesh import make_mesh, shardings, start_processes
@@ -604,7 +604,8 @@ CHILD = """
             return part
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # getrusage would begin with the memory of the process that started this one.
+        return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.local_devices()[0]))
     stored = open_folder(folder)
@@ -694,15 +695,16 @@ def write_llama(folder, *, hidden_size, num_layers, num_files=2):
 def test_a_process_needs_little_more_memory_than_its_arrays_to_load_them_and_than_a_tensor_to_write_them(
     mesh, tmp_path
 ):
-    folder = write_llama(tmp_path, hidden_size=896, num_layers=4)
+    folder = write_llama(tmp_path, hidden_size=768, num_layers=4)
     files = contents(folder)
-    result = result_of(run_child(folder, mesh, tmp_path / "out", devices=8))
+    # What is freed goes back at once: what malloc keeps for itself is not what is measured.
+    result = result_of(run_child(folder, mesh, tmp_path / "out", devices=8, MALLOC_MMAP_THRESHOLD_="100000"))
     stored = open_folder(folder)
     sizes = [tensor.num_bytes for tensor in stored.tensors.values()]
-    assert sum(sizes) > 200 * 10**6 and result["read"] == sum(sizes)
+    assert sum(sizes) > 170 * 10**6 and result["read"] == sum(sizes)
     assert result["load"] < 1.3 * result["held"] + 30 * 10**6
     # A tensor gathered, once for each copy, and as it is written; and what compiling the gathering takes.
-    assert result["export"] < 3 * max(sizes) + 110 * 10**6 < sum(sizes)
+    assert result["export"] < 3 * max(sizes) + 80 * 10**6 < sum(sizes)
     assert contents(tmp_path / "out") == files
 
 

@@ -8,8 +8,10 @@ from flax import nnx
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh, shardings
+from jaxsft.model.decoder import Decoder
 from jaxsft.model.dispatch import block_of, make_plan
 from jaxsft.model.experts import MixtureMLP, RouterSums, Routing, router_losses
+from jaxsft.model.families import decoder_config
 
 SIZES = {"l": 1, "d": 16, "e": 8, "f": 12}
 ROUTING = Routing(num_experts=8, top_k=3, normalise=True, router_bias=True)
@@ -267,6 +269,30 @@ def test_nothing_is_held_that_grows_with_the_number_of_experts_times_tokens(axes
     every_inner = num_rows * length * 32 * 128 * 4
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves((state, x)))
     assert ours < 4 * whole < every_inner / 2
+
+
+def test_under_fsdp_only_a_layer_of_experts_at_a_time_is_gathered():
+    fields = {"num_hidden_layers": 16, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "num_local_experts": 8}
+    config = decoder_config({"model_type": "mixtral"} | fields | heads)
+
+    def make():
+        return Decoder(config, compute_dtype="float32", param_dtype="float32", remat="full", rngs=nnx.Rngs(0))
+
+    graphdef, abstract = nnx.split(nnx.eval_shape(make))
+    mesh = make_mesh(MeshConfig(expert=2, fsdp=4))
+    rows, sharded = [jax.ShapeDtypeStruct((8, 16), jnp.int32)] * 3, shardings(mesh, abstract)
+
+    def loss(state, *rows):
+        return nnx.merge(graphdef, state)(*rows).hidden.sum()
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss), in_shardings=(sharded, None, None, None), out_shardings=sharded)
+        memory = step.lower(abstract, *rows).compile().memory_analysis()
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
+    # Eighths of the experts, quarters of the rest.
+    assert memory.argument_size_in_bytes < whole / 6
+    assert memory.temp_size_in_bytes < whole / 2
 
 
 # transformers

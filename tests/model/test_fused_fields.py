@@ -3,14 +3,21 @@
 Sizes and fields are as published, but for the numbers of longrope's lists.
 """
 
+import json
 import math
+import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxsft import weights
 from jaxsft.config import ConfigError
-from jaxsft.model.families import decoder_config
+from jaxsft.layout import join
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.families import decoder_config, family
 from jaxsft.model.families.gpt_oss import clamped_swiglu
 from jaxsft.model.layers import ACTIVATIONS, NormKind, gated
 
@@ -338,3 +345,35 @@ def test_a_field_that_asks_for_what_is_not_computed_is_refused_by_name(hf_config
         decoder_config(hf_config | change)
     for message in messages:
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, prefix, masks",
+    [
+        ("gpt2", "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+        ("gpt_neox", "", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.masked_bias"]),
+        ("gpt_neox", "", ["gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+    ],
+)
+def test_masks_that_old_exports_carry_are_passed_over_with_and_without_the_prefix(name, prefix, masks, tmp_path):
+    from safetensors.numpy import save_file
+
+    hf_config = json.loads((pathlib.Path(__file__).parent / "tiny" / f"{name}.json").read_text())
+    config = decoder_config(hf_config)
+
+    def make():
+        return Decoder(config, compute_dtype="float32", param_dtype="float32", remat="none", rngs=nnx.Rngs(0))
+
+    abstract = nnx.state(jax.eval_shape(make))
+    joined = join(abstract, family(hf_config), vocab_size=config.vocab_size)
+    shapes = {weight.name(index): weight.file_shape for weight, _ in joined.values() for index in weight.indices()}
+    tensors = {key.removeprefix(prefix): np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+    def check(more):
+        save_file(tensors | {key: np.ones((1, 1, 4, 4), np.uint8) for key in more}, tmp_path / "model.safetensors")
+        stored = weights.open_folder(tmp_path)
+        weights.check_weights(stored, family(hf_config), abstract, vocab_size=config.vocab_size)
+
+    check(masks)
+    with pytest.raises(ConfigError, match="attn.other .* is extra"):
+        check([*masks, "attn.other"])
