@@ -6,6 +6,7 @@ next, so that no more than one is ever in host memory.
 """
 
 import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -23,7 +24,7 @@ from jaxsft.copying import copy
 from jaxsft.layout import Box, Weight, join
 from jaxsft.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
 
-COPY_BYTES = 1 << 24
+COPY_BYTES = GATHER_BYTES = 1 << 24
 
 
 class Part(NamedTuple):
@@ -244,29 +245,57 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
 
 
 def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
-    """A part of a tensor, as boxes of our dims that together are all of it, on every process."""
-    shape, value = part.weight.shape[part.weight.split :], part.variable.get_value()
-    bits = _pick(value, part.at)
-    if bits.is_fully_addressable:
-        pieces = {
-            tuple(each.indices(size)[:2] for each, size in zip(shard.index, bits.shape, strict=True)): shard.data
-            for shard in bits.addressable_shards
-        }
-    else:
-        whole = multihost_utils.process_allgather(bits, tiled=True)
-        pieces = {tuple((0, size) for size in bits.shape): whole}
-    for bounds, piece in pieces.items():
-        # The vocabulary of the state may be filled up.
-        box = tuple((first, min(last, size)) for (first, last), size in zip(bounds, shape, strict=True))
-        if all(first < last for first, last in box):
-            inside = tuple(slice(0, last - first) for first, last in box)
-            yield box, np.asarray(piece).view(value.dtype)[inside]
+    """A part of a tensor, as boxes of our dims that together are all of it; on every process.
+
+    No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
+    them gives as many of its indices at a time, and those of other processes travel.
+    """
+    weight, value = part.weight, part.variable.get_value()
+    layer, expert = part.at[:1], part.at[1:]
+    assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
+    shape = weight.shape[weight.split :]
+    local = value.sharding.shard_shape(value.shape)[len(layer)]
+    parts = value.shape[len(layer)] // local
+    step = local
+    if not value.is_fully_addressable:
+        step = max(1, GATHER_BYTES // (parts * math.prod(value.shape[len(layer) + 1 :]) * value.dtype.itemsize))
+    # One expert is one index of one shard.
+    starts = [expert[0] % local] if expert else range(0, local, step)
+    for start in starts:
+        size = 1 if expert else min(step, local - start)
+        chunk = _pick(value, layer, start, parts=parts, size=size)
+        for bounds, piece in _pieces(chunk).items():
+            for number in range(*bounds[0]):
+                if expert and number != expert[0] // local:
+                    continue
+                at = number * local + start
+                box = bounds[2:] if expert else ((at, at + size), *bounds[2:])
+                # The vocabulary of the state may be filled up.
+                box = tuple((first, min(last, most)) for (first, last), most in zip(box, shape, strict=True))
+                if all(first < last for first, last in box):
+                    values = np.asarray(piece).view(value.dtype)[number - bounds[0][0]]
+                    values = values[0] if expert else values
+                    yield box, values[tuple(slice(0, last - first) for first, last in box)]
 
 
-@jax.jit
-def _pick(value: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    """The bits of one index of the leading dims; numbers that are added to zeros on the way could change."""
+@functools.partial(jax.jit, static_argnames=("parts", "size"))
+def _pick(value: jax.Array, layer: tuple[int, ...], start: int, *, parts: int, size: int) -> jax.Array:
+    """[parts, size, ...]: from each of the parts that the first dim (of a layer) is cut into, some indices.
+
+    The bits of the numbers, which could change if they were added to zeros on the way.
+    """
     bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
-    for at in index:
+    for at in layer:
         bits = jax.lax.dynamic_index_in_dim(bits, at, keepdims=False)
-    return bits
+    return jax.lax.dynamic_slice_in_dim(bits.reshape(parts, -1, *bits.shape[1:]), start, size, axis=1)
+
+
+def _pieces(chunk: jax.Array) -> dict[Box, Any]:
+    """The shards of an array, each once; where other processes hold some of them, all of it."""
+    if not chunk.is_fully_addressable:
+        return {tuple((0, size) for size in chunk.shape): multihost_utils.process_allgather(chunk, tiled=True)}
+    indices = [
+        tuple(each.indices(size)[:2] for each, size in zip(shard.index, chunk.shape, strict=True))
+        for shard in chunk.addressable_shards
+    ]
+    return {bounds: shard.data for bounds, shard in zip(indices, chunk.addressable_shards, strict=True)}

@@ -26,7 +26,6 @@ from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
 from jaxsft.export_weights import dump_json, write_weights
 from jaxsft.gguf_import import is_gguf, open_gguf
-from jaxsft.gguf_import import notes as gguf_notes
 from jaxsft.gguf_tokenizer import load_gguf_tokenizer
 from jaxsft.model.decoder import DecoderConfig
 from jaxsft.mxfp4 import is_mxfp4, unpacked
@@ -85,11 +84,6 @@ def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
         return open_gguf(folder)
     stored, hf_config = open_folder(folder), load_hf_config(folder)
     return unpacked(stored, hf_config) if is_mxfp4(hf_config) else (stored, hf_config)
-
-
-def source_notes(folder: pathlib.Path) -> tuple[str, ...]:
-    """What the user should know of the format that the weights come in."""
-    return gguf_notes(folder) if is_gguf(str(folder)) else ()
 
 
 def load_generation_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -143,7 +143,6 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
         check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
         vocab_size = decoder_config.vocab_size
-        notes += hf.source_notes(folder)
         notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
         folder,

@@ -334,7 +334,7 @@ MISTAKES = {
     "mesh and devices": (["mesh.tensor=3"], 1, ["tensor 3 does not fit 8 devices"]),
     "mesh and heads": (["mesh.tensor=8"], 1, ["number of key/value heads is 4, not a multiple of 8 (mesh.tensor 8)"]),
     "mesh and rows": (["train.batch_size=4"], 1, ["train.batch_size: number of rows is 4, not a multiple of 8"]),
-    "another dtype": (["model.param_dtype=bfloat16"], 1, ["float32[264, 32] then, bfloat16[264, 32] now"]),
+    "another dtype": (["model.param_dtype=bfloat16"], 1, ["float32[384, 32] then, bfloat16[384, 32] now"]),
     "no bucket": (["run_dir=gs://bucket/run"], 1, ["run_dir: gs://bucket/run"]),
     "another run": (["seed=5", "train.batch_size=16"], 1, ["seed: 0 then, 5 now", "train.batch_size: 8 then, 16 now"]),
     "another template": (["data.train_on=last_turn"], 1, ["data: train_on: '\"assistant\"' then, '\"last_turn\"' now"]),

@@ -136,6 +136,11 @@ class Fields:
         self._unread.discard(key)
         return self._values.get(key, default)
 
+    def own(self, key: str) -> Any:
+        """The value of a field if the model's own config class has it. If not, transformers computes nothing with it:
+        the field stays unread, and is refused where it asks for something."""
+        return self(key) if key in self._declared else None
+
     def problem(self, text: str) -> None:
         """Notes what cannot be computed; `finish` reports all of it together."""
         self._problems.append(text)
@@ -242,8 +247,7 @@ class Fields:
         Args:
             ropes: index of the rope of each layer type, where not all have the first.
         """
-        # A field that the model's own config class lacks is not computed by transformers, and stays unread.
-        window = self("sliding_window") if "sliding_window" in self._declared else None
+        window = self.own("sliding_window")
         types = self("layer_types") or ["sliding_attention" if window else "full_attention"] * self("num_hidden_layers")
         if len(types) != self("num_hidden_layers"):
             self.problem(f"layer_types: {len(types)} entries, but num_hidden_layers is {self('num_hidden_layers')}")

@@ -90,6 +90,9 @@ def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
     """
     module = family(hf_config)
     fields = Fields(hf_config)
-    config = module.decoder_config(fields)
+    try:
+        config = module.decoder_config(fields)
+    except (ArithmeticError, TypeError) as error:  # a zero to divide by, a list where a number is expected
+        fields.problem(f"a value makes no sense: {error}")
     fields.finish()
     return config

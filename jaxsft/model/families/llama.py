@@ -34,7 +34,7 @@ IGNORED = ("*.rotary_emb.inv_freq",)
 
 def decoder_config(hf: Fields) -> DecoderConfig:
     """The DecoderConfig of a `config.json` of model_type llama."""
-    attention_bias = bool(hf("attention_bias"))
+    attention_bias = bool(hf.own("attention_bias"))
     return DecoderConfig(
         **hf.sizes(),
         layers=hf.layers(),
@@ -44,5 +44,5 @@ def decoder_config(hf: Fields) -> DecoderConfig:
         activation=gated(hf.activation()),
         qkv_bias=attention_bias,
         attention_bias=attention_bias,
-        mlp_bias=bool(hf("mlp_bias")),
+        mlp_bias=bool(hf.own("mlp_bias")),
     )
