@@ -166,13 +166,14 @@ def measure_transformers(folder: pathlib.Path, dtype: str, out: pathlib.Path) ->
 def measure_jaxsft(folder: pathlib.Path, dtype: str, out: pathlib.Path) -> dict[str, float]:
     import jax
 
-    from jaxsft import hf, weights
+    from jaxsft import hf
     from jaxsft.config import MeshConfig
-    from jaxsft.export_weights import write_weights
     from jaxsft.mesh import make_mesh, shardings
     from jaxsft.model.decoder import Decoder
     from jaxsft.model.families import decoder_config, family
     from jaxsft.step import abstract_model
+    from jaxsft.weights import load as weights
+    from jaxsft.weights.save import write_weights
 
     decoder_config(hf.load_hf_config(folder))
     mesh = make_mesh(MeshConfig())

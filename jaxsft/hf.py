@@ -2,7 +2,7 @@
 
 In: a folder or hub id, or a GGUF model, which is read as if it were such a folder. Out: what transformers would read of
 it, with errors that say what is wrong; and at the end of a run a folder that transformers opens. The weights themselves
-are `weights.py`'s and `export_weights.py`'s.
+are those of `weights/`.
 """
 
 import difflib
@@ -24,12 +24,12 @@ from jax.experimental import multihost_utils
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
-from jaxsft.export_weights import dump_json, write_weights
-from jaxsft.gguf_import import is_gguf, open_gguf
-from jaxsft.gguf_tokenizer import load_gguf_tokenizer
-from jaxsft.model.decoder import DecoderConfig
-from jaxsft.mxfp4 import is_mxfp4, unpacked
-from jaxsft.stored import DTYPES, Stored, load_json, open_folder
+from jaxsft.gguf.model import is_gguf, open_gguf
+from jaxsft.gguf.tokenizer import load_gguf_tokenizer
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.weights.mxfp4 import is_mxfp4, unpacked
+from jaxsft.weights.save import dump_json, write_weights
+from jaxsft.weights.stored import DTYPES, Stored, load_json, open_folder
 
 # Folders, configs and tokenizers.
 

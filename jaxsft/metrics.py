@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 
 from jaxsft.loss import LossSums
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
 
 

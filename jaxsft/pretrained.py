@@ -15,17 +15,18 @@ from jax.sharding import Mesh
 from jaxsft import hf, special_tokens
 from jaxsft.config import ConfigError, ModelConfig
 from jaxsft.data.stops import stop_ids
-from jaxsft.gguf_import import is_gguf
-from jaxsft.gguf_import import notes as gguf_notes
-from jaxsft.gguf_tokenizer import check_gguf_tokens
+from jaxsft.gguf.model import is_gguf
+from jaxsft.gguf.model import notes as gguf_notes
+from jaxsft.gguf.tokenizer import check_gguf_tokens
 from jaxsft.mesh import shardings
-from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config as read_decoder_config
 from jaxsft.model.families import family as family_of
 from jaxsft.step import Model, abstract_model, random_params
-from jaxsft.stored import Stored
-from jaxsft.weights import check_weights
-from jaxsft.weights import load_params as read_params
+from jaxsft.weights.load import check_weights
+from jaxsft.weights.load import load_params as read_params
+from jaxsft.weights.stored import Stored
 
 VOCAB_MULTIPLE = 128
 """Sizes to which a vocabulary grows: any usual mesh can cut them, and matmuls like them."""

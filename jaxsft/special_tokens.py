@@ -1,8 +1,8 @@
 """Control tokens that a chat template needs: adding those that a tokenizer lacks, and finding those never trained.
 
 In: a tokenizer with a template that it did not come with. Out: the tokenizer with the template's control tokens, one id
-each, and which were added; the model's rows for them are `weights.py`'s. In: a model's files and some ids. Out: which
-of these rows look as if pretraining never touched them.
+each, and which were added; the model's rows for them come with its weights. In: the files of a model and some ids. Out:
+which of these rows look as if pretraining never touched them.
 
 A template that the tokenizer came with adds nothing: what it breaks up, the model knows broken up.
 """
@@ -17,8 +17,8 @@ from flax import nnx
 
 from jaxsft.data.formats import Message
 from jaxsft.data.named_templates import NAMED_TEMPLATES
-from jaxsft.stored import Stored
-from jaxsft.weights import read_rows, vocabulary_tables
+from jaxsft.weights.load import read_rows, vocabulary_tables
+from jaxsft.weights.stored import Stored
 
 # Adding.
 

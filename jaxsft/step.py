@@ -22,7 +22,8 @@ from jaxsft.config import OptimConfig
 from jaxsft.loss import LossSums, next_token_loss
 from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
 from jaxsft.metrics import StepMetrics
-from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.optim import make_optimizer, make_schedule
 

@@ -23,10 +23,10 @@ from flax import nnx
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
-from jaxsft.gguf_config import ARCHITECTURES
-from jaxsft.gguf_file import read_gguf, tensor_types
-from jaxsft.gguf_import import gguf_file, is_gguf, notes, open_gguf
-from jaxsft.gguf_tokenizer import PRE_TOKENIZERS, load_gguf_tokenizer
+from jaxsft.gguf.config import ARCHITECTURES
+from jaxsft.gguf.file import read_gguf, tensor_types
+from jaxsft.gguf.model import gguf_file, is_gguf, notes, open_gguf
+from jaxsft.gguf.tokenizer import PRE_TOKENIZERS, load_gguf_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.families import decoder_config
 from jaxsft.pretrained import export_model, load_params, open_model, open_tokenizer
@@ -558,7 +558,7 @@ def test_without_the_gguf_package_the_error_says_what_to_install(tmp_path, llama
     write_gguf(tmp_path / "model.gguf", *llama)
     code = (
         "import sys; sys.modules['gguf'] = None\n"
-        "from jaxsft.gguf_import import open_gguf\n"
+        "from jaxsft.gguf.model import open_gguf\n"
         f"open_gguf({str(tmp_path / 'model.gguf')!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -569,7 +569,7 @@ def test_torch_is_not_imported(tmp_path, llama):
     write_gguf(tmp_path / "model.gguf", *llama)
     code = (
         "import sys\n"
-        "from jaxsft.gguf_import import open_gguf\n"
+        "from jaxsft.gguf.model import open_gguf\n"
         f"stored, _ = open_gguf({str(tmp_path / 'model.gguf')!r})\n"
         "stored.tensors['model.norm.weight'].read(slice(0, 1), slice(0, 64))\n"
         "assert 'gguf' in sys.modules and 'torch' not in sys.modules"

@@ -9,13 +9,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from jaxsft import hf, weights
+from jaxsft import hf
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.data.named_templates import template_text
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
-from jaxsft.stored import open_folder
+from jaxsft.weights import load as weights
+from jaxsft.weights.stored import open_folder
 
 CONFIG = dict(
     model_type="llama",

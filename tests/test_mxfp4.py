@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxsft import mxfp4
-from jaxsft.stored import open_folder
+from jaxsft.weights import mxfp4
+from jaxsft.weights.stored import open_folder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -121,11 +121,11 @@ def test_a_model_stored_in_four_bits_comes_in_with_the_logits_of_transformers(tm
     from flax import nnx
     from safetensors.torch import load_file, save_file
 
-    from jaxsft import weights
     from jaxsft.config import MeshConfig
     from jaxsft.mesh import make_mesh, shardings
     from jaxsft.model.decoder import Decoder
     from jaxsft.model.families import decoder_config, family
+    from jaxsft.weights import load as weights
 
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SIZES))

@@ -10,13 +10,14 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from jaxsft import cli, hf, special_tokens, weights
+from jaxsft import cli, hf, special_tokens
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.data.named_templates import NAMED_TEMPLATES
 from jaxsft.mesh import make_mesh
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
 from jaxsft.pretrained import export_model, load_params, open_model, open_tokenizer
+from jaxsft.weights import load as weights
 
 STOP = "<|im_end|>"
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(397))]

@@ -17,7 +17,7 @@ from jaxsft.config import ConfigError, MeshConfig, load_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
 from jaxsft.metrics import Totals, summarise
-from jaxsft.model.decoder import LayerKind
+from jaxsft.model.architecture import LayerKind
 from jaxsft.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.step import (
     attention_pairs,

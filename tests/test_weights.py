@@ -19,10 +19,12 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jaxsft import copying, export_weights, layout, weights
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.stored import INDEX_FILE, Stored, open_folder
+from jaxsft.weights import copying, layout
+from jaxsft.weights import load as weights
+from jaxsft.weights.save import write_weights
+from jaxsft.weights.stored import INDEX_FILE, Stored, open_folder
 
 SIZES = dict(l=3, v=128, d=16, n=8, k=4, h=6, f=24, e=4)
 VOCAB = 121
@@ -163,7 +165,7 @@ def load(stored, mesh="one", *, param_dtype="float32", without=(), family=FAMILY
 
 def write(folder, params, stored, *, dtype=None, family=FAMILY, vocab_size=VOCAB, max_shard_bytes=10**9):
     folder.mkdir(exist_ok=True)
-    export_weights.write_weights(
+    write_weights(
         folder,
         params,
         family,
@@ -580,12 +582,13 @@ CHILD = """
         start_processes()
     import numpy as np
     from flax import nnx
-    from jaxsft import export_weights, weights
+    from jaxsft.weights import load as weights
+    from jaxsft.weights.save import write_weights
     from jaxsft.config import MeshConfig
     from jaxsft.model.decoder import Decoder
     from jaxsft.model.families import decoder_config, family
     from jaxsft.step import abstract_model
-    from jaxsft.stored import open_folder
+    from jaxsft.weights.stored import open_folder
 
     folder, out = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[4])
     mesh = make_mesh(MeshConfig(**json.loads(sys.argv[3])))
@@ -620,7 +623,7 @@ CHILD = """
         for leaf in jax.tree.leaves(params)
     )
     out.mkdir(exist_ok=True)
-    export_weights.write_weights(
+    write_weights(
         out, params, module, vocab_size=config.vocab_size, dtype=None, stored=stored, max_shard_bytes=10**9,
         writes=jax.process_index() == 0,
     )

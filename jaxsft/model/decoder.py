@@ -5,7 +5,6 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 `config.json` and the tensors of a Hugging Face model become a `DecoderConfig` and these weights.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -15,103 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
+from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.attention import attention
-from jaxsft.model.experts import MixtureMLP, RouterSums, Routing
-from jaxsft.model.layers import MLP, Linear, Logits, Norm, NormKind, precision
-from jaxsft.model.rope import Rope, Rotation, example_lengths, rotate, rotation
-
-PADDED_VOCAB_MULTIPLE = 128
-"""Tables of the vocabulary are filled up to this: any usual mesh cuts them, and matmuls like it."""
-
-
-class LayerKind(NamedTuple):
-    """In what one layer differs from another; models repeat a few of them in a fixed order."""
-
-    window: int | None = None
-    """A query attends to so many positions up to its own; None: to all of them."""
-    rope: int | None = 0
-    """Index into `DecoderConfig.ropes`; None: the layer is not told positions."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The mathematics of a decoder; made from a `config.json` by its family."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    """Of an expert, in a mixture."""
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    layers: tuple[LayerKind, ...]
-    """One for each layer."""
-    ropes: tuple[Rope, ...]
-    max_position: int
-    """Positions that the model was made for; a row may hold more, but what it then computes was never trained."""
-    norm: NormKind
-    norms: tuple[Literal["pre_attention", "post_attention", "pre_mlp", "post_mlp"], ...]
-    """Norms of a layer: of what enters attention and MLP, and of what they add."""
-    activation: Callable[..., jax.Array]
-    """Of (gate, up) if `gated`, else of (up); a function of a module, as configs are compared."""
-    tie_embeddings: bool
-    initializer_range: float
-    """Standard deviation of random weights."""
-
-    gated: bool = True
-    parallel: bool = False
-    """Attention and MLP read the same residual stream, and both are added to it."""
-    qkv_bias: bool = False
-    attention_bias: bool = False
-    """On the output projection of attention."""
-    mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "each head", "all heads"] = "none"
-    """Norm of queries and keys: of each head, with one weight for all or with its own; or of all heads at once."""
-    qk_norm_kind: NormKind | None = None
-    """As `norm`, where left out."""
-    attention_scale: float | None = None
-    """Scores are multiplied by it; left out: 1 / sqrt(head_dim)."""
-    attention_soft_cap: float | None = None
-    query_scale: Callable[[jax.Array], jax.Array] | None = None
-    """Of positions [B, T]: what queries are multiplied by."""
-    sinks: bool = False
-    """Each head has a score for attending to nothing."""
-    learned_positions: bool = False
-    """A table of positions is added to the embeddings, and there are no others than its `max_position`."""
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_soft_cap: float | None = None
-    routing: Routing | None = None
-    """How tokens find their experts; None: the model is no mixture."""
-    notes: tuple[str, ...] = ()
-    """Sentences for the user: what config.json asks for and a trainer does without."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Letter of a dim to its size."""
-        return {
-            "l": len(self.layers),
-            "v": -(-self.vocab_size // PADDED_VOCAB_MULTIPLE) * PADDED_VOCAB_MULTIPLE,
-            "p": self.max_position,
-            "d": self.hidden_size,
-            "n": self.num_heads,
-            "k": self.num_kv_heads,
-            "h": self.head_dim,
-            "f": self.intermediate_size,
-            "e": self.routing.num_experts if self.routing else 0,
-        }
-
-    @property
-    def period(self) -> int:
-        """The smallest number of layers after which their kinds repeat."""
-        kinds = self.layers
-        return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
-
-    @property
-    def logits(self) -> Logits:
-        """What becomes of hidden . unembedding."""
-        return Logits(self.vocab_size, self.logit_scale, self.logit_soft_cap)
+from jaxsft.model.experts import MixtureMLP, RouterSums
+from jaxsft.model.layers import MLP, Linear, Norm, precision
+from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 
 
 class Cache(NamedTuple):

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.model.decoder import LayerKind
+from jaxsft.model.architecture import LayerKind
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 from jaxsft.model.rope import Rope
 
@@ -104,10 +104,15 @@ class Fields:
         self.model_type = raw["model_type"]
         config_class = transformers.CONFIG_MAPPING[self.model_type]
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        keys = {key: config_class.attribute_map.get(key, key) for key in needed}
-        missing = [key for key in keys.values() if type(raw.get(key, raw.get(_alias(keys, key)))) is not int]
-        if missing:
-            raise refusal([f"{key}: missing" for key in missing])
+        keys = {config_class.attribute_map.get(key, key): key for key in needed}
+        given = {key: raw.get(key, raw.get(alias)) for key, alias in keys.items()}
+        problems = [
+            f"{key}: missing" if size is None else f"{key}: {size!r}; expected a whole number of at least 1"
+            for key, size in given.items()
+            if type(size) is not int or size < 1
+        ]
+        if problems:
+            raise refusal(problems)
         level = logging.getLogger("transformers").level
         logging.getLogger("transformers").setLevel(logging.ERROR)  # its hints are for those who write configs
         try:
@@ -312,10 +317,6 @@ def _yarn_attention_factor(fields: _RopeFields, factor: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
-
-
-def _alias(keys: dict[str, str], key: str) -> str:
-    return next(alias for alias, name in keys.items() if name == key)
 
 
 def refusal(problems: list[str]) -> ConfigError:

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import hf, weights
+from jaxsft import hf
 from jaxsft.generate import Generator
 from jaxsft.loss import next_token_loss
 from jaxsft.mesh import shardings
-from jaxsft.model.decoder import Decoder, DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
 from jaxsft.step import Model, abstract_model
+from jaxsft.weights import load as weights
 
 TINY = pathlib.Path(__file__).parent / "tiny"
 """The config.json's of tiny models; a file is a variant of a family."""

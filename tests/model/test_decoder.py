@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.model.decoder import Decoder, DecoderConfig, LayerKind
+from jaxsft.model.architecture import DecoderConfig, LayerKind
+from jaxsft.model.decoder import Decoder
 from jaxsft.model.layers import NormKind, gated
 from jaxsft.model.rope import Rope
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import weights
 from jaxsft.config import ConfigError
-from jaxsft.layout import join
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
 from jaxsft.model.families.gpt_oss import clamped_swiglu
 from jaxsft.model.layers import ACTIVATIONS, NormKind, gated
+from jaxsft.weights import load as weights
+from jaxsft.weights.layout import join
 
 pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import (
     cohere,
     cohere2,
@@ -32,7 +32,7 @@ from jaxsft.model.families import (
     smollm3,
     stablelm,
 )
-from jaxsft.model.fields import Fields
+from jaxsft.model.fields import Fields, refusal
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
@@ -93,6 +93,6 @@ def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
     try:
         config = module.decoder_config(fields)
     except (ArithmeticError, TypeError) as error:  # a zero to divide by, a list where a number is expected
-        fields.problem(f"a value makes no sense: {error}")
+        raise refusal([f"a value makes no sense: {error}"]) from None
     fields.finish()
     return config

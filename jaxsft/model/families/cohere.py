@@ -1,6 +1,6 @@
 """Command-R, Command-R+, Aya: layer norms without bias, attention and MLP in parallel behind one, scaled logits."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import NormKind, gated

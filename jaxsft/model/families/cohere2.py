@@ -1,6 +1,6 @@
 """Command-R7B, Command-A: Command-R with windows in most layers, and no rope in the others."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import cohere
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import NormKind, gated

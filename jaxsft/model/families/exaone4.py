@@ -1,6 +1,6 @@
 """EXAONE 4.0: norms only of what attention and MLP add, query/key norms, no rope where a layer has no window."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 

@@ -3,7 +3,7 @@ layers with a window to one without, and a rope for each of the two kinds."""
 
 import math
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import gemma2, qwen3
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated

@@ -1,6 +1,6 @@
 """GLM-4-9B in its first release (glm-4-9b-chat-hf): Llama with a fused MLP; rope in pairs of neighbours, on a part."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated

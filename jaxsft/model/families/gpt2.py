@@ -1,6 +1,6 @@
 """GPT-2, DistilGPT-2, Cerebras-GPT and the like: learned positions, biases, weights stored as [in, out]."""
 
-from jaxsft.model.decoder import DecoderConfig, LayerKind
+from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 

@@ -1,6 +1,6 @@
 """GPT-NeoX-20B, Pythia, RedPajama-INCITE, Polyglot: parallel residual, biases, rope on a part of each head."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.families.mixtral import routing
 from jaxsft.model.fields import Fields

@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.x and all that shares its shape: SmolLM2, TinyLlama, Falcon 3, Yi, DeepSeek's distilled Llamas, ..."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated
 

@@ -1,7 +1,7 @@
 """Mistral 7B, Mistral-Nemo, Mistral-Small (text) and Ministral 8B: Llama with an attention window in every layer, or in
 none; and as model_type ministral, in some."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 

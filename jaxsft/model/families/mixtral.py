@@ -1,6 +1,6 @@
 """Mixtral 8x7B, 8x22B: Mistral with experts in place of the MLP."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import Routing
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields

@@ -3,7 +3,7 @@ all heads."""
 
 import dataclasses
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 

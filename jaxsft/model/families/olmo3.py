@@ -1,6 +1,6 @@
 """OLMo 3 (7B, 32B): OLMo 2 with a window in three of four layers; only the fourth has a stretched rope."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import olmo2
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated

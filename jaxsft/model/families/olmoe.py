@@ -1,6 +1,6 @@
 """OLMoE 1B-7B: experts in place of the MLP, queries and keys normed over all heads at once."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import qwen3_moe
 from jaxsft.model.families.mixtral import routing
 from jaxsft.model.fields import Fields

@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5, Phi-4, Phi-4-mini: Llama with fused projections, longrope, and rope on a part of each head."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated

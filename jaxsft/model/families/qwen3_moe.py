@@ -1,6 +1,6 @@
 """Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder: Qwen3 with experts in place of the MLP, in every layer."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.families.mixtral import routing
 from jaxsft.model.fields import Fields

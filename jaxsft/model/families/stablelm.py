@@ -1,6 +1,6 @@
 """StableLM 2 and 3B: Llama with layer norms and rope on a part of each head; some are parallel, or norm each head."""
 
-from jaxsft.model.decoder import DecoderConfig
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import NormKind, gated

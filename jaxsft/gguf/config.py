@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxsft.config import ConfigError
-from jaxsft.gguf_file import GGUFFile
-from jaxsft.gguf_metadata import Config, Keys, read_sizes, read_special_ids
+from jaxsft.gguf.file import GGUFFile
+from jaxsft.gguf.metadata import Config, Keys, read_sizes, read_special_ids
 
 
 class Meaning(NamedTuple):
@@ -314,7 +314,7 @@ class Architecture:
     transposed: bool = False
     """Projections lie in Hugging Face's files as [in, out]."""
     names: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Weights whose names are not the usual ones (`gguf_import.NAMES`)."""
+    """Weights whose names are not the usual ones (`model.NAMES`)."""
     words: dict[str, str | None] = dataclasses.field(default_factory=dict)
     """Sizes that this config.json has under another name, or not at all."""
 

@@ -1,7 +1,7 @@
 """GGUF files: their metadata, and their tensors, dequantised block by block as they are read.
 
 In: a .gguf file, or the files of a split one. Out: the metadata as plain values, and each tensor as a matrix of float32
-of which rows and columns can be read. What keys and names mean is `gguf_import.py`'s. The format:
+of which rows and columns can be read. What keys and names mean is `gguf/model.py`'s. The format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 

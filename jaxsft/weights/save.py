@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jaxsft.copying import copy
-from jaxsft.layout import Box, Weight, join
-from jaxsft.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
+from jaxsft.weights.copying import copy
+from jaxsft.weights.layout import Box, Weight, join
+from jaxsft.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
 
 COPY_BYTES = GATHER_BYTES = 1 << 24
 

@@ -2,7 +2,7 @@
 
 In: a .gguf file, or a folder whose only weights are one. Out: what config.json would say, and the tensors that
 transformers' safetensors would hold, dequantised to float32 as they are read. What llama.cpp's converters change in
-some weights (`gguf_config.Architecture` says what) is undone here. Architectures, keys of the metadata and tensors that
+some weights (`config.Architecture` says what) is undone here. Architectures, keys of the metadata and tensors that
 are not known are refused, so that nothing of a model's mathematics is passed over.
 """
 
@@ -15,11 +15,11 @@ from types import ModuleType
 import numpy as np
 
 from jaxsft.config import ConfigError
-from jaxsft.gguf_config import Meaning, read_config
-from jaxsft.gguf_file import PART, GGUFFile, GGUFTensor, read_gguf
-from jaxsft.gguf_metadata import ROPE_TENSORS, Config
+from jaxsft.gguf.config import Meaning, read_config
+from jaxsft.gguf.file import PART, GGUFFile, GGUFTensor, read_gguf
+from jaxsft.gguf.metadata import ROPE_TENSORS, Config
 from jaxsft.model.families import family
-from jaxsft.stored import Stored, StoredTensor
+from jaxsft.weights.stored import Stored, StoredTensor
 
 NAMES = {
     "embed_tokens": "token_embd",

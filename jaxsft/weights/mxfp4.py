@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxsft.stored import SafeTensor, Stored, StoredTensor
+from jaxsft.weights.stored import SafeTensor, Stored, StoredTensor
 
 GROUP = 32
 """Numbers that share a scale; two lie in a byte, the first of them in its lower half."""

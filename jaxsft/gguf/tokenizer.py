@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.gguf_file import read_gguf
-from jaxsft.gguf_import import gguf_file
+from jaxsft.gguf.file import read_gguf
+from jaxsft.gguf.model import gguf_file
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Of tokenizer.ggml.token_type."""

@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 
 from jaxsft.config import ConfigError
-from jaxsft.copying import as_bits, copy
-from jaxsft.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
-from jaxsft.stored import DTYPES, SafeTensor, Stored, StoredTensor, open_folder
+from jaxsft.weights.copying import as_bits, copy
+from jaxsft.weights.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
+from jaxsft.weights.stored import DTYPES, SafeTensor, Stored, StoredTensor, open_folder
 
 __all__ = ["Stored", "StoredTensor", "check_weights", "load_params", "open_folder", "vocabulary_tables"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsft.gguf_file import GGUFFile
+from jaxsft.gguf.file import GGUFFile
 
 Config = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Which tensors of a Hugging Face model are which weights of ours, read from the tables of `model/families/`.
 
 In: a state of Variables with `axes`, and the family's table `path: (tensor name, layout)`. Out: a `Weight` for each, by
-which `weights.py` reads and `export_weights.py` writes. The language of the table:
+which `load.py` reads and `save.py` writes. The language of the table:
 
     {l} {e}         in a name: the dims of ours that lie in tensors of their own
     "(n h) d"       dims of one tensor in the order of the file; a group is one dim there
