@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxsft.config import ConfigError
 from jaxsft.mesh import ROW_AXES, partition_spec, replicated, shardings
 from jaxsft.model.decoder import Cache
 from jaxsft.step import Model
@@ -87,7 +88,8 @@ class Generator:
         A model with a table of positions answers no further than that goes.
 
         Raises:
-            ValueError: a prompt is empty, or longer than the table of positions.
+            ValueError: a prompt is empty.
+            ConfigError: a prompt is longer than the model's table of positions.
         """
         answers: list[list[int]] = []
         for columns, group in self._groups(params, prompts, max_new_tokens, sampling):
@@ -122,7 +124,7 @@ class Generator:
         if not all(prompts):
             raise ValueError("a prompt has no tokens")
         if (longest := max(map(len, prompts), default=0)) > self._num_positions:
-            raise ValueError(f"a prompt has {longest} tokens, but the model has only {self._num_positions} positions")
+            raise ConfigError(f"a prompt has {longest} tokens, but the model has only {self._num_positions} positions")
         row_multiple = math.prod(self._mesh.shape[axis] for axis in ROW_AXES)
         size = _round_up(max(map(len, prompts), default=0), PROMPT_MULTIPLE)
         rows = _round_up(min(max(len(prompts), 1), MAX_ROWS * row_multiple), row_multiple)
