@@ -50,14 +50,24 @@ class Generator:
         self._num_positions = config.max_position if config.learned_positions else math.inf
 
         def advance(
-            params: Any, cache: Cache, tokens: Any, segment_ids: Any, positions: Any, last: Any, sampling: Sampling
+            params: Any,
+            cache: Cache,
+            tokens: Any,
+            segment_ids: Any,
+            positions: Any,
+            last: Any,
+            number: Any,
+            sampling: Sampling,
         ) -> tuple[Cache, jax.Array]:
-            """Reads tokens [B, T] into the cache; the next token of each row follows the one at index `last` [B]."""
+            """Reads tokens [B, T] into the cache; the next token of each row follows the one at index `last` [B].
+
+            `number` counts the tokens drawn so far.
+            """
             decoder = nnx.merge(graphdef, params)
             hidden, cache, _ = decoder(tokens, segment_ids, positions, cache=cache)
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
             logits = decoder.logits(hidden)[:, 0]
-            key = jax.random.fold_in(jax.random.key(sampling.seed), cache.length)
+            key = jax.random.fold_in(jax.random.key(sampling.seed), number)
             return cache, draw(logits, sampling, key)
 
         def make_cache(params: Any, rows: int, size: int) -> Cache:
@@ -69,7 +79,7 @@ class Generator:
         # Every process passes the same prompts and sees all the answers.
         self._advance = jax.jit(
             advance,
-            in_shardings=(params, None, self._rows, self._rows, self._rows, self._rows, whole),
+            in_shardings=(params, None, self._rows, self._rows, self._rows, self._rows, whole, whole),
             out_shardings=(None, whole),
             donate_argnums=1,
         )
@@ -157,14 +167,14 @@ class Generator:
             if i == 0 or any(rope.changes_at(lengths).any() for rope in self._ropes):
                 # The whole so far: keys that were cached before may have been turned by other angles.
                 size = max(size, _round_up(int(lengths.max()), PROMPT_MULTIPLE))
-                cache = self._make_cache(params, rows, size + max_new_tokens - i)
+                cache = self._make_cache(params, rows, size + max_new_tokens)
                 segment_ids = (np.arange(size) < lengths[:, None]).astype(np.int32)
                 read = sequences[:, :size], segment_ids, np.arange(size, dtype=np.int32) * segment_ids
                 last = np.maximum(lengths - 1, 0)
             else:
                 read = next_tokens[:, None], np.ones((rows, 1), np.int32), lengths[:, None] - 1
                 last = np.zeros(rows, np.int32)
-            cache, column = self._advance(params, cache, *map(self._put, (*read, last)), sampling)
+            cache, column = self._advance(params, cache, *map(self._put, (*read, last)), i, sampling)
             next_tokens = np.asarray(column)
             yield next_tokens
             sequences[np.arange(rows), lengths] = next_tokens
@@ -176,15 +186,19 @@ class Generator:
 
 def draw(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     """The next token of each row, int32 [B], from logits [B, V]; nucleus sampling of Holtzman et al., 2020."""
-    greedy = jnp.argmax(logits, axis=-1)
-    descending = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    scaled = jnp.take_along_axis(logits, descending, axis=-1) / jnp.maximum(sampling.temperature, 1e-6)
-    probabilities = jax.nn.softmax(scaled)
-    # Kept are the tokens before which the sum of more likely ones is still short of top_p, and always the first.
-    is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p).at[..., 0].set(True)
-    choice = jax.random.categorical(key, jnp.where(is_kept, scaled, -jnp.inf))
-    sampled = jnp.take_along_axis(descending, choice[:, None], axis=-1)[:, 0]
-    return jnp.where(sampling.temperature > 0, sampled, greedy).astype(jnp.int32)
+
+    def sampled() -> jax.Array:
+        descending = jnp.argsort(logits, axis=-1, descending=True, stable=True)
+        scaled = jnp.take_along_axis(logits, descending, axis=-1) / sampling.temperature
+        probabilities = jax.nn.softmax(scaled)
+        # Kept are the tokens before which the sum of more likely ones is still short of top_p, and always the first.
+        is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p).at[..., 0].set(True)
+        choice = jax.random.categorical(key, jnp.where(is_kept, scaled, -jnp.inf))
+        return jnp.take_along_axis(descending, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    # Sorting the vocabulary takes a hundred times as long as finding the largest.
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(sampling.temperature > 0, sampled, lambda: greedy)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -5,14 +5,16 @@ it, with errors that say what is wrong; and at the end of a run a folder that tr
 are those of `weights/`.
 """
 
+import contextlib
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -54,8 +56,11 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     import huggingface_hub
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
+    # Some have the same weights once more: in folders, or under the names of their first authors.
+    others = ["*/*", "consolidated*"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
+        found = huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns=others)
+        return pathlib.Path(found)
     except Exception as error:  # The hub's client raises many kinds, of three libraries.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: no such folder here, and the hub gave no model of that name: {reason}") from None
@@ -173,19 +178,38 @@ def tokenizer_key(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()
 
 
-def check_vocabulary(tokenizer: Any, config: DecoderConfig, *, added: Sequence[str] = ()) -> None:
-    """Refuses a tokenizer whose ids the model has no embedding for, but for tokens that we added ourselves.
+def check_vocabulary(
+    tokenizer: Any, config: DecoderConfig, *, needed: Collection[int], added: Sequence[str] = ()
+) -> list[str]:
+    """Compares the ids of a tokenizer with the embeddings of a model; returns sentences for the user.
+
+    Control tokens that the model has no embedding for, and that no answer needs, are only noted: gemma-3-1b has the
+    image token of its larger sisters.
+
+    Args:
+        tokenizer: of the model, or another.
+        config: of the model.
+        needed: ids of stop tokens, and of what the chat template writes.
+        added: tokens that we added ourselves; the model will get embeddings for them.
 
     Raises:
-        ConfigError: with the token and both numbers.
+        ConfigError: with a token and both numbers.
     """
-    given = ((token, id) for token, id in tokenizer.get_vocab().items() if token not in added)
-    token, largest = max(given, key=lambda item: item[1])
-    if largest >= config.vocab_size:
+    beyond = {
+        id: token for token, id in tokenizer.get_vocab().items() if id >= config.vocab_size and token not in added
+    }
+    refused = [id for id in beyond if id in needed or id not in tokenizer.added_tokens_decoder]
+    if refused:
         raise ConfigError(
-            f"the tokenizer does not fit the model: its token {token!r} has id {largest}, but the model's vocab_size "
-            f"is {config.vocab_size} (ids 0 to {config.vocab_size - 1})"
+            f"the tokenizer does not fit the model: its token {beyond[max(refused)]!r} has id {max(refused)}, but the "
+            f"model's vocab_size is {config.vocab_size} (ids 0 to {config.vocab_size - 1})"
         )
+    if not beyond:
+        return []
+    tokens = ", ".join(f"{token!r} ({id})" for id, token in sorted(beyond.items())[:5])
+    return [
+        f"the model has no embedding for {len(beyond)} of the tokenizer's tokens, which rows must not have: {tokens}"
+    ]
 
 
 # Export.
@@ -224,7 +248,8 @@ def export(
     dtype: str | None = None,
     stored: Stored | None = None,
     source_folder: pathlib.Path | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    tokenizer_folder: pathlib.Path | None = None,
+    max_shard_bytes: int = 50 * 10**9,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
 
@@ -242,6 +267,7 @@ def export(
             float32.
         stored: what the weights were read from: its names, dtypes and split into files are kept.
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
+        tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
 
     Raises:
@@ -259,33 +285,74 @@ def export(
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        if writes:
-            for left in folder.parent.glob(f".{folder.name}.partial-*"):
-                shutil.rmtree(left, ignore_errors=True)  # of an export that was killed
-            aside.mkdir(parents=True)
-            tokenizer.save_pretrained(aside)
-            source = pathlib.Path(source_folder) if source_folder else None
-            _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
-        write_weights(
-            aside,
-            params,
-            family,
-            vocab_size=vocab_size,
-            dtype=into,
-            stored=stored,
-            max_shard_bytes=max_shard_bytes,
-            writes=writes,
-        )
-        if writes:
-            _rename_over(aside, folder)
-    except OSError as error:
-        raise ExportError(f"{folder}: the export could not be written: {error}") from error
-    finally:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+    with _alone(folder) if writes else contextlib.nullcontext():
+        try:
+            if writes:
+                aside.mkdir(parents=True)
+                _write_tokenizer(aside, tokenizer, tokenizer_folder)
+                source = pathlib.Path(source_folder) if source_folder else None
+                _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+            write_weights(
+                aside,
+                params,
+                family,
+                vocab_size=vocab_size,
+                dtype=into,
+                stored=stored,
+                max_shard_bytes=max_shard_bytes,
+                writes=writes,
+            )
+            if writes:
+                _rename_over(aside, folder)
+        except OSError as error:
+            raise ExportError(f"{folder}: the export could not be written: {error}") from error
+        finally:
+            if writes:
+                shutil.rmtree(aside, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def _write_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path | None) -> None:
+    """The tokenizer: the files that it came in, as long as it is the same, else as transformers saves it.
+
+    transformers 5 writes a class name that other programs do not know, and forgets fields that it does not use.
+
+    Raises:
+        ExportError: it could not be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library has no kinds of errors
+        raise ExportError(f"the tokenizer could not be written: {error}") from error
+    config_file = folder / "tokenizer_config.json"
+    if source is not None and (source / "tokenizer.json").is_file():
+        before, own_template = load_tokenizer_and_own_template(str(source), None)
+        if tokenizer_key(before) == tokenizer_key(tokenizer):
+            same_template = own_template == tokenizer.chat_template
+            for name in TOKENIZER_FILES:
+                if name.startswith("chat_template") and not same_template:
+                    continue
+                (folder / name).unlink(missing_ok=True)
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+            if not same_template and "chat_template" in (config := load_json(config_file)):
+                del config["chat_template"]
+                config_file.write_bytes(dump_json(config))
+            return
+    if config_file.is_file():
+        config = load_json(config_file)
+        for key in ("is_local", "local_files_only"):
+            config.pop(key, None)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config_file.write_bytes(dump_json(config))
 
 
 def _write_configs(
@@ -343,10 +410,45 @@ def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Pa
     path.write_bytes(text)
 
 
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other exports to `folder` out, and clears away what those that were killed have left.
+
+    Raises:
+        ExportError: another one is being written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExportError(f"{folder}: another export is being written there") from None
+        except OSError:  # a filesystem without locks
+            pass
+        for left in folder.parent.glob(f".{folder.name}.partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not folder.exists() and _replaced(folder).exists():
+            _replaced(folder).rename(folder)  # killed between the two renames
+        yield
+    finally:
+        os.close(parent)
+
+
+def _replaced(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def _rename_over(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts `new` in the place of `folder`, which is removed only after that."""
-    old = new.with_name(f"{new.name}-replaced")
+    """Puts `new` in the place of `folder`, which is removed only after that, and comes back if it fails."""
+    old = _replaced(folder)
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)

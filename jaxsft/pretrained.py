@@ -81,6 +81,9 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
         ConfigError: no tokenizer there, one that is not that of a GGUF model, or no stop token at all, so that the
             model could never learn to stop.
     """
+    folder = hf.model_folder(config.path, weights=False)
+    # Before the tokenizer, of which transformers would say that it is wrong if config.json is.
+    configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
     added: tuple[str, ...] = ()
     notes: list[str] = []
@@ -89,8 +92,6 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
         notes = special_tokens.describe_added(tokenizer, chat_template, added)
     if config.tokenizer is not None and is_gguf(config.path):
         check_gguf_tokens(tokenizer, config.path, where=config.tokenizer, added=added)
-    folder = hf.model_folder(config.path, weights=False)
-    configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
     if not stops:
         raise ConfigError(
@@ -114,7 +115,9 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     stored, hf_config = hf.open_source(folder)
     family = family_of(hf_config)
     decoder_config = read_decoder_config(hf_config)
-    hf.check_vocabulary(tokenizer.tokenizer, decoder_config, added=tokenizer.added_tokens)
+    needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
+    added = tokenizer.added_tokens
+    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=added)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
     changes = _untied(config, decoder_config)
@@ -139,7 +142,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         )
 
     model = abstract_model(make_decoder)
-    notes = list(decoder_config.notes)
+    notes += decoder_config.notes
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
         check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
@@ -250,4 +253,5 @@ def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, 
         dtype=pretrained.config.export_dtype,
         stored=pretrained.stored,
         source_folder=pretrained.folder,
+        tokenizer_folder=hf.model_folder(pretrained.config.tokenizer or pretrained.config.path, weights=False),
     )

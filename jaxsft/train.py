@@ -29,6 +29,7 @@ from jaxsft.data.loader import Loader, prefetch
 from jaxsft.data.mixture import Dataset, check_weights, make_dataset
 from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
+from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
@@ -93,7 +94,7 @@ def train(config: Config) -> int:
             start_summary(config, state, loader, mesh, num_steps=num_steps, max_position=max_position, notes=notes)
         )
         if first >= num_steps and (folder / "export").exists():
-            console.say(f"this run is finished; its model is in {folder / 'export'}")
+            console.say(f"this run is finished; its model is in {folder / 'export'} (remove it to export anew)")
             return DONE
         _describe_run(folder, config, loader, tokenizer, console)
 
@@ -132,7 +133,7 @@ def train(config: Config) -> int:
 
         if first == 0:
             evaluate(0, state.params)
-        make_batch = functools.partial(_place_batch, loader, mesh)
+        make_batch = functools.partial(_place_batch, loader, mesh, pretrained.decoder_config.vocab_size)
         with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches:
             watch.lap()
             for step in range(first, num_steps):
@@ -296,8 +297,16 @@ def prepare_data(
     return make_dataset(prepared, sources)
 
 
-def _place_batch(loader: Loader | StreamLoader, mesh: Mesh, step: int) -> Batch:
-    return put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
+def _place_batch(loader: Loader | StreamLoader, mesh: Mesh, vocab_size: int, step: int) -> Batch:
+    """The batch of a step on the devices, where an id without an embedding would be taken for another."""
+
+    def rows_of(rows: slice) -> Batch:
+        batch = loader.batch(step, rows)
+        if batch.tokens.size and (largest := int(batch.tokens.max())) >= vocab_size:
+            raise DataError(f"step {step}: a row has token {largest}, but the model knows ids 0 to {vocab_size - 1}")
+        return batch
+
+    return put_batch(rows_of, loader.shape, mesh)
 
 
 def _check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:

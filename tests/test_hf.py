@@ -1,5 +1,6 @@
 """Hugging Face folders: reading by slice, errors that name files and tensors, and what an export holds."""
 
+import copy
 import json
 
 import jax
@@ -221,11 +222,73 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, 
             raise OSError("disk full")
 
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(hf.ExportError, match="model: the export could not be written: disk full") as error:
+    with pytest.raises(hf.ExportError, match="model: the export could not be written: .*disk full") as error:
         write(folder, state, Broken())
     assert error.value.exit_code == 74
     assert (folder / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_made_good(folder, state, tmp_path):
+    class Slow:
+        """While its export is being written, another is tried."""
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+            self.bos_token_id = self.pad_token_id = None
+
+        def save_pretrained(self, folder):
+            with pytest.raises(hf.ExportError, match="another export is being written there"):
+                write(tmp_path / "model", state, self.tokenizer)
+            self.tokenizer.save_pretrained(folder)
+
+    write(folder, state, Slow(hf.load_tokenizer(str(folder))))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    # Killed after the earlier export was moved aside, and then there is no room for the next try.
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.rename(tmp_path / ".model.replaced")
+    (tmp_path / ".model.partial-123").mkdir()
+
+    class Broken:
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(hf.ExportError, match="tokenizer could not be written: No space left"):
+        write(folder, state, Broken())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-3.1", "smollm2", "gemma-2", "phi-3"])
+def test_a_tokenizer_goes_out_in_the_files_that_it_came_in(name, material, state, tmp_path):
+    source = material / "tokenizers" / name
+    before = {path.name: path.read_bytes() for path in source.iterdir() if path.name in hf.TOKENIZER_FILES}
+    out = write(tmp_path / "same", state, hf.load_tokenizer(str(source)), tokenizer_folder=source)
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.name in hf.TOKENIZER_FILES}
+    assert after == before
+
+    # Another template goes where transformers looks first; all else stays.
+    other = hf.load_tokenizer(str(source), "plain")
+    out = write(tmp_path / "other", state, other, tokenizer_folder=source)
+    assert hf.load_tokenizer(str(out)).chat_template == template_text("plain")
+    assert (out / "tokenizer.json").read_bytes() == before["tokenizer.json"]
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+
+    # With a token more, it is saved anew, under a class that other programs know.
+    other.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    out = write(tmp_path / "more", state, other, tokenizer_folder=source)
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] != "TokenizersBackend" and "is_local" not in config
+    again = hf.load_tokenizer(str(out))
+    assert hf.tokenizer_key(again) == hf.tokenizer_key(other)
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(folder, state, tokenizer, tmp_path):
+    large = jax.tree.map(lambda leaf: leaf + 1e5, state)
+    with pytest.raises(ConfigError, match="has numbers that float16 cannot hold"):
+        write(tmp_path / "other", large, tokenizer, dtype="float16")
+    assert not (tmp_path / "other").exists()
 
 
 # Chat templates.
@@ -266,11 +329,26 @@ def test_a_template_that_is_no_jinja_or_never_ends_is_refused_before_it_is_used(
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused_with_both_numbers(tokenizer):
-    hf.check_vocabulary(tokenizer, decoder_config({**CONFIG, "vocab_size": 304}))
+    def check(vocab_size, needed=(), added=()):
+        config = decoder_config({**CONFIG, "vocab_size": vocab_size})
+        return hf.check_vocabulary(tokenizer, config, needed=needed, added=added)
+
+    assert check(304) == []
     with pytest.raises(ConfigError, match="id 303, but the model's vocab_size is 300"):
-        hf.check_vocabulary(tokenizer, decoder_config({**CONFIG, "vocab_size": 300}))
+        check(300)
     # Tokens that we added ourselves need no row yet.
-    hf.check_vocabulary(tokenizer, decoder_config({**CONFIG, "vocab_size": 303}), added=["w299"])
+    assert check(303, added=["w299"]) == []
+
+
+def test_a_control_token_without_an_embedding_is_noted_unless_answers_need_it(tokenizer):
+    """gemma-3-1b's tokenizer has an image token behind its vocabulary."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = decoder_config({**CONFIG, "vocab_size": 304})
+    (note,) = hf.check_vocabulary(tokenizer, config, needed=[2, 5])
+    assert "no embedding for 1 of the tokenizer's tokens" in note and "'<image>' (304)" in note
+    with pytest.raises(ConfigError, match="'<image>' has id 304, but the model's vocab_size is 304"):
+        hf.check_vocabulary(tokenizer, config, needed=[2, 304])
 
 
 def test_a_tokenizer_s_key_changes_with_its_tokens_only(tokenizer, tmp_path):

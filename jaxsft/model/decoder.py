@@ -70,8 +70,7 @@ class Attention(nnx.Module):
         self.v_proj = Linear("d -> k h", config.sizes, bias=config.qkv_bias, **shared)
         self.o_proj = Linear("n h -> d", config.sizes, bias=config.attention_bias, **shared)
         self.q_norm, self.k_norm = (self._norm(letter, dtype) for letter in "nk")
-        sinks = nnx.Param(jnp.zeros((len(config.layers), config.num_heads), dtype), axes="l n")
-        self.sinks = sinks if config.sinks else None
+        self.sinks = nnx.Param(jnp.zeros([config.sizes[a] for a in "ln"], dtype), axes="l n") if config.sinks else None
 
     def _norm(self, heads: str, dtype: jnp.dtype) -> Norm | None:
         config = self.config
@@ -160,8 +159,10 @@ class Layers(nnx.Module):
 
     def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
         out = out if norm is None else norm(out)
-        scale = self.config.residual_scale
-        return constrain(x + (out if scale == 1.0 else out * scale), "b t d")
+        if (scale := self.config.residual_scale) != 1.0:
+            # In the compute dtype, the factor itself would be rounded.
+            out = (out.astype(jnp.float32) * scale).astype(out.dtype)
+        return constrain(x + out, "b t d")
 
 
 class Embedding(nnx.Module):
@@ -274,7 +275,8 @@ class Decoder(nnx.Module):
 
         def scan(x: jax.Array, of_layers: Any) -> tuple[jax.Array, Any]:
             def body(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
-                return run(x, kinds[:period], of_period, in_scan=True)
+                # A loop of one turn is none to the compiler.
+                return run(x, kinds[:period], of_period, in_scan=scanned > period)
 
             periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)
             x, out = jax.lax.scan(body, x, periods)
@@ -306,11 +308,11 @@ class Decoder(nnx.Module):
         )
         return self.config.logits(products)
 
-    def make_cache(self, batch_size: int, size: int, *, dtype: jnp.dtype | str | None = None) -> Cache:
-        """An empty cache of `size` slots per row, in the compute dtype if no other is given."""
+    def make_cache(self, batch_size: int, size: int) -> Cache:
+        """An empty cache of `size` slots per row."""
         config = self.config
         shape = (len(config.layers), batch_size, size, config.num_kv_heads, config.head_dim)
-        empty = jnp.zeros(shape, dtype or self.compute_dtype)
+        empty = jnp.zeros(shape, self.compute_dtype)
         rows = jnp.zeros((batch_size, size), jnp.int32)
         return Cache(empty, empty, rows, rows, jnp.zeros((), jnp.int32))
 

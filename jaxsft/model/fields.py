@@ -24,6 +24,7 @@ HARMLESS = frozenset(
         "cache_implementation",
         "chunk_size_feed_forward",
         "classifier_dropout",
+        "custom_pipelines",
         "decoder_start_token_id",
         "diversity_penalty",
         "do_sample",
@@ -43,6 +44,7 @@ HARMLESS = frozenset(
         "max_length",
         "max_sequence_length",
         "min_length",
+        "model_max_length",
         "model_type",
         "name_or_path",
         "num_beam_groups",
@@ -59,6 +61,7 @@ HARMLESS = frozenset(
         "return_dict",
         "router_aux_loss_coef",
         "sep_token_id",
+        "seq_length",
         "summary_activation",
         "summary_first_dropout",
         "summary_proj_to_labels",
@@ -189,8 +192,14 @@ class Fields:
         """The RMS norm with the config's eps."""
         return NormKind(self("rms_norm_eps"), **kind)
 
-    def rope(self, layer_type: str | None = None, *, interleaved: bool = False) -> Rope:
-        """The rope of all layers, or that of one layer type where `rope_parameters` has one for each."""
+    def rope(self, layer_type: str | None = None, *, interleaved: bool = False, partial: bool = False) -> Rope:
+        """The rope of all layers, or that of one layer type where `rope_parameters` has one for each.
+
+        Args:
+            layer_type: which.
+            interleaved: pairs are neighbours.
+            partial: the family reads `partial_rotary_factor` of an unscaled rope, too; all read that of a scaled one.
+        """
         parameters, where = dict(self("rope_parameters")), "rope_parameters"
         # transformers looks for this one above the layer types, wherever it stands.
         truncate = parameters.get("truncate", True)
@@ -203,7 +212,11 @@ class Fields:
         kind: Any = fields("rope_type") or "default"
         fields("type")
         share = fields("partial_rotary_factor", 1.0)
-        dim = int(head_dim * (1.0 if share is None else share))
+        share = 1.0 if share is None else share
+        if share != 1.0 and kind == "default" and not partial:
+            self.problem(f"{where}.partial_rotary_factor: {share}; model_type {self.model_type} rotates whole heads")
+            share = 1.0
+        dim = int(head_dim * share)
         if dim % 2 or dim < 2:
             self.problem(f"{where}: {dim} of {head_dim} dims of a head would be rotated; their number must be even")
         values: dict[str, Any] = dict(dim=dim, theta=float(fields("rope_theta")), interleaved=interleaved)
@@ -253,7 +266,13 @@ class Fields:
             ropes: index of the rope of each layer type, where not all have the first.
         """
         window = self.own("sliding_window")
-        types = self("layer_types") or ["sliding_attention" if window else "full_attention"] * self("num_hidden_layers")
+        usual = ["sliding_attention" if window else "full_attention"] * self("num_hidden_layers")
+        types = self.own("layer_types") or usual
+        if (given := self("layer_types")) and "layer_types" not in self._declared and list(given) != usual:
+            self.problem(
+                f"layer_types: transformers passes over it for model_type {self.model_type} and has "
+                f"{usual[0]} in every layer; remove it"
+            )
         if len(types) != self("num_hidden_layers"):
             self.problem(f"layer_types: {len(types)} entries, but num_hidden_layers is {self('num_hidden_layers')}")
         if unknown := sorted(set(types) - LAYER_TYPES):

@@ -22,12 +22,13 @@ from flax import nnx
 from jaxsft.config import ConfigError
 from jaxsft.weights.copying import as_bits, copy
 from jaxsft.weights.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
-from jaxsft.weights.stored import DTYPES, SafeTensor, Stored, StoredTensor, open_folder
+from jaxsft.weights.stored import DTYPES, PAGE_BYTES, SafeTensor, Stored, StoredTensor, open_folder
 
 __all__ = ["Stored", "StoredTensor", "check_weights", "load_params", "open_folder", "vocabulary_tables"]
 
 BLOCK_BYTES = 1 << 21
 """Read at once by a thread."""
+MAX_THREADS = 32
 
 
 # What is stored, against what is needed.
@@ -179,7 +180,7 @@ def load_params(
         # Devices that copy host arrays are done with them, or these would pile up.
         arrays[read.weight.path] = jax.block_until_ready(array)
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as threads:
         before: _Read | None = None
         for path, (weight, variable) in weights.items():
             # While the threads are busy with one weight, the memory of the next is prepared.
@@ -292,7 +293,9 @@ def _blocks(weight: Weight, region: Box, itemsize: int) -> Iterator[Box]:
         yield region
         return
     first, last, _ = _span(weight.dims[-1], columns)
-    most = max(1, BLOCK_BYTES // ((last - first) * itemsize))
+    # Of narrow columns, whole rows are read (`stored.SafeTensor.read`).
+    width = last - first if (last - first) * itemsize >= PAGE_BYTES else math.prod(f.size for f in weight.dims[-1])
+    most = max(1, BLOCK_BYTES // (width * itemsize))
     # Up to the last factor of which only a part is wanted, its indices are apart in the file.
     cut = max([at for at in range(num_rows) if region[at] != (0, factors[at].size)], default=0)
     while cut < num_rows - 1 and math.prod(factor.size for factor in factors[cut + 1 :]) > most:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from jaxsft.config import ConfigError
 from jaxsft.weights.copying import copy
 from jaxsft.weights.layout import Box, Weight, join
 from jaxsft.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
@@ -98,6 +100,9 @@ def write_weights(
                 out.write(file.header)
             for tensor in file.tensors.values():
                 _write(out, tensor)
+            if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
+                out.flush()
+                os.fsync(out.fileno())
     if writes and (index := _index(files, tensors, stored)):
         (folder / INDEX_FILE).write_bytes(index)
 
@@ -207,8 +212,9 @@ def _index(files: Sequence[File], tensors: dict[str, Tensor], stored: Stored | N
     if all(name in stored.tensors and _is_like(tensors[name], stored, name) for name in places):
         return was
     index = json.loads(was)
-    metadata = {**(index.get("metadata") or {}), "total_size": total_size}
-    if "total_parameters" in metadata:
+    known = index.get("metadata")
+    metadata = {**(known if isinstance(known, dict) else {}), "total_size": total_size}
+    if isinstance(metadata.get("total_parameters"), int):
         before = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
         metadata["total_parameters"] += num_parameters - before
     weight_map = {name: places[name] for name in [*index["weight_map"], *places] if name in places}
@@ -241,6 +247,11 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
                 # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
                 copy(place, part.weight.file_order(values), num_rows)
     if out:
+        if tensor.word == "F16" and np.isinf(whole).any():
+            raise ConfigError(
+                f"{tensor.source[0].weight.path}: has numbers that float16 cannot hold (65504 at most); export as "
+                "bfloat16 or float32 (model.export_dtype)"
+            )
         out.write(whole.reshape(-1).view(np.uint8).data)
 
 

@@ -344,7 +344,7 @@ TEXT_AND_IMAGES = dict(model_type="gemma3", text_config=GEMMA3_1B, vision_config
         (
             MISTRAL_7B_V01,
             {"layer_types": ALTERNATING * 16},
-            ["layer_types: transformers passes over it", "sliding_window 4096"],
+            ["layer_types: transformers passes over it", "has sliding_attention in every layer"],
         ),
         (MISTRAL_7B_V01, {"model_type": "ministral", "alibi": True}, ["alibi: True is not known"]),
         (
@@ -366,6 +366,11 @@ TEXT_AND_IMAGES = dict(model_type="gemma3", text_config=GEMMA3_1B, vision_config
         (GEMMA3_1B, {"use_bidirectional_attention": True}, ["use_bidirectional_attention: True"]),
         (GEMMA3_1B, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping: 50.0"]),
         (GEMMA_2B, {"sliding_window": 4096}, ["sliding_window: 4096"]),
+        (
+            OLMO2_7B,
+            {"partial_rotary_factor": 0.5},
+            ["partial_rotary_factor: 0.5; model_type olmo2"],
+        ),
         (OLMO2_7B, {"clip_qkv": 8.0}, ["clip_qkv: 8.0 is not known"]),
         (OLMO2_7B, {"sliding_window": 4096}, ["sliding_window: 4096"]),
         (OLMO3_7B, {"layer_types": ["full_attention"] * 31 + ["chunked_attention"]}, ["'chunked_attention'"]),

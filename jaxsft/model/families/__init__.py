@@ -20,7 +20,6 @@ from jaxsft.model.families import (
     granite,
     llama,
     ministral3,
-    mistral,
     mixtral,
     olmo2,
     olmo3,
@@ -36,8 +35,8 @@ from jaxsft.model.fields import Fields, refusal
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
-    "mistral": mistral,
-    "ministral": mistral,
+    "mistral": llama,
+    "ministral": llama,
     "ministral3": ministral3,
     "qwen2": qwen2,
     "qwen3": qwen3,

@@ -17,7 +17,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     return DecoderConfig(
         **hf.sizes(),
         layers=hf.layers(),
-        ropes=(hf.rope(interleaved=True),),
+        ropes=(hf.rope(interleaved=True, partial=True),),
         norm=hf.rms_norm(),
         norms=("pre_attention", "pre_mlp"),
         activation=gated(hf.activation()),

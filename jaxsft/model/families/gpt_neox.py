@@ -38,7 +38,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     return DecoderConfig(
         **hf.sizes(),
         layers=hf.layers(),
-        ropes=(hf.rope(),),
+        ropes=(hf.rope(partial=True),),
         norm=NormKind(hf("layer_norm_eps"), kind="layer", bias=True),
         norms=("pre_attention", "pre_mlp"),
         parallel=bool(hf("use_parallel_residual")),

@@ -34,7 +34,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     return DecoderConfig(
         **hf.sizes(),
         layers=hf.layers(),
-        ropes=(hf.rope(),),
+        ropes=(hf.rope(partial=True),),
         norm=hf.rms_norm(),
         norms=("pre_attention", "pre_mlp"),
         activation=clamped_swiglu(hf("swiglu_alpha"), hf("swiglu_limit")),

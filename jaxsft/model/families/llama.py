@@ -1,4 +1,5 @@
-"""Llama 2, 3, 3.x and all that shares its shape: SmolLM2, TinyLlama, Falcon 3, Yi, DeepSeek's distilled Llamas, ..."""
+"""Llama 2, 3, 3.x and all that shares its shape: SmolLM2, TinyLlama, Falcon 3, Yi, DeepSeek's distilled Llamas, ...;
+and Mistral 7B, Nemo, Small and Ministral 8B, with an attention window in all, some or no layers."""
 
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.fields import Fields
@@ -33,7 +34,8 @@ IGNORED = ("*.rotary_emb.inv_freq",)
 
 
 def decoder_config(hf: Fields) -> DecoderConfig:
-    """The DecoderConfig of a `config.json` of model_type llama."""
+    """The DecoderConfig of a `config.json` of model_type llama, mistral or ministral."""
+    hf.only("activation", "swiglu", "silu")  # Falcon 3 says it twice
     attention_bias = bool(hf.own("attention_bias"))
     return DecoderConfig(
         **hf.sizes(),

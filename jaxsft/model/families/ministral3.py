@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.model.architecture import DecoderConfig
-from jaxsft.model.families import mistral
+from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 
-WEIGHTS = mistral.WEIGHTS
-IGNORED = mistral.IGNORED
+WEIGHTS = llama.WEIGHTS
+IGNORED = llama.IGNORED
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     # Taken out of the rope's parameters, of which they are none; transformers does not look at the second.
     beta, _ = rope.pop("llama_4_scaling_beta", None), rope.pop("max_position_embeddings", None)
     length = rope.get("original_max_position_embeddings")
-    config = mistral.decoder_config(hf)
+    config = llama.decoder_config(hf)
     if beta is None or not length:
         hf.problem("rope_parameters: a ministral3 needs llama_4_scaling_beta and original_max_position_embeddings")
         return config

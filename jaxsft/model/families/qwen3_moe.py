@@ -26,6 +26,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     if not hf("use_sliding_window"):
         hf("max_window_layers")
     attention_bias = bool(hf("attention_bias"))
+    hf.only("use_qk_norm", True)
     return DecoderConfig(
         **hf.sizes() | dict(intermediate_size=hf("moe_intermediate_size")),
         layers=hf.layers(),

@@ -23,7 +23,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     return DecoderConfig(
         **hf.sizes(),
         layers=hf.layers(),
-        ropes=(hf.rope(),),
+        ropes=(hf.rope(partial=True),),
         norm=NormKind(eps, kind="layer", bias=True),
         norms=("pre_attention",) if parallel else ("pre_attention", "pre_mlp"),
         parallel=parallel,
