@@ -1,27 +1,16 @@
-"""Hugging Face folders: where a model lies, its config and tokenizer; and the folder that a run ends with.
+"""Hugging Face folders: where a model lies, its config, its tokenizer and its chat template.
 
 In: a folder or hub id, or a GGUF model, which is read as if it were such a folder. Out: what transformers would read of
-it, with errors that say what is wrong; and at the end of a run a folder that transformers opens. The weights themselves
-are those of `weights/`.
+it, with errors that say what is wrong. The weights are those of `weights/`; the folder that a run ends with is
+`export.py`'s.
 """
 
-import contextlib
 import difflib
-import fcntl
 import hashlib
 import json
-import os
 import pathlib
-import re
-import shutil
-from collections.abc import Collection, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Collection, Sequence
 from typing import Any
-
-import jax
-import numpy as np
-from flax import nnx
-from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
@@ -30,10 +19,7 @@ from jaxsft.gguf.model import is_gguf, open_gguf
 from jaxsft.gguf.tokenizer import load_gguf_tokenizer
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.weights.mxfp4 import is_mxfp4, unpacked
-from jaxsft.weights.save import dump_json, write_weights
-from jaxsft.weights.stored import DTYPES, Stored, load_json, open_folder
-
-# Folders, configs and tokenizers.
+from jaxsft.weights.stored import Stored, load_json, open_folder
 
 
 def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
@@ -210,245 +196,3 @@ def check_vocabulary(
     return [
         f"the model has no embedding for {len(beyond)} of the tokenizer's tokens, which rows must not have: {tokens}"
     ]
-
-
-# Export.
-
-
-class ExportError(OSError):
-    """The folder of an export could not be written; what was there before is untouched. Its text is shown as it is."""
-
-    exit_code = 74
-
-
-def export_dtype(hf_config: dict[str, Any], asked: str | None) -> str:
-    """Dtype of the exported weights: as asked, else as `config.json` says, else float32.
-
-    Raises:
-        ConfigError: safetensors that we write have no such dtype.
-    """
-    dtype = asked or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
-    known = [each.name for each in DTYPES.values()]
-    if dtype not in known:
-        raise ConfigError(
-            f"config.json: dtype {dtype!r} cannot be exported; give one of {', '.join(known)} as model.export_dtype"
-        )
-    return dtype
-
-
-def export(
-    folder: pathlib.Path,
-    params: nnx.State,
-    *,
-    family: ModuleType,
-    hf_config: dict[str, Any],
-    vocab_size: int,
-    tokenizer: Any,
-    stop_ids: Sequence[int],
-    dtype: str | None = None,
-    stored: Stored | None = None,
-    source_folder: pathlib.Path | None = None,
-    tokenizer_folder: pathlib.Path | None = None,
-    max_shard_bytes: int = 50 * 10**9,
-) -> None:
-    """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
-
-    Every process of the run must call this. Tensors are gathered one after the other, and process 0 writes each as it
-    comes, so no more than one is ever in host memory. The folder appears in one rename, complete or not at all, and
-    takes the place of an earlier export. config.json and generation_config.json are those of the source, to the byte if
-    nothing in them has to change.
-
-    Args:
-        params: the whole state of the model, Variables with axes.
-        hf_config: the model's `config.json`; written with the dtype and the stop ids of what is exported.
-        vocab_size: rows of the vocabulary; the tables of the state may have more.
-        stop_ids: every token id that ends an answer; generation_config.json and config.json name them all.
-        dtype: float32, bfloat16 or float16; left out: that of each tensor in `stored`, else what `hf_config` says, else
-            float32.
-        stored: what the weights were read from: its names, dtypes and split into files are kept.
-        source_folder: where the model came from; the other keys of its generation_config.json are kept.
-        tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
-        max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
-
-    Raises:
-        ConfigError: `folder` holds something else than an export, or is `source_folder`.
-        ExportError: it could not be written.
-    """
-    folder = pathlib.Path(folder).absolute()
-    if source_folder is not None and folder.resolve() == pathlib.Path(source_folder).resolve():
-        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
-    into = None
-    if dtype is not None or stored is None or not stored.files:
-        name = export_dtype(hf_config, dtype)
-        into = next(each for each in DTYPES.values() if each.name == name)
-    writes = jax.process_index() == 0
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with _alone(folder) if writes else contextlib.nullcontext():
-        try:
-            if writes:
-                aside.mkdir(parents=True)
-                _write_tokenizer(aside, tokenizer, tokenizer_folder)
-                source = pathlib.Path(source_folder) if source_folder else None
-                _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
-            write_weights(
-                aside,
-                params,
-                family,
-                vocab_size=vocab_size,
-                dtype=into,
-                stored=stored,
-                max_shard_bytes=max_shard_bytes,
-                writes=writes,
-            )
-            if writes:
-                _rename_over(aside, folder)
-        except OSError as error:
-            raise ExportError(f"{folder}: the export could not be written: {error}") from error
-        finally:
-            if writes:
-                shutil.rmtree(aside, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
-
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
-
-
-def _write_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path | None) -> None:
-    """The tokenizer: the files that it came in, as long as it is the same, else as transformers saves it.
-
-    transformers 5 writes a class name that other programs do not know, and forgets fields that it does not use.
-
-    Raises:
-        ExportError: it could not be written.
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the Rust library has no kinds of errors
-        raise ExportError(f"the tokenizer could not be written: {error}") from error
-    config_file = folder / "tokenizer_config.json"
-    if source is not None and (source / "tokenizer.json").is_file():
-        before, own_template = load_tokenizer_and_own_template(str(source), None)
-        if tokenizer_key(before) == tokenizer_key(tokenizer):
-            same_template = own_template == tokenizer.chat_template
-            for name in TOKENIZER_FILES:
-                if name.startswith("chat_template") and not same_template:
-                    continue
-                (folder / name).unlink(missing_ok=True)
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-            if not same_template and "chat_template" in (config := load_json(config_file)):
-                del config["chat_template"]
-                config_file.write_bytes(dump_json(config))
-            return
-    if config_file.is_file():
-        config = load_json(config_file)
-        for key in ("is_local", "local_files_only"):
-            config.pop(key, None)
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_bytes(dump_json(config))
-
-
-def _write_configs(
-    folder: pathlib.Path,
-    hf_config: dict[str, Any],
-    source: pathlib.Path | None,
-    *,
-    tokenizer: Any,
-    stop_ids: Sequence[int],
-    dtype: np.dtype | None,
-) -> None:
-    """config.json and generation_config.json, those of `source` with only what differs."""
-    config = dict(hf_config)
-    if dtype is not None:
-        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-        config |= dict.fromkeys(dtype_keys, dtype.name)
-    _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
-    generation_config = load_generation_config(source) if source else {}
-    if changes := _new_ids(generation_config, tokenizer, stop_ids):
-        # With this mark, transformers would make the file anew from config.json.
-        generation_config.pop("_from_model_config", None)
-    if not generation_config:
-        known = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
-        changes = {key: hf_config.get(key) if id is None else id for key, id in known.items()} | changes
-        changes = {key: id for key, id in changes.items() if id is not None}
-    _write_config(folder / "generation_config.json", generation_config | changes, source)
-
-
-def _new_ids(config: dict[str, Any], tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """The special ids that a config has to say otherwise; bos and pad only where it speaks of them."""
-    ids: dict[str, Any] = {}
-    if set(_as_list(config.get("eos_token_id"))) != set(stop_ids):
-        ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
-    for key in ("bos_token_id", "pad_token_id"):
-        id = getattr(tokenizer, key)
-        if id is not None and config.get(key) not in (None, id):
-            ids[key] = id
-    return ids
-
-
-def _as_list(ids: Any) -> list[int]:
-    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Path | None) -> None:
-    """As the source's file of this name lays it out, and its very bytes where it says the same."""
-    before = source / path.name if source else None
-    if before is None or not before.is_file():
-        path.write_bytes(dump_json(dict(sorted(config.items()))))
-        return
-    text = before.read_bytes()
-    if json.loads(text) != config:
-        indent = re.search(rb"\n( +)\S", text)
-        text = dump_json(config, indent=len(indent[1]) if indent else 2)
-    path.write_bytes(text)
-
-
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other exports to `folder` out, and clears away what those that were killed have left.
-
-    Raises:
-        ExportError: another one is being written.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ExportError(f"{folder}: another export is being written there") from None
-        except OSError:  # a filesystem without locks
-            pass
-        for left in folder.parent.glob(f".{folder.name}.partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        if not folder.exists() and _replaced(folder).exists():
-            _replaced(folder).rename(folder)  # killed between the two renames
-        yield
-    finally:
-        os.close(parent)
-
-
-def _replaced(folder: pathlib.Path) -> pathlib.Path:
-    return folder.with_name(f".{folder.name}.replaced")
-
-
-def _rename_over(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts `new` in the place of `folder`, which is removed only after that, and comes back if it fails."""
-    old = _replaced(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

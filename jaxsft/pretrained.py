@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxsft import hf, special_tokens
 from jaxsft.config import ConfigError, ModelConfig
 from jaxsft.data.stops import stop_ids
+from jaxsft.export import export_dtype, export_folder
 from jaxsft.gguf.model import is_gguf
 from jaxsft.gguf.model import notes as gguf_notes
 from jaxsft.gguf.tokenizer import check_gguf_tokens
@@ -128,7 +129,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
-        hf.export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
+        export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
     compute_dtype = config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
@@ -242,7 +243,7 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
 
 def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, folder: pathlib.Path) -> None:
     """Writes the model as a folder that transformers opens."""
-    hf.export(
+    export_folder(
         folder,
         params,
         family=pretrained.family,

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxsft import hf
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.data.named_templates import template_text
+from jaxsft.export import TOKENIZER_FILES, ExportError, export_folder
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
@@ -84,7 +85,7 @@ def state():
 
 
 def write(folder, state, tokenizer, *, hf_config=CONFIG, stop_ids=(1,), **options):
-    hf.export(
+    export_folder(
         folder,
         state,
         family=MODULE,
@@ -222,7 +223,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, 
             raise OSError("disk full")
 
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(hf.ExportError, match="model: the export could not be written: .*disk full") as error:
+    with pytest.raises(ExportError, match="model: the export could not be written: .*disk full") as error:
         write(folder, state, Broken())
     assert error.value.exit_code == 74
     assert (folder / "model.safetensors").read_bytes() == before
@@ -238,7 +239,7 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
             self.bos_token_id = self.pad_token_id = None
 
         def save_pretrained(self, folder):
-            with pytest.raises(hf.ExportError, match="another export is being written there"):
+            with pytest.raises(ExportError, match="another export is being written there"):
                 write(tmp_path / "model", state, self.tokenizer)
             self.tokenizer.save_pretrained(folder)
 
@@ -254,7 +255,7 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
         def save_pretrained(self, folder):
             raise Exception("No space left on device (os error 28)")
 
-    with pytest.raises(hf.ExportError, match="tokenizer could not be written: No space left"):
+    with pytest.raises(ExportError, match="tokenizer could not be written: No space left"):
         write(folder, state, Broken())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -263,9 +264,9 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
 @pytest.mark.parametrize("name", ["qwen3", "llama-3.1", "smollm2", "gemma-2", "phi-3"])
 def test_a_tokenizer_goes_out_in_the_files_that_it_came_in(name, material, state, tmp_path):
     source = material / "tokenizers" / name
-    before = {path.name: path.read_bytes() for path in source.iterdir() if path.name in hf.TOKENIZER_FILES}
+    before = {path.name: path.read_bytes() for path in source.iterdir() if path.name in TOKENIZER_FILES}
     out = write(tmp_path / "same", state, hf.load_tokenizer(str(source)), tokenizer_folder=source)
-    after = {path.name: path.read_bytes() for path in out.iterdir() if path.name in hf.TOKENIZER_FILES}
+    after = {path.name: path.read_bytes() for path in out.iterdir() if path.name in TOKENIZER_FILES}
     assert after == before
 
     # Another template goes where transformers looks first; all else stays.

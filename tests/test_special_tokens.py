@@ -13,6 +13,7 @@ from flax import nnx
 from jaxsft import cli, hf, special_tokens
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.data.named_templates import NAMED_TEMPLATES
+from jaxsft.export import export_folder
 from jaxsft.mesh import make_mesh
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
@@ -58,7 +59,7 @@ def make_model(folder, *, vocab_size=300, words=300, tie=False, template=None, p
         options = dict(compute_dtype="float32", param_dtype=param_dtype, remat="none")
         return nnx.state(Decoder(decoder_config(config), **options, rngs=nnx.Rngs(0)))
 
-    hf.export(
+    export_folder(
         folder,
         params(),
         family=module,

@@ -141,21 +141,20 @@ class Layers(nnx.Module):
         self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
     ) -> tuple[jax.Array, Any]:
         """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
-        before = x
         normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
         mixed, cached = self.self_attn(normed, slots, cached, kind)
-        x = self._add(x, mixed, self.post_attention_norm)
-        mlp_input = before if self.config.parallel else x
+        after = self._add(x, mixed, self.post_attention_norm)
+        mlp_input = x if self.config.parallel else after
         if self.pre_mlp_norm is not None:
-            normed = self.pre_mlp_norm(mlp_input)
-        elif not self.config.parallel:
-            normed = x
+            mlp_input = self.pre_mlp_norm(mlp_input)
+        elif self.config.parallel:
+            mlp_input = normed  # one norm for both
         router = None
         if isinstance(self.mlp, MixtureMLP):
-            out, router = self.mlp(normed, slots.q_segment_ids > 0)
+            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0)
         else:
-            out = self.mlp(normed)
-        return self._add(x, out, self.post_mlp_norm), (cached, router)
+            out = self.mlp(mlp_input)
+        return self._add(after, out, self.post_mlp_norm), (cached, router)
 
     def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
         out = out if norm is None else norm(out)

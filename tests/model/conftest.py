@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxsft import hf
+from jaxsft.export import export_folder
 from jaxsft.generate import Generator
 from jaxsft.loss import next_token_loss
 from jaxsft.mesh import shardings
@@ -209,7 +210,7 @@ class Ours:
 
     def export(self, params: Any, folder: pathlib.Path) -> None:
         hf_config = hf.load_hf_config(self.folder)
-        hf.export(
+        export_folder(
             folder,
             params,
             family=family(hf_config),
