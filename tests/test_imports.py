@@ -10,6 +10,7 @@ LAYERS = [
     {"data", "model", "loss", "metrics"},
     {
         "hf",
+        "export",
         "weights",
         "gguf",
         "special_tokens",
