@@ -244,14 +244,15 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
         for box, values in _gather(part):
             if out:
                 place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
+                source = part.weight.file_order(values)
                 # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
-                copy(place, part.weight.file_order(values), num_rows)
+                copy(place, source, num_rows)
+                if tensor.word == "F16" and np.any(np.isinf(place) & np.isfinite(source)):
+                    raise ConfigError(
+                        f"{part.weight.path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 "
+                        "or float32 (model.export_dtype)"
+                    )
     if out:
-        if tensor.word == "F16" and np.isinf(whole).any():
-            raise ConfigError(
-                f"{tensor.source[0].weight.path}: has numbers that float16 cannot hold (65504 at most); export as "
-                "bfloat16 or float32 (model.export_dtype)"
-            )
         out.write(whole.reshape(-1).view(np.uint8).data)
 
 
