@@ -2,8 +2,8 @@
 
 Run as `python benchmarks/startup.py [--model FOLDER] [--rounds N]`; needs torch. Without a folder, a random model of
 the shape of SmolLM2-135M is made up. Each start is a process of its own, in turns; "cold" compiles everything, "warm"
-finds the compiled step in a cache on disk, as a second start of the same run does. All train in float32 on 2 rows of
-512 tokens with AdamW. Seconds are the medians of the rounds; later steps are the median of three.
+finds the compiled step in a cache on disk, as a second start of the same run does. All train in float32 on one row of
+128 tokens with AdamW. Seconds are the medians of the rounds; later steps are the median of three.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SHAPE = dict(
 )
 STARTS = ["scanned, cold", "scanned, warm", "unrolled, cold", "unrolled, warm", "transformers"]
 COLUMNS = ["imports", "load", "compile", "first step", "until the first step is done", "later step", "peak GB"]
-BATCH, SEQ_LEN = 2, 512
+BATCH, SEQ_LEN = 1, 128
 
 
 def main() -> None:
