@@ -29,10 +29,10 @@ def make_html(preview: Preview) -> str:
     """The page; every text of the data is escaped."""
     files = resources.files("jaxsft.preview")
     style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    policy = f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy = f"default-src 'none'; style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
     tiles = "".join(
-        f'<div class="tile"><b>{_escape(fact.label)}</b><strong>{_escape(fact.value)}</strong>'
-        f"<span>{_escape(fact.note)}</span></div>"
+        f'<div class="tile"><b>{escape(fact.label)}</b><strong>{escape(fact.value)}</strong>'
+        f"<span>{escape(fact.note)}</span></div>"
         for fact in headline(preview)
     )
     return f"""<!doctype html>
@@ -42,11 +42,11 @@ def make_html(preview: Preview) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{_escape(preview.title)} · jaxsft preview</title>
+<title>{escape(preview.title)} · jaxsft preview</title>
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{_escape(preview.title)}</h1>
+<header><h1>{escape(preview.title)}</h1>
 <p>What this run will train{", from the first window of its stream" * preview.stream}. Weights were traced back from the
 batches that the devices get.</p></header>
 <section class="tiles">{tiles}</section>
@@ -67,11 +67,13 @@ batches that the devices get.</p></header>
 """
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
+    """What a content security policy calls a style or script that stands in the page."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as HTML that shows it, control characters made visible."""
     return html.escape(visible(text), quote=True)
 
 
@@ -94,13 +96,13 @@ def _visible(value: Any) -> Any:
 
 
 def _notes(preview: Preview) -> str:
-    items = "".join(f"<li>{_escape(note)}</li>" for note in preview.notes)
+    items = "".join(f"<li>{escape(note)}</li>" for note in preview.notes)
     return f'<section class="notes"><b>To know</b><ul>{items}</ul></section>' if items else ""
 
 
 def _facts(found: Iterable[Fact]) -> str:
     rows = "".join(
-        f"<tr><th>{_escape(fact.label)}</th><td>{_escape(fact.value)} <small>{_escape(fact.note)}</small></td></tr>"
+        f"<tr><th>{escape(fact.label)}</th><td>{escape(fact.value)} <small>{escape(fact.note)}</small></td></tr>"
         for fact in found
     )
     return f'<table class="facts">{rows}</table>'
@@ -113,7 +115,7 @@ def _sources(preview: Preview) -> str:
         name = f"Source {number}" if several else "Source"
         table = _facts(source_facts(source, is_one_of_several=several))
         width = "" if several else " wide"
-        cards.append(f'<div class="card{width}"><h2>{name} <small>{_escape(source.path)}</small></h2>{table}</div>')
+        cards.append(f'<div class="card{width}"><h2>{name} <small>{escape(source.path)}</small></h2>{table}</div>')
     return "".join(cards)
 
 
@@ -130,14 +132,14 @@ def _loss(loss: Loss) -> str:
     unit = ("row" if loss.kind == "bad" else "example") + "s" * (loss.amount != 1)
     tokens = "–" if loss.tokens is None else f"{loss.tokens:,}"
     return (
-        f'<tr><td><b class="kind">{loss.kind}</b> {_escape(loss.reason)}<br><small>{_escape(loss.remedy)}</small></td>'
+        f'<tr><td><b class="kind">{loss.kind}</b> {escape(loss.reason)}<br><small>{escape(loss.remedy)}</small></td>'
         f"<td>{loss.amount:,}<br><small>{unit}</small></td><td>{tokens}</td></tr>"
     )
 
 
 def _counts(preview: Preview) -> str:
     rows = "".join(
-        f"<tr><td>{_escape(count.name.replace('_', ' '))}<br><small>{_escape(count.meaning)}</small></td>"
+        f"<tr><td>{escape(count.name.replace('_', ' '))}<br><small>{escape(count.meaning)}</small></td>"
         f"<td>{count.amount:,}</td></tr>"
         for count in preview.counts
     )
