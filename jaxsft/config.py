@@ -28,6 +28,10 @@ RESERVED_TEMPLATE_KWARGS = {
 """Arguments of apply_chat_template: setting one would change more than a template's variables."""
 
 
+MOVED = {"train.log_every": "log.every"}
+"""Keys of configs of before, and what they are called now."""
+
+
 class ConfigError(ValueError):
     """A mistake of the user in the config or in the files that it names; its text is shown as it is."""
 
@@ -184,8 +188,6 @@ class TrainConfig(Section):
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Steps in all, instead of `epochs`."""
-    log_every: PositiveInt = 10
-    """Steps from one line of metrics to the next."""
 
     @model_validator(mode="after")
     def _checked(self) -> "TrainConfig":
@@ -276,6 +278,29 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class LogConfig(Section):
+    every: PositiveInt = 10
+    """Steps from one line of metrics to the next."""
+    to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = []
+    """Where the lines of `metrics.jsonl` also go; each needs its package, such as `pip install 'jaxsft[wandb]'`."""
+    project: str = "jaxsft"
+    """Project of Weights & Biases and trackio that the run belongs to."""
+    profile_steps: PositiveInt | None = None
+    """Trace so many steps, soon after the start, into `profile/` of the run folder; left out: none."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "LogConfig":
+        if twice := sorted({name for name in self.to if self.to.count(name) > 1}):
+            raise ValueError(f"to: {', '.join(twice)} given twice")
+        if "project" in self.model_fields_set and not {"wandb", "trackio"} & set(self.to):
+            raise ValueError("`project` has no effect without wandb or trackio in `to`")
+        return self
+
+
 class Config(Section):
     run_dir: str | None = None
     """Folder of the run; left out: `runs/` and the name of the config file."""
@@ -287,6 +312,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -373,6 +399,8 @@ def dump_config(config: Config) -> str:
         del tree["eval"]
     if not config.data.stream:
         del tree["data"]["shuffle_buffer"]
+    if not {"wandb", "trackio"} & set(config.log.to):
+        del tree["log"]["project"]
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -461,6 +489,8 @@ def _describe(problem: Any) -> str:
     key = _key(problem)
     given = problem["input"]
     known = [name for name, _ in _leaves(Config)]
+    if key in MOVED:
+        return f"{key}: unknown key; it is called {MOVED[key]} now"
     if problem["type"] == "extra_forbidden":
         # A key of the right name in the wrong section is nearer than one that is merely spelt alike.
         leaf = key.rsplit(".", 1)[-1]

@@ -1,9 +1,9 @@
-"""What a run measures and where it goes: the sums of steps, FLOPs and MFU, the progress display, `metrics.jsonl`.
+"""What a run measures: the sums of its steps, FLOPs and MFU, speed, and what the host costs.
 
-In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, shown and written.
+In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, which `writers.py` shows and
+writes; docs/metrics.md explains every key.
 """
 
-import json
 import math
 import resource
 import sys
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from jaxsft.loss import LossSums
@@ -158,28 +157,57 @@ def divide(numerator: float, denominator: float) -> float:
 
 
 class Stopwatch:
-    """Seconds since the last line, and the share of them spent waiting for data."""
+    """Seconds since the last line, and the shares of them in which the devices had no step because of the host.
+
+    Devices run a step while the host already prepares the next ones. So the host's time counts only where it ends with
+    no step running: where the step before is still under way, nothing was lost. A stretch in the middle of which that
+    step ended counts whole, so both shares are upper bounds. Nothing waits for the devices on account of this.
+    """
 
     def __init__(self) -> None:
-        self._start, self._waited = time.perf_counter(), 0.0
+        self._start = self._since = time.perf_counter()
+        self._waited = self._busy = 0.0
+        self._result: Any = None
 
     def wait(self, batches: Any) -> Any:
-        """The next batch, its waiting time counted."""
-        begin = time.perf_counter()
+        """The next batch."""
+        self._busy += self._lost()
         batch = next(batches)
-        self._waited += time.perf_counter() - begin
+        self._waited += self._lost()
         return batch
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds, share waited) since the last lap, and starts the next one."""
-        now = time.perf_counter()
-        seconds, waited = now - self._start, self._waited
-        self._start, self._waited = now, 0.0
-        return seconds, waited / seconds
+    def launching(self) -> None:
+        """A step is about to be started."""
+        self._busy += self._lost()
+
+    def launched(self, result: Any) -> None:
+        """A step was started, and will give `result`, an array."""
+        lost, self._result = self._lost(), result
+        # Where the call ran the step by itself, as on CPU it may, most of its time was the step's.
+        if not result.is_ready():
+            self._busy += lost
+
+    def caught_up(self) -> None:
+        """The host has just waited for the devices; that is no time of its own."""
+        self._since = time.perf_counter()
+
+    def lap(self) -> tuple[float, float, float]:
+        """(seconds, share waiting for data, share in the loop's own work) since the last lap; starts the next one."""
+        self._busy += self._lost()
+        seconds, waited, busy = self._since - self._start, self._waited, self._busy
+        self._start, self._waited, self._busy = self._since, 0.0, 0.0
+        return seconds, waited / seconds, busy / seconds
 
     def leave_out(self, begin: float) -> None:
         """Takes all since `begin` (a `time.perf_counter()`) out of this lap: evaluations, sample answers, saves."""
-        self._start += time.perf_counter() - begin
+        self._since = time.perf_counter()
+        self._start += self._since - begin
+
+    def _lost(self) -> float:
+        """Seconds since this was last asked, 0 where a step is running."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds if self._result is None or self._result.is_ready() else 0.0
 
 
 class Speedometer:
@@ -192,7 +220,7 @@ class Speedometer:
 
     def read(self, steps: Sequence[StepMetrics], watch: Stopwatch) -> dict[str, float]:
         """The figures of the steps since the last line; starts the next lap of the watch."""
-        seconds, waited = watch.lap()
+        seconds, waited, busy = watch.lap()
         tokens = sum(float(step.tokens) for step in steps)
         line = {
             "steps": len(steps),
@@ -200,6 +228,7 @@ class Speedometer:
             "tokens_per_second": tokens / seconds,
             "trained_tokens_per_second": sum(float(step.sums.trained_tokens) for step in steps) / seconds,
             "data_wait_share": waited,
+            "host_share": busy,
             "memory_gib": memory_gib(),
         }
         if self._peak:
@@ -220,101 +249,3 @@ def memory_gib() -> float:
         return max(peaks) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one object per line, every line with its `step`; written by process 0 only."""
-
-    def __init__(self, path: epath.Path, *, step: int) -> None:
-        """Opens the file of a run that is at `step`; lines after it, of steps that will be done again, are dropped."""
-        self._path = path
-        self._lines: list[str] = []
-        if jax.process_index() == 0 and path.exists():
-            complete = [line for line in path.read_text().split("\n")[:-1]]
-            self._lines = [line for line in complete if 0 < step >= json.loads(line)["step"]]
-        self._rewrite()
-
-    def totals(self) -> Totals:
-        """Counts at the last line of training."""
-        for line in map(json.loads, reversed(self._lines)):
-            if "total_tokens" in line:
-                return Totals(line["total_tokens"], line["total_trained_tokens"], line["skipped_steps"])
-        return Totals()
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends a line, on disk when this returns."""
-        self._lines.append(json.dumps(line))
-        if jax.process_index() != 0:
-            return
-        with self._path.open("a") as file:
-            file.write(self._lines[-1] + "\n")
-
-    def _rewrite(self) -> None:
-        if jax.process_index() == 0:
-            part = self._path.parent / (self._path.name + ".part")
-            part.write_text("".join(line + "\n" for line in self._lines))
-            part.replace(self._path)
-
-
-def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-
-
-class Console:
-    """What the user sees: a live bar on a terminal, plain lines elsewhere, nothing on processes other than 0."""
-
-    def __init__(self) -> None:
-        import rich.console
-
-        self._quiet = jax.process_index() != 0
-        self._console = rich.console.Console(quiet=self._quiet, highlight=False, emoji=False)
-        self._bar: Any = None
-        self._started: tuple[float, int] | None = None
-
-    def say(self, text: str = "") -> None:
-        """Prints a line, above the bar where there is one."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def step(self, step: int, num_steps: int, line: dict[str, float]) -> None:
-        """Shows the metrics of a line: `step` of `num_steps` are done."""
-        now = time.perf_counter()
-        if self._started is None:
-            self._started = (now - line["seconds"], step - int(line["steps"]))
-        begin, first = self._started
-        left = (now - begin) / max(step - first, 1) * (num_steps - step)
-        shown = (
-            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  {line['tokens_per_second']:,.0f} tokens/s"
-            + (f"  MFU {line['mfu']:.1%}" if "mfu" in line else "")
-            + f"  learning rate {line['learning_rate']:.2e}"
-            + (f"  {line['skipped_steps']:.0f} STEPS SKIPPED (not finite)" if line["skipped_steps"] else "")
-        )
-        if not self._console.is_terminal:
-            self.say(f"step {step}/{num_steps}  {shown}  left {_clock(left)}")
-            return
-        self._show_bar(step, num_steps, f"{shown}  left {_clock(left)}")
-
-    def _show_bar(self, step: int, num_steps: int, text: str) -> None:
-        import rich.progress
-
-        if self._bar is None:
-            columns = (
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=24),
-                rich.progress.TextColumn("{task.description}", markup=False),
-            )
-            self._bar = rich.progress.Progress(*columns, console=self._console, redirect_stdout=True)
-            self._bar.add_task(text, total=num_steps)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, description=text)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

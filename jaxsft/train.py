@@ -32,7 +32,7 @@ from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import Console, MetricsFile, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
+from jaxsft.metrics import Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
 from jaxsft.pretrained import (
     OpenTokenizer,
     Pretrained,
@@ -44,8 +44,11 @@ from jaxsft.pretrained import (
 )
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
-from jaxsft.report import describe_lost, plot_run, start_summary
+from jaxsft.profile import Profiler, check_profile
+from jaxsft.report.picture import plot_run
 from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
+from jaxsft.summary import describe_lost, start_summary
+from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
 
 DONE, STOPPED = 0, 75
 """Exit codes; a run that was stopped continues when it is started again."""
@@ -62,14 +65,16 @@ def train(config: Config) -> int:
     folder = run_folder(config)
     config = resolve_date(config, folder)
     mesh = make_mesh(config.mesh)
+    check_writers(config.log)
 
     # What is trained, and on what.
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
     pretrained = open_model(config.model, tokenizer)
-    num_microbatches = _check_batch(config, pretrained, mesh)
+    num_microbatches = check_batch(config, pretrained, mesh)
     encoder = make_encoder(config, tokenizer)
     loader = make_loader(config, tokenizer, encoder, say=console.say)
     num_steps = config.train.steps or loader.num_steps(config.train.epochs)
+    check_profile(config.log, num_steps)
     frozen: Any = nnx.State({})
     examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, say=console.say)
     claim_run_folder(folder, _fingerprint(config, loader, pretrained))
@@ -82,6 +87,7 @@ def train(config: Config) -> int:
         contextlib.closing(checkpointer),
         contextlib.closing(console),
         StopSignal() as stop,
+        contextlib.ExitStack() as closing,
     ):
         # The state: where a former start of this run left off, or the weights to begin with.
         state: Any = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
@@ -102,11 +108,25 @@ def train(config: Config) -> int:
             pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
         )
         metrics_file = MetricsFile(folder / "metrics.jsonl", step=first)
+        profiler = Profiler(
+            config.log.profile_steps, folder / "profile", first=first, num_steps=num_steps, say=console.say
+        )
+        writers = open_writers(
+            config.log, folder, step=first, file=metrics_file, settings=config.model_dump(), say=console.say
+        )
+        closing.enter_context(contextlib.closing(profiler))
+        for writer in writers:
+            closing.enter_context(contextlib.closing(writer))
         totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
         lost: dict[str, int] = {}
         speedometer = Speedometer(**_flop_sizes(pretrained))
         watch = Stopwatch()
         window: list[StepMetrics] = []
+
+        def write(line: dict[str, Any]) -> None:
+            metrics_file.write(line)
+            for writer in writers:
+                writer.write(line)
 
         def report(done: int) -> None:
             """One line of metrics, over the steps since the last one."""
@@ -114,11 +134,12 @@ def train(config: Config) -> int:
             if not window:
                 return
             steps = jax.device_get(window)
+            watch.caught_up()
             window.clear()
             line, totals = summarise(steps, totals, batch_positions=math.prod(loader.shape))
             line |= speedometer.read(steps, watch) | {"rows_crc": loader.rows_crc(done - len(steps), done)}
             rows = loader.rows_so_far(done)
-            metrics_file.write({"step": done, "epoch": loader.epochs_done(done)} | line | rows)
+            write({"step": done, "epoch": loader.epochs_done(done)} | line | rows)
             console.step(done, num_steps, line)
             if lost != (lost := {name: count for name, count in rows.items() if "/" in name}):
                 console.say(f"of {rows['stream_rows']:,} rows read: " + describe_lost(lost))
@@ -127,7 +148,7 @@ def train(config: Config) -> int:
             if examiner is None:
                 return math.inf
             result = examiner.examine(params)
-            metrics_file.write({"step": step} | result.metrics)
+            write({"step": step} | result.metrics)
             console.say(f"step {step}  {describe(result)}")
             return result.metrics["eval_loss"]
 
@@ -144,8 +165,10 @@ def train(config: Config) -> int:
                     console.say(f"{signal}: saved step {step}; start the same command again to continue")
                     return STOPPED
                 batch = watch.wait(batches)
-                with jax.set_mesh(mesh):
+                watch.launching()
+                with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, frozen, batch)
+                watch.launched(step_metrics.grad_norm)
                 window.append(step_metrics)
                 done = step + 1
 
@@ -153,13 +176,15 @@ def train(config: Config) -> int:
                 is_evaluated = is_last or (config.eval.every is not None and done % config.eval.every == 0)
                 is_saved = is_last or done % config.checkpoint.every == 0
                 # Whatever is saved has its line, so that a run continued from it goes on with whole counts.
-                if is_evaluated or is_saved or done % config.train.log_every == 0:
+                if is_evaluated or is_saved or profiler.is_edge(done) or done % config.log.every == 0:
                     report(done)
                 pause = time.perf_counter()
+                profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                 eval_loss = evaluate(done, state.params) if is_evaluated else math.inf
                 if is_saved or eval_loss < best_loss:
                     checkpointer.save(done, state, eval_loss=eval_loss)
                 best_loss = min(eval_loss, best_loss)
+                profiler.start_at(done, state)
                 watch.leave_out(pause)
 
         checkpointer.wait()
@@ -309,7 +334,7 @@ def _place_batch(loader: Loader | StreamLoader, mesh: Mesh, vocab_size: int, ste
     return put_batch(rows_of, loader.shape, mesh)
 
 
-def _check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:
+def check_batch(config: Config, pretrained: Pretrained, mesh: Mesh) -> int:
     """Refuses a mesh that the model or the batch does not fit; returns the number of microbatches."""
     rows = config.train.microbatch_size or config.train.batch_size
     key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
@@ -351,6 +376,12 @@ def _describe_run(
         loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name, notes=tokenizer.notes
     )
     write_html(preview, folder / "preview.html")
+
+
+def _compiled(train_step: Any, state: Any, frozen: Any, batch: Batch, mesh: Mesh) -> str:
+    """The text of the program that a step runs, compiled already."""
+    with jax.set_mesh(mesh):
+        return train_step.lower(state, frozen, batch).compile().as_text()
 
 
 def _flop_sizes(pretrained: Pretrained) -> dict[str, int]:

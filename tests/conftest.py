@@ -74,7 +74,8 @@ def tiny_config(tiny_model, tiny_data, tmp_path_factory) -> pathlib.Path:
         f"""
 model: {{path: {tiny_model}, weights: random, remat: none}}
 data: {{train: {tiny_data}/train.jsonl, eval: {tiny_data}/eval.jsonl, seq_len: 128, cache: {folder}/cache}}
-train: {{batch_size: 8, steps: 12, log_every: 1}}
+train: {{batch_size: 8, steps: 12}}
+log: {{every: 1}}
 optim: {{learning_rate: 1e-2, warmup_steps: 2, weight_decay: 0.1}}
 eval: {{samples: 0, max_new_tokens: 8}}
 checkpoint: {{every: 4}}

@@ -69,6 +69,9 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
         ("model: {path: m}\ndata: {train: d, template_date: soon}", "'soon' given, expected YYYY-MM-DD"),
         ("model: {path: m}\ndata: {train: [{path: d, weight: 1, count: 3}]}", "give only one of `weight` and `count`"),
         ("model: {path: m}\ndata: {train: d, stream: true}", "the length of a stream is not known; give train.steps"),
+        (SMALLEST + "train: {log_every: 5}", "train.log_every: unknown key; it is called log.every now"),
+        (SMALLEST + "log: {project: p, to: tensorboard}", "`project` has no effect without wandb or trackio"),
+        (SMALLEST + "log: {to: [wandb, wandb]}", "to: wandb given twice"),
         (SMALLEST + "train: {batch_size: true}", "train.batch_size: True given"),
         (SMALLEST + "train: {batch_size: 0}", "train.batch_size: 0 given; input should be greater than or equal to 1"),
     ],
@@ -113,6 +116,7 @@ def test_the_run_folder_is_named_after_the_config(tmp_path):
         SMALLEST,
         SMALLEST + "train: {steps: 7}\noptim: {warmup_steps: 3, schedule: wsd, decay_ratio: 0.5}",
         "model: {path: m}\ndata: {train: d, eval: e}\neval: {every: 5}",
+        SMALLEST + "log: {to: [tensorboard, trackio], project: p, profile_steps: 3}",
     ],
 )
 def test_the_resolved_config_says_the_same(tmp_path, text):

@@ -23,7 +23,7 @@ def config(material, tmp_path_factory):
     (folder / "base.yaml").write_text(
         f"model: {{path: {material}/models/stories260K, remat: none}}\n"
         f"data: {{train: nothing.jsonl, chat_template: chatml, seq_len: 512, cache: {folder}/cache}}\n"
-        "train: {batch_size: 8, steps: 5, log_every: 5}\n"
+        "train: {batch_size: 8, steps: 5}\nlog: {every: 5}\n"
     )
     return folder / "base.yaml"
 

@@ -17,8 +17,9 @@ LAYERS = [
         "optim",
         "step",
     },
-    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report"},
+    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report", "summary", "writers", "profile"},
     {"train", "converse"},
+    {"baseline", "compare"},
     {"cli"},
 ]
 

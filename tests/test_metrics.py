@@ -1,18 +1,21 @@
-"""What a line of metrics says, and that no line is lost or doubled by a crash."""
+"""What a line of metrics says: sums that are divided once, FLOPs as XLA counts them, and what the host costs."""
 
 import json
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from flax import nnx
 
 from jaxsft.loss import LossSums
-from jaxsft.metrics import MetricsFile, StepMetrics, Totals, matmul_params, summarise, train_flops
+from jaxsft.metrics import StepMetrics, Stopwatch, Totals, matmul_params, summarise, train_flops
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums
 from jaxsft.model.families import decoder_config
-from jaxsft.report import plot_run
+from jaxsft.report.picture import plot_run
 
 
 def step(loss_sum, weight_sum, correct=0.0, tokens=10.0, skipped=0.0, router=None):
@@ -80,22 +83,114 @@ def test_flops_of_a_worked_example():
     assert train_flops(matmul_params=10, tokens=4, attention_width=3, attention_pairs=10) == 6 * 10 * 4 + 12 * 3 * 10
 
 
-def test_lines_of_steps_that_are_done_again_and_a_torn_line_are_dropped(tmp_path):
-    path = epath.Path(tmp_path) / "metrics.jsonl"
-    file = MetricsFile(path, step=0)
-    for number in (1, 2, 3):
-        file.write({"step": number, "total_tokens": number, "total_trained_tokens": number, "skipped_steps": 0})
-    with path.open("a") as torn:
-        torn.write('{"step": 4, "los')
-    again = MetricsFile(path, step=2)
-    assert again.totals() == Totals(2, 2, 0)
-    again.write({"step": 3})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
-
-
 def test_the_picture_of_a_run_is_drawn_with_and_without_held_out_data(tmp_path):
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     for evaluation in ([], [{"step": 0, "eval_loss": 2.0, "eval_exact_match": 0.0}]):
         text = "".join(json.dumps(line) + "\n" for line in evaluation + lines)
         (tmp_path / "metrics.jsonl").write_text(text)
         assert plot_run(epath.Path(tmp_path)).read_bytes().startswith(b"\x89PNG")
+
+
+def llama(*, head_dim, hidden_size):
+    """A layer with 4 heads."""
+    return decoder_config(
+        {
+            "model_type": "llama",
+            "vocab_size": hidden_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": head_dim,
+            "tie_word_embeddings": True,
+        }
+    )
+
+
+def xla_flops(config, *, num_tokens):
+    """XLA's own count for loss and gradients of one row of one segment: unrolled, nothing recomputed, whole logits."""
+
+    def make():
+        return Decoder(
+            config, compute_dtype="float32", param_dtype="float32", remat="none", unroll=True, rngs=nnx.Rngs(0)
+        )
+
+    graphdef, params = nnx.split(nnx.eval_shape(make))
+    tokens = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
+
+    def loss(params, tokens):
+        model = nnx.merge(graphdef, params)
+        logits = model.logits(model(tokens, jnp.ones_like(tokens), jnp.arange(num_tokens)[None]).hidden)
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1))
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile()
+    return compiled.cost_analysis()["flops"], matmul_params(params, config)
+
+
+def test_flops_are_those_that_xla_counts_where_matmuls_dominate():
+    """XLA also counts what is no product: norms, activations, rotations, softmax; 0.4% here. It computes the scores of
+    all pairs of a row, of which causal attention needs half: so it is given them all."""
+    config, num_tokens = llama(head_dim=128, hidden_size=512), 64
+    counted, num_params = xla_flops(config, num_tokens=num_tokens)
+    ours = train_flops(
+        matmul_params=num_params, tokens=num_tokens, attention_width=4 * 128, attention_pairs=num_tokens**2
+    )
+    assert 1 < counted / ours < 1.01
+
+
+def test_flops_of_attention_are_those_that_xla_counts():
+    """What grows with the square of the length is attention: 12 per pair, head and head dim, and the softmax, whose
+    part does not depend on the head dim. So two head dims tell them apart."""
+
+    def per_pair(head_dim):
+        config = llama(head_dim=head_dim, hidden_size=64)
+        short, long = (xla_flops(config, num_tokens=length)[0] for length in (48, 96))
+        return (long - 2 * short) / (96**2 - 2 * 48**2)
+
+    narrow, wide = per_pair(16), per_pair(64)
+    ours = train_flops(matmul_params=0, tokens=0, attention_width=4 * (64 - 16), attention_pairs=1)
+    assert wide - narrow == pytest.approx(ours, rel=1e-3)
+    softmax = (narrow - train_flops(matmul_params=0, tokens=0, attention_width=4 * 16, attention_pairs=1)) / 4
+    assert 20 < softmax < 35  # per score: mask, exponential, sums, and their gradients
+
+
+def slow_step(seconds):
+    """A compiled computation that takes at least so long, and its argument."""
+    step = jax.jit(lambda x, times: jax.lax.fori_loop(0, times, lambda i, x: jnp.tanh(x @ x), x).sum())
+    x, times, taken = jnp.ones((128, 128)), 500, 0.0
+    step(x, times).block_until_ready()
+    while taken < seconds:
+        times *= 2
+        begin = time.perf_counter()
+        step(x, times).block_until_ready()
+        taken = time.perf_counter() - begin
+    return step, (x, times)
+
+
+def test_the_time_of_the_host_counts_only_while_no_step_is_running():
+    step, arguments = slow_step(1.0)
+
+    def slow_batches():
+        while True:
+            time.sleep(0.2)
+            yield None
+
+    watch, batches = Stopwatch(), slow_batches()
+    watch.lap()
+    for _ in range(2):  # the first waits while nothing runs, the second while the first step does
+        watch.wait(batches)
+        watch.launching()
+        result = step(*arguments)
+        watch.launched(result)
+    time.sleep(0.2)  # a step is running: the host is busy, and nothing is lost
+    jax.block_until_ready(result)
+    watch.caught_up()
+    time.sleep(0.3)  # nothing is running
+    seconds, waited, busy = watch.lap()
+    assert 0.2 <= waited * seconds < 0.35
+    assert 0.3 <= busy * seconds < 0.45
+    begin = time.perf_counter()
+    time.sleep(0.3)
+    watch.leave_out(begin)
+    assert watch.lap()[0] < 0.2

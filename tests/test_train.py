@@ -114,7 +114,7 @@ def test_other_settings_are_said_when_a_run_is_continued(tiny_config, tmp_path, 
 
 def test_counts_are_whole_when_a_run_is_continued_off_the_cadence_of_its_lines(whole_run, tiny_config, tmp_path):
     folder = tmp_path / "counted"
-    overrides = [f"run_dir={folder}", "train.log_every=5", "checkpoint.every=100"]
+    overrides = [f"run_dir={folder}", "log.every=5", "checkpoint.every=100"]
     process = start(tiny_config, overrides)
     wait_for_step(folder, 5, process)
     process.send_signal(signal.SIGTERM)
