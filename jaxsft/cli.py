@@ -9,6 +9,8 @@ import io
 import json
 import math
 import os
+import pathlib
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 from jaxsft.config import Config, ConfigError, config_keys, load_config
 
-BUG, INPUT_OUTPUT = 1, 74
+BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -107,6 +109,56 @@ def chat_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare_command(args: argparse.Namespace) -> int:
+    """train the first steps of a run in PyTorch too, and show on one page where the two part, if they do"""
+    from jaxsft.compare.hf import compare_hf
+    from jaxsft.compare.trl import compare_trl
+    from jaxsft.report.page import write_report
+    from jaxsft.train import resolve_date, run_folder
+
+    config = _config(args)
+    folder = run_folder(config)
+    out = pathlib.Path(folder).with_name(f"{folder.name}.compare-{args.baseline}")
+    compare = {"hf": compare_hf, "trl": compare_trl}[args.baseline]
+    report = compare(resolve_date(config, folder), out=out, num_steps=args.steps, say=print)
+    words = ["compare", args.config, *args.overrides, "--baseline", args.baseline, "--steps", str(args.steps)]
+    page = write_report(report._replace(command=f"python run.py {shlex.join(words)}"), out)
+    for check in report.checks:
+        mark = {True: "same", False: "PARTS", None: "not checked"}[check.passed]
+        measured = "" if check.measured is None else f"  {check.measured:.1e}"
+        allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.0e})"
+        print(f"{mark:<12}{check.name}{measured}{allowed}  {check.where}")
+    print(report.verdict)
+    print(f"page: {page}")
+    return 0 if report.passed is not False else PARTED
+
+
+def report_command(args: argparse.Namespace) -> int:
+    """overlay the curves of runs, ours and others', on one page"""
+    from jaxsft.report.make import report, text_table
+
+    pairs = [text.partition("=") for text in args.columns]
+    if wrong := [text for text, (ours, _, theirs) in zip(args.columns, pairs, strict=True) if not (ours and theirs)]:
+        raise ConfigError(f"--columns {wrong[0]}: expected our key and their column, such as loss=train/nll")
+    given = (("--name", args.name), ("--columns", args.columns), ("--by", [args.by]), ("--out", [args.out]))
+    words = ["report", *args.paths, *(word for flag, values in given if values for word in (flag, *values))]
+    words += [] if args.smooth is None else ["--smooth", f"{args.smooth:g}"]
+    made = report(
+        args.paths,
+        out=args.out,
+        align=args.by,
+        smooth=args.smooth,
+        columns={ours: theirs for ours, _, theirs in pairs},
+        names=args.name,
+        command=f"python run.py {shlex.join(words)}",
+    )
+    print(text_table(made.runs))
+    for caveat in dict.fromkeys(f"{run.name}: {caveat}" for run in made.runs for caveat in run.caveats):
+        print(f"to know: {caveat}")
+    print(f"page: {os.path.join(args.out, 'report.html')}")
+    return 0
+
+
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
     for key, kind, default, meaning in config_keys():
@@ -167,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
         if command is preview_command:
             subparser.add_argument("--json", action="store_true", help="the same for programs; see docs/preview.md")
+    subparser = add("compare", compare_command)
+    subparser.add_argument("config", help="YAML file")
+    subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.compute_dtype=float32")
+    subparser.add_argument("--baseline", choices=("hf", "trl"), required=True, help="transformers, or TRL's SFTTrainer")
+    subparser.add_argument("--steps", type=_number(int, 1, 10**6), default=100, help="at most so many (default: 100)")
     subparser = add("chat", chat_command)
     subparser.add_argument("model_dir", help="Hugging Face folder")
     subparser.add_argument("--system", help="system prompt")
@@ -178,6 +235,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparser.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0, help="of what is drawn")
     subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
+    subparser = add("report", report_command)
+    subparser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="run folder, trainer_state.json or its folder, TensorBoard folder or file, CSV",
+    )
+    subparser.add_argument("--name", nargs="+", default=[], help="one for each run, in their order")
+    subparser.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="such as loss=train/nll")
+    subparser.add_argument("--by", choices=("step", "tokens"), default="step", help="x axis; tokens are trained ones")
+    subparser.add_argument(
+        "--smooth", type=_number(float, 0, math.inf), metavar="STEPS", help="window; 0 is none (default: by the length)"
+    )
+    subparser.add_argument("--out", default="report", metavar="FOLDER", help="where to write (default: ./report)")
     add("keys", keys_command)
     return parser
 

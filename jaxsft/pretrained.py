@@ -130,12 +130,11 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
-    compute_dtype = config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
         return Decoder(
             decoder_config,
-            compute_dtype=compute_dtype,
+            compute_dtype=compute_dtype(config),
             param_dtype=config.param_dtype,
             remat=config.remat,
             unroll=config.unroll,
@@ -163,6 +162,11 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         new_ids=new_ids,
         notes=tuple(notes),
     )
+
+
+def compute_dtype(config: ModelConfig) -> str:
+    """Dtype of activations and matmuls: as given, or what suits the device."""
+    return config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def _untied(config: ModelConfig, decoder_config: DecoderConfig) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""Starts a program of a comparison as a process of its own, with its packages checked first.
+
+Each of the two runs has a process, so that neither shares memory, threads or imports with the other.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from jaxsft.config import ConfigError
+
+LINES_SHOWN = 25
+SECONDS_BETWEEN_NEWS = 30.0
+
+NEEDED = {"torch": "2.4", "accelerate": "1.1"}
+"""Package -> oldest version, of every baseline."""
+
+
+def check_packages(needed: Mapping[str, str]) -> None:
+    """Raises a ConfigError that names every package that is missing or too old, and what installs it."""
+    problems = []
+    for name, oldest in needed.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} is not installed")
+            continue
+        if _numbers(version) < _numbers(oldest):
+            problems.append(f"{name} is {version}, needed is {oldest} or newer")
+    if problems:
+        raise ConfigError(
+            f"the baseline cannot run with {sys.executable}: {'; '.join(problems)}; "
+            "install it with: pip install 'jaxsft[compare]'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.13.0+cpu` to (2, 13, 0)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], log: str = "log.txt") -> None:
+    """Runs `python -m MODULE FOLDER` to its end; its last line of output is told from time to time.
+
+    Args:
+        module: of ours.
+        folder: what it reads and writes.
+        say: is told how far it is.
+        log: file in the folder for its output.
+
+    Raises:
+        ConfigError: it failed; with the last lines of its output.
+    """
+    path = folder / log
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    with path.open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", module, str(folder)], stdout=out, stderr=out, env=environment)
+    told = time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() - told > SECONDS_BETWEEN_NEWS and (lines := _last_lines(path, 1)):
+                say(f"  {lines[-1]}")
+                told = time.monotonic()
+    finally:
+        if process.poll() is None:  # interrupted
+            process.kill()
+            process.wait()
+    if process.returncode != 0:
+        shown = "\n".join(f"  {line}" for line in _last_lines(path, LINES_SHOWN))
+        raise ConfigError(f"{module} ended with exit code {process.returncode}; the end of its output:\n{shown}")
+
+
+def _last_lines(path: pathlib.Path, count: int) -> list[str]:
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 16384, 0))
+        text = file.read().decode(errors="replace")
+    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]

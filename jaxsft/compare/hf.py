@@ -1,0 +1,171 @@
+"""The run of a config twice: ours, and in PyTorch with transformers, on the very same rows and weights.
+
+In: a config. Out: a `Report`. A folder beside the run is written for both programs (`write_request`), each runs as a
+process of its own, and `checks.py` holds what they leave against each other.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxsft.compare.checks import check_runs, verdict
+from jaxsft.compare.child import NEEDED, check_packages, run_child
+from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.data.loader import Loader
+from jaxsft.mesh import make_mesh
+from jaxsft.optim import warmup_steps
+from jaxsft.pretrained import compute_dtype, export_model, load_params, open_model, open_tokenizer
+from jaxsft.report.columns import figures_of
+from jaxsft.report.records import Report, Run
+from jaxsft.train import check_batch, make_encoder, make_loader
+
+MOST_LOOKED_AT, MOST_LOGITS = 256, 2**26
+"""Positions of the first row whose residual stream and logits are compared, and numbers in their logits."""
+
+
+def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callable[[str], None]) -> Report:
+    """Trains the first steps of a run twice and reports where the two part, if they do.
+
+    Args:
+        config: of the run, its date resolved.
+        out: folder beside which the exchange with the two programs is kept while they run.
+        num_steps: steps to train, at most; the schedule is that of the whole run.
+        say: is told what happens.
+
+    Raises:
+        ConfigError: packages are missing, the config asks for what the baseline does not do, or a program failed.
+    """
+    check_packages(NEEDED)
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
+    with tempfile.TemporaryDirectory(dir=out, prefix=".exchange-") as scratch:
+        folder = pathlib.Path(scratch)
+        say("writing the weights and the rows for both")
+        write_request(config, folder, num_steps=num_steps)
+        say("transformers trains")
+        run_child("jaxsft.baseline.hf", folder, say=say)
+        say("jaxsft trains")
+        run_child("jaxsft.compare.ours", folder, say=say, log="ours.txt")
+        return make_report(folder, title=title)
+
+
+def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> None:
+    """Writes what both programs need: settings, config, weights to begin with, and the examples of each row.
+
+    Raises:
+        ConfigError: the config asks for what the baseline does not do.
+    """
+    refused = [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]
+    if refused:
+        keys = ", ".join(f"optim.{key}" for key in refused)
+        raise ConfigError(f"{keys}: transformers computes another router loss, or none; compare with 0")
+    if config.data.stream:
+        raise ConfigError("data.stream: true, but only prepared rows can be compared; set it to false")
+    mesh = make_mesh(config.mesh)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
+    loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
+    assert isinstance(loader, Loader)
+    schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
+    num_steps = min(num_steps, schedule_steps)
+    request = {
+        "num_steps": num_steps,
+        "schedule_steps": schedule_steps,
+        "num_microbatches": check_batch(config, pretrained, mesh),
+        "batch_size": config.train.batch_size,
+        "seq_len": config.data.seq_len,
+        "param_dtype": config.model.param_dtype,
+        "compute_dtype": compute_dtype(config.model),
+        "learning_rate": config.optim.learning_rate,
+        "schedule": config.optim.schedule,
+        "warmup_steps": warmup_steps(config.optim, schedule_steps),
+        "decay_ratio": config.optim.decay_ratio,
+        "final_ratio": 1.0 if config.optim.schedule == "constant" else config.optim.final_ratio,
+        "beta1": config.optim.beta1,
+        "beta2": config.optim.beta2,
+        "epsilon": config.optim.epsilon,
+        "weight_decay": config.optim.weight_decay,
+        "clip_norm": config.optim.clip_norm,
+        "looked_at": _looked_at(loader, pretrained.decoder_config.vocab_size),
+        "looks_inside": True,
+    }
+    (folder / "request.json").write_text(json.dumps(request, indent=1))
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    _write_examples(loader, num_steps, folder)
+    # Ours reads the source; what we export must be the same model to transformers.
+    exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))
+    export_model(exported, tokenizer, load_params(pretrained, mesh, seed=config.seed), folder / "model")
+
+
+def _looked_at(loader: Loader, vocab_size: int) -> list[int]:
+    """Positions of the first row, spread over its tokens."""
+    count = int((loader.batch(0).segment_ids[0] > 0).sum())
+    most = min(MOST_LOOKED_AT, max(MOST_LOGITS // vocab_size, 1), count)
+    return sorted({int(at) for at in np.linspace(0, count - 1, most)})
+
+
+def _write_examples(loader: Loader, num_steps: int, folder: pathlib.Path) -> None:
+    """The examples of each row, as they were before they were packed and shifted; see `baseline/hf.py`."""
+    segments, tokens, weights = [], [], []
+    first = 0
+    for step in range(num_steps):
+        for row, row_id in enumerate(loader.row_ids(step)):
+            start = 0
+            for index in loader.examples_in_row(int(row_id)):
+                example = loader.dataset.example(int(index))
+                length = len(example.tokens)
+                segments.append((step, row, start, first, length))
+                tokens.append(example.tokens)
+                weights.append(example.loss_weights)
+                start, first = start + length, first + length
+    np.save(folder / "segments.npy", np.array(segments, np.int64))
+    np.save(folder / "tokens.npy", np.concatenate(tokens).astype(np.int32))
+    np.save(folder / "weights.npy", np.concatenate(weights).astype(np.float32))
+
+
+def make_report(folder: pathlib.Path, *, title: str) -> Report:
+    """What both programs left, as a report."""
+    request = json.loads((folder / "request.json").read_text())
+    checks = check_runs(folder, compute_dtype=request["compute_dtype"])
+    passed = all(check.passed is not False for check in checks)
+    return Report(
+        title=title,
+        command="",
+        verdict=verdict(checks, num_steps=request["num_steps"]),
+        passed=passed,
+        checks=tuple(checks),
+        runs=(read_side(folder / "ours", "jaxsft"), read_side(folder / "theirs", "transformers")),
+        differences=(),
+        difference_counts={},
+        explanations={},
+        facts=_facts(folder),
+    )
+
+
+def read_side(folder: pathlib.Path, name: str) -> Run:
+    """One of the two runs, from its metrics and facts."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    facts = json.loads((folder / "facts.json").read_text())
+    figures, caveats = figures_of(lines)
+    return Run(
+        name=name,
+        kind=name,
+        source=folder.name,
+        lines=tuple(lines),
+        figures=figures | {"startup_seconds": facts["startup_seconds"]},
+        settings=facts["settings"],
+        caveats=(*facts["caveats"], *caveats),
+    )
+
+
+def _facts(folder: pathlib.Path) -> dict[str, str]:
+    """Versions and devices of both."""
+    found: dict[str, str] = {}
+    for side in ("ours", "theirs"):
+        facts = json.loads((folder / side / "facts.json").read_text())
+        found |= facts["versions"]
+        found["device of jaxsft" if side == "ours" else "device of the baseline"] = facts["device"]
+    return found

@@ -1,0 +1,151 @@
+"""Our run of a comparison: `python -m jaxsft.compare.ours FOLDER`.
+
+In: FOLDER/config.yaml and request.json. Out, in FOLDER/ours, what a baseline writes to FOLDER/theirs: `metrics.jsonl`,
+`facts.json` and, where the request asks for it, the first row layer by layer, the gradients of the first step, the
+parameters after the first and the last step, and the batches as the devices got them. All goes the way of `train`.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import platform
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from jaxsft.batch import Batch
+from jaxsft.config import Config, load_config
+from jaxsft.mesh import ROW_AXES, make_mesh
+from jaxsft.metrics import Totals, memory_gib, summarise
+from jaxsft.pretrained import Pretrained, load_params, open_model, open_tokenizer
+from jaxsft.step import divisor, init_state, make_train_step, put_batch, split_microbatches, summed_gradients
+from jaxsft.train import make_encoder, make_loader
+from jaxsft.weights.save import write_weights
+
+NOTHING: Any = nnx.State({})
+MAX_FILE_BYTES = 5 * 10**9
+PLACES = ("_name_or_path", "transformers_version", "dtype")
+"""Fields of a config that do not say what a model computes."""
+
+
+def main(folder: pathlib.Path) -> None:
+    """The whole run of a request."""
+    began = time.perf_counter()
+    request = json.loads((folder / "request.json").read_text())
+    config = load_config(folder / "config.yaml")
+    ours = folder / "ours"
+    ours.mkdir(exist_ok=True)
+    mesh = make_mesh(config.mesh)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
+    loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
+    params = load_params(pretrained, mesh, seed=config.seed)
+    num_microbatches, looks_inside = request["num_microbatches"], request["looks_inside"]
+
+    def batch_of(step: int) -> Batch:
+        return put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
+
+    with jax.set_mesh(mesh):
+        if looks_inside:
+            look_inside(pretrained, params, loader.batch(0), request["looked_at"], ours)
+            gradients = jax.jit(functools.partial(_gradients, pretrained, config, num_microbatches))
+            _write(pretrained, gradients(params, batch_of(0)), ours / "gradients")
+        state = init_state(params, config.optim, mesh)
+        train_step = make_train_step(
+            pretrained.model,
+            NOTHING,
+            config.optim,
+            num_steps=request["schedule_steps"],
+            num_microbatches=num_microbatches,
+            mesh=mesh,
+        )
+        startup = time.perf_counter() - began
+        totals, batches = Totals(), []
+        with (ours / "metrics.jsonl").open("w") as metrics:
+            for step in range(request["num_steps"]):
+                batch = batch_of(step)
+                if looks_inside:
+                    batches.append(jax.device_get(batch))
+                at = time.perf_counter()
+                state, of_step = jax.block_until_ready(train_step(state, NOTHING, batch))
+                seconds = time.perf_counter() - at
+                line, totals = summarise([jax.device_get(of_step)], totals, batch_positions=math.prod(loader.shape))
+                line |= {"seconds": seconds, "memory_gib": memory_gib()}
+                metrics.write(json.dumps({"step": step + 1} | line) + "\n")
+                metrics.flush()
+                print(f"jaxsft: step {step + 1} of {request['num_steps']}, loss {line['loss']:.4f}", flush=True)
+                if step == 0:
+                    startup += seconds
+                    if looks_inside:
+                        _write(pretrained, state.params, ours / "params_first")
+    if looks_inside:
+        _write(pretrained, state.params, ours / "params_last")
+        for leaf in Batch._fields:
+            np.save(ours / f"{leaf}.npy", np.stack([getattr(batch, leaf) for batch in batches]))
+    text = json.dumps(facts(pretrained, request) | {"startup_seconds": startup}, default=str)
+    (ours / "facts.json").write_text(text)
+
+
+def look_inside(pretrained: Pretrained, params: Any, batch: Batch, positions: list[int], folder: pathlib.Path) -> None:
+    """What the first row becomes at some positions: the residual stream before and after each layer, and the logits."""
+
+    def run(params: Any, row: Batch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(pretrained.model.graphdef, params, NOTHING)
+        inputs = row.tokens, row.segment_ids, row.positions
+        logits = model.logits(model(*inputs).hidden[:, np.array(positions)])
+        return model.residuals(*inputs)[:, 0, np.array(positions)], logits[0, :, : model.config.vocab_size]
+
+    # As often as the mesh cuts rows, which it can only cut evenly.
+    copies = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROW_AXES)
+    row = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf[:1]), copies, axis=0), batch)
+    residuals, logits = (np.asarray(each, np.float32) for each in jax.jit(run)(params, row))
+    save_file({"residuals": residuals, "logits": logits}, folder / "first_row.safetensors")
+
+
+def _gradients(pretrained: Pretrained, config: Config, num_microbatches: int, params: Any, batch: Batch) -> Any:
+    """Of the loss of the first step, before clipping."""
+    microbatches = split_microbatches(batch, num_microbatches)
+    sums = summed_gradients(pretrained.model.graphdef, params, NOTHING, microbatches, optim=config.optim)
+    return jax.tree.map(lambda gradient: gradient / divisor(sums.loss.weight_sum), sums.gradients)
+
+
+def _write(pretrained: Pretrained, tree: Any, folder: pathlib.Path) -> None:
+    """Parameters or their gradients as safetensors, under the names that transformers gives them."""
+    folder.mkdir(exist_ok=True)
+    write_weights(
+        folder,
+        tree,
+        pretrained.family,
+        vocab_size=pretrained.decoder_config.vocab_size,
+        dtype=np.dtype(np.float32),
+        max_shard_bytes=MAX_FILE_BYTES,
+        writes=True,
+    )
+
+
+def facts(pretrained: Pretrained, request: dict[str, Any]) -> dict[str, Any]:
+    """Versions and the settings that were used."""
+    import transformers
+
+    raw = pretrained.hf_config
+    model_config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw).to_dict()
+    model_config = {key: value for key, value in model_config.items() if key not in PLACES}
+    settings = {key: value for key, value in request.items() if key != "looked_at"}
+    devices = jax.devices()
+    return {
+        "versions": {"Python": platform.python_version(), "jax": jax.__version__},
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "settings": settings | {f"model.{key}": value for key, value in model_config.items()},
+        "caveats": ["memory and start-up include looking inside the first step"] if request["looks_inside"] else [],
+    }
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,238 @@
+"""The run of a config twice: ours, and TRL's SFTTrainer on the same source rows as a user runs it.
+
+In: a config. Out: a `Report`. Both prepare the same conversations, each in its own way, and every token and weight that
+differs is given a cause (`tokens.py`). TRL trains with its own order, packing and collator, so that the losses of the
+steps are not of the same rows: what can be equal is its loss on rows that it prepared, and that is compared with ours.
+"""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxsft.batch import Example
+from jaxsft.compare import tokens
+from jaxsft.compare.child import NEEDED, check_packages, run_child
+from jaxsft.compare.findings import NUM_CHECKED, make_report
+from jaxsft.compare.hf import read_side
+from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
+from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.data.loader import Loader, make_batch
+from jaxsft.data.prepare import read_items
+from jaxsft.mesh import make_mesh
+from jaxsft.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
+from jaxsft.report.records import Report, Run
+from jaxsft.step import make_eval_step, put_batch
+from jaxsft.train import make_encoder, make_loader
+
+NEEDED_FOR_TRL = NEEDED | {"trl": "1.16"}
+MOST_ROWS = 20_000
+"""Rows that are compared and given to TRL, from the start of each source."""
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Callable[[str], None]) -> Report:
+    """Prepares the rows of a run twice, trains its first steps twice, and reports what differs and why.
+
+    Args:
+        config: of the run, its date resolved.
+        out: folder in which the exchange with the programs is kept while they run.
+        num_steps: steps to train, at most; 0 compares the preparation alone.
+        say: is told what happens.
+
+    Raises:
+        ConfigError: packages are missing, the config asks for what TRL does not do, or a program failed.
+    """
+    check_packages(NEEDED_FOR_TRL)
+    _check(config)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
+    encoder = make_encoder(config, tokenizer)
+    loader = make_loader(config, tokenizer, encoder, say=say)
+    assert isinstance(loader, Loader)
+    items = [item for s in config.data.train for item in read_items(config.data, s, encoder, limit=MOST_ROWS)]
+    schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
+    num_steps = min(num_steps, schedule_steps)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".exchange-") as scratch:
+        folder = pathlib.Path(scratch)
+        rows = trl_rows(items, config)
+        say(f"{len(rows.lines):,} rows go to TRL as {rows.shape}")
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rows.lines]
+        (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+        mesh = make_mesh(config.mesh)
+        params = load_params(pretrained, mesh, seed=config.seed)
+        exported = pretrained._replace(
+            config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
+        )
+        export_model(exported, tokenizer, params, folder / "model")
+
+        found, runs = _run_trl(config, folder, rows.shape, num_steps=num_steps, schedule_steps=schedule_steps, say=say)
+        if num_steps:
+            say("jaxsft trains")
+            runs.insert(0, _train_ours(config, folder, num_steps, schedule_steps, say))
+        say("comparing")
+        habits = habits_of(tokenizer, config, rows.shape, found)
+        compared = prepared_rows(items, encoder, tokenizer, config, found)
+        results = [tokens.compare(row, habits) for row in compared]
+        losses = _losses(pretrained, params, mesh, found)
+        bad = sum(sum(source.report["bad_rows"].values()) for source in loader.dataset.sources)
+        facts = _facts(compared, found, shape=rows.shape, num_bad=bad) | ({} if not num_steps else _versions(folder))
+    return make_report(
+        compared,
+        results,
+        habits,
+        runs=runs,
+        losses=losses,
+        tolerance=LOSS_TOLERANCE[compute_dtype(config.model)],
+        refusal=found.about["refusal"],
+        title=f"{pathlib.Path(config.run_dir or out).name}: jaxsft and TRL",
+        facts=facts,
+    )
+
+
+def _run_trl(
+    config: Config,
+    folder: pathlib.Path,
+    shape: str,
+    *,
+    num_steps: int,
+    schedule_steps: int,
+    say: Callable[[str], None],
+) -> tuple[Prepared, list[Run]]:
+    """What TRL makes of the rows, and its runs: packed as the config says, and unpacked, which is its default."""
+    runs: list[Run] = []
+    found: Prepared | None = None
+    arguments = trl_arguments(config, shape, schedule_steps=schedule_steps)
+    for packing in dict.fromkeys((config.data.packing, False)):
+        if found is not None and not num_steps:
+            break
+        here = folder / f"trl-{'packed' if packing else 'unpacked'}"
+        here.mkdir()
+        request = {
+            "rows": "../rows.jsonl",
+            "model": "../model",
+            "tokenizer": "../model",
+            "param_dtype": config.model.param_dtype,
+            "compute_dtype": compute_dtype(config.model),
+            "arguments": arguments | {"packing": packing},
+            "num_steps": num_steps,
+            "prepares": found is None,
+            "num_checked": NUM_CHECKED,
+        }
+        (here / "request.json").write_text(json.dumps(request, indent=1))
+        say(f"TRL {'prepares' if found is None else 'trains unpacked'}")
+        run_child("jaxsft.baseline.trl", here, say=say)
+        name = "TRL" if found is None else "TRL, unpacked"
+        found = found or Prepared.read(here / "theirs")
+        if num_steps:
+            run = read_side(here / "theirs", name)
+            runs.append(run._replace(kind="trl", caveats=(*run.caveats, *_trl_caveats(run, found))))
+    assert found is not None
+    return found, runs
+
+
+def _check(config: Config) -> None:
+    """Refuses what has no counterpart in TRL."""
+    if config.data.stream:
+        raise ConfigError("data.stream: true, but only prepared rows can be compared; set it to false")
+    if isinstance(config.data.train_on, list):
+        raise ConfigError(
+            f"data.train_on: {config.data.train_on} given, but TRL masks all roles or those of the assistant; compare "
+            "with assistant, last_turn or all"
+        )
+    if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
+        raise ConfigError(f"{', '.join(f'optim.{key}' for key in refused)}: TRL computes another router loss; use 0")
+
+
+# Losses and runs.
+
+
+def _losses(pretrained: Pretrained, params: Any, mesh: Any, found: Prepared) -> tuple[float, float]:
+    """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
+    examples = []
+    for index in found.first["examples"]:
+        ids, trained = found.example(index)
+        examples.append([Example(ids.astype(np.int32), trained.astype(np.float32))])
+    # As many rows and positions as the mesh can cut.
+    rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
+    seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
+    batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)
+    nothing: Any = nnx.State({})
+    eval_step = make_eval_step(pretrained.model, nothing, mesh)
+    placed = put_batch(lambda part: jax.tree.map(lambda leaf: leaf[part], batch), batch.tokens.shape, mesh)
+    with jax.set_mesh(mesh):
+        sums = jax.device_get(eval_step(params, nothing, placed))
+    return float(sums.loss_sum) / max(float(sums.weight_sum), 1.0), float(found.first["loss"])
+
+
+def _train_ours(
+    config: Config, folder: pathlib.Path, num_steps: int, schedule_steps: int, say: Callable[[str], None]
+) -> Run:
+    rows = config.train.microbatch_size or config.train.batch_size
+    request = {
+        "num_steps": num_steps,
+        "schedule_steps": schedule_steps,
+        "num_microbatches": config.train.batch_size // rows,
+        "batch_size": config.train.batch_size,
+        "seq_len": config.data.seq_len,
+        "packing": config.data.packing,
+        "looks_inside": False,
+    }
+    (folder / "request.json").write_text(json.dumps(request, indent=1))
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    run_child("jaxsft.compare.ours", folder, say=say, log="ours.txt")
+    return read_side(folder / "ours", "jaxsft")
+
+
+def _trl_caveats(run: Run, found: Prepared) -> list[str]:
+    caveats = [
+        "its loss is a token mean over the whole step (num_items_in_batch) of the tokens that TRL trains, in the order "
+        "in which TRL draws rows: a step is not the same rows as ours",
+        "its warm-up begins at 0 and reaches the peak one step after ours; the decay ends at 0 one step after the last",
+        "seconds are of the step alone; rows are collated between steps",
+    ]
+    if found.about["refusal"]:
+        caveats.insert(0, "TRL refused assistant_only_loss for this chat template, so it trains every token")
+    if run.settings.get("padding_free"):
+        caveats.append("packed rows of a batch are joined to one sequence (padding_free)")
+    return caveats
+
+
+def _versions(folder: pathlib.Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*/facts.json")) + sorted(folder.glob("*/theirs/facts.json")):
+        facts = json.loads(path.read_text())
+        found |= facts["versions"]
+        found["device of jaxsft" if path.parent.name == "ours" else "device of the baseline"] = facts["device"]
+    return found
+
+
+def _facts(compared: Sequence[tokens.Row], found: Prepared, *, shape: str, num_bad: int) -> dict[str, str]:
+    """What was compared, and how much of it there is on each side."""
+    ours = sum(int(np.count_nonzero(piece.weights[1:])) for row in compared for piece in row.pieces)
+    theirs = sum(int(np.count_nonzero(row.trained[1:])) for row in compared)
+    tokens_ours = sum(len(piece.tokens) for row in compared for piece in row.pieces)
+    tokens_theirs = sum(len(row.theirs) for row in compared if row.theirs is not None)
+    neither = sum(not row.pieces and row.theirs is None for row in compared)
+    return {
+        "rows compared": f"{len(compared):,}",
+        "rows of which neither has an example": f"{neither:,}",
+        "bad rows, left out by ours": f"{num_bad:,}",
+        "rows go to TRL as": shape,
+        "tokens, ours": f"{tokens_ours:,}",
+        "tokens, TRL": f"{tokens_theirs:,}",
+        "trained tokens, ours": f"{ours:,}",
+        "trained tokens, TRL": f"{theirs:,}",
+        "TRL masks by": "turns of the assistant"
+        if found.about["assistant_only_loss"]
+        else "completion"
+        if found.about["completion_only_loss"]
+        else "nothing",
+        "TRL's training template": "patched" if found.about["training_template"] else "the template itself",
+    }
