@@ -63,7 +63,8 @@ class ModelConfig(Section):
     """Layers one after the other in the compiled program instead of one scanned: faster on CPU, slow to compile.
     Checkpoints are the same."""
     remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again: nothing, all but matmul outputs, or each whole layer."""
+    """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
+    and unrolled layers), all but the outputs of matmuls, or each whole layer."""
 
 
 def _with_text_values(value: Any) -> Any:

@@ -34,6 +34,7 @@ class LossSums(NamedTuple):
     """number of targets with a non-zero weight."""
 
 
+@jax.named_scope("loss")
 def next_token_loss(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array, *, logits: Logits
 ) -> LossSums:

@@ -42,14 +42,15 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-        progress = jnp.clip((step - decay_start) / max(num_steps - 1 - decay_start, 1), 0.0, 1.0)
-        fall = {
-            "constant": jnp.zeros_like(progress),
-            "linear": progress,
-            "wsd": progress,
-            "cosine": 0.5 - 0.5 * jnp.cos(jnp.pi * progress),
+        # What is left of the way down, which near its end is exact where 1 minus what is done would not be.
+        left = jnp.clip((num_steps - 1 - step) / max(num_steps - 1 - decay_start, 1), 0.0, 1.0)
+        height = {
+            "constant": jnp.ones_like(left),
+            "linear": left,
+            "wsd": left,
+            "cosine": jnp.square(jnp.sin(0.5 * jnp.pi * left)),
         }[config.schedule]
-        return config.learning_rate * rise * (1 - (1 - config.final_ratio) * fall)
+        return config.learning_rate * rise * (config.final_ratio + (1 - config.final_ratio) * height)
 
     return schedule
 

@@ -130,6 +130,7 @@ class Summed(NamedTuple):
     """None where the model is no mixture of experts."""
 
 
+@jax.named_scope("gradients")
 def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, *, optim: OptimConfig) -> Summed:
     """Gradients and sums over all microbatches (leaves [A, B, T]).
 
@@ -215,16 +216,21 @@ def make_train_step(
             gradients = jax.tree.map(lambda g: g * scale, gradients)
 
         learning_rate = schedule(state.step)
-        directions, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(
-            lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), state.params, directions
-        )
-
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+
+        # Parameters first, of which both branches say whether they moved, and then the moments: one after the other,
+        # each is written in place, where side by side the old moments would be copied. Of the two calls of the
+        # optimizer, the compiler leaves one half each.
+        def move(old: Any) -> tuple[Any, bool]:
+            directions, _ = optimizer.update(gradients, state.opt_state, old)
+            new = jax.tree.map(
+                lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions
+            )
+            return new, True
+
+        params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
+        opt_state = jax.lax.cond(
+            moved, lambda old: optimizer.update(gradients, old, state.params)[1], lambda old: old, state.opt_state
         )
         metrics = StepMetrics(
             sums=sums,

@@ -18,8 +18,11 @@ from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
 from jaxsft.metrics import Totals, summarise
 from jaxsft.model.architecture import LayerKind
+from jaxsft.model.decoder import Decoder
 from jaxsft.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.step import (
+    abstract_model,
+    abstract_state,
     attention_pairs,
     forward_loss,
     init_state,
@@ -325,6 +328,24 @@ def test_a_loss_that_is_not_finite_leaves_the_state_and_is_counted(run):
         state, metrics = step(state, FROZEN, put_batch(lambda r: good, loader.shape, mesh))
     assert float(metrics.skipped) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_beside_the_state_a_step_holds_its_gradients_once_and_no_copies_of_weights_or_moments(run, remat):
+    """Of a model whose weights are much larger than its activations and its vocabulary."""
+    config, pretrained, _ = run
+    sizes = dict(hidden_size=256, intermediate_size=2048, layers=(LayerKind(),) * 4)
+    wide = dataclasses.replace(pretrained.decoder_config, **sizes)
+    options = dict(compute_dtype="float32", param_dtype="float32", remat=remat)
+    model, mesh = abstract_model(lambda rngs: Decoder(wide, **options, rngs=rngs)), mesh_of(1)
+    rows = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
+    with jax.set_mesh(mesh):
+        step = make_train_step(model, FROZEN, config.optim, num_steps=12, num_microbatches=1, mesh=mesh)
+        memory = step.lower(abstract_state(model.params, config.optim, mesh), FROZEN, batch).compile().memory_analysis()
+    of_params = sum(leaf.size * 4 for leaf in jax.tree.leaves(model.params))
+    assert memory.alias_size_in_bytes > 3 * of_params  # parameters and moments are written where they lie
+    assert memory.temp_size_in_bytes < 1.5 * of_params
 
 
 def test_a_batch_without_trained_tokens_only_decays(run):

@@ -20,6 +20,7 @@ NUM_STAGES = 4
 keys, where unrolling every block would save 1/2 but compile for long, and hold the scores of many blocks at once."""
 
 
+@jax.named_scope("attention")
 def attention(
     q: jax.Array,
     k: jax.Array,

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsft.mesh import constrain
 from jaxsft.model.architecture import DecoderConfig, LayerKind
@@ -19,6 +20,18 @@ from jaxsft.model.attention import attention
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
+
+_MATMULS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+KEPT: dict[str, Callable[..., bool] | None] = {
+    "none": jax.checkpoint_policies.save_from_both_policies(
+        _MATMULS, jax.checkpoint_policies.save_only_these_names("attention")
+    ),
+    "dots": _MATMULS,
+    "full": None,
+}
+"""Remat -> what a layer of the scan keeps for the backward pass, beside its input. With "none", that is the outputs of
+matmuls and attention; norms, rotations and activations cost less to compute again than to write and read."""
 
 
 class Cache(NamedTuple):
@@ -114,7 +127,8 @@ class Attention(nnx.Module):
             soft_cap=config.attention_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
         )
-        return self.o_proj(constrain(mixed, "b t n h")), cached
+        mixed = checkpoint_name(constrain(mixed, "b t n h"), "attention")
+        return self.o_proj(mixed), cached
 
 
 class Layers(nnx.Module):
@@ -221,18 +235,31 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
-        hidden = self.embed_tokens(tokens, self.compute_dtype)
-        if self.config.embedding_scale != 1.0:
-            hidden *= self.config.embedding_scale
-        if self.embed_positions is not None:
-            hidden += self.embed_positions(positions, self.compute_dtype)
+        hidden = self._embed(tokens, positions)
         slots, cached = self._slots(segment_ids, positions, cache)
-        hidden, (cached, router) = self._run(constrain(hidden, "b t d"), slots, cached)
+        hidden, (cached, router) = self._run(hidden, slots, cached)
         hidden = self.norm(hidden)
         if cache is not None:
             k, v = cached
             cache = Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
         return Output(hidden, cache, router)
+
+    def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
+        graphdef, weights = nnx.split(self.layers)
+        slots, _ = self._slots(segment_ids, positions, None)
+        stream = [self._embed(tokens, positions)]
+        for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
+            stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
+        return jnp.stack(stream)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        hidden = self.embed_tokens(tokens, self.compute_dtype)
+        if self.config.embedding_scale != 1.0:
+            hidden *= self.config.embedding_scale
+        if self.embed_positions is not None:
+            hidden += self.embed_positions(positions, self.compute_dtype)
+        return constrain(hidden, "b t d")
 
     def _slots(self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[Slots, Any]:
         all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
@@ -259,11 +286,10 @@ class Decoder(nnx.Module):
             def layer(x: jax.Array, weights: nnx.State, slots: Slots, cached: Any) -> tuple[jax.Array, Any]:
                 return nnx.merge(graphdef, weights)(x, slots, cached, kind)
 
-            if self.remat == "none":
+            if self.remat == "none" and (not in_scan or self.config.routing is not None):
                 return layer
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             # A scan is already a barrier against common-subexpression elimination.
-            return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
+            return jax.checkpoint(layer, policy=KEPT[self.remat], prevent_cse=not in_scan)
 
         def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any, *, in_scan: bool) -> tuple[jax.Array, Any]:
             outs = []
@@ -277,6 +303,10 @@ class Decoder(nnx.Module):
                 # A loop of one turn is none to the compiler.
                 return run(x, kinds[:period], of_period, in_scan=scanned > period)
 
+            if period == 1:
+                # Unchanged on their way in, the weights are what the backward pass reads; of slices it keeps copies.
+                layer = make_layer(kinds[0], in_scan=scanned > 1)
+                return jax.lax.scan(lambda x, of_layer: layer(x, of_layer[0], slots, of_layer[1]), x, of_layers)
             periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)
             x, out = jax.lax.scan(body, x, periods)
             return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
