@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -116,6 +117,10 @@ def compare_command(args: argparse.Namespace) -> int:
     from jaxsft.report.page import write_report
     from jaxsft.train import resolve_date, run_folder
 
+    # The programs that are started want the accelerator for themselves.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     config = _config(args)
     folder = run_folder(config)
     out = pathlib.Path(folder).with_name(f"{folder.name}.compare-{args.baseline}")
@@ -176,7 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     # PyTorch is not needed, so that transformers need not miss it aloud.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if wrong := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:  # overrides that stand behind an option
+        args.overrides += rest
     if arguments is None:
         # Nor need transformers spend seconds on importing it where it is installed.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -223,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("config", help="YAML file")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.compute_dtype=float32")
     subparser.add_argument("--baseline", choices=("hf", "trl"), required=True, help="transformers, or TRL's SFTTrainer")
-    subparser.add_argument("--steps", type=_number(int, 1, 10**6), default=100, help="at most so many (default: 100)")
+    subparser.add_argument("--steps", type=_number(int, 0, 10**6), default=100, help="at most so many (default: 100)")
     subparser = add("chat", chat_command)
     subparser.add_argument("model_dir", help="Hugging Face folder")
     subparser.add_argument("--system", help="system prompt")

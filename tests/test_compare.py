@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 
+from jaxsft.cli import main
+from jaxsft.compare.checks import _of_tensors
 from jaxsft.compare.child import check_packages, run_child
+from jaxsft.compare.child import exchange as new_exchange
 from jaxsft.compare.hf import make_report, write_request
 from jaxsft.config import ConfigError, load_config
 
@@ -53,7 +57,7 @@ def failed(report):
 def test_two_right_programs_agree_in_every_check(exchange):
     report = make_report(exchange, title="tiny")
     assert report.passed and not failed(report), report.checks
-    assert len(report.checks) == 11 and all(check.passed for check in report.checks)
+    assert len(report.checks) == 12 and all(check.passed for check in report.checks)
     assert [len(run.lines) for run in report.runs] == [STEPS, STEPS]
     assert all(run.figures["tokens_per_second"] > 0 for run in report.runs)
 
@@ -108,6 +112,18 @@ def test_a_wrong_epsilon_of_the_optimizer_is_found_in_its_first_update(exchange,
     assert report.runs[1].settings["epsilon"] == 1e-5
 
 
+@pytest.mark.parametrize("change", [{"beta2": 0.9}, {"weight_decay": 0.0}])
+def test_a_setting_that_shows_after_some_steps_is_found_in_the_update_of_all(exchange, tmp_path, change):
+    def plant(folder):
+        path = folder / "request.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    report = planted(exchange, tmp_path / "later", plant)
+    names = {check.name for check in failed(report)}
+    assert "update of all steps" in names and not names & {"rows", "logits", "gradients of the first step"}
+    assert "PARTS" not in report.verdict and report.verdict.startswith("The two runs part: ")
+
+
 def test_a_weight_that_differs_is_found_in_its_layer(exchange, tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -128,6 +144,38 @@ def test_a_package_that_is_missing_or_old_is_named_with_the_remedy():
         check_packages({"nosuchpackage": "1.0", "numpy": "999.0"})
 
 
-def test_what_the_baseline_does_not_do_is_refused(tiny_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.stream: true"):
-        write_request(load_config(tiny_config, ["data.stream=true"]), tmp_path, num_steps=1)
+def test_what_the_baseline_does_not_do_is_refused_all_at_once(tiny_config, tmp_path):
+    overrides = ["data.stream=true", "model.param_dtype=bfloat16", "optim.moment_dtype=bfloat16"]
+    with pytest.raises(
+        ConfigError, match=r"--steps: 0.*\ndata\.stream: true.*\nmodel\.param_dtype.*\noptim\.moment_dtype"
+    ):
+        write_request(load_config(tiny_config, overrides), tmp_path, num_steps=0)
+
+
+def test_a_number_that_is_none_is_named_and_fails():
+    check = _of_tensors("gradients", {"a": 1e-9, "b": float("nan")}, 1e-3)
+    assert check.where == "b" and check.passed is False
+
+
+def test_the_exchange_goes_with_its_process_and_a_failed_child_leaves_its_words(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale = tmp_path / f".run.compare-hf.exchange-{dead.pid}-x"
+    stale.mkdir()
+    out = tmp_path / "run.compare-hf"
+    with (
+        pytest.raises(ConfigError, match=r"exit code 1; the end of its output:\n.*No module named"),
+        new_exchange(out) as folder,
+    ):
+        assert not stale.exists() and folder.parent == tmp_path
+        run_child("jaxsft.nosuchmodule", folder, say=print)
+    assert not folder.exists()
+    assert "No module named" in (out / "log.txt").read_text()
+
+
+def test_overrides_may_stand_behind_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "none.yaml", "--baseline", "hf", "--nosuch"])
+    assert "unrecognized arguments: --nosuch" in capsys.readouterr().err
+    assert main(["compare", "none.yaml", "--baseline", "hf", "train.steps=3"]) == 1
+    assert "none.yaml: no such config file" in capsys.readouterr().err

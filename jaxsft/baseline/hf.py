@@ -1,7 +1,7 @@
 """One run in PyTorch with transformers, step by step as the field writes it: `python -m jaxsft.baseline.hf FOLDER`.
 
 In: FOLDER/request.json, FOLDER/model (a Hugging Face folder) and the examples of each row. Out, in FOLDER/theirs: what
-the model computes of the first row, layer by layer; the gradients of the first step; the parameters after one step and
+the model computes of one row, layer by layer; the gradients of the first step; the parameters after one step and
 after the last; `metrics.jsonl` and `facts.json`. Nothing of jaxsft is imported: rows, shift, schedule, loss and
 optimizer are built here once more, so that a mistake in ours shows.
 """
@@ -73,6 +73,10 @@ def main(folder: pathlib.Path) -> None:
             limit = request["clip_norm"]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)
             optimizer.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - at
+            startup += seconds if step == 0 else 0.0
             tokens, trained = int((rows.segments > 0).sum()), int((rows.labels != IGNORED).sum())
             total_tokens, total_trained = total_tokens + tokens, total_trained + trained
             line = {
@@ -84,7 +88,7 @@ def main(folder: pathlib.Path) -> None:
                 "trained_tokens": trained,
                 "total_tokens": total_tokens,
                 "total_trained_tokens": total_trained,
-                "seconds": time.perf_counter() - at,
+                "seconds": seconds,
                 "memory_gib": memory_gib(device),
             }
             metrics.write(json.dumps(line) + "\n")
@@ -142,8 +146,21 @@ def build_rows(
 def logits_of(model: Any, rows: Rows, request: dict[str, Any]) -> torch.Tensor:
     """float32 [B, T, V]. Positions that begin anew tell transformers where an example ends: it masks by them."""
     is_cast = request["compute_dtype"] != request["param_dtype"]
+    masks = block_masks(model.config, rows) if model.config.model_type == "gpt_oss" else None
     with torch.autocast(rows.tokens.device.type, getattr(torch, request["compute_dtype"]), enabled=is_cast):
-        return model(input_ids=rows.tokens, position_ids=rows.positions, use_cache=False).logits.float()
+        out = model(input_ids=rows.tokens, attention_mask=masks, position_ids=rows.positions, use_cache=False)
+        return out.logits.float()
+
+
+def block_masks(config: Any, rows: Rows) -> dict[str, torch.Tensor]:
+    """What each kind of layer may attend to, added to scores: for a model whose masks leave positions out."""
+    at = torch.arange(rows.tokens.shape[1], device=rows.tokens.device)
+    distance = at[:, None] - at[None, :]
+    same = rows.segments[:, :, None] == rows.segments[:, None, :]
+    allowed = {"full_attention": same & (distance >= 0)}
+    allowed["sliding_attention"] = allowed["full_attention"] & (distance < config.sliding_window)
+    lowest = torch.finfo(torch.float32).min
+    return {kind: torch.where(each[:, None], 0.0, lowest) for kind, each in allowed.items()}
 
 
 def backward(model: Any, rows: Rows, request: dict[str, Any]) -> float:
@@ -195,8 +212,9 @@ def learning_rate_of(step: int, request: dict[str, Any]) -> float:
 
 
 def look_inside(model: Any, rows: Rows, request: dict[str, Any], folder: pathlib.Path) -> None:
-    """What the first row becomes: the residual stream before and after each layer, and the logits."""
-    first = Rows(*(each[:1] for each in rows))
+    """What one row of the first step becomes: the residual stream before and after each layer, and the logits."""
+    row = request["looked_row"]
+    first = Rows(*(each[row : row + 1] for each in rows))
     seen: list[torch.Tensor] = []
 
     def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -250,7 +268,7 @@ def as_arrays(rows: Rows) -> dict[str, np.ndarray]:
 
 def facts(model: Any, request: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Versions and the settings that were really used."""
-    settings = {key: value for key, value in request.items() if key != "looked_at"}
+    settings = {key: value for key, value in request.items() if not key.startswith("look")}
     known = {key: value for key, value in model.config.to_dict().items() if key not in PLACES}
     settings |= {f"model.{key}": value for key, value in known.items()}
     return {

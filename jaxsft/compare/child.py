@@ -3,14 +3,17 @@
 Each of the two runs has a process, so that neither shares memory, threads or imports with the other.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jaxsft.config import ConfigError
 
@@ -44,6 +47,37 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
+@contextlib.contextmanager
+def exchange(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside `out` for what two programs exchange; it goes when they are done, as do those of killed ones.
+
+    What a child that failed had printed is kept in `out`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.exchange-"
+    for left in out.parent.glob(f"{prefix}*"):
+        if not _is_running(int(left.name.removeprefix(prefix).split("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{prefix}{os.getpid()}-") as scratch:
+        try:
+            yield pathlib.Path(scratch)
+        except ConfigError:
+            for log in pathlib.Path(scratch).rglob("*.txt"):
+                out.mkdir(exist_ok=True)
+                shutil.copy(log, out)
+            raise
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], log: str = "log.txt") -> None:
     """Runs `python -m MODULE FOLDER` to its end; its last line of output is told from time to time.
 
@@ -72,8 +106,11 @@ def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], 
             process.kill()
             process.wait()
     if process.returncode != 0:
+        how = f"exit code {process.returncode}"
+        if process.returncode < 0:
+            how = f"signal {-process.returncode}" + ", probably for want of memory" * (process.returncode == -9)
         shown = "\n".join(f"  {line}" for line in _last_lines(path, LINES_SHOWN))
-        raise ConfigError(f"{module} ended with exit code {process.returncode}; the end of its output:\n{shown}")
+        raise ConfigError(f"{module} ended with {how}; the end of its output:\n{shown}")
 
 
 def _last_lines(path: pathlib.Path, count: int) -> list[str]:

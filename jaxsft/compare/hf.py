@@ -4,15 +4,16 @@ In: a config. Out: a `Report`. A folder beside the run is written for both progr
 process of its own, and `checks.py` holds what they leave against each other.
 """
 
+import concurrent.futures
 import json
+import multiprocessing
 import pathlib
-import tempfile
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxsft.compare.checks import check_runs, verdict
-from jaxsft.compare.child import NEEDED, check_packages, run_child
+from jaxsft.compare.child import NEEDED, check_packages, exchange, run_child
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
@@ -39,12 +40,13 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
         ConfigError: packages are missing, the config asks for what the baseline does not do, or a program failed.
     """
     check_packages(NEEDED)
-    out.mkdir(parents=True, exist_ok=True)
+    _check_comparable(config, num_steps)
     title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
-    with tempfile.TemporaryDirectory(dir=out, prefix=".exchange-") as scratch:
-        folder = pathlib.Path(scratch)
-        say("writing the weights and the rows for both")
-        write_request(config, folder, num_steps=num_steps)
+    with exchange(out) as folder:
+        say(f"writing the weights and the rows for both, into {folder} for the time being")
+        # In a process of its own, which gives the accelerator back.
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write_request, config, folder, num_steps=num_steps).result()
         say("transformers trains")
         run_child("jaxsft.baseline.hf", folder, say=say)
         say("jaxsft trains")
@@ -58,12 +60,7 @@ def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> No
     Raises:
         ConfigError: the config asks for what the baseline does not do.
     """
-    refused = [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]
-    if refused:
-        keys = ", ".join(f"optim.{key}" for key in refused)
-        raise ConfigError(f"{keys}: transformers computes another router loss, or none; compare with 0")
-    if config.data.stream:
-        raise ConfigError("data.stream: true, but only prepared rows can be compared; set it to false")
+    _check_comparable(config, num_steps)
     mesh = make_mesh(config.mesh)
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
     pretrained = open_model(config.model, tokenizer)
@@ -71,6 +68,7 @@ def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> No
     assert isinstance(loader, Loader)
     schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
     num_steps = min(num_steps, schedule_steps)
+    row, positions = _looked_at(loader, pretrained.decoder_config.vocab_size)
     request = {
         "num_steps": num_steps,
         "schedule_steps": schedule_steps,
@@ -89,7 +87,8 @@ def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> No
         "epsilon": config.optim.epsilon,
         "weight_decay": config.optim.weight_decay,
         "clip_norm": config.optim.clip_norm,
-        "looked_at": _looked_at(loader, pretrained.decoder_config.vocab_size),
+        "looked_row": row,
+        "looked_at": positions,
         "looks_inside": True,
     }
     (folder / "request.json").write_text(json.dumps(request, indent=1))
@@ -100,11 +99,35 @@ def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> No
     export_model(exported, tokenizer, load_params(pretrained, mesh, seed=config.seed), folder / "model")
 
 
-def _looked_at(loader: Loader, vocab_size: int) -> list[int]:
-    """Positions of the first row, spread over its tokens."""
-    count = int((loader.batch(0).segment_ids[0] > 0).sum())
+def _check_comparable(config: Config, num_steps: int) -> None:
+    """Raises a ConfigError with all that transformers has nothing to hold against."""
+    problems = []
+    if num_steps < 1:
+        problems.append("--steps: 0 given, expected at least 1")
+    problems += [
+        f"optim.{key}: transformers computes another router loss, or none; compare with 0"
+        for key in ("router_balance", "router_z")
+        if getattr(config.optim, key)
+    ]
+    if config.data.stream:
+        problems.append("data.stream: true, but only prepared rows can be compared; set it to false")
+    dtypes = {"model.param_dtype": config.model.param_dtype, "optim.moment_dtype": config.optim.moment_dtype}
+    problems += [
+        f"{key}: {dtype}, but PyTorch rounds such numbers otherwise; compare with float32"
+        for key, dtype in dtypes.items()
+        if dtype != "float32"
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _looked_at(loader: Loader, vocab_size: int) -> tuple[int, list[int]]:
+    """The row of the first step with the most examples, and positions spread over its tokens."""
+    segments = loader.batch(0).segment_ids
+    row = int(segments.max(axis=1).argmax())
+    count = int((segments[row] > 0).sum())
     most = min(MOST_LOOKED_AT, max(MOST_LOGITS // vocab_size, 1), count)
-    return sorted({int(at) for at in np.linspace(0, count - 1, most)})
+    return row, sorted({int(at) for at in np.linspace(0, count - 1, most)})
 
 
 def _write_examples(loader: Loader, num_steps: int, folder: pathlib.Path) -> None:

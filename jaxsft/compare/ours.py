@@ -54,7 +54,7 @@ def main(folder: pathlib.Path) -> None:
 
     with jax.set_mesh(mesh):
         if looks_inside:
-            look_inside(pretrained, params, loader.batch(0), request["looked_at"], ours)
+            look_inside(pretrained, params, loader.batch(0), request, ours)
             gradients = jax.jit(functools.partial(_gradients, pretrained, config, num_microbatches))
             _write(pretrained, gradients(params, batch_of(0)), ours / "gradients")
         state = init_state(params, config.optim, mesh)
@@ -93,18 +93,21 @@ def main(folder: pathlib.Path) -> None:
     (ours / "facts.json").write_text(text)
 
 
-def look_inside(pretrained: Pretrained, params: Any, batch: Batch, positions: list[int], folder: pathlib.Path) -> None:
-    """What the first row becomes at some positions: the residual stream before and after each layer, and the logits."""
+def look_inside(
+    pretrained: Pretrained, params: Any, batch: Batch, request: dict[str, Any], folder: pathlib.Path
+) -> None:
+    """What a row becomes at some positions: the residual stream before and after each layer, and the logits."""
+    at, positions = request["looked_row"], np.array(request["looked_at"])
 
     def run(params: Any, row: Batch) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(pretrained.model.graphdef, params, NOTHING)
         inputs = row.tokens, row.segment_ids, row.positions
-        logits = model.logits(model(*inputs).hidden[:, np.array(positions)])
-        return model.residuals(*inputs)[:, 0, np.array(positions)], logits[0, :, : model.config.vocab_size]
+        logits = model.logits(model(*inputs).hidden[:, positions])
+        return model.residuals(*inputs)[:, 0, positions], logits[0, :, : model.config.vocab_size]
 
     # As often as the mesh cuts rows, which it can only cut evenly.
     copies = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROW_AXES)
-    row = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf[:1]), copies, axis=0), batch)
+    row = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf[at : at + 1]), copies, axis=0), batch)
     residuals, logits = (np.asarray(each, np.float32) for each in jax.jit(run)(params, row))
     save_file({"residuals": residuals, "logits": logits}, folder / "first_row.safetensors")
 
@@ -137,7 +140,7 @@ def facts(pretrained: Pretrained, request: dict[str, Any]) -> dict[str, Any]:
     raw = pretrained.hf_config
     model_config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw).to_dict()
     model_config = {key: value for key, value in model_config.items() if key not in PLACES}
-    settings = {key: value for key, value in request.items() if key != "looked_at"}
+    settings = {key: value for key, value in request.items() if not key.startswith("look")}
     devices = jax.devices()
     return {
         "versions": {"Python": platform.python_version(), "jax": jax.__version__},

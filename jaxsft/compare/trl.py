@@ -7,7 +7,6 @@ steps are not of the same rows: what can be equal is its loss on rows that it pr
 
 import json
 import pathlib
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from flax import nnx
 
 from jaxsft.batch import Example
 from jaxsft.compare import tokens
-from jaxsft.compare.child import NEEDED, check_packages, run_child
+from jaxsft.compare.child import NEEDED, check_packages, exchange, run_child
 from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
@@ -41,7 +40,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
 
     Args:
         config: of the run, its date resolved.
-        out: folder in which the exchange with the programs is kept while they run.
+        out: folder beside which the exchange with the programs is kept while they run.
         num_steps: steps to train, at most; 0 compares the preparation alone.
         say: is told what happens.
 
@@ -50,7 +49,6 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     """
     check_packages(NEEDED_FOR_TRL)
     _check(config)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
     pretrained = open_model(config.model, tokenizer)
     encoder = make_encoder(config, tokenizer)
@@ -59,8 +57,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     items = [item for s in config.data.train for item in read_items(config.data, s, encoder, limit=MOST_ROWS)]
     schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
     num_steps = min(num_steps, schedule_steps)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".exchange-") as scratch:
-        folder = pathlib.Path(scratch)
+    with exchange(out) as folder:
         rows = trl_rows(items, config)
         say(f"{len(rows.lines):,} rows go to TRL as {rows.shape}")
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rows.lines]
