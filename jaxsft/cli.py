@@ -129,7 +129,7 @@ def compare_command(args: argparse.Namespace) -> int:
     words = ["compare", args.config, *args.overrides, "--baseline", args.baseline, "--steps", str(args.steps)]
     page = write_report(report._replace(command=f"python run.py {shlex.join(words)}"), out)
     for check in report.checks:
-        mark = {True: "same", False: "PARTS", None: "not checked"}[check.passed]
+        mark = {True: "same", False: "DIFFERS", None: "not checked"}[check.passed]
         measured = "" if check.measured is None else f"  {check.measured:.1e}"
         allowed = "" if check.tolerance is None else f" (allowed {check.tolerance:.0e})"
         print(f"{mark:<12}{check.name}{measured}{allowed}  {check.where}")

@@ -153,7 +153,7 @@ def _check_curve(
 
 
 def _check_first_row(ours: pathlib.Path, theirs: pathlib.Path, tolerances: Mapping[str, float]) -> list[Check]:
-    """What the first row becomes, layer by layer, and its logits."""
+    """What one row of the first step becomes, layer by layer, and its logits."""
     mine, other = (_Tensors(side / "first_row.safetensors") for side in (ours, theirs))
     a, b = mine["residuals"], other["residuals"]
     names = ["the embeddings", *(f"layer {number} of {len(a) - 1}" for number in range(1, len(a)))]

@@ -24,7 +24,7 @@ from jaxsft.report.records import Report, Run
 from jaxsft.train import check_batch, make_encoder, make_loader
 
 MOST_LOOKED_AT, MOST_LOGITS = 256, 2**26
-"""Positions of the first row whose residual stream and logits are compared, and numbers in their logits."""
+"""Positions of one row whose residual stream and logits are compared, and numbers in their logits."""
 
 
 def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callable[[str], None]) -> Report:
