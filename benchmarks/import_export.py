@@ -58,20 +58,21 @@ def main() -> None:
         )
 
 
-def write_model(folder: pathlib.Path, gigabytes: float, dtype: str) -> pathlib.Path:
-    """A Llama of random weights, as wide as it is heavy."""
+def write_model(
+    folder: pathlib.Path, gigabytes: float, dtype: str, *, width: int = 1536, vocab_size: int = 32000
+) -> pathlib.Path:
+    """A Llama of random weights."""
     import ml_dtypes
     import numpy as np
     import safetensors.numpy
 
     itemsize = 4 if dtype == "float32" else 2
-    width = 1536
-    layers = max(2, round((gigabytes * 1e9 / itemsize - 64000 * width) / (10 * width**2)))
+    layers = max(2, round((gigabytes * 1e9 / itemsize - 2 * vocab_size * width) / (10 * width**2)))
     config = dict(
         model_type="llama",
         architectures=["LlamaForCausalLM"],
         dtype=dtype,
-        vocab_size=32000,
+        vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=width * 5 // 2,
         num_hidden_layers=layers,
@@ -83,8 +84,8 @@ def write_model(folder: pathlib.Path, gigabytes: float, dtype: str) -> pathlib.P
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     mlp, kv = config["intermediate_size"], width // 4
     shapes = {
-        "model.embed_tokens.weight": (32000, width),
-        "lm_head.weight": (32000, width),
+        "model.embed_tokens.weight": (vocab_size, width),
+        "lm_head.weight": (vocab_size, width),
         "model.norm.weight": (width,),
     }
     for layer in range(layers):
@@ -175,29 +176,35 @@ def measure_jaxsft(folder: pathlib.Path, dtype: str, out: pathlib.Path) -> dict[
     from jaxsft.weights import load as weights
     from jaxsft.weights.save import write_weights
 
-    decoder_config(hf.load_hf_config(folder))
     mesh = make_mesh(MeshConfig())
 
+    def load(folder: pathlib.Path) -> tuple:
+        stored, hf_config = hf.open_source(folder)
+        config = decoder_config(hf_config)
+        abstract = abstract_model(
+            lambda rngs: Decoder(config, compute_dtype=dtype, param_dtype=dtype, remat="none", rngs=rngs)
+        ).params
+        params = weights.load_params(
+            stored,
+            family(hf_config),
+            abstract=abstract,
+            shardings=shardings(mesh, abstract),
+            vocab_size=config.vocab_size,
+        )
+        return params, stored, hf_config
+
+    # What is imported only when it is needed is no part of the measurement.
+    load(write_model(out / "tiny", 0, dtype, width=24, vocab_size=8))
+
     before, start = peak(), time.perf_counter()
-    stored, hf_config = hf.open_source(folder)
-    config = decoder_config(hf_config)
-    abstract = abstract_model(
-        lambda rngs: Decoder(config, compute_dtype=dtype, param_dtype=dtype, remat="none", rngs=rngs)
-    ).params
-    params = weights.load_params(
-        stored,
-        family(hf_config),
-        abstract=abstract,
-        shardings=shardings(mesh, abstract),
-        vocab_size=config.vocab_size,
-    )
+    params, stored, hf_config = load(folder)
     seconds, loaded = time.perf_counter() - start, peak()
     start = time.perf_counter()
     write_weights(
         out,
         params,
         family(hf_config),
-        vocab_size=config.vocab_size,
+        vocab_size=decoder_config(hf_config).vocab_size,
         dtype=None,
         stored=stored,
         max_shard_bytes=10**12,

@@ -244,11 +244,12 @@ def test_a_layout_that_does_not_name_our_dims_is_a_bug_of_the_table(line):
         layout.make_weight("a", ("f", "d"), "x", line, dict(f=4, d=2, h=3))
 
 
+@pytest.mark.parametrize("has_cpu", [True, False])
 @pytest.mark.parametrize("dtypes", ["f4 f4", "bf16 f4", "bf16 bf16", "f2 f4", "f4 bf16", "f4 f2"])
-def test_copies_are_those_of_numpy_whatever_lies_how(dtypes, monkeypatch):
-    monkeypatch.setattr(copying, "TILE_ROWS", 4)
-    monkeypatch.setattr(copying, "TILE_COLUMNS", 8)
-    copying._scratch.__dict__.clear()
+def test_copies_are_those_of_numpy_whatever_lies_how(dtypes, has_cpu, monkeypatch):
+    monkeypatch.setattr(copying, "TURNED_BYTES", 40)
+    if not has_cpu:
+        monkeypatch.setattr(copying, "_cpu", lambda: None)
     source_dtype, dtype = (np.dtype(ml_dtypes.bfloat16) if d == "bf16" else np.dtype(d) for d in dtypes.split())
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -262,7 +263,6 @@ def test_copies_are_those_of_numpy_whatever_lies_how(dtypes, monkeypatch):
         out, source = views
         copying.copy(out, source, num_rows)
         np.testing.assert_array_equal(out, source.astype(dtype))
-    copying._scratch.__dict__.clear()
 
 
 # Reading.

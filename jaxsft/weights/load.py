@@ -26,7 +26,7 @@ from jaxsft.weights.stored import DTYPES, PAGE_BYTES, SafeTensor, Stored, Stored
 
 __all__ = ["Stored", "StoredTensor", "check_weights", "load_params", "open_folder", "vocabulary_tables"]
 
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 24
 """Read at once by a thread."""
 MAX_THREADS = 32
 
@@ -183,7 +183,6 @@ def load_params(
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as threads:
         before: _Read | None = None
         for path, (weight, variable) in weights.items():
-            # While the threads are busy with one weight, the memory of the next is prepared.
             shards = {
                 bounds: _empty([last - first for first, last in bounds], np.dtype(variable.dtype))
                 for bounds in _bounds(places[path], variable.shape)
@@ -216,11 +215,10 @@ class _Read(NamedTuple):
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Memory for a shard, in pages of its own: on CPU, JAX takes over such an array as it is, and would copy others.
 
-    The pages are there at once: to get them one by one while transposing takes twice as long.
+    Private, as the pages of shared memory take longer to get.
     """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
     num_bytes = math.prod(shape) * dtype.itemsize
-    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1), flags), dtype, math.prod(shape)).reshape(shape)
+    return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1), mmap.MAP_PRIVATE), dtype, math.prod(shape)).reshape(shape)
 
 
 def _bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[Box]:
