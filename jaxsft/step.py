@@ -27,6 +27,10 @@ from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.optim import make_optimizer, make_schedule
 
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""What a step is compiled with for a CPU: operations in the order that holds least memory, an eighth less than in the
+order that runs most at once. As fast, as each operation has all cores."""
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes; `params` and moments are pytrees of `nnx.Param` with their `axes`."""
@@ -249,6 +253,7 @@ def make_train_step(
         in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 

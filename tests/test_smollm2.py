@@ -1,11 +1,8 @@
 """SmolLM2-135M, real pretrained weights: its answers are those of transformers, token by token."""
 
 import json
-import subprocess
-import sys
 
 import jax
-import pytest
 
 from jaxsft.config import MeshConfig, ModelConfig
 from jaxsft.generate import Generator
@@ -13,19 +10,6 @@ from jaxsft.mesh import make_mesh
 from jaxsft.pretrained import load_params, open_model, open_tokenizer
 
 NUM_PROMPTS, NEW_TOKENS = 20, 48
-
-
-@pytest.fixture(scope="module")
-def smollm2(material, tmp_path_factory):
-    """The model as a folder: its weights come from a package, so from the package index of this machine."""
-    for package in ("torch", "transformers", "gguf"):
-        pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    command = [sys.executable, str(material / "get_smollm2.py"), str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
-    return folder
 
 
 def test_twenty_greedy_answers_are_those_of_transformers_token_by_token(smollm2, material):

@@ -79,7 +79,8 @@ def verdict(checks: Sequence[Check], *, num_steps: int) -> str:
     made = sum(check.passed is not None for check in checks)
     if not failed:
         not_made = f"; {len(checks) - made} could not be made" if made < len(checks) else ""
-        return f"The two runs are the same: all {made} checks hold over {num_steps} steps{not_made}."
+        steps = f"{num_steps} step{'s' * (num_steps != 1)}"
+        return f"The two runs are the same: all {made} checks hold over {steps}{not_made}."
     first, *others = failed
     hint = _HINTS.get(first.name, f"What is measured: {first.detail}.")
     more = f" Failed checks after it: {len(others)}." if others else ""
@@ -290,7 +291,7 @@ class _Tensors:
         return set(self._file_of)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._file_of[name].get_tensor(name).astype(np.float32)
+        return self._file_of[name].get_tensor(name).astype(np.float32, copy=False)
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:

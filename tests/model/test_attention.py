@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsft.model import attention as module
 from jaxsft.model.attention import attention
 
 SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
@@ -43,6 +44,14 @@ def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, *
     )
 
 
+@pytest.fixture(autouse=True, params=["on one CPU", "elsewhere"])
+def place(request, monkeypatch):
+    """Both ways of computing it."""
+    monkeypatch.setattr(module, "_is_one_cpu", lambda: request.param == "on one CPU")
+    packed.clear_cache()
+    return request.param
+
+
 def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = [(2, length, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
@@ -50,7 +59,7 @@ def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("block_size", [1, 5, 12, 37, 512])
+@pytest.mark.parametrize("block_size", [5, 37, 512])
 def test_equals_the_naive_formula_in_value_and_gradients_for_every_block_size(num_kv_heads, block_size):
     arrays = qkv(num_kv_heads=num_kv_heads)
     cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
@@ -72,7 +81,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("block_size", [5, 8, 512])
+@pytest.mark.parametrize("block_size", [5, 512])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_windows_soft_caps_scales_and_sinks_equal_the_naive_formula(options, block_size, with_sinks):
     arrays = qkv()
@@ -91,7 +100,10 @@ def test_windows_soft_caps_scales_and_sinks_equal_the_naive_formula(options, blo
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_a_window_spares_the_work_of_keys_out_of_reach():
+def test_a_window_spares_the_work_of_keys_out_of_reach(place):
+    if place == "on one CPU":
+        pytest.skip("which keys are in reach is known when it runs: the test below")
+
     def flops(window):
         arrays = [jax.ShapeDtypeStruct((1, 2048, heads, 16), jnp.float32) for heads in (4, 2, 2)]
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
@@ -100,6 +112,22 @@ def test_a_window_spares_the_work_of_keys_out_of_reach():
         return compiled.cost_analysis()["flops"]
 
     assert flops(64) < 0.2 * flops(None)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_block_takes_the_fewest_keys_that_hold_what_its_rows_attend_to(window):
+    sizes = [4, 8, 12, 16, 24, 28]
+    positions = np.array([[*range(7), *range(12), *range(9)], [*range(2), *range(26)]], np.int32)
+    choices, given = module._choices(functools.partial(lambda: None, window=window), 4, jnp.asarray(positions))
+    for block, choice in enumerate(choices):
+        first = min(
+            i - min(int(row[i]), 1e9 if window is None else window - 1)
+            for row in positions
+            for i in range(4 * block, 4 * block + 4)
+        )
+        needed = 4 * (block + 1) - first // 4 * 4
+        assert given[choice] == min(size for size in sizes if size >= needed)
+    assert given == sizes
 
 
 def test_padding_gives_no_nan_in_value_or_gradients_even_with_huge_scores():
