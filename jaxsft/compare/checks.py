@@ -19,7 +19,7 @@ from jaxsft.report.records import Check
 TOLERANCES = {
     "float32": {
         "learning rate": 1e-6,
-        "layer": 1e-4,
+        "layer": 2e-5,
         "logits": 1e-4,
         "first loss": 1e-5,
         "gradient": 1e-3,
