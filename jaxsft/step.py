@@ -27,9 +27,10 @@ from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.optim import make_optimizer, make_schedule
 
-CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""What a step is compiled with for a CPU: operations in the order that holds least memory, an eighth less than in the
-order that runs most at once. As fast, as each operation has all cores."""
+ONE_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""What a step is compiled with for one CPU device: operations in the order that holds least memory, an eighth less than
+in the order that runs most at once. As fast, as each operation has all cores. Not where devices talk to each other: the
+processes of a run then do not all do so in one order (Gloo: "collective mismatch")."""
 
 
 class TrainState(NamedTuple):
@@ -253,7 +254,7 @@ def make_train_step(
         in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=ONE_CPU_OPTIONS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 
