@@ -17,6 +17,8 @@ BLOCK_SIZE = 128
 """Queries whose scores exist at once."""
 CPU_BLOCK_SIZE = 64
 """The same where a CPU passes over keys (`_passing_over`): the smaller a block, the fewer keys of others it meets."""
+LONG_ROW = 1024
+"""Tokens of a row from which on that is worth it: matmuls of small blocks are slow."""
 
 NUM_STAGES = 4
 """Self-attention goes over its blocks in so many loops of growing key length: 5/8 of the work of one loop over all
@@ -71,7 +73,7 @@ def attention(
     dense = functools.partial(
         _dense, scale=q.shape[-1] ** -0.5 if scale is None else scale, window=window, soft_cap=soft_cap
     )
-    if is_self and _is_one_cpu():
+    if is_self and num_queries >= LONG_ROW and _is_one_cpu():
         block_size = min(block_size or CPU_BLOCK_SIZE, num_queries)
         fill = -num_queries % block_size
         # What fills up the last block is a segment of its own: finite, and cut off again.
@@ -279,16 +281,17 @@ def _dense(
         allowed &= distance < window
     q_btkgh = q.reshape(batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim)
     einsum = functools.partial(jnp.einsum, precision=precision(q.dtype))
-    scores = einsum("btkgh,bskh->bkgts", q_btkgh, k, preferred_element_type=jnp.float32) * scale
+    # In the order that a matmul gives them: XLA on CPU would turn [B, K, G, T, S] around, as large as they are.
+    scores = einsum("btkgh,bskh->bktgs", q_btkgh, k, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     # A finite floor: -inf - -inf would be NaN. exp of it is exactly 0, in the gradients as well.
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(allowed[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is not None:
-        nothing = sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1)
+        nothing = sinks.astype(jnp.float32).reshape(1, k.shape[2], 1, -1, 1)
         nothing = jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, nothing], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)
     if sinks is not None:
         probabilities = probabilities[..., :-1]
-    return einsum("bkgts,bskh->btkgh", probabilities.astype(v.dtype), v).reshape(q.shape)
+    return einsum("bktgs,bskh->btkgh", probabilities.astype(v.dtype), v).reshape(q.shape)
