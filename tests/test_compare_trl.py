@@ -370,12 +370,15 @@ def test_two_steps_of_trl_beside_two_of_ours(trl, material, tmp_path):
     assert not report.runs[2].settings["padding_free"] and report.runs[1].settings["padding_free"]
 
 
-def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(trl, material, tmp_path):
+def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(trl, material, tmp_path, monkeypatch):
+    """And of a source of many rows the first are compared, which is said."""
+    monkeypatch.setattr("jaxsft.compare.trl.MOST_ROWS", 15)
     model = tokenizer_folder(material, "llama-3-tiny", tmp_path / "model")
     report = compared(tmp_path, model, read(material / "data" / "sharegpt_dummy.json", 20), data={"seq_len": 1024})
     mask = check_of(report, "TRL's mask")
     assert mask.passed is False and "not training-compatible" in mask.detail
     assert report.passed and {*report.difference_counts} == {"every token trained"}
+    assert report.facts["rows compared"] == "15 of 20: the first 15 of each source"
 
 
 def test_every_differing_token_of_tool_calls_is_explained_with_a_patched_template(trl, material, tmp_path):

@@ -3,8 +3,10 @@
 Each of the two runs has a process, so that neither shares memory, threads or imports with the other.
 """
 
+import concurrent.futures
 import contextlib
 import importlib.metadata
+import multiprocessing
 import os
 import pathlib
 import re
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from jaxsft.config import ConfigError
 
@@ -76,6 +79,12 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def call_apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function in a process of its own, which ends with it and so gives its memory and accelerator back."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], log: str = "log.txt") -> None:

@@ -4,16 +4,14 @@ In: a config. Out: a `Report`. A folder beside the run is written for both progr
 process of its own, and `checks.py` holds what they leave against each other.
 """
 
-import concurrent.futures
 import json
-import multiprocessing
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from jaxsft.compare.checks import check_runs, verdict
-from jaxsft.compare.child import NEEDED, check_packages, exchange, run_child
+from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, run_child
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
@@ -44,9 +42,7 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
     title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
     with exchange(out) as folder:
         say(f"writing the weights and the rows for both, into {folder} for the time being")
-        # In a process of its own, which gives the accelerator back.
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            pool.submit(write_request, config, folder, num_steps=num_steps).result()
+        call_apart(write_request, config, folder, num_steps)
         say("transformers trains")
         run_child("jaxsft.baseline.hf", folder, say=say)
         say("jaxsft trains")
@@ -54,7 +50,7 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
         return make_report(folder, title=title)
 
 
-def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> None:
+def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     """Writes what both programs need: settings, config, weights to begin with, and the examples of each row.
 
     Raises:
@@ -94,9 +90,16 @@ def write_request(config: Config, folder: pathlib.Path, *, num_steps: int) -> No
     (folder / "request.json").write_text(json.dumps(request, indent=1))
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     _write_examples(loader, num_steps, folder)
+    write_model(config, folder / "model")
+
+
+def write_model(config: Config, folder: pathlib.Path) -> None:
+    """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
+    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    pretrained = open_model(config.model, tokenizer)
     # Ours reads the source; what we export must be the same model to transformers.
     exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))
-    export_model(exported, tokenizer, load_params(pretrained, mesh, seed=config.seed), folder / "model")
+    export_model(exported, tokenizer, load_params(pretrained, make_mesh(config.mesh), seed=config.seed), folder)
 
 
 def _check_comparable(config: Config, num_steps: int) -> None:

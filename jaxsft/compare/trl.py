@@ -16,15 +16,15 @@ from flax import nnx
 
 from jaxsft.batch import Example
 from jaxsft.compare import tokens
-from jaxsft.compare.child import NEEDED, check_packages, exchange, run_child
+from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, run_child
 from jaxsft.compare.findings import NUM_CHECKED, make_report
-from jaxsft.compare.hf import read_side
+from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader, make_batch
 from jaxsft.data.prepare import read_items
 from jaxsft.mesh import make_mesh
-from jaxsft.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
+from jaxsft.pretrained import compute_dtype, load_params, open_model, open_tokenizer
 from jaxsft.report.records import Report, Run
 from jaxsft.step import make_eval_step, put_batch
 from jaxsft.train import make_encoder, make_loader
@@ -50,7 +50,6 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     check_packages(NEEDED_FOR_TRL)
     _check(config)
     tokenizer = open_tokenizer(config.model, config.data.chat_template)
-    pretrained = open_model(config.model, tokenizer)
     encoder = make_encoder(config, tokenizer)
     loader = make_loader(config, tokenizer, encoder, say=say)
     assert isinstance(loader, Loader)
@@ -62,13 +61,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
         say(f"{len(rows.lines):,} rows go to TRL as {rows.shape}")
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rows.lines]
         (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-        mesh = make_mesh(config.mesh)
-        params = load_params(pretrained, mesh, seed=config.seed)
-        exported = pretrained._replace(
-            config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
-        )
-        export_model(exported, tokenizer, params, folder / "model")
-
+        call_apart(write_model, config, folder / "model")
         found, runs = _run_trl(config, folder, rows.shape, num_steps=num_steps, schedule_steps=schedule_steps, say=say)
         if num_steps:
             say("jaxsft trains")
@@ -77,9 +70,9 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
         habits = habits_of(tokenizer, config, rows.shape, found)
         compared = prepared_rows(items, encoder, tokenizer, config, found)
         results = [tokens.compare(row, habits) for row in compared]
-        losses = _losses(pretrained, params, mesh, found)
-        bad = sum(sum(source.report["bad_rows"].values()) for source in loader.dataset.sources)
-        facts = _facts(compared, found, shape=rows.shape, num_bad=bad) | ({} if not num_steps else _versions(folder))
+        losses = call_apart(_losses, config, found)
+        reports = [source.report for source in loader.dataset.sources]
+        facts = _facts(compared, found, reports, shape=rows.shape) | ({} if not num_steps else _versions(folder))
     return make_report(
         compared,
         results,
@@ -150,8 +143,11 @@ def _check(config: Config) -> None:
 # Losses and runs.
 
 
-def _losses(pretrained: Pretrained, params: Any, mesh: Any, found: Prepared) -> tuple[float, float]:
+def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
+    mesh = make_mesh(config.mesh)
+    pretrained = open_model(config.model, open_tokenizer(config.model, config.data.chat_template))
+    params = load_params(pretrained, mesh, seed=config.seed)
     examples = []
     for index in found.first["examples"]:
         ids, trained = found.example(index)
@@ -210,15 +206,19 @@ def _versions(folder: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def _facts(compared: Sequence[tokens.Row], found: Prepared, *, shape: str, num_bad: int) -> dict[str, str]:
+def _facts(
+    compared: Sequence[tokens.Row], found: Prepared, reports: Sequence[dict[str, Any]], *, shape: str
+) -> dict[str, str]:
     """What was compared, and how much of it there is on each side."""
     ours = sum(int(np.count_nonzero(piece.weights[1:])) for row in compared for piece in row.pieces)
     theirs = sum(int(np.count_nonzero(row.trained[1:])) for row in compared)
     tokens_ours = sum(len(piece.tokens) for row in compared for piece in row.pieces)
     tokens_theirs = sum(len(row.theirs) for row in compared if row.theirs is not None)
     neither = sum(not row.pieces and row.theirs is None for row in compared)
+    num_rows, num_bad = sum(each["rows"] for each in reports), sum(sum(each["bad_rows"].values()) for each in reports)
+    left = f" of {num_rows:,}: the first {MOST_ROWS:,} of each source" if num_rows - num_bad > len(compared) else ""
     return {
-        "rows compared": f"{len(compared):,}",
+        "rows compared": f"{len(compared):,}{left}",
         "rows of which neither has an example": f"{neither:,}",
         "bad rows, left out by ours": f"{num_bad:,}",
         "rows go to TRL as": shape,
