@@ -216,7 +216,8 @@ def _facts(
     tokens_theirs = sum(len(row.theirs) for row in compared if row.theirs is not None)
     neither = sum(not row.pieces and row.theirs is None for row in compared)
     num_rows, num_bad = sum(each["rows"] for each in reports), sum(sum(each["bad_rows"].values()) for each in reports)
-    left = f" of {num_rows:,}: the first {MOST_ROWS:,} of each source" if num_rows - num_bad > len(compared) else ""
+    is_part = any(each["rows"] > MOST_ROWS for each in reports)
+    left = f" of {num_rows:,}: the first {MOST_ROWS:,} of each source" if is_part else ""
     return {
         "rows compared": f"{len(compared):,}{left}",
         "rows of which neither has an example": f"{neither:,}",
