@@ -125,6 +125,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def on_cpu() -> bool:
+    """Whether what is being traced runs on a CPU: on the mesh in scope, or where JAX puts it without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.default_backend() == "cpu"
+    return mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+
+
 def check_divisible(mesh: Mesh, tree: Any, sizes: dict[str, int]) -> None:
     """Refuses a mesh that cannot cut the weights or the batch evenly, before any weight is read.
 

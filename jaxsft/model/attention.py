@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxsft.mesh import on_cpu
 from jaxsft.model.layers import precision
 
 BLOCK_SIZE = 128
@@ -145,9 +146,7 @@ def _in_blocks(
 
 def _is_one_cpu() -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.default_backend() == "cpu"
-    return mesh.size == 1 and mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+    return on_cpu() and (mesh.empty or mesh.size == 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
