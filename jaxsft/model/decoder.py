@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxsft.mesh import constrain
 from jaxsft.model.architecture import DecoderConfig, LayerKind
@@ -20,12 +19,13 @@ from jaxsft.model.attention import attention
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
+from jaxsft.model.tiles import SAVED_NAME
 
 _MATMULS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 KEPT: dict[str, Callable[..., bool] | None] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
-        _MATMULS, jax.checkpoint_policies.save_only_these_names("attention")
+        _MATMULS, jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
     ),
     "dots": _MATMULS,
     "full": None,
@@ -127,8 +127,7 @@ class Attention(nnx.Module):
             soft_cap=config.attention_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
         )
-        mixed = checkpoint_name(constrain(mixed, "b t n h"), "attention")
-        return self.o_proj(mixed), cached
+        return self.o_proj(constrain(mixed, "b t n h")), cached
 
 
 class Layers(nnx.Module):

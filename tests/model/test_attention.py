@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval as pe
 
 from jaxsft.model import attention as module
+from jaxsft.model import tiles
 from jaxsft.model.attention import attention
+from jaxsft.model.decoder import KEPT
 
 SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
 POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
@@ -48,7 +51,6 @@ def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, *
 def place(request, monkeypatch):
     """Both ways of computing it."""
     monkeypatch.setattr(module, "_is_one_cpu", lambda: request.param == "on one CPU")
-    monkeypatch.setattr(module, "LONG_ROW", 1)
     packed.clear_cache()
 
 
@@ -115,20 +117,26 @@ def test_a_window_spares_the_work_of_keys_out_of_reach(place):
 
 
 @pytest.mark.parametrize("place", ["on one CPU"], indirect=True)
-@pytest.mark.parametrize("window", [None, 3])
-def test_a_block_takes_the_fewest_keys_that_hold_what_its_rows_attend_to(window, place):
-    sizes = [4, 8, 12, 16, 24, 28]
-    positions = np.array([[*range(7), *range(12), *range(9)], [*range(2), *range(26)]], np.int32)
-    choices, given = module._choices(functools.partial(lambda: None, window=window), 4, jnp.asarray(positions))
-    for block, choice in enumerate(choices):
-        first = min(
-            i - min(int(row[i]), 1e9 if window is None else window - 1)
-            for row in positions
-            for i in range(4 * block, 4 * block + 4)
-        )
-        needed = 4 * (block + 1) - first // 4 * 4
-        assert given[choice] == min(size for size in sizes if size >= needed)
-    assert given == sizes
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("lengths", [[[3, 29, 1, 14, 17], [64]], [[40, 24], [9, 9, 9, 9, 9, 9, 10]]])
+def test_tiles_hold_every_allowed_pair_once_and_none_is_without(lengths, window, place):
+    tile, side = 2, 2 * tiles.SMALL_IN_LARGE
+    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths], np.int32)
+    segment_ids = np.array([np.repeat(np.arange(len(row)), row) for row in lengths], np.int32)
+    rule = tiles.Rule(1.0, window, None)
+    allowed = np.asarray(rule.allowed((segment_ids, segment_ids), (positions, positions)))
+    of_size = {size: np.asarray(needed) for size, needed in tiles._needed(rule, tile, jnp.asarray(positions))}
+
+    def in_tiles(size):
+        """[B, T / size, size, T / size, size]"""
+        return allowed.reshape(2, 64 // size, size, 64 // size, size)
+
+    computed = sum(np.kron(needed, np.ones((1, size, size), int)) for size, needed in of_size.items())
+    assert set(of_size) == {tile, side} and computed.max() == 1 and np.all(computed[allowed] == 1)
+    assert np.array_equal(of_size[tile], in_tiles(tile).any((2, 4)) & ~np.kron(of_size[side], np.ones((1, 8, 8), bool)))
+    filled = in_tiles(tile).any((2, 4)).reshape(2, 4, 8, 4, 8).sum((2, 4))
+    assert np.array_equal(of_size[side], filled >= 32)
+    assert window is not None or of_size[side].any()
 
 
 def test_padding_gives_no_nan_in_value_or_gradients_even_with_huge_scores():
@@ -187,3 +195,17 @@ def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
         return jax.jit(gradient).lower(*arrays, ids, ids).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_at(8192) < 4.5 * bytes_at(2048)
+
+
+@pytest.mark.parametrize("place", ["on one CPU"], indirect=True)
+@pytest.mark.parametrize(("remat", "num_loops"), [("none", 4), ("dots", 6), ("full", 6)])
+def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pass(remat, num_loops, place):
+    """There are two sizes of tiles, so two loops each time."""
+
+    def loss(q, k, v):
+        layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=KEPT[remat])
+        return (layer(q, k, v) ** 2).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*qkv())
+    dead_code_removed = pe.dce_jaxpr(jaxpr.jaxpr, [True] * 3)[0]
+    assert str(dead_code_removed).count("while[") == num_loops
