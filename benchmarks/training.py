@@ -2,7 +2,8 @@
 
 Run as `python benchmarks/training.py [--model FOLDER] [--data FILE]`; needs `pip install 'jaxsft[compare]'`. Takes the
 device as it finds it (float32 on CPU, bfloat16 with float32 parameters on a GPU) and no network; without arguments a
-small random model and the quickstart's rows. Each run is a process of its own, all in turns; figures are medians over
+small random model and the quickstart's rows. `--lengths benchmarks/sharegpt_lengths.csv` takes random tokens in the
+lengths of real conversations. Each run is a process of its own, all in turns; figures are medians over
 the rounds. All train AdamW on the same examples, prepared once by us: the same tokens, the same ones trained. A first
 step is left out of the speed.
 
@@ -54,8 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--model", type=pathlib.Path, help="Hugging Face folder; left out: a small random model")
     parser.add_argument("--data", type=pathlib.Path, default=QUICKSTART / "train.jsonl", help="rows, any known format")
+    parser.add_argument("--lengths", type=pathlib.Path, help="conversations as lengths, in place of --data")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4, help="packed rows in a step")
+    parser.add_argument("--microbatch-size", type=int, help="packed rows at once, ours and Trainer's; all if left out")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remat", choices=["none", "full"], default="none", help="ours and Trainer's; TRL has its own")
@@ -65,13 +68,17 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.microbatch_size = args.microbatch_size or args.batch_size
+    if args.batch_size % args.microbatch_size:
+        parser.error(f"--batch-size {args.batch_size} is no multiple of --microbatch-size {args.microbatch_size}")
     if args.child:
         run_child(args.child, args.folder)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        keys = ("seq_len", "batch_size", "steps", "remat", "unroll")
+        keys = ("seq_len", "batch_size", "microbatch_size", "steps", "remat", "unroll")
         settings = {key: getattr(args, key) for key in keys} | {"data": str(args.data.resolve())}
+        settings["lengths"] = str(args.lengths.resolve()) if args.lengths else None
         settings["model"] = str(args.model.resolve() if args.model else folder / "model")
         settings["is_random"] = args.model is None
         (folder / "settings.json").write_text(json.dumps(settings))
@@ -100,11 +107,19 @@ def table(args: argparse.Namespace, about: dict[str, Any], rounds: dict[str, lis
     """Markdown: a line of facts, the medians of each system, and the ratios of ours to each of the others."""
     versions = {key: value for found in rounds.values() for key, value in found[0]["versions"].items()}
     device = next(iter(rounds.values()))[0]["device"]
+    facts = [
+        about["model"],
+        f"{(args.lengths or args.data).name}: {about['examples']:,} examples of {about['mean_length']:.0f} tokens on "
+        f"average, {about['trained_share']:.0%} trained",
+        f"{args.batch_size} rows of {args.seq_len} ({args.microbatch_size} at once), or {about['examples_per_step']} "
+        f"examples, padded {about['padded_fill']:.0%} full",
+        f"remat {args.remat}" + ", unrolled" * args.unroll,
+        f"medians of {args.rounds} rounds of {args.steps} steps",
+        device,
+        ", ".join(f"{key} {value}" for key, value in versions.items()),
+    ]
     lines = [
-        f"{about['model']}; {args.data.name}: {about['examples']:,} examples of {about['mean_length']:.0f} tokens on "
-        f"average, {about['trained_share']:.0%} trained; {args.batch_size} rows of {args.seq_len}, or "
-        f"{about['examples_per_step']} examples; remat {args.remat}; medians of {args.rounds} rounds of {args.steps} "
-        f"steps; {device}; " + ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "; ".join(facts),
         "",
         f"| system | {' | '.join(COLUMNS)} |\n" + "|---" * (len(COLUMNS) + 1) + "|",
     ]
@@ -146,6 +161,9 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
     if settings["is_random"]:
         make_model(folder / "model")
+    if settings["lengths"]:
+        settings["data"] = str(folder / "rows.jsonl")
+        write_rows(pathlib.Path(settings["lengths"]), pathlib.Path(settings["data"]), settings["model"])
     model = {"path": settings["model"]}
     data = {"train": settings["data"], "seq_len": settings["seq_len"], "overlong": "truncate", "on_bad_row": "skip"}
     data |= {"cache": str(folder / "cache"), "template_date": "2024-01-01"}
@@ -161,6 +179,7 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     lengths = loader.dataset.lengths
     tokens_per_step = settings["batch_size"] * settings["seq_len"]
     per_step = max(1, round(tokens_per_step / lengths.mean()))
+    drawn = np.random.default_rng(1).choice(lengths, (1000, per_step))
     order = np.resize(np.random.default_rng(0).permutation(len(lengths)), max(len(lengths), 4 * num_steps * per_step))
     examples = [loader.dataset.example(index) for index in order[: 4 * num_steps * per_step]]
     np.savez(
@@ -176,7 +195,26 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
         "mean_length": float(lengths.mean()),
         "trained_share": float((packed["loss_weights"] > 0).sum() / (packed["segment_ids"] > 0).sum()),
         "examples_per_step": per_step,
+        # of batches drawn at random, filled up to their longest: few steps may have others
+        "padded_fill": float(drawn.sum() / (per_step * drawn.max(axis=1)).sum()),
     }
+
+
+def write_rows(lengths: pathlib.Path, path: pathlib.Path, model: str) -> None:
+    """Rows of random tokens: of each line of `lengths`, prompt, answer, prompt, answer, ...; answers are trained."""
+    import numpy as np
+
+    vocab_size = json.loads((pathlib.Path(model) / "config.json").read_text())["vocab_size"]
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for line in lengths.read_text().splitlines():
+            if line.startswith("#"):
+                continue
+            turns = [int(cell) for cell in line.split(",")]
+            tokens = rng.integers(0, vocab_size, sum(turns))
+            is_trained = np.repeat(np.arange(len(turns)) % 2 == 1, turns)
+            labels = np.where(is_trained, tokens, IGNORED)
+            file.write(json.dumps({"input_ids": tokens.tolist(), "labels": labels.tolist()}) + "\n")
 
 
 def make_model(folder: pathlib.Path) -> None:
@@ -228,7 +266,8 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
     optim, frozen = OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0), nnx.State({})
     state = init_state(params, optim, mesh)
     packed = dict(np.load(folder / "packed.npz"))
-    step = make_train_step(model, frozen, optim, num_steps=1000, num_microbatches=1, mesh=mesh)
+    num_microbatches = settings["batch_size"] // settings["microbatch_size"]
+    step = make_train_step(model, frozen, optim, num_steps=1000, num_microbatches=num_microbatches, mesh=mesh)
     seconds, counts, startup = [], [], 0.0
     for number in range(settings["steps"] + 1):
         rows = Batch(**{key: leaf[number] for key, leaf in packed.items()})
@@ -263,10 +302,12 @@ def run_theirs(name: str, settings: dict[str, Any], folder: pathlib.Path) -> dic
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    accumulated = 1 if by_example else settings["batch_size"] // settings["microbatch_size"]
     shared: dict[str, Any] = dict(
         output_dir=str(folder / "out"),
         max_steps=settings["steps"] + 1,
-        per_device_train_batch_size=settings["examples_per_step"] if by_example else settings["batch_size"],
+        per_device_train_batch_size=settings["examples_per_step"] if by_example else settings["microbatch_size"],
+        gradient_accumulation_steps=accumulated,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         bf16=is_gpu,
@@ -325,12 +366,17 @@ def run_theirs(name: str, settings: dict[str, Any], folder: pathlib.Path) -> dic
     peak = torch.cuda.max_memory_allocated() / 2**30 if is_gpu else resident_peak()
     return {
         "seconds": [end - begin for begin, end in zip(ends, ends[1:], strict=False)],
-        "counts": counts[: settings["steps"] + 1],
+        "counts": [total(counts[step * accumulated :][:accumulated]) for step in range(settings["steps"] + 1)],
         "startup": ends[1] - BEGAN,
         "peak": peak,
         "device": torch.cuda.get_device_name() if is_gpu else f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": versions,
     }
+
+
+def total(counts: list[dict[str, float]]) -> dict[str, float]:
+    """Of all microbatches of a step."""
+    return {key: sum(count[key] for count in counts) for key in counts[0]}
 
 
 def stored_examples(folder: pathlib.Path) -> list[dict[str, list[int]]]:
