@@ -3,15 +3,15 @@
 Run as `python benchmarks/training.py [--model FOLDER] [--data FILE]`; needs `pip install 'jaxsft[compare]'`. Takes the
 device as it finds it (float32 on CPU, bfloat16 with float32 parameters on a GPU) and no network; without arguments a
 small random model and the quickstart's rows. `--lengths benchmarks/sharegpt_lengths.csv` takes random tokens in the
-lengths of real conversations. Each run is a process of its own, all in turns; figures are medians over
-the rounds. All train AdamW on the same examples, prepared once by us: the same tokens, the same ones trained. A first
-step is left out of the speed.
+lengths of real conversations. Each run is a process of its own, all in turns; figures are medians over the rounds. All
+train AdamW on the same examples, prepared once by us: the same tokens, the same ones trained. A first step is left out
+of the speed.
 
 Of a fixed shape, all on the very same packed rows ("equal"):
   jaxsft            as a run trains them
   Trainer           examples sealed off from each other, as positions that restart make transformers do
   Trainer, unsealed the rows as if each were one text: another result, but sdpa at its fastest
-As each does by default, on about as many tokens in a step:
+As each does by default, on about as many tokens in a step (examples all at once, as neither cuts its batch by itself):
   Trainer, padded   one example per row, filled up to the longest of the batch
   TRL               the same, as SFTTrainer does it
   TRL, packed       with `packing=True`
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=pathlib.Path, help="conversations as lengths, in place of --data")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4, help="packed rows in a step")
-    parser.add_argument("--microbatch-size", type=int, help="packed rows at once, ours and Trainer's; all if left out")
+    parser.add_argument("--microbatch-size", type=int, help="packed rows at once; all if left out")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remat", choices=["none", "full"], default="none", help="ours and Trainer's; TRL has its own")
@@ -112,7 +112,7 @@ def table(args: argparse.Namespace, about: dict[str, Any], rounds: dict[str, lis
         f"{(args.lengths or args.data).name}: {about['examples']:,} examples of {about['mean_length']:.0f} tokens on "
         f"average, {about['trained_share']:.0%} trained",
         f"{args.batch_size} rows of {args.seq_len} ({args.microbatch_size} at once), or {about['examples_per_step']} "
-        f"examples, padded {about['padded_fill']:.0%} full",
+        f"examples (all at once), padded {about['padded_fill']:.0%} full",
         f"remat {args.remat}" + ", unrolled" * args.unroll,
         f"medians of {args.rounds} rounds of {args.steps} steps",
         device,

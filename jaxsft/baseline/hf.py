@@ -170,13 +170,20 @@ def backward(model: Any, rows: Rows, request: dict[str, Any]) -> float:
     for number in range(count):
         part = Rows(*(each[number::count] for each in rows))
         logits, labels = logits_of(model, part, request)[:, :-1], part.labels[:, 1:]
-        nll = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        loss = (nll * part.weights[:, 1:].flatten()).sum() / weight_sum
+        loss = (negative_log_likelihood(logits, labels) * part.weights[:, 1:]).sum() / weight_sum
         loss.backward()
         total += loss.item()
     return total
+
+
+def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Nats of each label [B, T] under logits [B, T, V]; of ignored ones, those of token 0.
+
+    By logsumexp, as `cross_entropy` sums up a large vocabulary's exponentials less exactly on a CPU: in float32 each
+    label of 151,936 came out 4.7e-6 nats too small on average, by logsumexp 6e-8 (49,152: 8e-7 and 1e-8; AVX-512).
+    """
+    chosen = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.logsumexp(logits, -1) - chosen
 
 
 def make_optimizer(model: Any, request: dict[str, Any]) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsft.mesh import on_cpu
+from jaxsft.mesh import constrain, on_cpu
 from jaxsft.model.layers import precision
 from jaxsft.model.tiles import SAVED_NAME, TILE, Rule, attention_in_tiles
 
@@ -54,14 +54,14 @@ def attention(
         k: [B, S, K, H], as is `v`; K divides N.
         q_segment_ids: int32 [B, T], as is `q_positions`.
         kv_segment_ids: int32 [B, S], as is `kv_positions`. Every query must be allowed at least one key. Where S == T,
-            key i is that of query i (self-attention) and positions grow with the index inside a segment, so the keys
-            after a query are not looked at.
+            key i is that of query i (self-attention), segments are contiguous and positions grow by at least 1 from one
+            token of a segment to the next, so neither keys after a query nor those before its segment are looked at.
         scale: what scores are multiplied by; 1 / sqrt(H) if left out.
         window: keys that a query sees at most, counted back from its own position; all if left out.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: [N], a score of each head for attending to nothing (gpt-oss).
-        block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S]. If left out, what
-            is fast.
+        block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S]. On one CPU device
+            the side of a tile (`tiles.py`), of which no scores are kept. If left out, what is fast.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
@@ -86,7 +86,7 @@ def attention(
     if is_self and window is not None and reach < num_keys:
         keys = [_fill(k, fill), _fill(v, fill), _fill(kv_segment_ids, fill, -1), _fill(kv_positions, fill)]
         out = _in_blocks(queries, keys, dense, block_size=block_size, reach=reach)
-        return checkpoint_name(out[:, :num_queries], SAVED_NAME)
+        return _saved(out[:, :num_queries])
     num_stages = min(num_blocks, NUM_STAGES) if is_self else 1
     bounds = [num_blocks * stage // num_stages * min(block_size, num_queries) for stage in range(num_stages + 1)]
     outs: list[jax.Array] = []
@@ -98,7 +98,12 @@ def attention(
             stage_queries, outs[-1] = jax.lax.optimization_barrier((stage_queries, outs[-1]))
         outs.append(_in_blocks(stage_queries, [x[:, :seen] for x in keys], dense, block_size=block_size))
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-    return checkpoint_name(out[:, :num_queries], SAVED_NAME)
+    return _saved(out[:, :num_queries])
+
+
+def _saved(out: jax.Array) -> jax.Array:
+    """[B, T, N, H], which remat may keep, cut over the mesh."""
+    return checkpoint_name(constrain(out, "b t n h"), SAVED_NAME)
 
 
 def _fill(x: jax.Array, count: int, value: int = 0) -> jax.Array:

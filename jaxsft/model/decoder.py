@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             soft_cap=config.attention_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
         )
-        return self.o_proj(constrain(mixed, "b t n h")), cached
+        return self.o_proj(mixed), cached
 
 
 class Layers(nnx.Module):
