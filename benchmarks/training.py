@@ -54,8 +54,9 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--model", type=pathlib.Path, help="Hugging Face folder; left out: a small random model")
-    parser.add_argument("--data", type=pathlib.Path, default=QUICKSTART / "train.jsonl", help="rows, any known format")
-    parser.add_argument("--lengths", type=pathlib.Path, help="conversations as lengths, in place of --data")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=pathlib.Path, default=QUICKSTART / "train.jsonl", help="rows, any known format")
+    source.add_argument("--lengths", type=pathlib.Path, help="conversations as lengths, in place of --data")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4, help="packed rows in a step")
     parser.add_argument("--microbatch-size", type=int, help="packed rows at once; all if left out")
@@ -203,14 +204,18 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 def write_rows(lengths: pathlib.Path, path: pathlib.Path, model: str) -> None:
     """Rows of random tokens: of each line of `lengths`, prompt, answer, prompt, answer, ...; answers are trained."""
     import numpy as np
+    import transformers
 
-    vocab_size = json.loads((pathlib.Path(model) / "config.json").read_text())["vocab_size"]
-    rng = np.random.default_rng(0)
+    # Of the tokenizer, as a model's table may have spare rows, which no row may name.
+    vocab_size, rng = len(transformers.AutoTokenizer.from_pretrained(model)), np.random.default_rng(0)
     with path.open("w") as file:
-        for line in lengths.read_text().splitlines():
+        for number, line in enumerate(lengths.read_text().splitlines(), start=1):
             if line.startswith("#"):
                 continue
-            turns = [int(cell) for cell in line.split(",")]
+            cells = line.split(",")
+            if not all(cell.isdecimal() for cell in cells):
+                raise ValueError(f"{lengths}:{number}: expected whole numbers with commas between them, got {line!r}")
+            turns = [int(cell) for cell in cells]
             tokens = rng.integers(0, vocab_size, sum(turns))
             is_trained = np.repeat(np.arange(len(turns)) % 2 == 1, turns)
             labels = np.where(is_trained, tokens, IGNORED)

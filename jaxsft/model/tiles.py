@@ -37,6 +37,7 @@ class Rule(NamedTuple):
     soft_cap: float | None
 
     def scores(self, products: jax.Array) -> jax.Array:
+        """Scores of products q . k, of any shape."""
         scores = products * self.scale
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
