@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxsft.mesh import ROW_AXES, on_cpu, partition_spec
+from jaxsft.mesh import ROW_AXES, on_cpu, on_one_device, partition_spec
 from jaxsft.model.layers import Logits, precision
 
 LOGITS_PER_CHUNK = 2**25
@@ -96,7 +96,7 @@ def _over_mesh(
     Left to the partitioner, the reduction of the unembedding's gradient would sit inside the loop over chunks.
     """
     unembedding = unembedding.astype(hidden.dtype)
-    if jax.sharding.get_abstract_mesh().empty:
+    if on_one_device():
         return _local(logits, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
     rows, hidden_spec, sums = partition_spec("b t"), partition_spec("b t d"), (PartitionSpec(), PartitionSpec())
     return jax.shard_map(

@@ -133,6 +133,12 @@ def on_cpu() -> bool:
     return mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
 
 
+def on_one_device() -> bool:
+    """Whether what is being traced runs on one device: on a mesh of one in scope, or on none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def check_divisible(mesh: Mesh, tree: Any, sizes: dict[str, int]) -> None:
     """Refuses a mesh that cannot cut the weights or the batch evenly, before any weight is read.
 

@@ -27,10 +27,9 @@ from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.optim import make_optimizer, make_schedule
 
-ONE_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""What a step is compiled with for one CPU device: operations in the order that holds least memory, an eighth less than
-in the order that runs most at once. As fast, as each operation has all cores. Not where devices talk to each other: the
-processes of a run then do not all do so in one order (Gloo: "collective mismatch")."""
+ONE_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+"""What a step is compiled with for one CPU device: vectors as long as the CPU has them, where XLA takes half of that.
+Attention takes 0.93 to 0.96 of the time with AVX-512."""
 
 
 class TrainState(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsft.mesh import constrain, on_cpu
+from jaxsft.mesh import constrain, on_cpu, on_one_device
 from jaxsft.model.layers import precision
 from jaxsft.model.tiles import SAVED_NAME, TILE, Rule, attention_in_tiles
 
@@ -69,7 +69,7 @@ def attention(
     num_queries, num_keys = q.shape[1], k.shape[1]
     is_self = num_keys == num_queries
     rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
-    if is_self and _is_one_cpu() and num_queries > (tile := block_size or TILE):
+    if is_self and on_cpu() and on_one_device() and num_queries > (tile := block_size or TILE):
         # What fills up the last tile is a segment of its own: finite, and cut off again.
         fill = -num_queries % tile
         arrays = (_fill(x, fill) for x in (q, k, v))
@@ -150,11 +150,6 @@ def _joined(blocks: jax.Array) -> jax.Array:
     """The way back from `_cut`."""
     whole = jnp.moveaxis(blocks, 0, 1)
     return whole.reshape(whole.shape[0], -1, *whole.shape[3:])
-
-
-def _is_one_cpu() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return on_cpu() and (mesh.empty or mesh.size == 1)
 
 
 def _dense(
