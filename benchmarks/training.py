@@ -38,6 +38,7 @@ sys.path.insert(0, str(REPO))
 QUICKSTART = REPO / "configs" / "quickstart"
 SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 IGNORED = -100
+NUM_TOKENS = "num_tokens"
 OURS, TRAINER, UNSEALED = "jaxsft", "Trainer", "Trainer, unsealed"
 PADDED, TRL, TRL_PACKED = "Trainer, padded", "TRL", "TRL, packed"
 SYSTEMS = [OURS, TRAINER, UNSEALED, PADDED, TRL, TRL_PACKED]
@@ -336,9 +337,12 @@ def run_theirs(name: str, settings: dict[str, Any], folder: pathlib.Path) -> dic
 
     def counted(collate: Callable) -> Callable:
         def of_rows(rows: list) -> dict[str, Any]:
-            batch = collate(rows)
+            batch = collate([{key: row[key] for key in row if key != NUM_TOKENS} for row in rows])
             ids, labels = batch["input_ids"], batch["labels"]
-            tokens = ids.numel() if "attention_mask" not in batch else int(batch["attention_mask"].sum())
+            if NUM_TOKENS in rows[0]:
+                tokens = sum(row[NUM_TOKENS] for row in rows)
+            else:
+                tokens = ids.numel() if "attention_mask" not in batch else int(batch["attention_mask"].sum())
             trained = int((labels[:, 1:] != IGNORED).sum())
             counts.append({"tokens": tokens, "trained": trained, "positions": ids.numel()})
             return batch
@@ -357,6 +361,8 @@ def run_theirs(name: str, settings: dict[str, Any], folder: pathlib.Path) -> dic
         trainer = trl.SFTTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer)
         trainer.data_collator = counted(trainer.data_collator)
     else:
+        if name != PADDED:  # the rows in the order in which ours takes them, each with its number of tokens
+            shared |= {"train_sampling_strategy": "sequential", "remove_unused_columns": False}
         options = transformers.TrainingArguments(gradient_checkpointing=settings["remat"] == "full", **shared)
         if name == PADDED:
             rows = stored_examples(folder)
@@ -395,7 +401,7 @@ def stored_examples(folder: pathlib.Path) -> list[dict[str, list[int]]]:
     return [{"input_ids": tokens.tolist(), "labels": labels.tolist()} for tokens, labels in labelled]
 
 
-def packed_rows(packed: dict[str, Any], *, is_sealed: bool) -> list[dict[str, list[int]]]:
+def packed_rows(packed: dict[str, Any], *, is_sealed: bool) -> list[dict[str, Any]]:
     """Our packed rows [A, B, T], one by one, with the unshifted labels that transformers wants."""
     import numpy as np
 
@@ -404,6 +410,7 @@ def packed_rows(packed: dict[str, Any], *, is_sealed: bool) -> list[dict[str, li
     rows = {"input_ids": tokens, "labels": np.where(is_label, tokens, IGNORED)}
     if is_sealed:
         rows["position_ids"] = packed["positions"].reshape(tokens.shape)
+    rows[NUM_TOKENS] = (packed["segment_ids"] > 0).reshape(tokens.shape).sum(axis=1)
     return [{key: leaf[row].tolist() for key, leaf in rows.items()} for row in range(len(tokens))]
 
 

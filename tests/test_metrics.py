@@ -144,7 +144,7 @@ def test_flops_of_attention_are_those_that_xla_counts(monkeypatch):
     """What grows with the square of the length is attention: 12 per pair, head and head dim, and the softmax, whose
     part does not depend on the head dim. So two head dims tell them apart."""
     # What a CPU does depends on the rows, of which XLA's count knows nothing.
-    monkeypatch.setattr(attention, "_is_one_cpu", lambda: False)
+    monkeypatch.setattr(attention, "on_one_device", lambda: False)
 
     def per_pair(head_dim):
         config = llama(head_dim=head_dim, hidden_size=64)

@@ -43,16 +43,18 @@ def _product_forward(dims: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Ar
 
 def _product_backward(dims: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
+    einsum = functools.partial(jnp.einsum, precision=precision(x.dtype))
+    if on_one_device():
+        # As matrices: of more dims, XLA on CPU turns `x` or the weight around first, element by element, which for `x`
+        # takes half as long again as the product.
+        num_tokens, num_inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
+        gradients, inputs = gradient.reshape(num_tokens, -1), x.reshape(num_tokens, num_inputs)
+        by_x = einsum("to,io->ti", gradients, weight.reshape(num_inputs, -1)).reshape(x.shape)
+        return by_x, einsum("ti,to->io", inputs, gradients).reshape(weight.shape)
     factors, of_y = dims.split(" -> ")
     of_x, of_weight = factors.split(", ")
-    einsum = functools.partial(jnp.einsum, precision=precision(x.dtype))
     by_x = einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight)
-    if not on_one_device():
-        return by_x, einsum(f"{of_x}, {of_y} -> {of_weight}", x, gradient)
-    # As matrices, or XLA on CPU first turns `x` around, which takes half as long again as the product.
-    num_tokens, num_inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
-    by_weight = einsum("ti,to->io", x.reshape(num_tokens, num_inputs), gradient.reshape(num_tokens, -1))
-    return by_x, by_weight.reshape(weight.shape)
+    return by_x, einsum(f"{of_x}, {of_y} -> {of_weight}", x, gradient)
 
 
 _product.defvjp(_product_forward, _product_backward)

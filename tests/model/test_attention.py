@@ -49,7 +49,7 @@ def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, *
 @pytest.fixture(autouse=True, params=["on one CPU", "elsewhere"])
 def place(request, monkeypatch):
     """Both ways of computing it."""
-    monkeypatch.setattr(module, "_is_one_cpu", lambda: request.param == "on one CPU")
+    monkeypatch.setattr(module, "on_one_device", lambda: request.param == "on one CPU")
     packed.clear_cache()
 
 
