@@ -211,13 +211,16 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
-        gradients, sums, router = summed_gradients(model.graphdef, state.params, frozen, microbatches, optim=optim)
+        summed, sums, router = summed_gradients(model.graphdef, state.params, frozen, microbatches, optim=optim)
         weight_sum = divisor(sums.weight_sum)
-        gradients = jax.tree.map(lambda g: g / weight_sum, gradients)
-        grad_norm = optax.tree.norm(gradients)
+        grad_norm = optax.tree.norm(summed) / weight_sum
+        factor = 1.0 / weight_sum
         if optim.clip_norm is not None:
-            scale = jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
-            gradients = jax.tree.map(lambda g: g * scale, gradients)
+            factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+
+        def gradients() -> Any:
+            # Where they are used, so that no array of them is written: of the mean, and clipped.
+            return jax.tree.map(lambda g: g * factor, summed)
 
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
@@ -226,7 +229,7 @@ def make_train_step(
         # each is written in place, where side by side the old moments would be copied. Of the two calls of the
         # optimizer, the compiler leaves one half each.
         def move(old: Any) -> tuple[Any, bool]:
-            directions, _ = optimizer.update(gradients, state.opt_state, old)
+            directions, _ = optimizer.update(gradients(), state.opt_state, old)
             new = jax.tree.map(
                 lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions
             )
@@ -234,7 +237,7 @@ def make_train_step(
 
         params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
         opt_state = jax.lax.cond(
-            moved, lambda old: optimizer.update(gradients, old, state.params)[1], lambda old: old, state.opt_state
+            moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
         )
         metrics = StepMetrics(
             sums=sums,

@@ -118,8 +118,8 @@ def _backward(rule: Rule, tile: int, kept: Any, gradient: jax.Array) -> tuple[An
 
     def add(at: Tile, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scores, to_products = jax.vjp(rule.scores, einsum("kmh,ksh->kms", at.queries(q_tiles), at.keys(k_tiles)))
+        scores = jnp.where(_allowed(rule, at, segment_ids, positions, scores), scores, LOWEST)
         probabilities = jnp.exp(scores - at.queries(log_total)[..., None])
-        probabilities = jnp.where(_allowed(rule, at, segment_ids, positions, scores), probabilities, 0.0)
         by_probability = einsum("kmh,ksh->kms", at.queries(out_gradient), at.keys(v_tiles))
         (by_product,) = to_products(probabilities * (by_probability - at.queries(mean)[..., None]))
         by_product, probabilities = by_product.astype(q.dtype), probabilities.astype(q.dtype)
@@ -202,7 +202,12 @@ def _over_tiles(rule: Rule, tile: int, positions: jax.Array, add: Callable[[Tile
             row, query, key = (x[n] for x in which)
             return add(Tile(size, row, query * size, key * size), totals)
 
-        totals = jax.lax.fori_loop(0, jnp.count_nonzero(needed), of_size, totals)
+        if needed.size == 1:
+            # Of a loop over this one, XLA would make the matmuls beforehand, needed or not.
+            at = functools.partial(of_size, jnp.zeros((), jnp.int32))
+            totals = jax.lax.cond(needed.reshape(()), at, lambda totals: totals, totals)
+        else:
+            totals = jax.lax.fori_loop(0, jnp.count_nonzero(needed), of_size, totals)
     return totals
 
 
