@@ -212,3 +212,22 @@ def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pa
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile()
     assert compiled.as_text().count(" while(") == num_loops
+
+
+@pytest.mark.parametrize("place", ["on one CPU"], indirect=True)
+@pytest.mark.parametrize("lengths", [[20], [3, 2, 4, 1, 2, 3, 2, 3]], ids=["needed", "not needed"])
+def test_the_only_large_tile_of_a_row_is_computed_where_it_is_needed_and_nowhere_else(lengths, place):
+    """Of a loop that can only be over one tile, XLA would take the matmuls out, and run them always."""
+    segment_ids = jnp.repeat(jnp.arange(len(lengths)), jnp.array(lengths))[None] + 1
+    positions = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
+    arrays = [x[:1, :20] for x in qkv()]
+    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+    def gradients(function, **more):
+        return jax.vjp(lambda *a: function(*a, segment_ids, positions, **more), *arrays)[1](cotangent)
+
+    for ours, theirs in zip(gradients(packed, block_size=2), gradients(naive), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+    compiled = jax.jit(functools.partial(gradients, packed, block_size=2)).lower().compile().as_text()
+    assert compiled.count(" conditional(") == 2
+    assert compiled.count(" while(") == 2
