@@ -219,7 +219,7 @@ def make_train_step(
             factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
         def gradients() -> Any:
-            # Where they are used, so that no array of them is written: of the mean, and clipped.
+            # Of the mean, clipped. Made where they are used, so that they are not written out in between.
             return jax.tree.map(lambda g: g * factor, summed)
 
         learning_rate = schedule(state.step)

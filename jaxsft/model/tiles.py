@@ -198,14 +198,14 @@ def _over_tiles(rule: Rule, tile: int, positions: jax.Array, add: Callable[[Tile
     for size, needed in _needed(rule, tile, positions):
         which = jnp.nonzero(needed, size=needed.size)
 
-        def of_size(n: jax.Array, totals: Any, size: int = size, which: tuple = which) -> Any:
+        def of_size(n: jax.Array | int, totals: Any, size: int = size, which: tuple = which) -> Any:
             row, query, key = (x[n] for x in which)
             return add(Tile(size, row, query * size, key * size), totals)
 
         if needed.size == 1:
             # Of a loop over this one, XLA would make the matmuls beforehand, needed or not.
-            at = functools.partial(of_size, jnp.zeros((), jnp.int32))
-            totals = jax.lax.cond(needed.reshape(()), at, lambda totals: totals, totals)
+            of_this = functools.partial(of_size, 0)
+            totals = jax.lax.cond(needed.reshape(()), of_this, lambda totals: totals, totals)
         else:
             totals = jax.lax.fori_loop(0, jnp.count_nonzero(needed), of_size, totals)
     return totals
