@@ -19,8 +19,11 @@ from jaxsft.model.layers import precision
 TILE = 64
 """Queries, and keys, of a small tile: few enough that short examples meet little of each other."""
 SMALL_IN_LARGE = 8
-"""A large tile has so many small ones along each side. Where at least half of them are needed it takes their place, as
-larger matmuls take half the time."""
+"""A large tile has so many small ones along each side. It takes their place where those needed hold at least half of
+the pairs that it computes, as larger matmuls take half the time."""
+STRIPS = 4
+"""A large tile on the diagonal, in which no query sees the keys after it, is computed in so many strips of queries,
+each with the keys up to its end: 10 of 16 parts."""
 
 SAVED_NAME = "attention"
 """Name of what a layer can keep for its backward pass, where it keeps no more of it than matmuls and attention."""
@@ -148,24 +151,25 @@ attention_in_tiles.defvjp(_forward, _backward)
 
 
 class Tile(NamedTuple):
-    """`size` queries from `query` on and `size` keys from `key` on, of one row. Arrays are cut along T or S."""
+    """`num_queries` from `query` on and `num_keys` from `key` on, of one row. Arrays are cut along T or S."""
 
-    size: int
+    num_queries: int
+    num_keys: int
     row: jax.Array
     query: jax.Array
     key: jax.Array
 
     def queries(self, x: jax.Array, axis: int = 2) -> jax.Array:
         """[B, K, T, G, ...] to [K, T' * G, ...]: queries of a group are the rows of one matmul."""
-        part = _part(x, self.row, self.query, self.size, axis)
+        part = _part(x, self.row, self.query, self.num_queries, axis)
         return part.reshape(*part.shape[: axis - 1], -1, *part.shape[axis + 1 :])
 
     def keys(self, x: jax.Array, axis: int = 2) -> jax.Array:
         """[B, K, S, ...] to [K, S', ...]."""
-        return _part(x, self.row, self.key, self.size, axis)
+        return _part(x, self.row, self.key, self.num_keys, axis)
 
     def put_queries(self, x: jax.Array, part: jax.Array) -> jax.Array:
-        return _put(x, part.reshape(x.shape[1], self.size, *x.shape[3:]), self.row, self.query, 2)
+        return _put(x, part.reshape(x.shape[1], self.num_queries, *x.shape[3:]), self.row, self.query, 2)
 
     def put_keys(self, x: jax.Array, part: jax.Array, axis: int = 2) -> jax.Array:
         return _put(x, part, self.row, self.key, axis)
@@ -187,32 +191,53 @@ def _put(x: jax.Array, part: jax.Array, row: jax.Array, start: jax.Array, axis: 
 def _allowed(rule: Rule, at: Tile, segment_ids: jax.Array, positions: jax.Array, like: jax.Array) -> jax.Array:
     """Which pairs of a tile count, [1, T' * G, S']: one line for each row of `like` [K, T' * G, S']."""
     segments, places = (
-        tuple(_part(x, at.row, start, at.size, 1) for start in (at.query, at.key)) for x in (segment_ids, positions)
+        (_part(x, at.row, at.query, at.num_queries, 1), _part(x, at.row, at.key, at.num_keys, 1))
+        for x in (segment_ids, positions)
     )
     allowed = rule.allowed(segments, places)
-    groups = like.shape[1] // at.size
-    return jnp.broadcast_to(allowed[:, None], (at.size, groups, at.size)).reshape(1, *like.shape[1:])
+    groups = like.shape[1] // at.num_queries
+    return jnp.broadcast_to(allowed[:, None], (at.num_queries, groups, at.num_keys)).reshape(1, *like.shape[1:])
 
 
 def _over_tiles(rule: Rule, tile: int, positions: jax.Array, add: Callable[[Tile, Any], Any], totals: Any) -> Any:
-    for size, needed in _needed(rule, tile, positions):
+    for kind, needed in _needed(rule, tile, positions):
         which = jnp.nonzero(needed, size=needed.size)
 
-        def of_size(n: jax.Array | int, totals: Any, size: int = size, which: tuple = which) -> Any:
+        def of_kind(n: jax.Array | int, totals: Any, kind: Kind = kind, which: tuple = which) -> Any:
             row, query, key = (x[n] for x in which)
-            return add(Tile(size, row, query * size, key * size), totals)
+            for first, num_queries, num_keys in kind.strips():
+                totals = add(Tile(num_queries, num_keys, row, query * kind.size + first, key * kind.size), totals)
+            return totals
 
         if needed.size == 1:
             # Of a loop over this one, XLA would make the matmuls beforehand, needed or not.
-            of_this = functools.partial(of_size, 0)
+            of_this = functools.partial(of_kind, 0)
             totals = jax.lax.cond(needed.reshape(()), of_this, lambda totals: totals, totals)
         else:
-            totals = jax.lax.fori_loop(0, jnp.count_nonzero(needed), of_size, totals)
+            totals = jax.lax.fori_loop(0, jnp.count_nonzero(needed), of_kind, totals)
     return totals
 
 
-def _needed(rule: Rule, tile: int, positions: jax.Array) -> Iterator[tuple[int, jax.Array]]:
-    """Sizes of tiles, and which [B, T / size, T / size] of that size are computed; every allowed pair is in one."""
+class Kind(NamedTuple):
+    """Tiles of one size; `on_diagonal` if all lie there and are computed in strips."""
+
+    size: int
+    on_diagonal: bool
+
+    def strips(self) -> list[tuple[int, int, int]]:
+        """What is computed, one after another: first query, number of queries, number of keys from the first on."""
+        if not self.on_diagonal:
+            return [(0, self.size, self.size)]
+        strip = self.size // STRIPS
+        return [(first, strip, first + strip) for first in range(0, self.size, strip)]
+
+    def enough(self) -> int:
+        """Half of the pairs that are computed."""
+        return sum(queries * keys for _, queries, keys in self.strips()) // 2
+
+
+def _needed(rule: Rule, tile: int, positions: jax.Array) -> Iterator[tuple[Kind, jax.Array]]:
+    """Kinds of tiles, and which [B, T / size, T / size] of them are computed; every allowed pair is in one."""
     num_rows, length = positions.shape
     num_tiles = length // tile
     before = positions if rule.window is None else jnp.minimum(positions, rule.window - 1)
@@ -224,12 +249,16 @@ def _needed(rule: Rule, tile: int, positions: jax.Array) -> Iterator[tuple[int, 
     if num_large:
         inner = num_large * SMALL_IN_LARGE
         parts = needed[:, :inner, :inner].reshape(num_rows, num_large, SMALL_IN_LARGE, num_large, SMALL_IN_LARGE)
-        is_large = parts.sum(axis=(2, 4)) >= SMALL_IN_LARGE**2 // 2
-        yield tile * SMALL_IN_LARGE, is_large
+        pairs, diagonal = parts.sum(axis=(2, 4)) * tile**2, jnp.eye(num_large, dtype=bool)
+        on, off = Kind(tile * SMALL_IN_LARGE, on_diagonal=True), Kind(tile * SMALL_IN_LARGE, on_diagonal=False)
+        is_large = pairs >= jnp.where(diagonal, on.enough(), off.enough())
+        yield on, is_large & diagonal
+        if num_large > 1:
+            yield off, is_large & ~diagonal
         needed = needed.at[:, :inner, :inner].set(
             (parts & ~is_large[:, :, None, :, None]).reshape(num_rows, inner, inner)
         )
-    yield tile, needed
+    yield Kind(tile, on_diagonal=False), needed
 
 
 def _grouped(x: jax.Array, num_kv_heads: int) -> jax.Array:
