@@ -15,8 +15,8 @@ from jaxsft.mesh import ROW_AXES, on_cpu, on_one_device, partition_spec
 from jaxsft.model.layers import Logits, precision
 
 LOGITS_PER_CHUNK = 2**25
-"""Logits held at once by one device: 128 MiB in float32. A quarter on a CPU, where matmuls of few positions are as
-fast: of the last chunk less is wasted."""
+"""Logits held at once by one device: 128 MiB in float32. On a CPU down to a quarter, for chunks of an eighth of the
+tokens: matmuls of few positions are nearly as fast there, and of the last chunk less is wasted."""
 
 
 class LossSums(NamedTuple):
@@ -122,8 +122,10 @@ def _local(
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     num_tokens, exact = targets.size, precision(hidden.dtype)
-    most_logits = LOGITS_PER_CHUNK // 4 if on_cpu() else LOGITS_PER_CHUNK
-    chunk = min(num_tokens, max(128, most_logits // vocab_size // 128 * 128))
+    chunk = LOGITS_PER_CHUNK // vocab_size
+    if on_cpu():
+        chunk = min(chunk, max(chunk // 4, num_tokens // 8))
+    chunk = min(num_tokens, max(128, chunk // 128 * 128))
     first_id = jax.lax.axis_index("tensor") * vocab_size if on_mesh else 0
 
     # Trained positions first: SFT trains a part of the tokens, and only the chunks that hold some are computed.
