@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     logits_bytes = 512 * 8192 * 4  # of one more row
     # So many that an eighth of them is as large as a chunk gets.
     rows = (64, 128)
-    assert 64 * 512 // 8 * 8192 >= loss_module.LOGITS_PER_CHUNK
+    assert loss_module.LOGITS_PER_CHUNK <= 64 * 512 // 8 * 8192
     chunked = [temporary_bytes(lambda *a: next_token_loss(*a, logits=Logits(8192)).loss_sum, n) for n in rows]
     plain = [temporary_bytes(lambda *a: plain_loss(*a, Logits(8192)), n) for n in rows]
     assert chunked[1] - chunked[0] < 0.05 * 64 * logits_bytes
