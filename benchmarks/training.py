@@ -113,6 +113,8 @@ def table(args: argparse.Namespace, about: dict[str, Any], rounds: dict[str, lis
         about["model"],
         f"{(args.lengths or args.data).name}: {about['examples']:,} examples of {about['mean_length']:.0f} tokens on "
         f"average, {about['trained_share']:.0%} trained",
+        "left out or cut: "
+        + (", ".join(f"{count:,} {why}" for why, count in about["left_out_or_cut"].items()) or "none"),
         f"{args.batch_size} rows of {args.seq_len} ({args.microbatch_size} at once), or {about['examples_per_step']} "
         f"examples (all at once), padded {about['padded_fill']:.0%} full",
         f"remat {args.remat}" + ", unrolled" * args.unroll,
@@ -177,6 +179,9 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     packed = {key: np.stack([getattr(batch, key) for batch in batches]) for key in batches[0]._fields}
     np.savez(folder / "packed.npz", **packed)
 
+    (report,) = (source.report for source in loader.dataset.sources)
+    lost = {reason: each["examples"] for key in ("dropped", "cut") for reason, each in report[key].items()}
+
     # Enough examples for the steps of those who take them one by one or pack them, in an order of chance.
     lengths = loader.dataset.lengths
     tokens_per_step = settings["batch_size"] * settings["seq_len"]
@@ -194,6 +199,7 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     return {
         "model": "a small random model" if settings["is_random"] else pathlib.Path(settings["model"]).name,
         "examples": len(lengths),
+        "left_out_or_cut": report["bad_rows"] | lost,
         "mean_length": float(lengths.mean()),
         "trained_share": float((packed["loss_weights"] > 0).sum() / (packed["segment_ids"] > 0).sum()),
         "examples_per_step": per_step,
