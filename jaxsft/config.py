@@ -213,7 +213,7 @@ class OptimConfig(Section):
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps in which wsd decays."""
     final_ratio: Fraction = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate that is reached after the last step, as a share of the peak."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -226,6 +226,9 @@ class OptimConfig(Section):
     """Largest global norm of the gradient; null: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype of the first and second moments."""
+    max_skipped: Fraction = 0.01
+    """Share of the run's steps (rounded up) that may be skipped because their loss or gradient is not finite; with one
+    more, or with 10 in a row, the run stops and exports nothing."""
     router_balance: Annotated[float, Field(ge=0)] = 0.0
     """Mixtures of experts: weight of the load-balancing loss beside the loss, num_experts * sum over experts of (share
     of the batch's tokens that chose it) * (its mean probability), a mean over layers; config.json's

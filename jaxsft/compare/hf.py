@@ -15,6 +15,7 @@ from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, r
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
+from jaxsft.metrics import from_json_line
 from jaxsft.optim import warmup_steps
 from jaxsft.pretrained import compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.report.columns import figures_of
@@ -173,7 +174,7 @@ def make_report(folder: pathlib.Path, *, title: str) -> Report:
 
 def read_side(folder: pathlib.Path, name: str) -> Run:
     """One of the two runs, from its metrics and facts."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [from_json_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     facts = json.loads((folder / "facts.json").read_text())
     figures, caveats = figures_of(lines)
     return Run(
