@@ -192,13 +192,13 @@ def judge(question: Question, tokens: Sequence[int], tokenizer: Any, *, stop_ids
     stopped = bool(tokens) and tokens[-1] in stop_ids
     said = list(tokens[:-1] if stopped else tokens)
     text = as_text(said, tokenizer)
-    controls = control_tokens(tokenizer)
     note = ""
     if not stopped:
         note = "did not stop"
     elif tokens[-1] != expected[-1]:
         note = f"ended with {token_text(tokenizer, tokens[-1])!r}, not with {token_text(tokenizer, expected[-1])!r}"
     elif text == question.expected and said != expected[:-1]:
+        controls = control_tokens(tokenizer)
         if [id for id in said if id in controls] != [id for id in expected[:-1] if id in controls]:
             note = "control tokens differ from those expected"
         elif "\ufffd" in text:
