@@ -268,11 +268,13 @@ class EvalConfig(Section):
     examples: PositiveInt | None = None
     """Evaluate on the first so many rows of `data.eval`; left out: on all."""
     samples: Annotated[int, Field(ge=0)] = 3
-    """Held-out prompts whose answers are shown, before and after training."""
+    """Questions of each held-out set whose answers are shown at every evaluation."""
     exact_match: bool = False
-    """Also generate an answer to every held-out prompt and report the share that is exactly right."""
+    """Also answer every question of the held-out conversations and report the share that is exactly what is trained."""
+    ask: Literal["last", "all"] = "last"
+    """Ask for the last trained turn of the assistant in each held-out conversation, or for every one."""
     max_new_tokens: PositiveInt = 128
-    """Longest generated answer."""
+    """Longest generated answer, in tokens with the stop token."""
 
 
 class CheckpointConfig(Section):

@@ -30,7 +30,7 @@ from jaxsft.data.mixture import Dataset, check_weights, make_dataset
 from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
-from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
+from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Diverged, SkipWatch, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
 from jaxsft.pretrained import (
@@ -319,9 +319,15 @@ def make_examiner(
         )
         num_questions = None if config.eval.exact_match else config.eval.samples
         items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
-        sets.append(
-            HeldOut(name, loader, make_questions(items, encoder, most=num_questions, seq_len=config.data.seq_len))
+        notes: list[str] = []
+        questions = make_questions(
+            items, encoder, ask=config.eval.ask, most=num_questions, seq_len=config.data.seq_len, say=notes.append
         )
+        if config.eval.exact_match:
+            notes += describe_questions(questions, encoder, max_new_tokens=config.eval.max_new_tokens)
+        for note in notes:
+            say(f"held-out {name}: {note}")
+        sets.append(HeldOut(name, loader, questions))
     if not sets:
         return None
     return Examiner(
