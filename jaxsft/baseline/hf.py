@@ -79,7 +79,7 @@ def main(folder: pathlib.Path) -> None:
             startup += seconds if step == 0 else 0.0
             tokens, trained = int((rows.segments > 0).sum()), int((rows.labels != IGNORED).sum())
             total_tokens, total_trained = total_tokens + tokens, total_trained + trained
-            line = {
+            line: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss,
                 "grad_norm": float(norm),
