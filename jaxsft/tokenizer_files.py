@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxsft.hf import tokenizer_key
@@ -107,34 +107,37 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
         source: the folder that it came from; None, or without a tokenizer.json: it is taken as transformers saved it.
     """
     template = getattr(tokenizer, "chat_template", None)
+    saved = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if source is None or not (source / "tokenizer.json").is_file():
         content = _load(folder / "tokenizer.json")
         added = {token["id"]: token for token in content.get("added_tokens", [])}
         _list_tokens(folder, added, [token["content"] for token in added.values() if token["special"]], {})
+        _use_known_words(folder)
     else:
         before = _open(source)
-        same_template = before.chat_template == template
-        if tokenizer_key(before) == tokenizer_key(tokenizer):
-            _put_back(folder, source)
-        else:
-            saved = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-            _put_back(folder, source)
+        _put_back(folder, source)
+        is_same = tokenizer_key(before) == tokenizer_key(tokenizer)
+        if not is_same:
             _add(folder, before, tokenizer)
-            if not _is_read_as(folder, tokenizer):
-                # More of it is new than its tokens: as transformers saved it.
-                for name in TOKENIZER_FILES:
-                    (folder / name).unlink(missing_ok=True)
-                for name, data in saved.items():
-                    (folder / name).write_bytes(data)
-                _list_tokens(folder, _added_tokens(tokenizer), _new_special(before, tokenizer), {})
-        if same_template:
+        is_same = not _use_known_words(folder) and is_same
+        if not is_same and not _is_read_as(folder, tokenizer):
+            # More of it is new than its tokens, or its class reads tokenizer.json in a way of its own.
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name).write_bytes(saved[name])
+            _list_tokens(folder, _added_tokens(tokenizer), _new_special(before, tokenizer), {})
+            _use_known_words(folder)
+        if before.chat_template == template:
             template = None
         else:
             _take_out_templates(folder)
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_bytes(template.encode())
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        _change(folder / name, lambda config: with_known_words(config))
+
+
+def _use_known_words(folder: pathlib.Path) -> bool:
+    """Whether anything had to change."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    return any([_change(folder / name, with_known_words) for name in names])
 
 
 def _open(folder: pathlib.Path) -> Any:
@@ -271,15 +274,17 @@ def _load(path: pathlib.Path) -> Json:
     return load_json(path) if path.is_file() else {}
 
 
-def _change(path: pathlib.Path, change: Any) -> None:
-    """Writes a JSON file again, laid out as it is, if `change` of it is something else."""
+def _change(path: pathlib.Path, change: Callable[[Json], Json]) -> bool:
+    """Writes a JSON file again, laid out as it is, if `change` of it is something else, and says whether it is."""
     if not path.is_file():
-        return
+        return False
     text = path.read_bytes()
     before = json.loads(text)
     after = change(before)
-    if after != before or list(after) != list(before):
+    is_other = after != before or list(after) != list(before)
+    if is_other:
         path.write_bytes(dump_json(after, indent=indent_of(text)))
+    return is_other
 
 
 def indent_of(text: bytes) -> int:
