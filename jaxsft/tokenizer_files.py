@@ -120,10 +120,12 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
         if not is_same:
             _add(folder, before, tokenizer)
         is_same = not _use_known_words(folder) and is_same
-        if not is_same and not _is_read_as(folder, tokenizer):
-            # More of it is new than its tokens, or its class reads tokenizer.json in a way of its own.
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                (folder / name).write_bytes(saved[name])
+        # Where more of it is new than its tokens, or its class reads tokenizer.json in a way of its own, the files are
+        # those that transformers saved; as few of them as will do.
+        for name in () if is_same else ("tokenizer.json", "tokenizer_config.json"):
+            if _is_read_as(folder, tokenizer):
+                break
+            (folder / name).write_bytes(saved[name])
             _list_tokens(folder, _added_tokens(tokenizer), _new_special(before, tokenizer), {})
             _use_known_words(folder)
         if before.chat_template == template:
