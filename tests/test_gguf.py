@@ -779,7 +779,7 @@ def test_a_gguf_comes_in_with_transformers_logits_and_goes_out_as_its_folder(tmp
         np.testing.assert_array_equal(exported[name], value, err_msg=name)
     # In the words of transformers 4, too; that of rope is in the file's metadata.
     said = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == config.rope_parameters["rope_theta"]
     assert said["torch_dtype"] == said["dtype"] == "float32" and any("rope_theta" in n for n in pretrained.notes)
     # As many rows as tokens, though tables are filled up in memory.
     assert len(original) % 128 and exported["model.embed_tokens.weight"].shape[0] == len(original)
