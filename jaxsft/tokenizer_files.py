@@ -111,7 +111,10 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
     if source is None or not (source / "tokenizer.json").is_file():
         content = _load(folder / "tokenizer.json")
         added = {token["id"]: token for token in content.get("added_tokens", [])}
-        _list_tokens(folder, added, [token["content"] for token in added.values() if token["special"]], {})
+        config = _load(folder / "tokenizer_config.json")
+        named = {_content(value) for key, value in config.items() if key.endswith("_token")}
+        special = [token["content"] for token in added.values() if token["special"]]
+        _list_tokens(folder, added, [token for token in special if token not in named], {})
         _use_known_words(folder)
     else:
         before = _open(source)
@@ -186,9 +189,12 @@ def _added_tokens(tokenizer: Any) -> dict[int, Json]:
 
 
 def _new_special(before: Any, tokenizer: Any) -> list[str]:
-    """The control tokens that it has got, in the order of their ids, but for those that have names (eos, pad, ...)."""
+    """The control tokens that it has got, in the order of their ids, and those that were named (eos_token, ...)."""
     old, now = _added_tokens(before), _added_tokens(tokenizer)
-    return [now[id]["content"] for id in sorted(now) if now[id]["special"] and old.get(id) != now[id]]
+    new = [now[id]["content"] for id in sorted(now) if now[id]["special"] and old.get(id) != now[id]]
+    names = tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+    was, is_now = ([str(getattr(each, name)) for name in names if getattr(each, name)] for each in (before, tokenizer))
+    return new + [token for token in dict.fromkeys(was) if token not in is_now and token not in new]
 
 
 def _add(folder: pathlib.Path, before: Any, tokenizer: Any) -> None:
@@ -227,9 +233,7 @@ def _list_tokens(
         rest: all other added tokens, for a file that lists none yet.
     """
     path = folder / "tokenizer_config.json"
-    config = with_known_words(_load(path))
-    named = {_content(value) for key, value in (config | names).items() if key.endswith("_token")}
-    listed = [token for token in special if token not in named]
+    listed = list(special)
 
     def with_listed(values: Json) -> Json:
         values = with_known_words(values)

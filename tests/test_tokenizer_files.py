@@ -224,4 +224,9 @@ def test_an_eos_token_that_is_set_is_said_in_both_files_and_nothing_else_changes
     config, special = read(out / "tokenizer_config.json"), read(out / "special_tokens_map.json")
     assert config["eos_token"] == special["eos_token"] == "<|im_end|>"
     assert config["bos_token"] == special["bos_token"] == "<s>"
+    # The one that was it stays a control token.
+    listed = ["<|im_start|>", "<|im_end|>", "</s>"]
+    assert config["additional_special_tokens"] == special["additional_special_tokens"] == listed
+    assert {2, *tokenizer.stops} <= {*hf.load_tokenizer(str(out)).all_special_ids}
+    assert {2, *tokenizer.stops} <= {*tokenizer.tokenizer.all_special_ids}
     assert hf.load_tokenizer(str(out)).eos_token_id == tokenizer.stops[0]
