@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxsft.gguf.model import is_gguf
 from jaxsft.hf import tokenizer_key
 from jaxsft.weights.save import dump_json
 from jaxsft.weights.stored import load_json
@@ -104,11 +105,12 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
     Args:
         folder: holds what `tokenizer.save_pretrained` wrote, and config.json.
         tokenizer: what was saved.
-        source: the folder that it came from; None, or without a tokenizer.json: it is taken as transformers saved it.
+        source: the folder that it came from; None, a GGUF model, or without a tokenizer.json: it is taken as
+            transformers saved it.
     """
     template = getattr(tokenizer, "chat_template", None)
     saved = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if source is None or not (source / "tokenizer.json").is_file():
+    if source is None or is_gguf(str(source)) or not (source / "tokenizer.json").is_file():
         content = _load(folder / "tokenizer.json")
         added = {token["id"]: token for token in content.get("added_tokens", [])}
         config = _load(folder / "tokenizer_config.json")
