@@ -189,7 +189,7 @@ def _trl_caveats(run: Run, found: Prepared) -> list[str]:
     caveats = [
         "its loss is a token mean over the whole step (num_items_in_batch) of the tokens that TRL trains, in the order "
         "in which TRL draws rows: a step is not the same rows as ours",
-        "its warm-up begins at 0 and reaches the peak one step after ours; the decay ends at 0 one step after the last",
+        "its warm-up begins at 0 and reaches the peak one step after ours; the decay is the same",
         "seconds are of the step alone; rows are collated between steps",
     ]
     if found.about["refusal"]:
