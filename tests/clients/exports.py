@@ -110,7 +110,7 @@ def make_export(
         reuse: take the export of an earlier call, which may be that of other code.
 
     Raises:
-        SystemExit: jaxsft ended with an error; with what it said.
+        RuntimeError: jaxsft ended with an error; with the last thing that it said.
     """
     folder = work / kind.name
     export = folder / "run" / "export"
@@ -135,7 +135,7 @@ def make_export(
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     (folder / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
-        sys.exit(f"{kind.name}: jaxsft could not make this export:\n{(done.stdout + done.stderr)[-2000:]}")
+        raise RuntimeError((done.stdout + done.stderr).strip().splitlines()[-1][:300])
     return export
 
 

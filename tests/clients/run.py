@@ -120,12 +120,15 @@ def results(kind: Kind, programs: list[Program], work: pathlib.Path, *, reuse: b
     out = work / "said" / kind.name
     out.mkdir(parents=True, exist_ok=True)
     gguf = work / "said" / kind.gguf_of / "llama_cpp.gguf" if kind.gguf_of else None
-    export = exports.make_export(kind, MATERIAL, work / "exports", gguf=gguf, reuse=reuse)
+    try:
+        export = exports.make_export(kind, MATERIAL, work / "exports", gguf=gguf, reuse=reuse)
+    except RuntimeError as error:
+        return {program.name: _failed("export", str(error)) for program in programs}
     reference = out / "reference.json"
     trainers = environment("trainers", work)
     problem = ask("with_transformers.py", export, reference, python=trainers, work=work, seconds=300)
     if problem:
-        sys.exit(f"{kind.name}: transformers 5 does not open it: {problem}")
+        return {program.name: _failed("transformers 5", problem) for program in programs}
     found = {}
     for program in programs:
         answer = out / f"{program.name}.json"
@@ -133,12 +136,14 @@ def results(kind: Kind, programs: list[Program], work: pathlib.Path, *, reuse: b
         python = environment(program.environment, work)
         script = f"with_{program.name}.py"
         problem = ask(script, export, reference, answer, python=python, work=work, seconds=program.seconds)
-        found[program.name] = {"versions": {}, "checks": {}} if problem else json.loads(answer.read_text())
-        if problem:
-            found[program.name]["checks"]["runs"] = {"holds": False, "note": problem}
+        found[program.name] = _failed("runs", problem) if problem else json.loads(answer.read_text())
         bad = {name: check["note"] for name, check in found[program.name]["checks"].items() if not check["holds"]}
         say(f"{kind.name:18} {program.name:13} {bad or 'all hold'}")
     return found
+
+
+def _failed(check: str, note: str) -> dict[str, Any]:
+    return {"versions": {}, "checks": {check: {"holds": False, "note": note}}}
 
 
 def say(line: str) -> None:
