@@ -13,6 +13,7 @@ import sys
 from typing import Any, NamedTuple
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
+ROWS = REPO / "configs" / "quickstart" / "train.jsonl"
 
 
 class Kind(NamedTuple):
@@ -31,6 +32,8 @@ class Kind(NamedTuple):
     """`data.chat_template`; left out: the tokenizer's own."""
     gguf_of: str | None = None
     """The kind whose export, turned into GGUF by llama.cpp's converter, is trained on."""
+    makes_tokenizer: str | None = None
+    """The script that makes its tokenizer."""
     learning_rate: float = 3e-3
     steps: int = 30
 
@@ -54,6 +57,14 @@ def _theta(theta: float) -> dict[str, Any]:
 KINDS = [
     Kind("llama", "llama, byte fallback, as it came", model="models/stories260K", template="alpaca", steps=150),
     Kind("llama_grown", "llama, byte fallback, grown", model="models/stories260K", template="chatml", steps=150),
+    Kind(
+        "llama_model_file",
+        "llama, byte fallback, tokenizer.model, grown",
+        makes_tokenizer="make_sentencepiece.py",
+        config=_config("llama", "LlamaForCausalLM", vocab_size=600, tie_word_embeddings=False, **_theta(50000.0)),
+        template="chatml",
+        steps=60,
+    ),
     Kind(
         "llama_2",
         "llama, Llama 2's tokenizer and template",
@@ -101,12 +112,12 @@ SMOLLM2 = Kind("smollm2", "SmolLM2-135M", learning_rate=2e-5, steps=6)
 
 
 def make_export(
-    kind: Kind, material: pathlib.Path, work: pathlib.Path, *, gguf: pathlib.Path | None = None, reuse: bool = False
+    kind: Kind, material: pathlib.Path, work: pathlib.Path, *, given: pathlib.Path | None = None, reuse: bool = False
 ) -> pathlib.Path:
     """The export of a run of this kind.
 
     Args:
-        gguf: the model to train, for a kind that has `gguf_of`.
+        given: what another program made for this kind: the GGUF to train, or the folder of its tokenizer.
         reuse: take the export of an earlier call, which may be that of other code.
 
     Raises:
@@ -120,14 +131,14 @@ def make_export(
     folder.mkdir(parents=True)
     settings = {
         "run_dir": folder / "run",
-        "model.path": gguf or _model_folder(kind, material, work),
+        "model.path": given if kind.gguf_of else _model_folder(kind, material, work, given),
         "model.weights": "random" if kind.config else "pretrained",
         "model.remat": "none",
         "data.cache": folder / "cache",
         "train.steps": kind.steps,
         "optim.learning_rate": kind.learning_rate,
     } | ({"data.chat_template": kind.template} if kind.template else {})
-    rows = (REPO / "configs" / "quickstart" / "train.jsonl").read_text().splitlines(keepends=True)
+    rows = ROWS.read_text().splitlines(keepends=True)
     (folder / "rows.jsonl").write_text("".join(rows[:400]))
     (folder / "run.yaml").write_text(RUN.format(rows=folder / "rows.jsonl"))
     command = [sys.executable, "run.py", "train", str(folder / "run.yaml")]
@@ -147,14 +158,18 @@ checkpoint: {{every: 1000, keep: 1}}
 """
 
 
-def _model_folder(kind: Kind, material: pathlib.Path, work: pathlib.Path) -> pathlib.Path:
+def _model_folder(
+    kind: Kind, material: pathlib.Path, work: pathlib.Path, tokenizer: pathlib.Path | None = None
+) -> pathlib.Path:
     if kind is SMOLLM2:
         return work / "SmolLM2-135M"
     if kind.model is not None:
         return material / kind.model
-    assert kind.tokenizer is not None
+    if kind.tokenizer is not None:
+        tokenizer = material / kind.tokenizer
+    assert tokenizer is not None
     model = work / kind.name / "model"
-    shutil.copytree(material / kind.tokenizer, model)
+    shutil.copytree(tokenizer, model)
     (model / "config.json").write_text(json.dumps(kind.config, indent=2))
     return model
 

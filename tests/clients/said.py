@@ -72,8 +72,11 @@ class Checks:
         try:
             yield
         except Exception as error:  # whatever another program raises is what we want to know
-            lines = str(error).strip().splitlines() or [""]
-            self.add(name, False, f"{type(error).__name__}: {lines[0]}"[:300])
+            first = error
+            while first.__context__ is not None:
+                first = first.__context__
+            told = [f"{type(each).__name__}: {' '.join(str(each).split())[:200]}" for each in (error, first)]
+            self.add(name, False, "; after ".join(dict.fromkeys(told)))
         else:
             self.found.setdefault(name, {"holds": True, "note": ""})
 

@@ -15,13 +15,14 @@ import transformers
 from said import MAX_NEW_TOKENS, QUESTIONS, Checks, differing, load_reference
 
 
-def look(export: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+def look(export: pathlib.Path, prompts: list[list[int]] | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """What there is to say of an export, and its logits after `prompts`; left out: after its own tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     texts = [tokenizer.apply_chat_template(each, add_generation_prompt=True, tokenize=False) for each in QUESTIONS]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     logits, answers = [], []
-    for each in ids:
+    for each in prompts or ids:
         prompt = torch.tensor([each])
         with torch.no_grad():
             logits.append(model(prompt).logits[0, -1].numpy())
@@ -48,8 +49,8 @@ def compare(export: pathlib.Path, reference_file: pathlib.Path) -> Checks:
     reference = load_reference(reference_file)
     checks = Checks("transformers", "tokenizers", "torch")
     with checks.attempt("opens"):
-        said, logits = look(export)
         expected = reference.said
+        said, logits = look(export, expected["ids"])
         for name in ("texts", "ids", "plain_ids"):
             problem = differing(said[name], expected[name])
             checks.add({"texts": "template", "ids": "tokens", "plain_ids": "plain text"}[name], not problem, problem)
