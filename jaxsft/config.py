@@ -129,6 +129,8 @@ class DataConfig(Section):
     """Held-out rows: a path, or sources by name, each reported; their keys are those of `data.train.N`."""
     chat_template: str | None = None
     """Jinja file, or the name of one of ours, that replaces the tokenizer's chat template."""
+    set_eos: bool = False
+    """Make the token by which the chat template ends an answer the tokenizer's eos token, in the export too."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template; those of a row go first."""
     template_date: Annotated[str | None, BeforeValidator(_date_as_text)] = None

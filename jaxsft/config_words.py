@@ -121,7 +121,7 @@ def _scaling(kind: str, rope: Config, config: Any) -> tuple[Config | None, tuple
     """`rope_scaling`, what it cannot say, and words that stand beside it."""
     if kind == "default":
         return None, (), {}
-    original = rope.get("original_max_position_embeddings")
+    original: Any = rope.get("original_max_position_embeddings")
     beside: Config = {}
     problems: list[str] = []
     if kind in ("linear", "dynamic"):

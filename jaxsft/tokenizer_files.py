@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxsft.hf import tokenizer_key
@@ -83,6 +83,16 @@ def describe_known_words(source: pathlib.Path) -> list[str]:
     if not changes:
         return []
     return [f"tokenizer_config.json of the export is one that transformers 4 opens, too: {', '.join(changes)}"]
+
+
+def describe_sentencepiece(source: pathlib.Path, added: Sequence[str]) -> list[str]:
+    """What the user should know of a SentencePiece model beside a tokenizer.json that gets more tokens."""
+    if not added or not (source / "tokenizer.model").is_file():
+        return []
+    return [
+        f"tokenizer.model stays as it came, without the {len(added)} added tokens: they stand in tokenizer.json, and "
+        "for programs that read tokenizer.model under added_tokens_decoder in tokenizer_config.json"
+    ]
 
 
 # Writing.

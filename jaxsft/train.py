@@ -68,7 +68,7 @@ def train(config: Config) -> int:
     check_writers(config.log)
 
     # What is trained, and on what.
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     num_microbatches = check_batch(config, pretrained, mesh)
     encoder = make_encoder(config, tokenizer)

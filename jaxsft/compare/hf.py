@@ -58,7 +58,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     """
     _check_comparable(config, num_steps)
     mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
     assert isinstance(loader, Loader)
@@ -95,7 +95,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 
 def write_model(config: Config, folder: pathlib.Path) -> None:
     """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     # Ours reads the source; what we export must be the same model to transformers.
     exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))

@@ -43,7 +43,7 @@ def main(folder: pathlib.Path) -> None:
     ours = folder / "ours"
     ours.mkdir(exist_ok=True)
     mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
     params = load_params(pretrained, mesh, seed=config.seed)
