@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -128,6 +129,8 @@ def ask(script: str, *arguments: pathlib.Path, python: pathlib.Path, work: pathl
 def results(kind: Kind, programs: list[Program], work: pathlib.Path, *, reuse: bool) -> dict[str, Any]:
     """What each program says of a kind's export: `{program: {"versions": ..., "checks": ...}}`."""
     out = work / "said" / kind.name
+    if not reuse:
+        shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     try:
         given = made_for(kind, work)
@@ -136,16 +139,19 @@ def results(kind: Kind, programs: list[Program], work: pathlib.Path, *, reuse: b
         return {program.name: _failed("export", str(error)) for program in programs}
     reference = out / "reference.json"
     trainers = environment("trainers", work)
-    problem = ask("with_transformers.py", export, reference, python=trainers, work=work, seconds=300)
+    problem = None
+    if not reference.is_file():
+        problem = ask("with_transformers.py", export, reference, python=trainers, work=work, seconds=300)
     if problem:
         return {program.name: _failed("transformers 5", problem) for program in programs}
     found = {}
     for program in programs:
         answer = out / f"{program.name}.json"
-        answer.unlink(missing_ok=True)
-        python = environment(program.environment, work)
-        script = f"with_{program.name}.py"
-        problem = ask(script, export, reference, answer, python=python, work=work, seconds=program.seconds)
+        problem = None
+        if not answer.is_file():
+            python = environment(program.environment, work)
+            script = f"with_{program.name}.py"
+            problem = ask(script, export, reference, answer, python=python, work=work, seconds=program.seconds)
         found[program.name] = _failed("runs", problem) if problem else json.loads(answer.read_text())
         checks = found[program.name]["checks"].items()
         bad = {name: check["note"] for name, check in checks if not check["holds"]}
@@ -232,7 +238,7 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "jaxsft-clients")
     parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in [*KINDS, SMOLLM2]])
     parser.add_argument("--programs", nargs="+", choices=[program.name for program in PROGRAMS])
-    parser.add_argument("--reuse", action="store_true", help="do not make exports anew that are there")
+    parser.add_argument("--reuse", action="store_true", help="take exports and answers that are there already")
     asked = parser.parse_args()
     work = asked.work.resolve()
     (work / "exports").mkdir(parents=True, exist_ok=True)

@@ -53,10 +53,13 @@ def evaluate(export: str, reference: Reference, folder: pathlib.Path, checks: Ch
     model = lm_eval.models.huggingface.HFLM(pretrained=export, dtype="float32", device="cpu", batch_size=1)
     given, expected = [], []
     for n, sample in zip(SINGLE, samples(model, tasks, "choice"), strict=True):
+        shown = reference.said["texts"][n]
+        # Two habits of lm-eval: a bos token goes before what does not begin with one, and white space at the end of the
+        # question counts as part of the answer.
+        begins = {"add_special_tokens": not shown.startswith(model.tokenizer.bos_token or shown)}
+        prompt = model.tokenizer(shown.rstrip(), **begins)["input_ids"]
         for text, (found, _) in zip(("slide", "blob"), sample["filtered_resps"], strict=True):
-            whole = model.tokenizer(reference.said["texts"][n] + text, add_special_tokens=False)["input_ids"]
-            # lm-eval counts white space at the end of the question to the answer.
-            prompt = model.tokenizer(reference.said["texts"][n].rstrip(), add_special_tokens=False)["input_ids"]
+            whole = model.tokenizer(shown + text, **begins)["input_ids"]
             given.append(round(found, 3))
             expected.append(round(log_probability(model.model, whole[: len(prompt)], whole[len(prompt) :]), 3))
     problem = "" if all(abs(a - b) < 2e-3 for a, b in zip(given, expected, strict=True)) else f"{given}, not {expected}"
