@@ -162,6 +162,8 @@ def set_eos(tokenizer: Any, stop: int | None) -> str | None:
             f"data.set_eos: true, but the chat template writes the eos token ({before!r}) apart from the token that "
             f"ends an answer ({token!r}), and would then write another text; leave it out"
         )
+    if before is not None:  # it stays a control token
+        tokenizer.add_special_tokens({"additional_special_tokens": [before]}, replace_extra_special_tokens=False)
     return f"data.set_eos: {token!r} ({stop}) is the tokenizer's eos token now, in place of {before!r}"
 
 

@@ -10,9 +10,10 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from jaxsft.gguf.model import is_gguf
 from jaxsft.hf import tokenizer_key
 from jaxsft.weights.save import dump_json
 from jaxsft.weights.stored import load_json
@@ -104,37 +105,46 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
     Args:
         folder: holds what `tokenizer.save_pretrained` wrote, and config.json.
         tokenizer: what was saved.
-        source: the folder that it came from; None, or without a tokenizer.json: it is taken as transformers saved it.
+        source: the folder that it came from; None, a GGUF model, or without a tokenizer.json: it is taken as
+            transformers saved it.
     """
     template = getattr(tokenizer, "chat_template", None)
-    if source is None or not (source / "tokenizer.json").is_file():
+    saved = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if source is None or is_gguf(str(source)) or not (source / "tokenizer.json").is_file():
         content = _load(folder / "tokenizer.json")
         added = {token["id"]: token for token in content.get("added_tokens", [])}
-        _list_tokens(folder, added, [token["content"] for token in added.values() if token["special"]], {})
+        config = _load(folder / "tokenizer_config.json")
+        named = {_content(value) for key, value in config.items() if key.endswith("_token")}
+        special = [token["content"] for token in added.values() if token["special"]]
+        _list_tokens(folder, added, [token for token in special if token not in named], {})
+        _use_known_words(folder)
     else:
         before = _open(source)
-        same_template = before.chat_template == template
-        if tokenizer_key(before) == tokenizer_key(tokenizer):
-            _put_back(folder, source)
-        else:
-            saved = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-            _put_back(folder, source)
+        _put_back(folder, source)
+        is_same = tokenizer_key(before) == tokenizer_key(tokenizer)
+        if not is_same:
             _add(folder, before, tokenizer)
-            if not _is_read_as(folder, tokenizer):
-                # More of it is new than its tokens: as transformers saved it.
-                for name in TOKENIZER_FILES:
-                    (folder / name).unlink(missing_ok=True)
-                for name, data in saved.items():
-                    (folder / name).write_bytes(data)
-                _list_tokens(folder, _added_tokens(tokenizer), _new_special(before, tokenizer), {})
-        if same_template:
+        is_same = not _use_known_words(folder) and is_same
+        # Where more of it is new than its tokens, or its class reads tokenizer.json in a way of its own, the files are
+        # those that transformers saved; as few of them as will do.
+        for name in () if is_same else ("tokenizer.json", "tokenizer_config.json"):
+            if _is_read_as(folder, tokenizer):
+                break
+            (folder / name).write_bytes(saved[name])
+            _list_tokens(folder, _added_tokens(tokenizer), _new_special(before, tokenizer), {})
+            _use_known_words(folder)
+        if before.chat_template == template:
             template = None
         else:
             _take_out_templates(folder)
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_bytes(template.encode())
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        _change(folder / name, lambda config: with_known_words(config))
+
+
+def _use_known_words(folder: pathlib.Path) -> bool:
+    """Whether anything had to change."""
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    return any([_change(folder / name, with_known_words) for name in names])
 
 
 def _open(folder: pathlib.Path) -> Any:
@@ -181,9 +191,12 @@ def _added_tokens(tokenizer: Any) -> dict[int, Json]:
 
 
 def _new_special(before: Any, tokenizer: Any) -> list[str]:
-    """The control tokens that it has got, in the order of their ids, but for those that have names (eos, pad, ...)."""
+    """The control tokens that it has got, in the order of their ids, and those that were named (eos_token, ...)."""
     old, now = _added_tokens(before), _added_tokens(tokenizer)
-    return [now[id]["content"] for id in sorted(now) if now[id]["special"] and old.get(id) != now[id]]
+    new = [now[id]["content"] for id in sorted(now) if now[id]["special"] and old.get(id) != now[id]]
+    names = tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+    was, is_now = ([str(getattr(each, name)) for name in names if getattr(each, name)] for each in (before, tokenizer))
+    return new + [token for token in dict.fromkeys(was) if token not in is_now and token not in new]
 
 
 def _add(folder: pathlib.Path, before: Any, tokenizer: Any) -> None:
@@ -222,9 +235,7 @@ def _list_tokens(
         rest: all other added tokens, for a file that lists none yet.
     """
     path = folder / "tokenizer_config.json"
-    config = with_known_words(_load(path))
-    named = {_content(value) for key, value in (config | names).items() if key.endswith("_token")}
-    listed = [token for token in special if token not in named]
+    listed = list(special)
 
     def with_listed(values: Json) -> Json:
         values = with_known_words(values)
@@ -271,15 +282,17 @@ def _load(path: pathlib.Path) -> Json:
     return load_json(path) if path.is_file() else {}
 
 
-def _change(path: pathlib.Path, change: Any) -> None:
-    """Writes a JSON file again, laid out as it is, if `change` of it is something else."""
+def _change(path: pathlib.Path, change: Callable[[Json], Json]) -> bool:
+    """Writes a JSON file again, laid out as it is, if `change` of it is something else, and says whether it is."""
     if not path.is_file():
-        return
+        return False
     text = path.read_bytes()
     before = json.loads(text)
     after = change(before)
-    if after != before or list(after) != list(before):
+    is_other = after != before or list(after) != list(before)
+    if is_other:
         path.write_bytes(dump_json(after, indent=indent_of(text)))
+    return is_other
 
 
 def indent_of(text: bytes) -> int:
