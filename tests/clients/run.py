@@ -3,8 +3,8 @@
     python tests/clients/run.py [--work FOLDER] [--kinds NAME ...] [--programs NAME ...] [--reuse]
 
 Not part of the test suite: it installs pinned versions of those programs from PyPI, each group in an environment of its
-own in FOLDER, and llama.cpp is compiled (10 minutes on two cores; needs a C++ compiler). A second run finds all of that
-again. Run it with the Python that has jaxsft; models and tokenizers come from the material folder of the tests
+own in FOLDER, and llama.cpp is compiled (needs a C++ compiler; half an hour on two busy cores). A second run finds all
+of that again. Run it with the Python that has jaxsft; models and tokenizers come from the material folder of the tests
 (JAXSFT_MATERIAL). Ends with 1 if anything fails that is not known to be another's fault. The table is only written
 when every kind and every program was asked for.
 """
