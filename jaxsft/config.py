@@ -84,7 +84,10 @@ class SourceConfig(Section):
     columns: Annotated[dict[str, str], BeforeValidator(_with_text_values)] = {}
     """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}."""
     roles: dict[str, str] = {}
-    """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}."""
+    """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}; {critic: critic} declares a
+    role of your own."""
+    keys: dict[str, str] = {}
+    """Keys of turns of other names, as `theirs: ours`, such as {speaker: role, skip: masked}."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of an epoch's examples, relative to the other weights; the epoch has as many as all sources together."""
     count: PositiveInt | None = None
@@ -122,6 +125,10 @@ def _as_named_sources(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
     """Training rows: a path, or a list of sources."""
@@ -135,6 +142,8 @@ class DataConfig(Section):
     """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
     train_on: Literal["assistant", "last_turn", "all"] | list[str] = "assistant"
     """Train every assistant turn, only the last one, every token, or the turns of these roles."""
+    ignore_keys: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Keys of turns that look as if they said which turns are trained, and do not."""
     train_reasoning: bool = True
     """Whether the text of reasoning is trained, or only seen."""
     unroll: Literal["auto", "always", "never"] = "auto"
@@ -277,10 +286,6 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class LogConfig(Section):

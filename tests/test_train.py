@@ -362,7 +362,7 @@ def test_a_mistake_ends_in_one_clear_error_and_harms_nothing(whole_run, tiny_con
 BAD_ROWS = {
     "not JSON": ('{"messages": [', "bad.jsonl:1"),
     "no assistant turn": ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
-    "unknown role": ('{"messages": [{"role": "wizard", "content": "Hi"}]}', "(roles: wizard)"),
+    "unknown role": ('{"messages": [{"role": "wizard", "content": "Hi"}]}', "the role 'wizard' is not known"),
     "unknown columns": ('{"colour": "blue"}', "no known format has the columns colour"),
 }
 

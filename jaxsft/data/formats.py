@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 from jaxsft.config import SourceConfig
 from jaxsft.data import trees
 from jaxsft.data.calls import read_tools
+from jaxsft.data.flags import could_be_flag, read_flag, read_weight
 from jaxsft.data.messages import (
+    AS_USUAL,
+    READ_KEYS,
     Message,
-    check_role,
-    check_text,
-    read_flag,
+    Spelling,
     read_messages,
     read_template_kwargs,
-    read_weight,
+    unread_keys,
 )
+from jaxsft.data.roles import ALIASES, check_role
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows
-from jaxsft.data.strict import BadRow, inner_json, kind_of, short
+from jaxsft.data.strict import BadRow, check_text, inner_json, kind_of, short
 from jaxsft.data.tokenised import MASKS, read_tokens
 
 
@@ -30,8 +32,8 @@ class Conversation(NamedTuple):
     """Messages of one row, as chat templates take them."""
 
     messages: list[Message]
-    """Dicts with role, content, reasoning_content, tool_calls, tool_call_id, name, and `weight` where the data has it;
-    other keys of the data stay as they are."""
+    """Dicts with role, content, reasoning_content, tool_calls, tool_call_id, name, and what says how they are trained
+    (`flags.py`) where the data has it; other keys of the data stay as they are."""
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
     """Further variables of the chat template."""
@@ -42,6 +44,8 @@ class Conversation(NamedTuple):
     """Of all that is trained in it."""
     train_on: str | None = None
     """"last_turn" where the row asks for it, whatever the config says."""
+    unread_keys: dict[str, int] = {}
+    """Keys of its messages that nobody reads, and how many messages have them."""
 
 
 class Document(NamedTuple):
@@ -72,8 +76,8 @@ class Format(NamedTuple):
     """Columns that every row must have."""
     optional: tuple[str, ...]
     """Columns that are read where a row has them."""
-    convert: Callable[[dict[str, Any], Mapping[str, str]], list[Item]]
-    """Columns and roles (theirs -> ours) to items without origin. Raises BadRow."""
+    convert: Callable[[dict[str, Any], Spelling], list[Item]]
+    """Columns to items without origin. Raises BadRow."""
 
 
 class Chosen(NamedTuple):
@@ -148,13 +152,13 @@ def convert(
     format: str,
     *,
     columns: Mapping[str, str] = {},
-    roles: Mapping[str, str] = {},
+    spelling: Spelling = AS_USUAL,
     trained_roles: Collection[str] | None = ("assistant",),
 ) -> list[Item] | Problem:
     """What a row holds (one item, or one per path of a message tree), or why it is bad.
 
-    `columns` (ours -> theirs) and `roles` (theirs -> ours) rename. A row without a turn of `trained_roles` is bad,
-    since nothing of it would be trained; None means that any turn will do.
+    `columns` (ours -> theirs) renames. A row without a turn of `trained_roles` is bad, since nothing of it would be
+    trained; None means that any turn will do.
     """
     known = FORMATS[format]
     fields = {name: value for name, value in rename(row.fields, columns).items() if value is not None}
@@ -163,7 +167,8 @@ def convert(
         for name in known.columns:
             if name not in fields:
                 raise _missing(row, name, columns, format)
-        items = known.convert(fields, roles)
+        items = known.convert(fields, spelling)
+        _check_unread(fields, known, items, spelling)
         for item in items:
             _check_trained(item, trained_roles)
     except BadRow as bad:
@@ -193,7 +198,7 @@ def load_items(source: SourceConfig, *, limit: int | None = None) -> list[Item]:
     format = choose_format(rows[:SAMPLE], source).format
     items = []
     for row in rows:
-        found = convert(row, format, columns=source.columns, roles=source.roles)
+        found = convert(row, format, columns=source.columns, spelling=Spelling(source.roles, source.keys))
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -207,21 +212,41 @@ SAMPLE = 100
 """Rows from which a format is chosen."""
 
 
-def _from_messages(column: str, *, aliases: bool = False) -> Callable[[dict[str, Any], Mapping[str, str]], list[Item]]:
-    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+def _from_messages(column: str) -> Callable[[dict[str, Any], Spelling], list[Item]]:
+    def read(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
         turns = _list(fields, column)
         if all(isinstance(turn, str) for turn in turns):
             # As in LIMA: texts that take turns, the user's first.
             turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
-        elif all(isinstance(turn, dict) and {"input", "output"} <= turn.keys() for turn in turns):
-            # As in Capybara: rounds of a question and an answer.
-            turns = [message for turn in turns for message in _turns(turn["input"], turn["output"])]
-        messages = read_messages(turns, roles, aliases=aliases)
+        else:
+            rounds = [_round(turn) for turn in turns if isinstance(turn, dict)]
+            if len(rounds) == len(turns) and all(rounds):
+                turns = [message for messages in rounds for message in messages]
+        messages = read_messages(turns, spelling)
         if {"chosen", "rejected"} & fields.keys() and messages[-1]["role"] != "assistant":
             raise BadRow("preference-row", _PREFERENCE)
-        return [_conversation(fields, messages, roles)]
+        return [_conversation(fields, messages, spelling)]
 
     return read
+
+
+_ROUNDS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))
+
+
+def _round(turn: dict[str, Any]) -> list[Message]:
+    """A question and its answer in one object, as in Capybara, ms-swift and XTuner; [] if it is none.
+
+    What else it says is said of the answer.
+    """
+    for question, answer in _ROUNDS:
+        if question in turn and answer in turn:
+            rest = {key: value for key, value in turn.items() if key not in (question, answer, "system")}
+            if "output_with_loss" in rest:
+                rest["loss"] = rest.pop("output_with_loss")
+            system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
+            asked, answered = _turns(turn[question], turn[answer])
+            return [*system, asked, {**rest, **answered}]
+    return []
 
 
 def _pair(
@@ -237,33 +262,33 @@ def _pair(
     answers; what is blank is left out, and a blank line stands between. Either may also be a list of messages.
     """
 
-    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+    def read(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
         asked, answered = fields[question], fields[answers[0]]
-        prompt = _side(asked, question, roles)
+        prompt = _side(asked, question, spelling)
         if isinstance(asked, str):
             prompt = [{"role": "user", "content": _joined(fields, before, (question,), after)}]
-        completion = _side(answered, answers[0], roles, after=prompt)
+        completion = _side(answered, answers[0], spelling, after=prompt)
         if isinstance(answered, str):
             completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
         # Of a prompt given as messages, its assistant turns are context and not trained.
         trained_from = 0 if isinstance(asked, str) and isinstance(answered, str) else len(prompt)
         history = _history(fields)
         return [
-            _conversation(fields, history + prompt + completion, roles, trained_from and trained_from + len(history))
+            _conversation(fields, history + prompt + completion, spelling, trained_from and trained_from + len(history))
         ]
 
     return Format((question, *answers), (*before, *after, *reasons, "history", *_ROW), read)
 
 
-def _side(value: Any, column: str, roles: Mapping[str, str], after: Sequence[Message] = ()) -> list[Message]:
+def _side(value: Any, column: str, spelling: Spelling, after: Sequence[Message] = ()) -> list[Message]:
     if isinstance(value, list) and value:
-        return read_messages(value, roles, after=after)
+        return read_messages(value, spelling, after=after, where=f"{column}: message")
     if isinstance(value, str):
         return []
     raise BadRow("wrong-type", f"{column}: must be text, or a list of at least one message, got {short(value)}")
 
 
-def _from_input_ids(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+def _from_input_ids(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     tokens, weights = read_tokens(fields)
     weight = _row_weight(fields)
     return [Tokenised(tokens, [each * weight for each in weights])]
@@ -271,18 +296,18 @@ def _from_input_ids(fields: dict[str, Any], roles: Mapping[str, str]) -> list[It
 
 def _from_tree(
     paths: Callable[[Any], list[list[trees.Node]]],
-) -> Callable[[dict[str, Any], Mapping[str, str]], list[Item]]:
-    def read(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+) -> Callable[[dict[str, Any], Spelling], list[Item]]:
+    def read(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
         found = paths(fields["prompt"])
         if not found:
             raise BadRow("no-assistant-turn", "no answer in this tree, so nothing to train")
         turns = [[{"role": node["role"], "content": node["text"]} for node in path] for path in found]
-        return [_conversation(fields, read_messages(path, roles), roles) for path in turns]
+        return [_conversation(fields, read_messages(path, spelling), spelling) for path in turns]
 
     return read
 
 
-def _from_task(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+def _from_task(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     """A task file of Natural Instructions: each instance after the definition; of several answers the first."""
     definition = fields["Definition"]
     definition = "\n".join(definition) if _is_texts(definition) else check_text(definition, "Definition")
@@ -297,15 +322,15 @@ def _from_task(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
         if blank := [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()]:
             raise BadRow("blank-text", f"{where}: {blank[0]}: missing, null, blank or no text")
         question = f"{definition}\n\n{texts['input']}"
-        items.append(_conversation(fields, _turns(question, str(output)), roles))
+        items.append(_conversation(fields, _turns(question, str(output)), spelling))
     return items
 
 
-def _from_text(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+def _from_text(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     return [Document(_text(fields, "text"), weight=_row_weight(fields))]
 
 
-def _from_segments(fields: dict[str, Any], roles: Mapping[str, str]) -> list[Item]:
+def _from_segments(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     """Texts one after the other, each trained or not, with whatever control tokens they spell: no template is used."""
     segments = fields.get("segments")
     if not isinstance(segments, list) or not segments:
@@ -330,8 +355,8 @@ _CONTEXT = ("context", "article", "passage")
 
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _ROW, _from_messages("messages")),
-    "conversations": Format(("conversations",), _ROW, _from_messages("conversations", aliases=True)),
-    "conversation": Format(("conversation",), _ROW, _from_messages("conversation", aliases=True)),
+    "conversations": Format(("conversations",), _ROW, _from_messages("conversations")),
+    "conversation": Format(("conversation",), _ROW, _from_messages("conversation")),
     "input_ids": Format(
         ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids", "weight", "train"), _from_input_ids
     ),
@@ -406,6 +431,14 @@ def _check_settings(rows: Sequence[Row], source: SourceConfig) -> None:
                 f"{source.path}: columns: {ours}: {theirs}: the rows have no column {theirs!r}; theirs are "
                 f"{', '.join(there)}"
             )
+    for theirs, ours in source.keys.items():
+        if ours not in READ_KEYS:
+            near = difflib.get_close_matches(ours, READ_KEYS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise DataError(
+                f"{source.path}: keys: {theirs}: {ours!r} is no key of a turn{hint}; `keys` is theirs: ours, and ours "
+                f"are {', '.join(READ_KEYS)}"
+            )
     for theirs, ours in source.roles.items():
         try:
             check_role(ours, f"roles: {theirs}: {ours}")
@@ -436,6 +469,24 @@ def _check_kind(fields: dict[str, Any]) -> None:
             raise BadRow("preference-row", reason)
 
 
+def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], spelling: Spelling) -> None:
+    """No column that is not read lists which turns are trained."""
+    for name in fields.keys() - {*known.columns, *known.optional, *spelling.ignored}:
+        values = fields[name]
+        if not isinstance(values, list) or not all(isinstance(value, bool | int | float) for value in values):
+            continue
+        for item in items:
+            if not isinstance(item, Conversation) or not could_be_flag(values):
+                continue
+            answers = [message for message in item.messages if message["role"] == "assistant"]
+            if len(values) in (len(item.messages), len(answers)):
+                raise BadRow(
+                    "unknown-flag",
+                    f"the column {name!r} ({short(values)}) could say which turns are trained, and is not read; name "
+                    "it in data.ignore_keys, or give each turn its `weight`",
+                )
+
+
 def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
     if isinstance(item, Document | Tokenised):
         weights = [item.weight] if isinstance(item, Document) else item.loss_weights
@@ -449,7 +500,7 @@ def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
         given = list(dict.fromkeys(message["role"] for message in item.messages))
         where = " in the completion" if item.trained_from else ""
         reason = f"no {wanted} turn{where}, so nothing to train (roles: {', '.join(given)})"
-        if not set(given) <= {"system", "developer", "user", "assistant", "tool"}:
+        if not set(given) <= ALIASES.keys():
             reason += "; other names are renamed by `roles` (theirs: ours)"
         raise BadRow("no-assistant-turn" if wanted == "assistant" else "no-trained-turn", reason)
     if not item.weight or not any(turn.get("weight", 1.0) for turn in turns):
@@ -457,7 +508,7 @@ def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:
 
 
 def _conversation(
-    fields: dict[str, Any], messages: list[Message], roles: Mapping[str, str], trained_from: int = 0
+    fields: dict[str, Any], messages: list[Message], spelling: Spelling, trained_from: int = 0
 ) -> Conversation:
     system = [fields[name] for name in ("system", "system_prompt") if fields.get(name)]
     # A system turn of the conversation goes before the column, as in LLaMA-Factory.
@@ -474,6 +525,7 @@ def _conversation(
         trained_from,
         weight=_row_weight(fields),
         train_on="last_turn" if history_masked else None,
+        unread_keys=unread_keys(messages, spelling),
     )
 
 
@@ -509,7 +561,7 @@ def _history(fields: dict[str, Any]) -> list[Message]:
         if not _is_texts(pair) or len(pair) != 2:
             raise BadRow("bad-history", f"history[{index}]: expected a pair of question and answer, got {short(pair)}")
         messages += _turns(*pair)
-    return read_messages(messages, {})
+    return read_messages(messages, AS_USUAL)
 
 
 def _turns(question: Any, answer: Any) -> list[Message]:

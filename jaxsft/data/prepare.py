@@ -30,6 +30,7 @@ from jaxsft.batch import Example
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.data import formats
 from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.messages import Spelling
 from jaxsft.data.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows, source_digest
 from jaxsft.data.workers import CHUNK, Workers
@@ -117,6 +118,9 @@ def prepare(
         "seq_len": config.seq_len,
         "limit": limit,
     } | encoder.settings
+    # Not there where they say nothing, so that runs of before can be continued.
+    described |= {"keys": source.keys} if source.keys else {}
+    described |= {"ignore_keys": sorted(config.ignore_keys)} if config.ignore_keys else {}
     # What a continued run must find unchanged: by content, so that a newer jaxsft may prepare it anew.
     fingerprint = {name: digest(value) for name, value in described.items()}
     described |= {
@@ -185,9 +189,9 @@ def open_source(
     }
     roles = {"assistant": ("assistant",), "last_turn": ("assistant",), "all": None}
     trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
-    recipe = Recipe(
-        encoder, chosen.format, source.columns, source.roles, trained_roles, config.seq_len, config.overlong
-    )
+    declared = {role: role for role in trained_roles or ()} | source.roles
+    spelling = Spelling(declared, source.keys, tuple(config.ignore_keys), encoder.template_keys)
+    recipe = Recipe(encoder, chosen.format, source.columns, spelling, trained_roles, config.seq_len, config.overlong)
     return Opened(recipe, chain(seen, rows), described)
 
 

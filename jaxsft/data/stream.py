@@ -315,6 +315,8 @@ def _fingerprint(config: DataConfig, encoder: ChatEncoder, tokenizer_files_key: 
             for source in config.train
         ],
     } | encoder.settings
+    described |= {"keys": [source.keys for source in config.train]} if any(s.keys for s in config.train) else {}
+    described |= {"ignore_keys": sorted(config.ignore_keys)} if config.ignore_keys else {}
     return {f"data: {name}": digest(value) for name, value in described.items()}
 
 

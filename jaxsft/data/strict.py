@@ -75,6 +75,15 @@ def inner_json(text: str, code: str, where: str) -> Any:
         raise BadRow(code, f"{where}{bad}; got {short(text)}") from None
 
 
+def check_text(text: Any, where: str) -> str:
+    """Text as it is, unless it holds what no text has."""
+    if not isinstance(text, str):
+        raise BadRow("wrong-type", f"{where} must be text, got {short(text)}")
+    if "\0" in text:
+        raise BadRow("nul-character", f"{where} holds a NUL character (\\u0000) at offset {text.index(chr(0))}")
+    return text
+
+
 def short(value: Any) -> str:
     """The value, or its beginning."""
     text = repr(value) if not isinstance(value, list | dict) else repr(value)[:400]

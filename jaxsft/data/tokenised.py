@@ -11,7 +11,7 @@ token is nobody's target, so its weight is 0. Several of labels and masks multip
 
 from typing import Any
 
-from jaxsft.data.messages import MAX_WEIGHT
+from jaxsft.data.flags import MAX_WEIGHT
 from jaxsft.data.strict import BadRow, kind_of
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")

@@ -6,8 +6,7 @@ Deleted messages, and those that a review turned down, are left out with all tha
 
 from typing import Any
 
-from jaxsft.data.messages import check_text
-from jaxsft.data.strict import BadRow, kind_of
+from jaxsft.data.strict import BadRow, check_text, kind_of
 
 Node = dict[str, Any]
 

@@ -45,6 +45,14 @@ def asked(**assistant):
     return turns(ASK, {**SAY, **assistant})
 
 
+TEXT = {"type": "text", "text": "Hello"}
+
+
+def detailed(*ranges):
+    """An answer of five characters with ranges of Axolotl's."""
+    return asked(train_detail=[{"begin_offset": a, "end_offset": b, "train": train} for a, b, train in ranges])
+
+
 # Lines of JSONL that cannot be read, whatever they mean: code, line, words of the reason.
 LINES = [
     ("bad-json", b'{"text": "a"', "not readable as JSON: Expecting ',' delimiter at column 13"),
@@ -157,7 +165,23 @@ ROWS = [
     ("wrong-type", "messages", asked(name=3), "name must be text"),
     ("wrong-type", "messages", turns(ASK, CALL, {"role": "tool", "content": "a", "tool_call_id": 3}), "tool_call_id"),
     ("no-assistant-turn", "messages", turns(ASK), "no assistant turn, so nothing to train (roles: user)"),
-    ("no-assistant-turn", "messages", turns(ASK, {"role": "Doctor", "content": "a"}), "renamed by `roles`"),
+    ("unknown-role", "messages", turns(ASK, {"role": "Doctor", "content": "a"}), "the role 'Doctor' is not known"),
+    ("unknown-role", "messages", turns(ASK, {"role": "tool_use_v2", "content": "a"}, SAY), "message 2: the role"),
+    ("unknown-role", "conversations", {"conversations": [{"from": "wizard", "value": "a"}]}, "{wizard: assistant}"),
+    ("unknown-role", "prompt_completion", {"prompt": [{**ASK, "role": "x"}], "completion": "a"}, "{x: x} where the"),
+    ("unknown-flag", "messages", asked(skip=True), "the key 'skip' (True) could say which turns are trained"),
+    ("unknown-flag", "messages", turns({**ASK, "keep": 0}, {**SAY, "keep": 1}), "name it in data.ignore_keys"),
+    ("unknown-flag", "messages", asked(mask=0.0), "{mask: masked} where true says"),
+    ("unknown-flag", "messages", asked(is_good="False"), "the key 'is_good'"),
+    ("unknown-flag", "prompt_completion", {"prompt": "a", "completion": [{**SAY, "good": False}]}, "key 'good'"),
+    (
+        "unknown-flag",
+        "messages",
+        asked(content=[{"type": "text", "text": "a", "masked_out": True}]),
+        "the key 'content.masked_out'",
+    ),
+    ("unknown-flag", "messages", {**turns(ASK, SAY, ASK, SAY), "label": [0, 1]}, "the column 'label' ([0, 1])"),
+    ("unknown-flag", "conversations", {**GOOD["conversations"], "use": [False, True]}, "the column 'use'"),
     ("no-assistant-turn", "prompt_completion", {"prompt": [ASK, SAY], "completion": [ASK]}, "in the completion"),
     ("no-assistant-turn", "oasst", {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "a"}}, "no answer"),
     ("nothing-trained", "messages", asked(weight=0), "weight 0 or `train` false"),
@@ -222,8 +246,31 @@ ROWS = [
         "train-detail",
         "messages",
         asked(train_detail=[{"begin_offset": 0, "train": True}]),
-        "train_detail (training parts",
+        "train_detail[0]: expected whole begin_offset and end_offset, and train",
     ),
+    ("train-detail", "messages", asked(train_detail="[{"), "train_detail: not readable as JSON"),
+    ("train-detail", "messages", asked(train_detail=3), "expected a list of ranges, got a number"),
+    ("train-detail", "messages", asked(train_detail=[3]), "train_detail[0]: expected an object"),
+    ("train-detail", "messages", detailed((0, 5, True)), "is no range of a content of 5 characters"),
+    ("train-detail", "messages", detailed((3, 2, True)), "3 to 2 (both inside the range)"),
+    ("train-detail", "messages", detailed((0, 2, True), (2, 4, False)), "ranges overlap at character 2"),
+    (
+        "train-detail",
+        "messages",
+        {"messages": [ASK, {**detailed((0, 2, True))["messages"][1], "content": [{**TEXT, "train": False}]}]},
+        "is said twice",
+    ),
+    (
+        "train-detail",
+        "messages",
+        asked(content=[{"type": "tool_use", "name": "f", "input": {}, "train": False}]),
+        "only text and reasoning have parts",
+    ),
+    ("nothing-trained", "messages", asked(content=[{**TEXT, "train": False}]), "weight 0"),
+    ("bad-flag", "messages", asked(content=[{**TEXT, "train": "no"}]), "content[0]: train must be true or false"),
+    ("bad-flag", "messages", asked(masked=2), "masked must be true or false"),
+    ("bad-weight", "messages", asked(loss="no"), "loss must be a number"),
+    ("bad-weight", "messages", asked(loss_scale=-1), "loss_scale must be from 0"),
     ("bad-template-kwargs", "messages", {**GOOD["messages"], "chat_template_kwargs": [1]}, "expected an object"),
     ("bad-template-kwargs", "messages", {**GOOD["messages"], "chat_template_kwargs": "{"}, "not readable as JSON"),
     (
@@ -301,7 +348,9 @@ CELLS = [
     ("bad-json", "a.json", b'{"text": "a"}\n{"text": "a"\n{"text": "b"}\n', 2, "delimiter"),
 ]
 
-CODE = ("strict", "readers", "sources", "calls", "messages", "formats", "trees", "tokenised")
+CODE = (
+    "strict", "readers", "sources", "calls", "flags", "roles", "blocks", "messages", "formats", "trees", "tokenised",
+)  # fmt: skip
 JSON_LINE = b'{"text": "some text of a line"}\n'
 
 # Where the rest of a file is lost, nothing can be skipped: code, file name, content, line, words of the reason.

@@ -6,7 +6,7 @@ from jaxsft.config import SourceConfig
 from jaxsft.data import formats, messages
 from jaxsft.data.calls import read_tools
 from jaxsft.data.formats import FORMATS, Conversation, Document, Problem, Tokenised, choose_format, detect_format
-from jaxsft.data.messages import read_messages
+from jaxsft.data.messages import Spelling, read_messages
 from jaxsft.data.sources import DataError, Row, read_rows
 from jaxsft.data.strict import BadRow
 
@@ -15,9 +15,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b":
 USER, FUNCTION_CALL = {"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'}
 
 
-def convert(format, columns=None, roles=None, **fields):
+def convert(format, columns=None, roles=None, keys=None, **fields):
     """The one item of a row."""
-    (item,) = formats.convert(Row(fields, "a.jsonl:7"), format, columns=columns or {}, roles=roles or {})
+    spelling = Spelling(roles or {}, keys or {})
+    (item,) = formats.convert(Row(fields, "a.jsonl:7"), format, columns=columns or {}, spelling=spelling)
     return item
 
 
@@ -29,11 +30,11 @@ def said(*texts, system=None):
 
 def answer(**message):
     """What becomes of an assistant's turn."""
-    return read_messages([HELLO[0], {"role": "assistant", **message}], {})[1]
+    return read_messages([HELLO[0], {"role": "assistant", **message}], Spelling())[1]
 
 
 def shared(*turns):
-    return read_messages(turns, {}, aliases=True)
+    return read_messages(turns, Spelling())
 
 
 def test_every_format_gives_the_messages_that_it_means():
@@ -50,6 +51,10 @@ def test_every_format_gives_the_messages_that_it_means():
     assert convert("conversations", conversations=["Hi", "Hello", "a", "b"]).messages == said("Hi", "Hello", "a", "b")
     rounds = [{"input": "Hi", "output": "Hello"}, {"input": "a", "output": "b"}]
     assert convert("conversation", conversation=rounds).messages == said("Hi", "Hello", "a", "b")
+    rounds = [{"system": "Be kind.", "human": "Hi", "assistant": "Hello"}, {"human": "a", "assistant": "b"}]
+    assert convert("conversation", conversation=rounds).messages == said("Hi", "Hello", "a", "b", system="Be kind.")
+    rounds = [{"input": "Hi", "output": "Hello", "output_with_loss": False}, {"input": "a", "output": "b"}]
+    assert [turn.get("weight") for turn in convert("messages", messages=rounds).messages] == [None, 0.0, None, None]
     assert convert("prompt_completion", prompt="Hi", completion="Hello").messages == HELLO
     assert convert("alpaca", instruction="Hi", input=" ", output="Hello").messages == HELLO
     assert convert("alpaca", instruction="Add", input="1 2", output="3").messages == said("Add\n\n1 2", "3")
@@ -138,23 +143,17 @@ def test_fields_of_messages_stay_as_they_are_and_nulls_are_left_out():
     assert messages[0]["tool_calls"] is None, "the row itself is not changed"
 
 
-def test_any_plain_word_is_a_role_and_templates_decide_the_order_of_turns():
-    roles = [
-        "system",
-        "user",
-        "user",
-        "assistant",
-        "assistant",
-        "developer",
-        "ipython",
-        "critic_2",
-        "système",
-        "system",
-    ]
+def test_a_role_that_the_config_declares_stays_and_templates_decide_the_order_of_turns():
+    roles = ["system", "user", "user", "assistant", "assistant", "developer", "critic_2", "système", "system"]
     turns = [{"role": role, "content": "a"} for role in roles]
-    assert [message["role"] for message in convert("messages", messages=turns).messages] == roles
+    declared = {"critic_2": "critic_2", "critic": "système"}
+    assert [message["role"] for message in convert("messages", roles=declared, messages=turns).messages] == roles
+    assert convert("conversations", roles=declared, conversations=turns).messages == turns
     assert convert("messages", messages=[{"role": "system", "content": ""}, *HELLO]).messages[0]["content"] == ""
-    assert convert("conversations", conversations=turns).messages == turns
+    # A known name too, where the template knows it by that one.
+    observed = [*HELLO, {"role": "observation", "content": "4"}, HELLO[1]]
+    assert convert("messages", messages=observed).messages[2]["role"] == "tool"
+    assert convert("messages", roles={"observation": "observation"}, messages=observed).messages == observed
 
 
 def test_names_of_roles_are_renamed_by_the_config_first():
@@ -171,10 +170,11 @@ def test_names_of_roles_are_renamed_by_the_config_first():
 
 def test_a_row_needs_a_turn_of_the_roles_that_are_trained():
     row = Row({"messages": [HELLO[0], {"role": "critic", "content": "Bad."}]}, "a:1")
-    assert formats.convert(row, "messages").code == "no-assistant-turn"
-    assert formats.convert(row, "messages", trained_roles=("judge",)).code == "no-trained-turn"
+    declared = {"spelling": Spelling({"critic": "critic"})}
+    assert formats.convert(row, "messages", **declared).code == "no-assistant-turn"
+    assert formats.convert(row, "messages", trained_roles=("judge",), **declared).code == "no-trained-turn"
     for trained in (("critic",), ("assistant", "user"), None):
-        assert isinstance(formats.convert(row, "messages", trained_roles=trained), list)
+        assert isinstance(formats.convert(row, "messages", trained_roles=trained, **declared), list)
 
 
 def test_tool_calls_of_every_spelling_come_out_the_same():
@@ -254,17 +254,17 @@ def test_blocks_become_text_reasoning_calls_and_results():
     assert answer(content=[{"type": "reasoning", "value": "hm"}, call])["tool_calls"] == [CALL]
     results = [{"type": "tool_result", "tool_use_id": "c1", "content": [text]}, {"type": "tool_result", "content": "2"}]
     messages = read_messages(
-        [HELLO[0], {"role": "assistant", "content": [use]}, {"role": "user", "content": results}], {}
+        [HELLO[0], {"role": "assistant", "content": [use]}, {"role": "user", "content": results}], Spelling()
     )
     assert messages[2:] == [{"role": "tool", "content": "Hel", "tool_call_id": "c1"}, {"role": "tool", "content": "2"}]
     with_text = {"role": "user", "content": [*results, {"type": "text", "text": "Go on."}], "train": False}
-    messages = read_messages([HELLO[0], {"role": "assistant", "content": [use]}, with_text], {})
+    messages = read_messages([HELLO[0], {"role": "assistant", "content": [use]}, with_text], Spelling())
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "user"]
     assert [message.get("weight") for message in messages] == [None, None, 0, 0, 0]
     tool = {"role": "tool", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}
-    assert read_messages([*HELLO, tool], {})[2]["content"] == "42"
+    assert read_messages([*HELLO, tool], Spelling())[2]["content"] == "42"
     listed = {"role": "tool", "content": [{"type": "house", "rooms": 3}]}
-    assert read_messages([*HELLO, listed], {})[2]["content"] == '[{"type": "house", "rooms": 3}]'
+    assert read_messages([*HELLO, listed], Spelling())[2]["content"] == '[{"type": "house", "rooms": 3}]'
 
 
 def test_reasoning_under_any_name_is_reasoning_content():
@@ -439,6 +439,10 @@ def test_settings_that_cannot_be_right_are_errors_that_name_what_is_known():
         ({"columns": {"completion": "replay"}}, "the rows have no column 'replay'; theirs are prompt, reply"),
         ({"columns": {"completion": "reply"}, "roles": {"Eve": "user\n"}}, "'user.n' is no role"),
         ({"columns": {"completion": "reply"}, "roles": {"Eve": ""}}, "'' is no role"),
+        (
+            {"columns": {"completion": "reply"}, "keys": {"skip": "mask"}},
+            r"keys: skip: 'mask' is no key of a turn \(did you mean masked\?\); `keys` is theirs: ours",
+        ),
     ]:
         with pytest.raises(DataError, match=words):
             choose(row, **source)
@@ -446,7 +450,7 @@ def test_settings_that_cannot_be_right_are_errors_that_name_what_is_known():
 
 def test_a_reason_shows_only_the_beginning_of_what_was_given():
     with pytest.raises(BadRow) as error:
-        read_messages([{"role": "user", "content": {"a": "x" * 1000}}], {})
+        read_messages([{"role": "user", "content": {"a": "x" * 1000}}], Spelling())
     assert len(str(error.value)) < 150
 
 
