@@ -24,7 +24,16 @@ from jaxsft.data.messages import (
 )
 from jaxsft.data.roles import ALIASES, check_role
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows
-from jaxsft.data.strict import BadRow, check_text, inner_json, kind_of, short
+from jaxsft.data.strict import (
+    BadRow,
+    ListAsWritten,
+    ObjectAsWritten,
+    check_text,
+    inner_json,
+    kind_of,
+    parse_json,
+    short,
+)
 from jaxsft.data.tokenised import MASKS, read_tokens
 
 
@@ -215,7 +224,9 @@ SAMPLE = 100
 def _from_messages(column: str) -> Callable[[dict[str, Any], Spelling], list[Item]]:
     def read(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
         turns = _list(fields, column)
-        if all(isinstance(turn, str) for turn in turns):
+        if all(isinstance(turn, str) for turn in turns) and (decoded := _decoded_turns(turns)):
+            turns = decoded
+        elif all(isinstance(turn, str) for turn in turns):
             # As in LIMA: texts that take turns, the user's first.
             turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
         else:
@@ -228,6 +239,22 @@ def _from_messages(column: str) -> Callable[[dict[str, Any], Spelling], list[Ite
         return [_conversation(fields, messages, spelling)]
 
     return read
+
+
+def _decoded_turns(texts: Sequence[str]) -> list[Any]:
+    """Turns that are written as JSON, each for itself; [] where one of the texts is anything else."""
+    turns = []
+    for text in texts:
+        if not text.lstrip().startswith("{"):
+            return []
+        try:
+            turn = parse_json(text)
+        except BadRow:
+            return []
+        if not {"role", "from"} & turn.keys():
+            return []
+        turns.append(turn)
+    return turns
 
 
 _ROUNDS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))
@@ -263,7 +290,7 @@ def _pair(
     """
 
     def read(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
-        asked, answered = fields[question], fields[answers[0]]
+        asked, answered = (_text_or_turns(fields[name]) for name in (question, answers[0]))
         prompt = _side(asked, question, spelling)
         if isinstance(asked, str):
             prompt = [{"role": "user", "content": _joined(fields, before, (question,), after)}]
@@ -278,6 +305,14 @@ def _pair(
         ]
 
     return Format((question, *answers), (*before, *after, *reasons, "history", *_ROW), read)
+
+
+def _text_or_turns(value: Any) -> Any:
+    """What may be either, as text where it is no list of turns."""
+    is_turns = isinstance(value, list) and all(
+        isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in value
+    )
+    return value.written if isinstance(value, ListAsWritten | ObjectAsWritten) and not is_turns else value
 
 
 def _side(value: Any, column: str, spelling: Spelling, after: Sequence[Message] = ()) -> list[Message]:
@@ -333,6 +368,8 @@ def _from_text(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
 def _from_segments(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     """Texts one after the other, each trained or not, with whatever control tokens they spell: no template is used."""
     segments = fields.get("segments")
+    if isinstance(segments, str):
+        segments = inner_json(segments, "bad-segments", "segments: ")
     if not isinstance(segments, list) or not segments:
         raise BadRow("bad-segments", f"segments: expected a list of objects with label and text, got {short(segments)}")
     text, trained = "", []

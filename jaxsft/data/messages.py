@@ -43,7 +43,7 @@ from jaxsft.data.flags import (
     weigh_parts,
 )
 from jaxsft.data.roles import CALLER, read_role
-from jaxsft.data.strict import BadRow, check_text, inner_json, kind_of, short
+from jaxsft.data.strict import BadRow, ListAsWritten, ObjectAsWritten, check_text, inner_json, kind_of, short
 
 Message = dict[str, Any]
 
@@ -171,6 +171,8 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
     results: list[Message] = []
     thoughts = [_as_pieces(each, where) for each in reasoning]
     pieces: Pieces = []
+    if isinstance(content, ObjectAsWritten) or (isinstance(content, ListAsWritten) and not all(map(is_part, content))):
+        content = content.written
     if isinstance(content, list) and (role != "tool" or content and all(map(is_part, content))):
         parts = read_parts(content, role, f"{where}: content")
         calls, results, pieces = calls + parts.calls, parts.results, parts.pieces

@@ -8,6 +8,7 @@ import collections
 import csv
 import functools
 import gzip
+import inspect
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from jaxsft.data.columns import row_reader
 from jaxsft.data.strict import (
     DECODER,
     MAX_ROW_BYTES,
@@ -223,27 +225,28 @@ def _parse_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     return dict(zip(header, cells, strict=True))
 
 
+def _parquet_options() -> dict[str, Any]:
+    """So that JSON has its type also in files that were not written by Arrow, where this pyarrow can tell."""
+    import pyarrow.parquet
+
+    name = "arrow_extensions_enabled"
+    return {name: True} if name in inspect.signature(pyarrow.parquet.ParquetFile.__init__).parameters else {}
+
+
 def _read_parquet(path: Path, compression: str) -> Records:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream, **_parquet_options()) as file:
+            read_row = row_reader(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, functools.partial(_parse_arrow, batch, index)
+                    yield number, functools.partial(read_row, batch, index)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet after row {number}: {error}") from None
-
-
-def _parse_arrow(batch: Any, index: int) -> dict[str, Any]:
-    try:
-        (fields,) = batch.slice(index, 1).to_pylist()
-    except UnicodeDecodeError as error:
-        raise bad_utf8(error.object[error.start], error.start) from None
-    return columnar(fields)
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -309,13 +312,6 @@ def _is_json(line: bytes) -> bool:
 
 def _refuse(code: str, reason: str) -> Any:
     raise BadRow(code, reason)
-
-
-def columnar(value: Any) -> Any:
-    """Columnar files have every key in every object, so a null says that it is not there: left out, at every depth."""
-    if isinstance(value, dict):
-        return {name: columnar(part) for name, part in value.items() if part is not None}
-    return [columnar(part) for part in value] if isinstance(value, list) else value
 
 
 def lost(path: Path, line: int, code: str, reason: str) -> DataError:

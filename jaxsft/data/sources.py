@@ -12,11 +12,12 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, columnar, lost
+from jaxsft.data.columns import row_reader, without_nulls
+from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, lost
 from jaxsft.data.strict import BadRow, DataError
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
@@ -191,12 +192,28 @@ def _load_hub(source: str, **options: Any) -> Any:
 
 def _read_hub(source: str, skip: int, *, stream: bool) -> Iterator[tuple[str, Parse]]:
     dataset: Any = _load_hub(source, streaming=True) if stream else _load_hub(source)
-    rows: Iterable[dict[str, Any]] = dataset.skip(skip) if skip else dataset
-    number = 0
-    for number, fields in enumerate(rows, start=1):
-        yield f"{source}:{skip + number}", functools.partial(columnar, fields)
+    dataset = dataset.skip(skip) if skip else dataset
+    number = skip
+    for parse in _parse_hub(dataset):
+        number += 1
+        yield f"{source}:{number}", parse
     if number == skip == 0:
         raise DataError(f"{source}: no rows in this dataset")
+
+
+def _parse_hub(dataset: Any) -> Iterator[Parse]:
+    """The rows of a dataset as Arrow has them: as objects, `datasets` tells no null of the data from one of its own."""
+    if dataset.features is None:  # A stream whose types nobody knows beforehand.
+        for fields in dataset:
+            yield functools.partial(without_nulls, fields)
+        return
+    for table in dataset.with_format("arrow").iter(batch_size=_HUB_BATCH):
+        read_row = row_reader(table.schema)
+        for index in range(table.num_rows):
+            yield functools.partial(read_row, table, index)
+
+
+_HUB_BATCH = 256
 
 
 # What `datasets` writes beside the data.

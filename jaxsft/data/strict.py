@@ -29,6 +29,22 @@ class BadRow(ValueError):
         self.code = code
 
 
+class ObjectAsWritten(dict):
+    """An object that may also be meant as the text that it was decoded from."""
+
+    def __init__(self, value: dict[str, Any], written: str) -> None:
+        super().__init__(value)
+        self.written = written
+
+
+class ListAsWritten(list):
+    """A list that may also be meant as the text that it was decoded from."""
+
+    def __init__(self, value: list[Any], written: str) -> None:
+        super().__init__(value)
+        self.written = written
+
+
 def parse_json(text: str) -> Any:
     """The value that the text spells.
 
@@ -77,6 +93,8 @@ def inner_json(text: str, code: str, where: str) -> Any:
 
 def check_text(text: Any, where: str) -> str:
     """Text as it is, unless it holds what no text has."""
+    if isinstance(text, ObjectAsWritten | ListAsWritten):
+        text = text.written
     if not isinstance(text, str):
         raise BadRow("wrong-type", f"{where} must be text, got {short(text)}")
     if "\0" in text:
