@@ -6,6 +6,7 @@ in `FORMATS`. How turns are spelt is `messages.py`; tokens and masks of conversa
 
 import collections
 import difflib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,6 +88,8 @@ class Format(NamedTuple):
     """Columns that are read where a row has them."""
     convert: Callable[[dict[str, Any], Spelling], list[Item]]
     """Columns to items without origin. Raises BadRow."""
+    context: tuple[str, ...] | None = None
+    """Of a question and an answer in columns of their own: those of `optional` that are parts of either."""
 
 
 class Chosen(NamedTuple):
@@ -97,6 +100,10 @@ class Chosen(NamedTuple):
     """Why this one, for the user."""
     ignored: list[str]
     """Columns of the rows that it does not read."""
+    columns: Mapping[str, str]
+    """Ours -> theirs: those of the config, and names that differ from ours in capitals or blanks alone."""
+    refused: frozenset[str]
+    """Columns that no row may have, since this format was only detected, and another would make more of them."""
 
 
 def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
@@ -107,24 +114,73 @@ def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
         DataError: no format fits, or the source's `format`, `columns` or `roles` cannot be right.
     """
     _check_settings(rows, source)
-    renamed = [rename(row.fields, source.columns) for row in rows]
-    columns = list(dict.fromkeys(name for fields in renamed for name in fields))
+    columns, folded = dict(source.columns), _folded(rows, source)
     if source.format is not None:
         format, reason = source.format, "given in the config"
     else:
-        found: collections.Counter[str] = collections.Counter()
-        errors = []
-        for fields in renamed:
-            try:
-                found[detect_format(name for name, value in fields.items() if value is not None)] += 1
-            except DataError as error:
-                errors.append(error)
-        if not found:
-            raise DataError(f"{source.path}: {errors[0]}" if errors else f"{source.path}: no rows that can be read")
-        format = found.most_common(1)[0][0]
-        reason = f"has the columns {', '.join(FORMATS[format].columns)}"
+        found, error = _detected(rows, columns)
+        if found is None:
+            columns = folded | columns
+            found, _ = _detected(rows, columns)
+        if found is None:
+            raise DataError(f"{source.path}: {error or 'no rows that can be read'}")
+        format = found
+        reason = f"has the columns {', '.join(columns.get(name, name) for name in FORMATS[format].columns)}"
     known = FORMATS[format]
-    return Chosen(format, reason, [name for name in columns if name not in known.columns + known.optional])
+    read = known.columns + known.optional
+    columns |= {ours: theirs for ours, theirs in folded.items() if ours in read and ours not in columns}
+    there = dict.fromkeys(name for row in rows for name in rename(row.fields, columns))
+    refused = frozenset() if source.format is not None else _richer(format)
+    return Chosen(format, reason, [name for name in there if name not in read], columns, refused)
+
+
+def _detected(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str | None, DataError | None]:
+    """The format of most rows; None where none fits any row, and what is said of the first."""
+    found: collections.Counter[str] = collections.Counter()
+    first: DataError | None = None
+    for row in rows:
+        fields = rename(row.fields, columns)
+        try:
+            found[detect_format(name for name, value in fields.items() if value is not None)] += 1
+        except DataError as error:
+            first = first or error
+    return (found.most_common(1)[0][0] if found else None), first
+
+
+def _folded(rows: Sequence[Row], source: SourceConfig) -> dict[str, str]:
+    """Columns whose names are ours but for capitals, and blanks or hyphens: ours -> theirs."""
+    there = dict.fromkeys(name for row in rows for name in row.fields)
+    known = {name for format in FORMATS.values() for name in (*format.columns, *format.optional)}
+    found: dict[str, list[str]] = {}
+    for name in there:
+        ours = re.sub(r"[\s-]+", "_", name.strip().lower())
+        if ours in known and ours not in there and ours not in source.columns and name not in source.columns.values():
+            found.setdefault(ours, []).append(name)
+    return {ours: theirs[0] for ours, theirs in found.items() if len(theirs) == 1}
+
+
+def _richer(format: str) -> frozenset[str]:
+    """Columns that rows of a format may not have beside its own: what they say would be lost.
+
+    Of plain text, all that any other format is made of; of a question and its answer, what a format with the same
+    question or answer reads as a part of either.
+    """
+    known = FORMATS[format]
+    read = {*known.columns, *known.optional}
+    others = [other for name, other in FORMATS.items() if name != format and other.context is not None]
+    if format == "text":
+        names = {name for other in FORMATS.values() for name in (*other.columns, *(other.context or ()))}
+        return frozenset(names - read - _PROVENANCE)
+    if known.context is None:
+        return frozenset()
+    return (
+        frozenset(name for other in others if set(other.columns) & set(known.columns) for name in other.context or ())
+        - read
+    )
+
+
+_PROVENANCE = {"source", "user", "SOURCE", "message_tree_id"}
+"""Columns of other formats that beside a text only say where it comes from."""
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -163,16 +219,20 @@ def convert(
     columns: Mapping[str, str] = {},
     spelling: Spelling = AS_USUAL,
     trained_roles: Collection[str] | None = ("assistant",),
+    refused: Collection[str] = (),
 ) -> list[Item] | Problem:
     """What a row holds (one item, or one per path of a message tree), or why it is bad.
 
     `columns` (ours -> theirs) renames. A row without a turn of `trained_roles` is bad, since nothing of it would be
-    trained; None means that any turn will do.
+    trained; None means that any turn will do. Nor may a row have any column of `refused`.
     """
     known = FORMATS[format]
     fields = {name: value for name, value in rename(row.fields, columns).items() if value is not None}
     try:
         _check_kind(fields)
+        _check_refused(fields, refused, format)
+        if "instruction" in known.columns and "input" in known.optional and _says(fields.get("input")):
+            fields.setdefault("instruction", "")  # The question may stand in `input` alone.
         for name in known.columns:
             if name not in fields:
                 raise _missing(row, name, columns, format)
@@ -204,16 +264,17 @@ def load_items(source: SourceConfig, *, limit: int | None = None) -> list[Item]:
     problems = [row for row in read if isinstance(row, Problem)]
     if not rows:
         raise bad_rows(problems, "bad")
-    format = choose_format(rows[:SAMPLE], source).format
+    chosen = choose_format(rows[:SAMPLE], source)
+    spelling = Spelling(source.roles, source.keys)
     items = []
     for row in rows:
-        found = convert(row, format, columns=source.columns, spelling=Spelling(source.roles, source.keys))
+        found = convert(row, chosen.format, columns=chosen.columns, spelling=spelling, refused=chosen.refused)
         if isinstance(found, Problem):
             problems.append(found)
         else:
             items += found
     if problems:
-        raise bad_rows(problems, f"bad (format {format!r})")
+        raise bad_rows(problems, f"bad (format {chosen.format!r})")
     return items
 
 
@@ -293,7 +354,10 @@ def _pair(
         asked, answered = (_text_or_turns(fields[name]) for name in (question, answers[0]))
         prompt = _side(asked, question, spelling)
         if isinstance(asked, str):
-            prompt = [{"role": "user", "content": _joined(fields, before, (question,), after)}]
+            # Alpaca's rows may have all of the question in `input`.
+            needed = () if question == "instruction" and _says(fields.get("input")) else (question,)
+            said = _joined(fields, (*before, question) if not needed else before, needed, after)
+            prompt = [{"role": "user", "content": said}]
         completion = _side(answered, answers[0], spelling, after=prompt)
         if isinstance(answered, str):
             completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
@@ -304,7 +368,8 @@ def _pair(
             _conversation(fields, history + prompt + completion, spelling, trained_from and trained_from + len(history))
         ]
 
-    return Format((question, *answers), (*before, *after, *reasons, "history", *_ROW), read)
+    context = (*before, *after, *reasons)
+    return Format((question, *answers), (*context, "history", *_ROW), read, context)
 
 
 def _text_or_turns(value: Any) -> Any:
@@ -387,7 +452,8 @@ def _from_segments(fields: dict[str, Any], spelling: Spelling) -> list[Item]:
     return [Document(check_text(text, "segments"), weight=_row_weight(fields), trained=tuple(trained))]
 
 
-_ROW = ("system", "system_prompt", "tools", "chat_template_kwargs", "weight", "train", "mask_history")
+_TOOLS = ("tools", "functions")
+_ROW = ("system", "system_prompt", *_TOOLS, "chat_template_kwargs", "weight", "train", "mask_history")
 _CONTEXT = ("context", "article", "passage")
 
 FORMATS: dict[str, Format] = {
@@ -506,6 +572,39 @@ def _check_kind(fields: dict[str, Any]) -> None:
             raise BadRow("preference-row", reason)
 
 
+def _check_refused(fields: dict[str, Any], refused: Collection[str], format: str) -> None:
+    """No column that a richer format would read is dropped without a word."""
+    there = [name for name in fields if name in refused and _says(fields[name])]
+    known = FORMATS[format]
+    read = [" ".join(fields[name].split()) for name in known.columns if isinstance(fields.get(name), str)]
+    if found := [name for name in there if not _is_in(fields[name], read, is_whole=format == "text")]:
+        names = ", ".join(map(repr, found))
+        own = " and ".join(known.columns)
+        example = "columns={prompt: ..., completion: ...}"
+        if format == "text":
+            example = f"columns={{prompt: {found[0]}, completion: text}}"
+        raise BadRow(
+            "unread-column",
+            f"read as {format!r} ({own}), without {names}: give format={format} if that is meant, or say what is what "
+            f"by `columns` (ours: theirs), such as {example}",
+        )
+
+
+def _is_in(value: Any, texts: Sequence[str], *, is_whole: bool) -> bool:
+    """Whether a column stands in the texts that are read as well; where one text is all of a row, not by chance."""
+    text = " ".join(value.split()) if isinstance(value, str) else None
+    if text is None:
+        return False
+    if is_whole and len(text) < 20:
+        return any(each.startswith(text) for each in texts)
+    return any(text in each for each in texts)
+
+
+def _says(value: Any) -> bool:
+    """Whether a column says anything: text that is not blank, or a list or an object with something in it."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | dict) and bool(value)
+
+
 def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], spelling: Spelling) -> None:
     """No column that is not read lists which turns are trained."""
     for name in fields.keys() - {*known.columns, *known.optional, *spelling.ignored}:
@@ -554,16 +653,33 @@ def _conversation(
         if text.strip():
             messages = [{"role": "system", "content": text}, *messages]
             trained_from += trained_from > 0
+    tools = _tools(fields, messages, spelling)
     history_masked = read_flag(_setting(fields, "mask_history", False), "mask_history")
     return Conversation(
         messages,
-        read_tools(fields["tools"]) if "tools" in fields else None,
+        tools,
         read_template_kwargs(_setting(fields, "chat_template_kwargs", {})),
         trained_from,
         weight=_row_weight(fields),
         train_on="last_turn" if history_masked else None,
         unread_keys=unread_keys(messages, spelling),
     )
+
+
+def _tools(fields: dict[str, Any], messages: list[Message], spelling: Spelling) -> list[dict[str, Any]] | None:
+    """The tools of a row, OpenAI's older `functions`, or those of a message, which are taken out of it.
+
+    A template that reads the tools of a message finds them there.
+    """
+    given = [fields[name] for name in _TOOLS if name in fields]
+    for message in messages:
+        for name in _TOOLS:
+            if name in message and name not in spelling.template_keys:
+                given.append(message.pop(name))
+    found = [tools for tools in map(read_tools, given) if tools]
+    if any(tools != found[0] for tools in found):
+        raise BadRow("bad-tools", "tools: given twice, and not the same")
+    return found[0] if found else None
 
 
 def _row_weight(fields: dict[str, Any]) -> float:

@@ -4,7 +4,7 @@ In: rows, good and bad, and a `Recipe`. Out: a `Portion`: the arrays of the exam
 no row and no token is missing. Portions are made in any process and added up in order by a `Tally`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,8 @@ class Recipe(NamedTuple):
     """A row without a turn of these is bad; None: any will do."""
     seq_len: int
     overlong: str | None
+    refused: Collection[str] = ()
+    """Columns that no row may have."""
 
 
 class Portion(NamedTuple):
@@ -86,7 +88,12 @@ def convert_row(row: Row | Problem, recipe: Recipe) -> list[formats.Item] | Prob
     if isinstance(row, Problem):
         return row
     return formats.convert(
-        row, recipe.format, columns=recipe.columns, spelling=recipe.spelling, trained_roles=recipe.trained_roles
+        row,
+        recipe.format,
+        columns=recipe.columns,
+        spelling=recipe.spelling,
+        trained_roles=recipe.trained_roles,
+        refused=recipe.refused,
     )
 
 

@@ -191,7 +191,10 @@ def open_source(
     trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
     declared = {role: role for role in trained_roles or ()} | source.roles
     spelling = Spelling(declared, source.keys, tuple(config.ignore_keys), encoder.template_keys)
-    recipe = Recipe(encoder, chosen.format, source.columns, spelling, trained_roles, config.seq_len, config.overlong)
+    refused = chosen.refused.difference(config.ignore_keys)
+    recipe = Recipe(
+        encoder, chosen.format, chosen.columns, spelling, trained_roles, config.seq_len, config.overlong, refused
+    )
     return Opened(recipe, chain(seen, rows), described)
 
 

@@ -126,10 +126,15 @@ def _parse_element(text: str, value: Any = None) -> dict[str, Any]:
 def _read_csv(path: Path, compression: str) -> Records:
     csv.field_size_limit(2**31 - 1)  # The default refuses cells of more than 131,072 characters.
     lines = _text_lines(path, compression)
-    reader = csv.reader((line for _, line in lines), strict=True)
+    first = next(lines, (0, ""))[1]
+    # Excel may say in a line of its own what it writes between cells.
+    said = re.fullmatch(r"sep=(.)\r?\n?", first)
+    delimiter = said[1] if said else _delimiter(first)
+    texts = itertools.chain([] if said else [first], (line for _, line in lines))
+    reader = csv.reader(texts, strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:
-        start = reader.line_num + 1
+        start = reader.line_num + 1 + bool(said)
         try:
             cells = next(reader)
         except StopIteration:
@@ -146,6 +151,12 @@ def _read_csv(path: Path, compression: str) -> Records:
             if header == cells:
                 continue
         yield start, functools.partial(_parse_cells, header, cells)
+
+
+def _delimiter(header: str) -> str:
+    """What stands between the names of a header: a comma, unless it has none and another does."""
+    plain = re.sub(r'"[^"]*"', "", header)
+    return "," if "," in plain else max(";\t|", key=plain.count) if re.search(r"[;\t|]", plain) else ","
 
 
 def _read_tsv(path: Path, compression: str) -> Records:
@@ -249,11 +260,31 @@ def _read_parquet(path: Path, compression: str) -> Records:
         raise DataError(f"{path}: not readable as Parquet after row {number}: {error}") from None
 
 
+def _read_arrow(path: Path, compression: str) -> Records:
+    """A file of record batches, as a stream (what `datasets` saves) or with an index at its end."""
+    import pyarrow
+
+    number = 0
+    try:
+        with _open(path, compression) as stream:
+            is_indexed = stream.peek(6)[:6] == b"ARROW1" if isinstance(stream, io.BufferedReader) else False
+            opened: Any = pyarrow.ipc.open_file(stream) if is_indexed else pyarrow.ipc.open_stream(stream)
+            read_row = row_reader(opened.schema)
+            batches = map(opened.get_batch, range(opened.num_record_batches)) if is_indexed else opened
+            for batch in batches:
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield number, functools.partial(read_row, batch, index)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Arrow after row {number}: {error}") from None
+
+
 READERS: dict[str, Callable[[Path, str], Records]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
 }

@@ -226,6 +226,18 @@ ROWS = [
     ("bad-tool-call", "messages", asked(function_call="f"), "tool call: not readable as JSON"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "f(a=1)"}]}, "f(a=1)"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "[]"}]}, "no call"),
+    (
+        "bad-tools",
+        "messages",
+        {**GOOD["messages"], "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        "given twice, and not the same",
+    ),
+    (
+        "bad-tools",
+        "messages",
+        {**GOOD["messages"], "tools": [{"name": "f", "parameters": "{"}]},
+        "tools[0]: parameters",
+    ),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": "[{"}, "tools: not readable as JSON"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": 3}, "tools: expected a list of objects, got a number"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": ["f"]}, "tools[0]: not readable as JSON"),

@@ -489,3 +489,98 @@ def test_the_embedded_data_is_in_messages_format(repo):
     rows = list(read_rows(str(repo / "configs" / "quickstart" / "train.jsonl"), limit=50))
     assert detect_format(rows[0].fields) == "messages"
     assert formats.convert(rows[0], "messages")[0].messages == rows[0].fields["messages"]
+
+
+def refused(**fields):
+    """Why a row of a detected format is bad; None where it is good."""
+    chosen = choose(fields)
+    found = formats.convert(Row(fields, "a:1"), chosen.format, columns=chosen.columns, refused=chosen.refused)
+    return found.reason if isinstance(found, Problem) and found.code == "unread-column" else None
+
+
+def test_a_column_that_a_richer_format_would_read_is_not_dropped_without_a_word():
+    for fields, words in [
+        ({"prompt": "Hi", "text": "Hello"}, "without 'prompt': give format=text if that is meant, or say what is what"),
+        ({"instruction": "Hi", "text": "Hello"}, "columns={prompt: instruction, completion: text}"),
+        ({"question": "Hi", "input": "there", "text": "Hello"}, "without 'question', 'input'"),
+        ({"text": "a", "messages": "not read", "response": "b"}, None),
+        ({"prompt": "Hi", "completion": "Hello", "context": "there"}, "'prompt_completion' (prompt and completion), w"),
+        ({"question": "Hi", "answer": "Hello", "explanation": "So."}, "without 'explanation'"),
+        ({"query": "Hi", "response": "Hello", "passage": "Once."}, "give format=query_response"),
+        ({"prompt": "Hi", "response": "Hello", "input": ["there"]}, "without 'input'"),
+    ]:
+        reason = refused(**fields)
+        assert reason is None if words is None else words in reason, fields
+        if words is not None:
+            chosen = choose(fields, format=detect_format(fields))
+            assert not chosen.refused, "whoever gives the format means it"
+            assert isinstance(formats.convert(Row(fields, ""), chosen.format, refused=chosen.refused), list)
+    for fields in [
+        {"text": "Hello", "source": "wiki", "meta": {"a": 1}, "user": "eve"},
+        {"text": "Hello", "prompt": " ", "answer": None, "input": []},
+        {"instruction": "Hi", "output": "Hello", "text": "Hi Hello", "input": ""},
+        {"problem": "Hi", "solution": "Hello", "answer": "4"},
+        {"messages": HELLO, "prompt": "Hi", "context": "there"},
+        {"input_ids": [5, 6], "text": "a", "prompt": "Hi"},
+        {"text": "Hi \nHello", "prompt": "Hi", "answer": "Hi Hello"},
+        {"prompt": "Add these two: a long list of numbers.", "target": "x", "input": "a long list  of numbers."},
+    ]:
+        assert refused(**fields) is None, fields
+
+
+def test_a_later_row_that_has_more_is_refused_like_the_first(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a"}] * formats.SAMPLE + [{"text": "b", "question": "Hi"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        DataError, match=rf"a.jsonl:{len(rows)}: unread-column: read as 'text' \(text\), without 'quest"
+    ):
+        formats.load_items(SourceConfig(path=str(path)))
+
+
+def test_names_of_columns_are_known_in_capitals_too():
+    for row, format, ours in [
+        ({"Prompt": "Hi", "Completion": "Hello"}, "prompt_completion", HELLO),
+        ({"INSTRUCTION": "Add", "Input": "1 2", "OUTPUT": "3"}, "alpaca", said("Add\n\n1 2", "3")),
+        ({" question ": "Hi", "Answer": "Hello", "System-Prompt": ""}, "question_answer", HELLO),
+        ({"Messages": HELLO}, "messages", HELLO),
+        ({"INSTRUCTION": "Hi", "RESPONSE": "Hello"}, "INSTRUCTION_RESPONSE", HELLO),
+        ({"prompt": "Hi", "Prompt": "not this", "completion": "Hello"}, "prompt_completion", HELLO),
+    ]:  # fmt: skip
+        chosen = choose(row)
+        assert chosen.format == format
+        (item,) = formats.convert(Row(row, ""), chosen.format, columns=chosen.columns)
+        assert item.messages == ours
+    assert choose({"Prompt": "Hi", "Completion": "Hello"}).reason == "has the columns Prompt, Completion"
+    assert choose({"Prompt": "a", "COMPLETION": "b", "Other": "c"}).ignored == ["Other"]
+
+
+def test_an_instruction_may_stand_in_the_input_alone():
+    for instruction in ({"instruction": ""}, {"instruction": " \n"}, {}, {"instruction": None}):
+        for answer_column in ("output", "response", "completion", "answer"):
+            format = {"output": "alpaca"}.get(answer_column, f"instruction_{answer_column}")
+            fields = {**instruction, "input": "Hi", answer_column: "Hello"}
+            assert convert(format, **fields).messages == HELLO
+    problem = formats.convert(Row({"instruction": "", "input": " ", "output": "a"}, ""), "alpaca")
+    assert problem.code == "blank-text"
+
+
+def test_tools_may_stand_in_the_row_in_older_words_or_in_a_message():
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    system = {"role": "system", "content": "Be kind."}
+    for row in (
+        {"messages": HELLO, "functions": [function]},
+        {"messages": HELLO, "functions": json.dumps([function]), "tools": []},
+        {"messages": HELLO, "functions": [function], "tools": tools},
+    ):
+        assert convert("messages", **row) == Conversation(HELLO, tools, origin="a.jsonl:7")
+    for given in ({"tools": tools}, {"tools": json.dumps(tools)}, {"functions": [function]}):
+        item = convert("messages", messages=[{**system, **given}, *HELLO])
+        assert item.messages == [system, *HELLO] and item.tools == tools and not item.unread_keys
+        # A template that reads the tools of a message, as GLM 4's does, finds them there.
+        row = Row({"messages": [{**system, **given}, *HELLO]}, "")
+        (item,) = formats.convert(row, "messages", spelling=Spelling(template_keys=tuple(given)))
+        assert item.messages[0] == {**system, **given} and item.tools is None
+    other = {"messages": [{**system, "tools": [{"name": "g"}]}, *HELLO], "tools": tools}
+    assert formats.convert(Row(other, ""), "messages").code == "bad-tools"
