@@ -82,7 +82,8 @@ class SourceConfig(Section):
     format: str | None = None
     """Format of the rows; left out: detected from the columns."""
     columns: Annotated[dict[str, str], BeforeValidator(_with_text_values)] = {}
-    """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}."""
+    """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}; `answers.text.0` is a
+    part of one."""
     roles: dict[str, str] = {}
     """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}; {critic: critic} declares a
     role of your own."""
@@ -158,6 +159,8 @@ class DataConfig(Section):
     """Several examples share a row, sealed off from each other; otherwise one example per row."""
     overlong: Literal["drop", "error", "truncate_turns", "truncate", "split"] | None = None
     """What becomes of an example of more than `seq_len` tokens; left out: chats are dropped, plain text is split."""
+    allow_overlap: bool = False
+    """Whether held-out rows may be in the training data as well."""
     stream: bool = False
     """Prepare the rows while training, for sources too large to prepare before; needs `train.steps`."""
     shuffle_buffer: PositiveInt = 8192
@@ -171,6 +174,11 @@ class DataConfig(Section):
             given = [key for key in ("weight", "count", "epochs") if getattr(source, key) is not None]
             if given:
                 raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
+        if self.train_on == []:
+            raise ValueError(
+                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, all, or a list of "
+                "roles such as [assistant]"
+            )
         if self.template_date is not None:
             try:
                 datetime.date.fromisoformat(self.template_date)

@@ -130,8 +130,10 @@ def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
     read = known.columns + known.optional
     columns |= {ours: theirs for ours, theirs in folded.items() if ours in read and ours not in columns}
     there = dict.fromkeys(name for row in rows for name in rename(row.fields, columns))
-    refused = frozenset() if source.format is not None else _richer(format)
-    return Chosen(format, reason, [name for name in there if name not in read], columns, refused)
+    refused: frozenset[str] = frozenset() if source.format is not None else _richer(format)
+    in_part = {theirs.split(".")[0] for theirs in columns.values()}
+    ignored = [name for name in there if name not in read and name not in in_part]
+    return Chosen(format, reason, ignored, columns, refused - in_part)
 
 
 def _detected(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str | None, DataError | None]:
@@ -246,11 +248,30 @@ def convert(
 
 
 def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Columns under our names; what stood under such a name before is not read."""
+    """Columns under our names; what stood under such a name before is not read.
+
+    rename({"answers": {"text": ["a", "b"]}}, {"completion": "answers.text.0"}) == {"completion": "a"}
+    """
     if not columns:
         return dict(fields)
     rest = {name: value for name, value in fields.items() if name not in columns and name not in columns.values()}
-    return rest | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+    found = {ours: _value_at(fields, theirs) for ours, theirs in columns.items()}
+    return rest | {ours: value for ours, value in found.items() if value is not None}
+
+
+def _value_at(fields: Mapping[str, Any], path: str) -> Any:
+    """The column of that name, or what a path of keys and numbers from 0 leads to; None where there is nothing."""
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for key in path.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, list) and re.fullmatch(r"\d+", key) and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return None
+    return value
 
 
 def load_items(source: SourceConfig, *, limit: int | None = None) -> list[Item]:
@@ -355,9 +376,14 @@ def _pair(
         prompt = _side(asked, question, spelling)
         if isinstance(asked, str):
             # Alpaca's rows may have all of the question in `input`.
-            needed = () if question == "instruction" and _says(fields.get("input")) else (question,)
-            said = _joined(fields, (*before, question) if not needed else before, needed, after)
+            is_in_input = question == "instruction" and not _says(asked) and _says(fields.get("input"))
+            needed = () if is_in_input else (question,)
+            if spelling.input_heading and question == "instruction" and needed and _says(fields.get("input")):
+                fields = {**fields, "input": spelling.input_heading + check_text(fields["input"], "input")}
+            said = _joined(fields, before, needed, after)
             prompt = [{"role": "user", "content": said}]
+        if asked == [] and not isinstance(answered, list):
+            raise BadRow("wrong-type", f"{question}: an empty list, and {answers[0]} is no list of messages")
         completion = _side(answered, answers[0], spelling, after=prompt)
         if isinstance(answered, str):
             completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
@@ -380,9 +406,11 @@ def _text_or_turns(value: Any) -> Any:
     return value.written if isinstance(value, ListAsWritten | ObjectAsWritten) and not is_turns else value
 
 
-def _side(value: Any, column: str, spelling: Spelling, after: Sequence[Message] = ()) -> list[Message]:
+def _side(value: Any, column: str, spelling: Spelling, after: Sequence[Message] | None = None) -> list[Message]:
+    if value == [] and after is None:
+        return []  # A whole conversation may stand in the completion.
     if isinstance(value, list) and value:
-        return read_messages(value, spelling, after=after, where=f"{column}: message")
+        return read_messages(value, spelling, after=after or (), where=f"{column}: message")
     if isinstance(value, str):
         return []
     raise BadRow("wrong-type", f"{column}: must be text, or a list of at least one message, got {short(value)}")
@@ -529,10 +557,10 @@ def _check_settings(rows: Sequence[Row], source: SourceConfig) -> None:
                 f"{source.path}: columns: {ours!r} is no column of {of}{hint}; `columns` is ours: theirs, and ours are "
                 f"{', '.join(known)}"
             )
-        if rows and theirs not in there:
+        if rows and theirs not in there and all(_value_at(row.fields, theirs) is None for row in rows):
             raise DataError(
                 f"{source.path}: columns: {ours}: {theirs}: the rows have no column {theirs!r}; theirs are "
-                f"{', '.join(there)}"
+                f"{', '.join(there)}, and `a.b.0` is the first of the list under key b of column a"
             )
     for theirs, ours in source.keys.items():
         if ours not in READ_KEYS:

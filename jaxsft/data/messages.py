@@ -71,6 +71,8 @@ class Spelling(NamedTuple):
     """Keys of a turn that say nothing."""
     template_keys: Collection[str] = ()
     """Further keys of a message that the chat template reads."""
+    input_heading: str = ""
+    """What stands before the `input` of Alpaca's rows."""
 
 
 AS_USUAL = Spelling()

@@ -584,3 +584,64 @@ def test_tools_may_stand_in_the_row_in_older_words_or_in_a_message():
         assert item.messages[0] == {**system, **given} and item.tools is None
     other = {"messages": [{**system, "tools": [{"name": "g"}]}, *HELLO], "tools": tools}
     assert formats.convert(Row(other, ""), "messages").code == "bad-tools"
+
+
+def test_a_column_may_be_a_part_of_one():
+    row = {"question": "Who?", "answers": {"text": ["Eve", "Ann"], "start": [3, 9]}, "meta": [{"a": {"b": "deep"}}]}
+    for theirs, said_there in [
+        ("answers.text.0", "Eve"),
+        ("answers.text.1", "Ann"),
+        ("meta.0.a.b", "deep"),
+    ]:
+        columns = {"answer": theirs}
+        assert choose(row, columns=columns).format == "question_answer"
+        assert convert("question_answer", columns=columns, **row).messages == said("Who?", said_there)
+    # A column whose name has a dot is that column.
+    dotted = {"question": "Hi", "a.0": "Hello", "a": ["x"]}
+    assert convert("question_answer", columns={"answer": "a.0"}, **dotted).messages == HELLO
+    for theirs in ("answers.text.2", "answers.texts.0", "answers.text.x", "question.0", "answers.text.-1"):
+        with pytest.raises(DataError, match=f"the rows have no column '{theirs}'"):
+            choose(row, columns={"answer": theirs})
+        problem = formats.convert(Row(row, "a:1"), "question_answer", columns={"answer": theirs})
+        assert problem.code == "missing-column" and f"{theirs!r} (for answer)" in problem.reason
+    assert "answers" not in choose(row, columns={"answer": "answers.text.0"}).ignored
+    # What else stands in the column is still read.
+    chats = {"messages": [{"role": "system", "content": "Be kind.", "list": [{"name": "f"}]}, *HELLO]}
+    assert convert("messages", columns={"tools": "messages.0.list"}, **chats).tools[0]["function"] == {"name": "f"}
+
+
+def test_a_whole_conversation_may_stand_in_the_completion():
+    for prompt, completion in (([], HELLO), ([], said("a", "b", "c", "d")), ([], HELLO[1:])):
+        item = convert("prompt_completion", prompt=prompt, completion=completion)
+        assert item.messages == completion and item.trained_from == 0
+
+
+def test_a_result_of_nothing_is_empty():
+    called = [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    for result in ({"role": "tool", "content": None}, {"role": "tool"}, {"role": "tool", "tool_call_id": "1"}):
+        messages = read_messages([*called, result, HELLO[1]], Spelling())
+        assert messages[2] == {key: value for key, value in result.items() if value is not None} | {"content": ""}
+    assert shared(USER, FUNCTION_CALL, {"from": "observation", "value": None})[2] == {"role": "tool", "content": ""}
+
+
+def test_reasoning_may_be_given_as_blocks():
+    for blocks in (
+        [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}],
+        ["h", "m"],
+        [{"type": "thinking", "thinking": "hm", "signature": "x"}],
+        [{"type": "reasoning", "content": "h"}, "m"],
+    ):
+        for name in messages.REASONING:
+            assert answer(content="Hello", **{name: blocks}) == {**HELLO[1], "reasoning_content": "hm"}
+
+
+def test_the_input_of_alpacas_rows_has_the_heading_that_the_template_asks_for():
+    spelling = Spelling(input_heading="### Input:\n")
+    for row, question in [
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n\n### Input:\n1 2"),
+        ({"instruction": "Add", "input": " ", "output": "3"}, "Add"),
+        ({"instruction": "", "input": "1 + 2", "output": "3"}, "1 + 2"),
+        ({"instruction": "Add", "input": "1 2", "context": "Now.", "response": "3"}, "Add\n\n### Input:\n1 2\n\nNow."),
+    ]:
+        (item,) = formats.convert(Row(row, ""), detect_format(row), spelling=spelling)
+        assert item.messages == said(question, "3")
