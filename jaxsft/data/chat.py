@@ -294,9 +294,7 @@ class ChatEncoder:
         counts["unrolled_examples"] = int(drawn.view.is_unrolled)
         turn_ends = []
         appended = False
-        of_parts = np.ones(len(ids), np.float32)
-        if drawn.parts is not None:
-            of_parts, greatest = token_weights(drawn.parts, starts, ends)
+        of_parts, greatest = (None, None) if drawn.parts is None else token_weights(drawn.parts, starts, ends)
         for turn in drawn.view.turns:
             last = self._last_token(turn, tokens, drawn.view)
             appended |= last is None
@@ -305,8 +303,8 @@ class ChatEncoder:
             inside[end:] = False
             for start, stop in turn.seen_only:
                 inside &= ~((starts >= start) & (ends <= stop))
-            weights[inside] = turn.weight * of_parts[inside]
-            if drawn.parts is not None and turn.found_by != "all":
+            weights[inside] = turn.weight if of_parts is None else turn.weight * of_parts[inside]
+            if of_parts is not None and turn.found_by != "all":
                 self._check_parts(turn, of_parts[inside], last is not None)
                 if turn.stop is not None and turn.stop[0] < turn.stop[1] and last is not None:
                     weights[last] = turn.weight  # It is the turn's, and of none of its parts.
@@ -320,7 +318,7 @@ class ChatEncoder:
             counts[name] = counts.get(name, 0) + 1
             turn_ends.append(end)
         if drawn.view.turns[0].found_by == "all":
-            weights[:] = drawn.view.turns[0].weight * of_parts
+            weights[:] = drawn.view.turns[0].weight * (1 if of_parts is None else of_parts)
         writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
         if appended:
             counts["appended_stops"] = 1

@@ -64,9 +64,9 @@ def read_flags(turn: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         BadRow: a value that is no flag or no weight.
     """
-    given = [name for name in SENSES if name in turn]
-    if not given:
+    if SENSES.keys().isdisjoint(turn):
         return {}
+    given = [name for name in SENSES if name in turn]
     weight, says_yes = 1.0, False
     for name in given:
         sense, value = SENSES[name], turn.pop(name)

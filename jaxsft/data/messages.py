@@ -109,7 +109,9 @@ def read_messages(
 
 def unread_keys(messages: Sequence[Message], spelling: Spelling) -> dict[str, int]:
     """Keys of messages that are not read, and how many messages have them."""
-    found = collections.Counter(key for message in messages if len(message) > 2 for key in message.keys() - _KNOWN)
+    if all(message.keys() <= _KNOWN for message in messages):
+        return {}
+    found = collections.Counter(key for message in messages for key in message.keys() - _KNOWN)
     return {key: count for key, count in found.items() if key not in spelling.template_keys}
 
 
@@ -162,7 +164,7 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
     calls = _read_calls(message, where)
     reasoning = [message.pop(name) for name in REASONING if name in message]
     content = message.pop("content", None)
-    for key in message.keys() - _KNOWN:
+    for key in () if message.keys() <= _KNOWN else message.keys() - _KNOWN:
         unknown.setdefault(key, []).append(message[key])
     if role == CALLER:
         if content is not None or not calls:
@@ -269,7 +271,7 @@ def _add_reasoning(message: Message, found: Sequence[tuple[str, Pieces]], flags:
         if weights:
             message[REASONING_WEIGHTS] = weights
     message |= flags
-    if message.keys() & {CONTENT_WEIGHTS, REASONING_WEIGHTS} and not message.get("tool_calls"):
+    if (CONTENT_WEIGHTS in message or REASONING_WEIGHTS in message) and not message.get("tool_calls"):
         texts = (
             (message.get("content", ""), message.get(CONTENT_WEIGHTS, [])),
             (message.get(REASONING[0], ""), message.get(REASONING_WEIGHTS, [])),

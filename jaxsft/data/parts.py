@@ -34,6 +34,8 @@ def character_weights(
         messages: those that were rendered, with the weights of their parts.
         of_turns: the weight of each turn counts too, for what it says; where a text is trained as a whole.
     """
+    if not any(_weighs(message, of_turns=of_turns) for message in messages):
+        return None
     by_source: dict[int, np.ndarray] = {}
     for number, source in enumerate(sources, start=1):
         if source.message < 0 or source.field == "role":
@@ -46,8 +48,6 @@ def character_weights(
             for start, end, factor in ranges:
                 weights[start:end] *= factor
             by_source[number] = weights
-    if not by_source:
-        return None
     found = np.ones(len(text), np.float32)
     is_template = np.ones(len(text), bool)
     at = end_of_data = 0
@@ -75,6 +75,10 @@ def character_weights(
             until = since + int(following[0]) if len(following) else len(text)
             found[since:until] = by_source[number][shown:].min()
     return found
+
+
+def _weighs(message: dict[str, Any], *, of_turns: bool) -> bool:
+    return CONTENT_WEIGHTS in message or REASONING_WEIGHTS in message or (of_turns and message.get("weight", 1) != 1)
 
 
 def token_weights(weights: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

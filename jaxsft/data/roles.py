@@ -52,7 +52,7 @@ def read_role(role: Any, where: str, declared: Mapping[str, str]) -> str:
     if isinstance(role, str):
         if role in declared:
             return check_role(declared[role], where)
-        known = ALIASES.get(re.sub(r"[- ]", "_", role.lower()))
+        known = ALIASES.get(role) or ALIASES.get(re.sub(r"[- ]", "_", role.lower()))
         if known is not None:
             return known
     role = check_role(role, where)

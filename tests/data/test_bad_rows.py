@@ -362,7 +362,8 @@ CELLS = [
 ]
 
 CODE = (
-    "strict", "readers", "sources", "calls", "flags", "roles", "blocks", "messages", "formats", "trees", "tokenised",
+    "strict", "readers", "sources", "calls", "flags", "roles", "blocks", "messages", "readings", "formats", "trees",
+    "tokenised",
 )  # fmt: skip
 JSON_LINE = b'{"text": "some text of a line"}\n'
 
