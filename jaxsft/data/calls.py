@@ -6,6 +6,7 @@ object and never as the text of one, so that templates render both the same.
 
 from typing import Any
 
+from jaxsft.data.flags import SENSES
 from jaxsft.data.strict import BadRow, inner_json, kind_of, short
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -36,6 +37,9 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
         reason = f"{where}expected an object with name and arguments, got {kind_of(call)}"
         raise BadRow("bad-tool-call", reason)
     call = {key: value for key, value in call.items() if value is not None}
+    if flags := [key for key in SENSES if key in call]:
+        reason = f"{where}{flags[0]} of one call; only turns, and parts of their text and reasoning, have flags"
+        raise BadRow("train-detail", reason)
     function = call.pop("function", None)
     if isinstance(function, str) and function.lstrip().startswith("{"):
         function = inner_json(function, "bad-tool-call", f"{where}function: ")

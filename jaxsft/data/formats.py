@@ -331,7 +331,13 @@ def _is_in(value: Any, texts: Sequence[str], *, is_whole: bool) -> bool:
 
 
 def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], spelling: Spelling) -> None:
-    """No column that is not read lists which turns are trained."""
+    """No column that is not read says which turns are trained."""
+    mask = fields.get("mask")
+    is_chat = isinstance(items[0], Conversation) if items else False
+    # NeMo's: whose turns are not trained.
+    whose = ALIASES.get(mask.lower()) if isinstance(mask, str) and "mask" not in spelling.ignored else "user"
+    if is_chat and whose not in ("user", "system"):
+        raise BadRow("unknown-flag", f"mask: {short(mask)} is not to be trained; use data.train_on, and ignore_keys")
     for name, values in fields.items():
         if not isinstance(values, list) or name in (*known.columns, *known.optional, *spelling.ignored):
             continue

@@ -155,8 +155,11 @@ def _read_csv(path: Path, compression: str) -> Records:
 
 def _delimiter(header: str) -> str:
     """What stands between the names of a header: a comma, unless it has none and another does."""
-    plain = re.sub(r'"[^"]*"', "", header)
-    return "," if "," in plain else max(";\t|", key=plain.count) if re.search(r"[;\t|]", plain) else ","
+    plain = re.sub(r'"[^"]*"', "quoted", header)
+    other = max(";\t|", key=plain.count)
+    # A line of prose is no header, and parts nothing.
+    are_names = other in plain and all(0 < len(cell.split()) <= 3 for cell in plain.replace("\n", "").split(other))
+    return other if are_names and "," not in plain else ","
 
 
 def _read_tsv(path: Path, compression: str) -> Records:

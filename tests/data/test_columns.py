@@ -1,6 +1,7 @@
 """Rows of Parquet, Arrow and the hub come as they were written: the oracle is the same rows as JSONL."""
 
 import json
+import pickle
 
 import datasets
 import pyarrow
@@ -160,6 +161,14 @@ def test_json_that_is_none_is_a_bad_row_with_its_column(tmp_path):
     assert first.fields == {"text": "a"} and second.fields == {"text": '{"a": 1, "a": 2}'}
     assert third.code == "bad-json" and third.origin.endswith("a.parquet:3")
     assert third.reason.startswith("column 'text': not readable as JSON")
+
+
+def test_what_may_be_an_object_or_its_text_travels_between_processes(tmp_path):
+    table = pyarrow.table({"a": pyarrow.array(['{"a": 1}', "[1, 2]"], pyarrow.json_())})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for fields in read(tmp_path / "a.parquet"):
+        copied = pickle.loads(pickle.dumps(fields))
+        assert copied == fields and copied["a"].written == fields["a"].written == json.dumps(fields["a"])
 
 
 def test_maps_are_objects(tmp_path):

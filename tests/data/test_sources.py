@@ -224,6 +224,7 @@ def test_cells_of_csv_are_parted_by_what_parts_its_header(tmp_path):
         ("a,b;c\n1,2\n", [{"a": "1", "b;c": "2"}]),
         ('"a;b",c\n1,2\n', [{"a;b": "1", "c": "2"}]),
         ('"a,b";c\n1;2\n', [{"a,b": "1", "c": "2"}]),
+        ("It is late; we all go home now\na; b\n", [{"1": "It is late; we all go home now"}, {"1": "a; b"}]),
     ]:
         assert [row.fields for row in read_rows(write(tmp_path / "a.csv", text))] == rows
 
