@@ -94,6 +94,7 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     root = path
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and _kind(file) and file.name not in _METADATA]
+        found = [file for file in found if not _CACHED.fullmatch(file.name)]
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not found:
             raise DataError(f"{source}: no data files in this folder (looked for {_kinds()})")
@@ -234,5 +235,6 @@ def _parse_hub(dataset: Any) -> Iterator[Parse]:
 _HUB_BATCH = 256
 
 
-# What `datasets` writes beside the data.
+# What `datasets` writes beside the data; what it computed from them later has names of its own.
+_CACHED = re.compile(r"(cache|indices|tmp)[\w-]*\.arrow")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

@@ -237,6 +237,10 @@ def test_what_save_to_disk_wrote_is_read_like_jsonl(tmp_path):
     dataset = datasets.Dataset.from_list(rows)
     dataset.save_to_disk(str(tmp_path / "saved"), num_shards=2)
     assert [row.fields for row in read_rows(str(tmp_path / "saved"))] == expected
+    # What was computed of it later lies beside it.
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"q": row["q"] * 2})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    assert [row.fields for row in read_rows(str(tmp_path / "saved"))] == expected
     with (
         pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
         pyarrow.ipc.new_file(file, dataset.data.schema) as out,
