@@ -82,9 +82,13 @@ class SourceConfig(Section):
     format: str | None = None
     """Format of the rows; left out: detected from the columns."""
     columns: Annotated[dict[str, str], BeforeValidator(_with_text_values)] = {}
-    """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}."""
+    """Columns of other names, as `ours: theirs`, such as {prompt: inputs, completion: targets}; `answers.text.0` is a
+    part of one."""
     roles: dict[str, str] = {}
-    """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}."""
+    """Roles of other names, as `theirs: ours`, such as {Patient: user, Doctor: assistant}; {critic: critic} declares a
+    role of your own."""
+    keys: dict[str, str] = {}
+    """Keys of turns of other names, as `theirs: ours`, such as {speaker: role, skip: masked}."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of an epoch's examples, relative to the other weights; the epoch has as many as all sources together."""
     count: PositiveInt | None = None
@@ -122,6 +126,10 @@ def _as_named_sources(value: Any) -> Any:
     return {} if value is None else value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
     """Training rows: a path, or a list of sources."""
@@ -137,6 +145,8 @@ class DataConfig(Section):
     """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
     train_on: Literal["assistant", "last_turn", "all"] | list[str] = "assistant"
     """Train every assistant turn, only the last one, every token, or the turns of these roles."""
+    ignore_keys: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Keys of turns that look as if they said which turns are trained, and do not."""
     train_reasoning: bool = True
     """Whether the text of reasoning is trained, or only seen."""
     unroll: Literal["auto", "always", "never"] = "auto"
@@ -151,6 +161,8 @@ class DataConfig(Section):
     """Several examples share a row, sealed off from each other; otherwise one example per row."""
     overlong: Literal["drop", "error", "truncate_turns", "truncate", "split"] | None = None
     """What becomes of an example of more than `seq_len` tokens; left out: chats are dropped, plain text is split."""
+    allow_overlap: bool = False
+    """Whether held-out rows may be in the training data as well."""
     stream: bool = False
     """Prepare the rows while training, for sources too large to prepare before; needs `train.steps`."""
     shuffle_buffer: PositiveInt = 8192
@@ -164,6 +176,11 @@ class DataConfig(Section):
             given = [key for key in ("weight", "count", "epochs") if getattr(source, key) is not None]
             if given:
                 raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
+        if self.train_on == []:
+            raise ValueError(
+                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, all, or a list of "
+                "roles such as [assistant]"
+            )
         if self.template_date is not None:
             try:
                 datetime.date.fromisoformat(self.template_date)
@@ -284,10 +301,6 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class LogConfig(Section):

@@ -239,7 +239,7 @@ class Examiner:
         tokenizer: OpenTokenizer,
     ) -> None:
         self._config, self._frozen, self._mesh = config, frozen, mesh
-        self._sets, self._tokenizer = sets, tokenizer.tokenizer
+        self.sets, self._tokenizer = sets, tokenizer.tokenizer
         self._eval_step = make_eval_step(model, frozen, mesh)
         self._generator = Generator(model, mesh, stop_ids=tokenizer.stops)
 
@@ -248,14 +248,14 @@ class Examiner:
         all_sums, all_answers = np.zeros(len(LossSums._fields)), []
         each: dict[str, float] = {}
         samples = {}
-        for name, loader, questions in self._sets:
+        for name, loader, questions in self.sets:
             sums = held_out_sums(self._eval_step, params, self._frozen, loader, self._mesh)
             answers = answer_questions(questions, self._generator, params, self._tokenizer, self._config)
             all_sums += sums
             all_answers += answers
             each |= {f"{key}/{name}": value for key, value in self._metrics(sums, answers).items()}
             samples[name] = answers[: self._config.samples]
-        return Result(self._metrics(all_sums, all_answers) | (each if len(self._sets) > 1 else {}), samples)
+        return Result(self._metrics(all_sums, all_answers) | (each if len(self.sets) > 1 else {}), samples)
 
     def _metrics(self, sums: np.ndarray, answers: Sequence[Answer]) -> dict[str, float]:
         return held_out_loss(sums) | (exact_match(answers) if self._config.exact_match else {})

@@ -112,6 +112,9 @@ def _source_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("rows", f"{report['path']}: {report['rows']:,}, format {report['format']} ({report['format_reason']})")]
     if report["columns_ignored"]:
         lines.append(("ignored", f"columns {', '.join(report['columns_ignored'])}"))
+    if report["keys_ignored"]:
+        counted = ", ".join(f"{name} ({count:,})" for name, count in report["keys_ignored"].items())
+        lines.append(("ignored", f"keys of messages {counted}"))
     if bad:
         lines.append(("WARNING", f"{bad:,} bad rows left out: {by_code}"))
     lines += [

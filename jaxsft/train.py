@@ -27,6 +27,7 @@ from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dum
 from jaxsft.data.chat import ChatEncoder
 from jaxsft.data.loader import Loader, prefetch
 from jaxsft.data.mixture import Dataset, check_weights, make_dataset
+from jaxsft.data.overlap import check_overlap
 from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
@@ -77,7 +78,7 @@ def train(config: Config) -> int:
     num_steps = config.train.steps or loader.num_steps(config.train.epochs)
     check_profile(config.log, num_steps)
     frozen: Any = nnx.State({})
-    examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, say=console.say)
+    examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, trained=loader, say=console.say)
     claim_run_folder(folder, _fingerprint(config, loader, pretrained))
     if isinstance(loader, StreamLoader):
         loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
@@ -95,7 +96,7 @@ def train(config: Config) -> int:
         if state is None:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
-        notes = [*tokenizer.notes, *pretrained.notes, *encoder.notes]
+        notes = [*tokenizer.notes, *pretrained.notes, *encoder.notes, *_source_notes(loader, examiner)]
         decoder_config = pretrained.decoder_config
         console.say(
             start_summary(config, state, loader, mesh, num_steps=num_steps, decoder_config=decoder_config, notes=notes)
@@ -299,12 +300,13 @@ def make_examiner(
     pretrained: Pretrained,
     mesh: Mesh,
     *,
+    trained: Loader | StreamLoader | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Examiner | None:
     """What examines the states of this run on each set of `data.eval`; None where there is none.
 
     Raises:
-        DataError: the held-out rows are not usable.
+        DataError: the held-out rows are not usable, or some of them are in `trained`.
     """
     sets = []
     for name, source in config.data.eval.items():
@@ -317,6 +319,9 @@ def make_examiner(
             packing=config.data.packing,
             shuffle=False,
         )
+        if trained is not None:
+            sources = None if isinstance(trained, StreamLoader) else trained.dataset.sources
+            check_overlap(config.data, name, loader.dataset.sources, sources, say=say)
         num_questions = None if config.eval.exact_match else config.eval.samples
         items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
         notes: list[str] = []
@@ -333,6 +338,13 @@ def make_examiner(
     return Examiner(
         config.eval, model=pretrained.model, frozen=nnx.State({}), mesh=mesh, sets=sets, tokenizer=tokenizer
     )
+
+
+def _source_notes(loader: Loader | StreamLoader, examiner: Examiner | None) -> list[str]:
+    """What a user should know of the sources, those that are trained and those that are held out."""
+    trained = loader.described if isinstance(loader, StreamLoader) else [s.report for s in loader.dataset.sources]
+    held_out = [s.report for each in examiner.sets for s in each.loader.dataset.sources] if examiner else []
+    return [note for report in (*trained, *held_out) for note in report["notes"]]
 
 
 def prepare_data(

@@ -64,6 +64,10 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
             "data: chat_template_kwargs: tokenize cannot be set",
         ),
         ("model: {path: m}\ndata: {train: d, chat_template_kwargs: {x: 2024-01-01}}", "only what JSON can hold"),
+        (
+            "model: {path: m}\ndata: {train: d, train_on: []}",
+            "data: train_on: an empty list given, which trains nothing; expected assistant, last_turn, all, or a list",
+        ),
         ("model: {path: m}\ndata: {train: [{path: d, weight: 2}]}", "train.0.weight has no effect"),
         ("model: {path: m}\ndata: {train: d, template_date: 2024-13-01}", "not readable as YAML"),
         ("model: {path: m}\ndata: {train: d, template_date: soon}", "'soon' given, expected YYYY-MM-DD"),
@@ -147,3 +151,8 @@ def test_every_config_of_the_project_loads_and_says_what_to_expect(path):
     for word in ("command", "hardware", "time", "loss"):
         assert f"# {word}" in header, f"{path.name}: the header lacks `# {word}`"
     assert f"run.py train configs/{path.name}" in header
+
+
+def test_an_override_of_nothing_to_train_gets_the_same_sentence(tmp_path):
+    with pytest.raises(ConfigError, match="train_on: an empty list given, which trains nothing; expected assistant"):
+        load_config(write(tmp_path, SMALLEST), ["data.train_on=[]"])

@@ -212,7 +212,8 @@ def mixed(tiny_data, tmp_path_factory):
     (folder / "many.jsonl").write_text("".join(lines[15:]))
     sources = f"[{{path: {folder}/few.jsonl, weight: 1}}, {{path: {folder}/many.jsonl, weight: 2}}]"
     held_out = f"{{known: {folder}/few.jsonl, new: {tiny_data}/eval.jsonl}}"
-    return [f"data.train={sources}", f"data.eval={held_out}", "eval.every=6", "train.steps=24"]
+    options = ["eval.every=6", "train.steps=24", "data.allow_overlap=true"]
+    return [f"data.train={sources}", f"data.eval={held_out}", *options]
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +365,7 @@ def test_a_mistake_ends_in_one_clear_error_and_harms_nothing(whole_run, tiny_con
 BAD_ROWS = {
     "not JSON": ('{"messages": [', "bad.jsonl:1"),
     "no assistant turn": ('{"messages": [{"role": "user", "content": "Hi"}]}', "no assistant turn"),
-    "unknown role": ('{"messages": [{"role": "wizard", "content": "Hi"}]}', "(roles: wizard)"),
+    "unknown role": ('{"messages": [{"role": "wizard", "content": "Hi"}]}', "the role 'wizard' is not known"),
     "unknown columns": ('{"colour": "blue"}', "no known format has the columns colour"),
 }
 
@@ -378,6 +379,19 @@ def test_bad_rows_are_named_by_file_and_line(tiny_config, tmp_path, capsys, name
     assert code == 65, error
     assert text in error
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_that_are_trained_are_refused_unless_the_config_allows_them(
+    tiny_config, tiny_data, tmp_path, capsys
+):
+    lines = (tiny_data / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "held.jsonl").write_text("".join(lines[:3]) + (tiny_data / "eval.jsonl").read_text())
+    overrides = [f"run_dir={tmp_path}/run", f"data.eval={tmp_path}/held.jsonl", "train.steps=1"]
+    assert main(["train", str(tiny_config), *overrides]) == 65
+    assert "3 of 15 held-out rows of data.eval.eval are in data.train as well" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(tiny_config), *overrides, "data.allow_overlap=true"]) == 0
+    assert "3 of 15 held-out rows" in capsys.readouterr().out
 
 
 def test_a_template_that_fails_is_reported_with_its_own_words(tiny_config, tmp_path, capsys):

@@ -6,6 +6,7 @@ object and never as the text of one, so that templates render both the same.
 
 from typing import Any
 
+from jaxsft.data.flags import SENSES
 from jaxsft.data.strict import BadRow, inner_json, kind_of, short
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -36,7 +37,12 @@ def read_call(call: Any, where: str) -> dict[str, Any]:
         reason = f"{where}expected an object with name and arguments, got {kind_of(call)}"
         raise BadRow("bad-tool-call", reason)
     call = {key: value for key, value in call.items() if value is not None}
+    if flags := [key for key in SENSES if key in call]:
+        reason = f"{where}{flags[0]} of one call; only turns, and parts of their text and reasoning, have flags"
+        raise BadRow("train-detail", reason)
     function = call.pop("function", None)
+    if isinstance(function, str) and function.lstrip().startswith("{"):
+        function = inner_json(function, "bad-tool-call", f"{where}function: ")
     if isinstance(function, dict):
         function = {key: value for key, value in function.items() if value is not None}
     else:
@@ -61,13 +67,32 @@ def _read_tool(tool: Any, where: str) -> dict[str, Any]:
         tool = inner_json(tool, "bad-tools", f"{where}: ")
     if not isinstance(tool, dict):
         raise BadRow("bad-tools", f"{where}: expected an object, got {kind_of(tool)}")
+    tool = _decoded(tool, ("function",), where)
     if isinstance(tool.get("function"), dict):
         if not isinstance(tool["function"].get("name"), str):
             raise BadRow("bad-tools", f"{where}: function without a name")
-        return tool
+        return {**tool, "function": _read_function(tool["function"], where)}
     if not isinstance(tool.get("name"), str):
         raise BadRow("bad-tools", f"{where}: expected a function with name and parameters, got {short(tool)}")
     function = {key: value for key, value in tool.items() if key not in ("type", "input_schema")}
     if "input_schema" in tool:
         function.setdefault("parameters", tool["input_schema"])
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": _read_function(function, where)}
+
+
+def _read_function(function: dict[str, Any], where: str) -> dict[str, Any]:
+    """A function whose schemas are objects: some write them as JSON text, so that a column has one type."""
+    function = _decoded(function, ("parameters", "return", "returns"), where)
+    if isinstance(function.get("parameters"), dict):
+        function = {**function, "parameters": _decoded(function["parameters"], ("properties",), where)}
+    return function
+
+
+def _decoded(value: dict[str, Any], names: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The same object; under those names, text that is the JSON of an object is that object."""
+    found = {}
+    for name in names:
+        text = value.get(name)
+        if isinstance(text, str) and text.lstrip().startswith("{"):
+            found[name] = inner_json(text, "bad-tools", f"{where}: {name}: ")
+    return value | found if found else value

@@ -5,6 +5,7 @@ the text is compared with what transformers renders, so that nothing rests on ou
 """
 
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import numpy as np
 from jaxsft.batch import Example
 from jaxsft.config import DataConfig
 from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.data.flags import OURS
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
 from jaxsft.data.habits import fitted
+from jaxsft.data.parts import character_weights, token_weights
 from jaxsft.data.provenance import TEMPLATE, UNKNOWN
 from jaxsft.data.stops import open_template, stop_ids, template_name, token_text
 from jaxsft.data.template import GENERATED, Source, TemplateError, number_sources
@@ -99,6 +102,8 @@ class ChatEncoder:
                 name=template_name(tokenizer),
             )
         self._closing = self._finder.closing if self._finder is not None else ""
+        self.template_keys = _keys_read(tokenizer.chat_template)
+        """Keys that the template may read of a message."""
         self.notes = self._make_notes(config)
         self.settings = {
             "chat_template": tokenizer.chat_template,
@@ -147,7 +152,7 @@ class ChatEncoder:
         """
         if self._finder is None or self._template is None:
             raise _no_template(self._tokenizer)
-        traceable = number_sources(fitted(messages, self._finder.habits), tools, template_kwargs or {})
+        traceable = number_sources(fitted(_shown(messages), self._finder.habits), tools, template_kwargs or {})
         try:
             text = self._template.render(traceable, len(messages), prompt=True)
         except TemplateError as error:
@@ -243,7 +248,7 @@ class ChatEncoder:
             raise _no_template(self._tokenizer)
         kwargs = conversation.template_kwargs
         conversation, num_stripped = self._without_stops(conversation)
-        messages = fitted(conversation.messages, self._finder.habits)
+        messages = fitted(_shown(conversation.messages), self._finder.habits)
         traceable = number_sources(messages, conversation.tools, kwargs)
         views, left_out = self._finder.views(conversation, traceable)
         self._compare(messages, conversation.tools, kwargs, views)
@@ -251,7 +256,9 @@ class ChatEncoder:
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
             counts = {} if drawn else {"left_out_turns": left_out, "stripped_stops": num_stripped}
-            drawn.append(_Drawn(view, trust, writers, counts))
+            is_whole = view.turns[0].found_by == "all"
+            parts = character_weights(view.text, traceable.sources, conversation.messages, of_turns=is_whole)
+            drawn.append(_Drawn(view, trust, writers, counts, parts))
         return drawn
 
     def _without_stops(self, conversation: Conversation) -> tuple[Conversation, int]:
@@ -341,6 +348,7 @@ class ChatEncoder:
         counts["unrolled_examples"] = int(drawn.view.is_unrolled)
         turn_ends = []
         appended = False
+        of_parts, greatest = (None, None) if drawn.parts is None else token_weights(drawn.parts, starts, ends)
         for turn in drawn.view.turns:
             last = self._last_token(turn, tokens, drawn.view)
             appended |= last is None
@@ -349,7 +357,14 @@ class ChatEncoder:
             inside[end:] = False
             for start, stop in turn.seen_only:
                 inside &= ~((starts >= start) & (ends <= stop))
-            weights[inside] = turn.weight
+            weights[inside] = turn.weight if of_parts is None else turn.weight * of_parts[inside]
+            if of_parts is not None and turn.found_by != "all":
+                self._check_parts(turn, of_parts[inside], last is not None)
+                if turn.stop is not None and turn.stop[0] < turn.stop[1] and last is not None:
+                    weights[last] = turn.weight  # It is the turn's, and of none of its parts.
+                counts["straddling_parts"] = counts.get("straddling_parts", 0) + int(
+                    np.sum(inside & (of_parts < greatest))
+                )
             counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
                 np.sum(inside & (starts < turn.start))
             )
@@ -357,7 +372,7 @@ class ChatEncoder:
             counts[name] = counts.get(name, 0) + 1
             turn_ends.append(end)
         if drawn.view.turns[0].found_by == "all":
-            weights[:] = drawn.view.turns[0].weight
+            weights[:] = drawn.view.turns[0].weight * (1 if of_parts is None else of_parts)
         writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
         if appended:
             counts["appended_stops"] = 1
@@ -375,6 +390,16 @@ class ChatEncoder:
             turn_ends[-1] += 1
         counts = {name: count for name, count in counts.items() if count}
         return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
+
+    def _check_parts(self, turn: Turn, of_parts: np.ndarray, has_stop: bool) -> None:
+        """Of a turn with parts, something is trained before its stop token."""
+        said = of_parts[: len(of_parts) - has_stop]
+        if len(said) and not said.any():
+            raise MaskError(
+                f"message {turn.message + 1}: {template_name(self._tokenizer)} shows nothing of the parts that are to "
+                "be trained, or no token lies in them alone",
+                "field-absent",
+            )
 
     def _last_token(self, turn: Turn, tokens: Tokens, view: View) -> int | None:
         """Index of the last trained token of a turn: its stop token; None where that must be appended."""
@@ -475,6 +500,8 @@ class _Drawn(NamedTuple):
     trust: np.ndarray
     writers: np.ndarray
     counts: dict[str, int]
+    parts: np.ndarray | None
+    """float32: what the weight of the turn is multiplied by, where messages weigh parts of themselves."""
 
 
 def prompt_tokens(
@@ -491,6 +518,26 @@ def prompt_tokens(
     """
     encoder = ChatEncoder(tokenizer, DataConfig.model_validate({"train": "-"}), stop_ids(tokenizer))
     return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
+
+
+def _shown(messages: Sequence[Message]) -> list[Message]:
+    """Messages as templates get them: without what says how they are trained."""
+    return [
+        message if _OURS.isdisjoint(message) else {key: message[key] for key in message if key not in _OURS}
+        for message in messages
+    ]
+
+
+_OURS = frozenset(OURS)
+
+
+def _keys_read(template: Any) -> tuple[str, ...]:
+    """Names that a template takes of a message or of anything else: `m.prefix`, `m['prefix']`, `m.get('prefix')`."""
+    text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+    own = {"loop", *re.findall(r"(\w+)\s*=\s*namespace\(", text)}
+    found = {name for owner, name in re.findall(r"(\w+)\.(\w+)", text) if owner not in own}
+    found |= set(re.findall(r"(?:\[|get\()\s*['\"](\w+)['\"]", text))
+    return tuple(sorted(found))
 
 
 def _sources(config: DataConfig) -> list[Any]:

@@ -15,6 +15,8 @@ class NamedTemplate(NamedTuple):
     """Control tokens that it writes itself; the tokenizer's bos_token and eos_token are not among them."""
     about: str
     """For the documentation."""
+    input_heading: str = ""
+    """What stands before the `input` of Alpaca's rows, where that is no mere paragraph of the instruction."""
 
 
 NAMED_TEMPLATES: dict[str, NamedTemplate] = {
@@ -47,6 +49,13 @@ NAMED_TEMPLATES: dict[str, NamedTemplate] = {
         (),
         "The headings of Stanford Alpaca. Its preamble is not made up: a system text, which must come first, stands in "
         "its place. All but the eos token is ordinary text.",
+    ),
+    "stanford_alpaca": NamedTemplate(
+        (),
+        "The prompt of Stanford Alpaca to the letter, with the one of its two preambles that fits: rows of Alpaca's "
+        "format have their `input` under `### Input:`. The answer follows `### Response:` without a newline. A system "
+        "text, which must come first, stands in place of the preamble.",
+        input_heading="### Input:\n",
     ),
     "plain": NamedTemplate(
         (),

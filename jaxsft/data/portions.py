@@ -4,7 +4,7 @@ In: rows, good and bad, and a `Recipe`. Out: a `Portion`: the arrays of the exam
 no row and no token is missing. Portions are made in any process and added up in order by a `Tally`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from jaxsft.data import formats
 from jaxsft.data.chat import ChatEncoder, MaskError
 from jaxsft.data.lengths import fit_length
+from jaxsft.data.messages import Spelling
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -19,6 +20,8 @@ NUM_LISTED = 10
 """Bad rows that are shown with their reason; of all others only the code is kept."""
 MOST_SKIPPED = 0.01
 """Share of bad rows above which a source is not what it was thought to be."""
+UNCLEAR = ("unknown-flag",)
+"""Codes of rows about which the config must say something: leaving some out would not make the others right."""
 UNTRAINED = "nothing-trained"
 """Code of rows whose weights or flags leave nothing to train."""
 
@@ -29,11 +32,13 @@ class Recipe(NamedTuple):
     encoder: ChatEncoder
     format: str
     columns: Mapping[str, str]
-    roles: Mapping[str, str]
+    spelling: Spelling
     trained_roles: Sequence[str] | None
     """A row without a turn of these is bad; None: any will do."""
     seq_len: int
     overlong: str | None
+    refused: Collection[str] = ()
+    """Columns that no row may have."""
 
 
 class Portion(NamedTuple):
@@ -68,6 +73,8 @@ class Portion(NamedTuple):
     cut: dict[str, list[int]]
     """Reason -> [examples, tokens that were cut off]."""
     counts: dict[str, int]
+    unread_keys: dict[str, int]
+    """Keys of messages that nobody reads, and how many messages have them."""
 
     @property
     def num_trained(self) -> int:
@@ -81,7 +88,12 @@ def convert_row(row: Row | Problem, recipe: Recipe) -> list[formats.Item] | Prob
     if isinstance(row, Problem):
         return row
     return formats.convert(
-        row, recipe.format, columns=recipe.columns, roles=recipe.roles, trained_roles=recipe.trained_roles
+        row,
+        recipe.format,
+        columns=recipe.columns,
+        spelling=recipe.spelling,
+        trained_roles=recipe.trained_roles,
+        refused=recipe.refused,
     )
 
 
@@ -110,6 +122,10 @@ def encode_rows(recipe: Recipe, rows: Sequence[Row | Problem]) -> Portion:
     dropped: dict[str, list[int]] = {}
     cut: dict[str, list[int]] = {}
     counts: dict[str, int] = {}
+    unread_keys: dict[str, int] = {}
+    for item in items:
+        if isinstance(item, formats.Conversation) and item.unread_keys:
+            unread_keys = added_counts(unread_keys, item.unread_keys)
     num_extra_pieces = num_items = 0
     longest = (0, "")
     encoded_lengths: list[int] = []
@@ -171,6 +187,7 @@ def encode_rows(recipe: Recipe, rows: Sequence[Row | Problem]) -> Portion:
         dropped,
         cut,
         counts,
+        unread_keys,
     )
     _check(portion)
     return portion
@@ -211,6 +228,7 @@ class Tally:
         self.dropped: dict[str, list[int]] = {}
         self.cut: dict[str, list[int]] = {}
         self.counts: dict[str, int] = {}
+        self.unread_keys: dict[str, int] = {}
         self.longest: tuple[int, str] = (0, "")
         self.problems: list[Problem] = []
         self.refused: list[Problem] = []
@@ -233,6 +251,7 @@ class Tally:
                 mine[reason] = [before[0] + examples, before[1] + tokens]
         for name, count in portion.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
+        self.unread_keys = added_counts(self.unread_keys, portion.unread_keys)
         if len(portion.encoded_lengths) and portion.encoded_lengths.max() > self.longest[0]:
             self.longest = int(portion.encoded_lengths.max()), portion.longest_origin
         for listed, new in ((self.problems, portion.problems), (self.refused, portion.refused)):
@@ -258,6 +277,8 @@ class Tally:
         """
         if self.problems and on_bad_row == "error":
             raise bad_rows(self.problems, "bad")
+        if unclear := [problem for problem in self.problems if problem.code in UNCLEAR]:
+            raise bad_rows(unclear, "unclear (data.on_bad_row does not skip such rows)")
         rows, bad = self.rows + before[0], self.num_bad_rows + before[1]
         if self.problems and bad > MOST_SKIPPED * max(rows, least_rows):
             raise DataError(
@@ -282,6 +303,7 @@ class Tally:
             "dropped": {reason: {"examples": n, "tokens": t} for reason, (n, t) in sorted(self.dropped.items())},
             "cut": {reason: {"examples": n, "tokens": t} for reason, (n, t) in sorted(self.cut.items())},
             "counts": dict(sorted(self.counts.items())),
+            "keys_ignored": dict(sorted(self.unread_keys.items())),
             "longest": {"tokens": self.longest[0], "origin": self.longest[1]},
         }
 
@@ -305,7 +327,7 @@ def merged_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     merged = merged_descriptions(reports)
     for key in ("rows", "kept_rows", "dropped_rows", "items", "examples", "tokens", "trained_tokens"):
         merged[key] = sum(report[key] for report in reports)
-    for key in ("bad_rows", "counts", "dropped", "cut"):
+    for key in ("bad_rows", "counts", "keys_ignored", "dropped", "cut"):
         for report in reports:
             merged[key] = added_counts(merged.get(key, {}), report[key])
     merged["longest"] = max((report["longest"] for report in reports), key=lambda each: each["tokens"])

@@ -30,8 +30,10 @@ from jaxsft.batch import Example
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.data import formats
 from jaxsft.data.chat import ChatEncoder
+from jaxsft.data.messages import Spelling
+from jaxsft.data.named_templates import NAMED_TEMPLATES
 from jaxsft.data.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
-from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows, source_digest
+from jaxsft.data.sources import DataError, Problem, Row, bad_rows, choose_files, is_hub, read_rows, source_digest
 from jaxsft.data.workers import CHUNK, Workers
 
 REPORT, SEAL = "report.json", "seal.json"
@@ -109,7 +111,7 @@ def prepare(
         DataError: anything wrong with the rows, or none is left.
     """
     described = {
-        "source": source_digest(source.path),
+        "source": source_digest(source.path, held_out=is_held_out(config, source)),
         "format": source.format,
         "columns": source.columns,
         "roles": source.roles,
@@ -117,6 +119,10 @@ def prepare(
         "seq_len": config.seq_len,
         "limit": limit,
     } | encoder.settings
+    # Not there where they say nothing, so that runs of before can be continued.
+    described |= {"keys": source.keys} if source.keys else {}
+    described |= {"ignore_keys": sorted(config.ignore_keys)} if config.ignore_keys else {}
+    described |= {"input_heading": heading} if (heading := input_heading(config)) else {}
     # What a continued run must find unchanged: by content, so that a newer jaxsft may prepare it anew.
     fingerprint = {name: digest(value) for name, value in described.items()}
     described |= {
@@ -134,8 +140,9 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and then renamed, so that a folder of that name is always whole.
     for left in folder.parent.glob(".*-*"):  # Of preparations that were killed, a day ago or longer.
-        if time.time() - left.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Whoever builds it may be done just now.
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
     building = folder.with_name(f".{key[:16]}-{uuid.uuid4().hex}")
     building.mkdir()
     try:
@@ -171,7 +178,8 @@ def open_source(
     Raises:
         DataError: a source that cannot be read, no good row, or columns of no known format.
     """
-    rows = read_rows(source.path, limit=limit, stream=stream)
+    held_out = is_held_out(config, source)
+    rows = read_rows(source.path, limit=limit, stream=stream, held_out=held_out)
     seen = list(islice(rows, formats.SAMPLE))
     good = [row for row in seen if isinstance(row, Row)]
     if not good:
@@ -182,13 +190,44 @@ def open_source(
         "format": chosen.format,
         "format_reason": chosen.reason,
         "columns_ignored": sorted(chosen.ignored),
+        "notes": [*encoder.notes, *_split_notes(source.path, held_out=held_out)],
     }
     roles = {"assistant": ("assistant",), "last_turn": ("assistant",), "all": None}
     trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
+    declared = {role: role for role in trained_roles or ()} | source.roles
+    heading = input_heading(config)
+    spelling = Spelling(declared, source.keys, tuple(config.ignore_keys), encoder.template_keys, heading)
+    refused = chosen.refused.difference(config.ignore_keys)
     recipe = Recipe(
-        encoder, chosen.format, source.columns, source.roles, trained_roles, config.seq_len, config.overlong
+        encoder, chosen.format, chosen.columns, spelling, trained_roles, config.seq_len, config.overlong, refused
     )
     return Opened(recipe, chain(seen, rows), described)
+
+
+def input_heading(config: DataConfig) -> str:
+    """What the template asks to stand before the `input` of Alpaca's rows."""
+    template = NAMED_TEMPLATES.get(config.chat_template or "")
+    return template.input_heading if template else ""
+
+
+def is_held_out(config: DataConfig, source: SourceConfig) -> bool:
+    """Whether a source of the config is examined and not trained."""
+    return any(source is each for each in config.eval.values())
+
+
+def _split_notes(path: str, *, held_out: bool) -> list[str]:
+    """What of a folder is not read, in a sentence."""
+    if is_hub(path):
+        return []
+    chosen = choose_files(path, held_out=held_out)
+    if not chosen.left_out:
+        return []
+    left_out = ", ".join(f"{count:,} of {split}" for split, count in sorted(chosen.left_out.items()))
+    use = "examination" if held_out else "training"
+    return [
+        f"{path} has splits: {len(chosen.files):,} files are read for {use} ({chosen.files[0].name}, ...), and not "
+        f"{left_out}; to read others, name them"
+    ]
 
 
 def read_items(
@@ -208,7 +247,7 @@ def no_rows(path: str) -> DataError:
 
 def code_key() -> str:
     """Changes when the code changes that makes examples of rows: all of this folder but what comes after them."""
-    later = {"loader.py", "mixture.py", "packing.py", "stream.py", "workers.py"}
+    later = {"loader.py", "mixture.py", "overlap.py", "packing.py", "stream.py", "workers.py"}
     files = sorted(path for path in pathlib.Path(__file__).parent.glob("*.py") if path.name not in later)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
@@ -283,7 +322,6 @@ def _build(
     np.concatenate(origin_rows).tofile(folder / "origins.bin")
     report |= {
         "files": list(origins.files),
-        "notes": list(encoder.notes),
         "length_percentiles": percentiles(all_lengths),
         "fingerprint": fingerprint | {"examples": f"{crc:08x}"},
         "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS},

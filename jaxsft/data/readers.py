@@ -8,6 +8,7 @@ import collections
 import csv
 import functools
 import gzip
+import inspect
 import io
 import itertools
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from jaxsft.data.columns import row_reader
 from jaxsft.data.strict import (
     DECODER,
     MAX_ROW_BYTES,
@@ -124,10 +126,15 @@ def _parse_element(text: str, value: Any = None) -> dict[str, Any]:
 def _read_csv(path: Path, compression: str) -> Records:
     csv.field_size_limit(2**31 - 1)  # The default refuses cells of more than 131,072 characters.
     lines = _text_lines(path, compression)
-    reader = csv.reader((line for _, line in lines), strict=True)
+    first = next(lines, (0, ""))[1]
+    # Excel may say in a line of its own what it writes between cells.
+    said = re.fullmatch(r"sep=(.)\r?\n?", first)
+    delimiter = said[1] if said else _delimiter(first)
+    texts = itertools.chain([] if said else [first], (line for _, line in lines))
+    reader = csv.reader(texts, strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:
-        start = reader.line_num + 1
+        start = reader.line_num + 1 + bool(said)
         try:
             cells = next(reader)
         except StopIteration:
@@ -144,6 +151,15 @@ def _read_csv(path: Path, compression: str) -> Records:
             if header == cells:
                 continue
         yield start, functools.partial(_parse_cells, header, cells)
+
+
+def _delimiter(header: str) -> str:
+    """What stands between the names of a header: a comma, unless it has none and another does."""
+    plain = re.sub(r'"[^"]*"', "quoted", header)
+    other = max(";\t|", key=plain.count)
+    # A line of prose is no header, and parts nothing.
+    are_names = other in plain and all(0 < len(cell.split()) <= 3 for cell in plain.replace("\n", "").split(other))
+    return other if are_names and "," not in plain else ","
 
 
 def _read_tsv(path: Path, compression: str) -> Records:
@@ -223,27 +239,47 @@ def _parse_cells(header: list[str], cells: list[str]) -> dict[str, Any]:
     return dict(zip(header, cells, strict=True))
 
 
+def _parquet_options() -> dict[str, Any]:
+    """So that JSON has its type also in files that were not written by Arrow, where this pyarrow can tell."""
+    import pyarrow.parquet
+
+    name = "arrow_extensions_enabled"
+    return {name: True} if name in inspect.signature(pyarrow.parquet.ParquetFile.__init__).parameters else {}
+
+
 def _read_parquet(path: Path, compression: str) -> Records:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream) as file:
+        with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream, **_parquet_options()) as file:
+            read_row = row_reader(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for index in range(batch.num_rows):
                     number += 1
-                    yield number, functools.partial(_parse_arrow, batch, index)
+                    yield number, functools.partial(read_row, batch, index)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet after row {number}: {error}") from None
 
 
-def _parse_arrow(batch: Any, index: int) -> dict[str, Any]:
+def _read_arrow(path: Path, compression: str) -> Records:
+    """A file of record batches, as a stream (what `datasets` saves) or with an index at its end."""
+    import pyarrow
+
+    number = 0
     try:
-        (fields,) = batch.slice(index, 1).to_pylist()
-    except UnicodeDecodeError as error:
-        raise bad_utf8(error.object[error.start], error.start) from None
-    return columnar(fields)
+        with _open(path, compression) as stream:
+            is_indexed = stream.peek(6)[:6] == b"ARROW1" if isinstance(stream, io.BufferedReader) else False
+            opened: Any = pyarrow.ipc.open_file(stream) if is_indexed else pyarrow.ipc.open_stream(stream)
+            read_row = row_reader(opened.schema)
+            batches = map(opened.get_batch, range(opened.num_record_batches)) if is_indexed else opened
+            for batch in batches:
+                for index in range(batch.num_rows):
+                    number += 1
+                    yield number, functools.partial(read_row, batch, index)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Arrow after row {number}: {error}") from None
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -251,6 +287,7 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
 }
@@ -309,13 +346,6 @@ def _is_json(line: bytes) -> bool:
 
 def _refuse(code: str, reason: str) -> Any:
     raise BadRow(code, reason)
-
-
-def columnar(value: Any) -> Any:
-    """Columnar files have every key in every object, so a null says that it is not there: left out, at every depth."""
-    if isinstance(value, dict):
-        return {name: columnar(part) for name, part in value.items() if part is not None}
-    return [columnar(part) for part in value] if isinstance(value, list) else value
 
 
 def lost(path: Path, line: int, code: str, reason: str) -> DataError:

@@ -12,11 +12,13 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, columnar, lost
+from jaxsft.data import splits
+from jaxsft.data.columns import row_reader, without_nulls
+from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, lost
 from jaxsft.data.strict import BadRow, DataError
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
@@ -43,15 +45,19 @@ class Problem(NamedTuple):
     """What was found, what was expected, what would help."""
 
 
-def read_rows(source: str, *, limit: int | None = None, skip: int = 0, stream: bool = False) -> Iterator[Row | Problem]:
+def read_rows(
+    source: str, *, limit: int | None = None, skip: int = 0, stream: bool = False, held_out: bool = False
+) -> Iterator[Row | Problem]:
     """The rows of a source, file after file in sorted order; a row that cannot be read comes as a `Problem`.
 
-    A source is a file, a folder (all data files in it, also in subfolders), a glob, or a hub dataset
-    `org/name[@config][:split]` with split "train" unless given. A string is local when something of that name exists,
-    when it holds `*` or `?`, ends like a data file, or starts like a path; else it is a hub id if it looks like one.
+    A source is a file, a folder (the data files in it and in its subfolders, but see `splits.py`), a glob, or a hub
+    dataset `org/name[@config][:split]` with split "train" unless given. A string is local when something of that name
+    exists, when it holds `*` or `?`, ends like a data file, or starts like a path; else it is a hub id if it looks like
+    one.
 
     `skip` passes over so many records, good or bad, and `limit` then yields so many: what is passed over is not parsed
-    where the format allows that. With `stream`, a hub dataset is read as it is downloaded.
+    where the format allows that. With `stream`, a hub dataset is read as it is downloaded. With `held_out`, of a folder
+    with splits those files are read that are for evaluation, and else those for training.
 
     Raises:
         DataError: a source that is missing or empty; a place from which on a file cannot be read, since the rows lost
@@ -61,7 +67,7 @@ def read_rows(source: str, *, limit: int | None = None, skip: int = 0, stream: b
         records = itertools.islice(_read_hub(source, skip, stream=stream), limit)
     else:
         stop = None if limit is None else skip + limit
-        records = itertools.islice(_read_files(source_files(source)), skip, stop)
+        records = itertools.islice(_read_files(source_files(source, held_out=held_out)), skip, stop)
     for origin, parse in records:
         try:
             yield Row(parse(), origin)
@@ -69,23 +75,37 @@ def read_rows(source: str, *, limit: int | None = None, skip: int = 0, stream: b
             yield Problem(bad.code, origin, str(bad))
 
 
-def source_files(source: str) -> list[Path]:
-    """The data files of a local source, sorted by name.
+def source_files(source: str, *, held_out: bool = False) -> list[Path]:
+    """The data files of a local source, sorted by name, of the split that is meant.
 
     Raises:
         DataError: no such file, no data file in a folder, nothing that fits a glob, or a file of an unknown kind.
     """
+    return choose_files(source, held_out=held_out).files
+
+
+def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
+    """The same, and what other splits are there.
+
+    Raises:
+        DataError: as `source_files`.
+    """
     path = Path(source).expanduser()
+    root = path
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and _kind(file) and file.name not in _METADATA]
+        found = [file for file in found if not _CACHED.fullmatch(file.name)]
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not found:
             raise DataError(f"{source}: no data files in this folder (looked for {_kinds()})")
     elif path.is_file():
-        found = [path]
+        found, root = [path], path.parent
     elif re.search(r"[*?\[]", source):
         anchor = Path(path.anchor)
         found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
+        # What the pattern itself spells out says nothing about one file rather than another.
+        fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
+        root = Path(*fixed)
         if not found:
             raise DataError(f"{source}: no file fits this pattern")
     else:
@@ -93,10 +113,10 @@ def source_files(source: str) -> list[Path]:
     unknown = [str(file) for file in found if not _kind(file)]
     if unknown:
         raise DataError(f"{', '.join(unknown[:10])}: not a known kind of data file (known: {_kinds()})")
-    return sorted(found, key=lambda file: file.as_posix())
+    return splits.choose(sorted(found, key=lambda file: file.as_posix()), root, held_out=held_out)
 
 
-def source_digest(source: str) -> str:
+def source_digest(source: str, *, held_out: bool = False) -> str:
     """Changes when the rows of the source change: a hash of the bytes of all its files, or the hub's fingerprint.
 
     Raises:
@@ -105,7 +125,7 @@ def source_digest(source: str) -> str:
     if is_hub(source):
         return f"{source} {_load_hub(source)._fingerprint}"
     digest = hashlib.sha256()
-    for path in source_files(source):
+    for path in source_files(source, held_out=held_out):
         try:
             with path.open("rb") as file:
                 kind = "".join(_kind(path) or ())
@@ -191,13 +211,30 @@ def _load_hub(source: str, **options: Any) -> Any:
 
 def _read_hub(source: str, skip: int, *, stream: bool) -> Iterator[tuple[str, Parse]]:
     dataset: Any = _load_hub(source, streaming=True) if stream else _load_hub(source)
-    rows: Iterable[dict[str, Any]] = dataset.skip(skip) if skip else dataset
-    number = 0
-    for number, fields in enumerate(rows, start=1):
-        yield f"{source}:{skip + number}", functools.partial(columnar, fields)
+    dataset = dataset.skip(skip) if skip else dataset
+    number = skip
+    for parse in _parse_hub(dataset):
+        number += 1
+        yield f"{source}:{number}", parse
     if number == skip == 0:
         raise DataError(f"{source}: no rows in this dataset")
 
 
-# What `datasets` writes beside the data.
+def _parse_hub(dataset: Any) -> Iterator[Parse]:
+    """The rows of a dataset as Arrow has them: as objects, `datasets` tells no null of the data from one of its own."""
+    if dataset.features is None:  # A stream whose types nobody knows beforehand.
+        for fields in dataset:
+            yield functools.partial(without_nulls, fields)
+        return
+    for table in dataset.with_format("arrow").iter(batch_size=_HUB_BATCH):
+        read_row = row_reader(table.schema)
+        for index in range(table.num_rows):
+            yield functools.partial(read_row, table, index)
+
+
+_HUB_BATCH = 256
+
+
+# What `datasets` writes beside the data; what it computed from them later has names of its own.
+_CACHED = re.compile(r"(cache|indices|tmp)[\w-]*\.arrow")
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}

@@ -32,7 +32,7 @@ from jaxsft.data.loader import derived_seed, make_batch
 from jaxsft.data.mixture import Dataset, check_weights, draw_counts, make_dataset, shares
 from jaxsft.data.packing import PackingPlan, permutation, plan
 from jaxsft.data.portions import Tally, added_counts, merged_descriptions, nothing_left, percentiles
-from jaxsft.data.prepare import code_key, digest, no_rows, open_source, prepared_in_memory
+from jaxsft.data.prepare import code_key, digest, input_heading, no_rows, open_source, prepared_in_memory
 from jaxsft.data.sources import Problem, Row, is_hub, read_rows, source_files
 from jaxsft.data.workers import CHUNK, Task, Workers
 
@@ -82,7 +82,7 @@ class StreamLoader:
         one = len(config.train) == 1
         self._quotas = [part * config.shuffle_buffer for part in ([Fraction(1)] if one else shares(config.train))]
         opened = [open_source(config, source, encoder, stream=True) for source in config.train]
-        self._described = [each.described | {"notes": list(encoder.notes)} for each in opened]
+        self._described = [each.described for each in opened]
         self._workers = Workers([each.recipe for each in opened])
         self._readers: list[tuple[list[int], Iterator[Row | Problem]] | None] = [None] * len(opened)
         self.fingerprint = _fingerprint(config, encoder, tokenizer_files_key)
@@ -315,6 +315,9 @@ def _fingerprint(config: DataConfig, encoder: ChatEncoder, tokenizer_files_key: 
             for source in config.train
         ],
     } | encoder.settings
+    described |= {"keys": [source.keys for source in config.train]} if any(s.keys for s in config.train) else {}
+    described |= {"ignore_keys": sorted(config.ignore_keys)} if config.ignore_keys else {}
+    described |= {"input_heading": heading} if (heading := input_heading(config)) else {}
     return {f"data: {name}": digest(value) for name, value in described.items()}
 
 

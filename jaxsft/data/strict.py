@@ -29,6 +29,22 @@ class BadRow(ValueError):
         self.code = code
 
 
+class ObjectAsWritten(dict):
+    """An object that may also be meant as the text that it was decoded from."""
+
+    def __init__(self, value: dict[str, Any], written: str) -> None:
+        super().__init__(value)
+        self.written = written
+
+
+class ListAsWritten(list):
+    """A list that may also be meant as the text that it was decoded from."""
+
+    def __init__(self, value: list[Any], written: str) -> None:
+        super().__init__(value)
+        self.written = written
+
+
 def parse_json(text: str) -> Any:
     """The value that the text spells.
 
@@ -73,6 +89,17 @@ def inner_json(text: str, code: str, where: str) -> Any:
         return parse_json(text)
     except BadRow as bad:
         raise BadRow(code, f"{where}{bad}; got {short(text)}") from None
+
+
+def check_text(text: Any, where: str) -> str:
+    """Text as it is, unless it holds what no text has."""
+    if isinstance(text, ObjectAsWritten | ListAsWritten):
+        text = text.written
+    if not isinstance(text, str):
+        raise BadRow("wrong-type", f"{where} must be text, got {short(text)}")
+    if "\0" in text:
+        raise BadRow("nul-character", f"{where} holds a NUL character (\\u0000) at offset {text.index(chr(0))}")
+    return text
 
 
 def short(value: Any) -> str:

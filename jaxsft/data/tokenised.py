@@ -11,8 +11,8 @@ token is nobody's target, so its weight is 0. Several of labels and masks multip
 
 from typing import Any
 
-from jaxsft.data.messages import MAX_WEIGHT
-from jaxsft.data.strict import BadRow, kind_of
+from jaxsft.data.flags import MAX_WEIGHT
+from jaxsft.data.strict import BadRow, inner_json, kind_of
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks", "assistant_mask")
 UNTRAINED = -100
@@ -24,7 +24,7 @@ def read_tokens(fields: dict[str, Any]) -> tuple[list[int], list[float]]:
     Raises:
         BadRow: ids that are no ids; labels or masks that do not fit them; padding; several examples in the row.
     """
-    tokens = fields["input_ids"]
+    tokens = _listed(fields["input_ids"], "input_ids")
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
         raise BadRow("bad-token-ids", "input_ids: expected a list of whole numbers from 0, one per token")
     if len(tokens) < 2:
@@ -72,12 +72,18 @@ def _check_labels(labels: list[Any], tokens: list[int]) -> None:
 
 
 def _column(fields: dict[str, Any], name: str, length: int) -> list[Any]:
-    column = fields[name]
+    column = _listed(fields[name], name)
     if not isinstance(column, list):
         raise BadRow("wrong-type", f"{name}: expected a list, got {kind_of(column)}")
     if len(column) != length:
         raise BadRow("length-mismatch", f"{name} has {len(column)} values, input_ids {length}")
     return column
+
+
+def _listed(value: Any, name: str) -> Any:
+    """A list; files that know none, such as CSV, have its JSON."""
+    is_text = isinstance(value, str) and value.lstrip().startswith("[")
+    return inner_json(value, "wrong-type", f"{name}: ") if is_text else value
 
 
 def _is_weight(value: Any) -> bool:

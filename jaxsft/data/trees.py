@@ -6,8 +6,7 @@ Deleted messages, and those that a review turned down, are left out with all tha
 
 from typing import Any
 
-from jaxsft.data.messages import check_text
-from jaxsft.data.strict import BadRow, kind_of
+from jaxsft.data.strict import BadRow, check_text, inner_json, kind_of
 
 Node = dict[str, Any]
 
@@ -50,6 +49,8 @@ def _walk(node: Node, before: list[Node], where: str, paths: list[list[Node]]) -
 
 def _replies(node: Node, where: str) -> list[Node]:
     replies = node.get("replies") or []
+    if isinstance(replies, str) and replies.lstrip().startswith("["):
+        replies = inner_json(replies, "bad-tree", f"{where}: replies: ")
     if not isinstance(replies, list):
         raise BadRow("bad-tree", f"{where}: replies must be a list of messages, got {kind_of(replies)}")
     read = [_checked(reply, f"{where}.replies[{index}]") for index, reply in enumerate(replies)]
@@ -57,6 +58,8 @@ def _replies(node: Node, where: str) -> list[Node]:
 
 
 def _checked(node: Any, where: str) -> Node:
+    if isinstance(node, str) and node.lstrip().startswith("{"):
+        node = inner_json(node, "bad-tree", f"{where}: ")
     if not isinstance(node, dict) or not isinstance(node.get("role"), str):
         raise BadRow("bad-tree", f"{where}: expected a message with role, text and replies, got {kind_of(node)}")
     if not isinstance(node.get("text"), str):

@@ -26,6 +26,8 @@ class Source(NamedTuple):
     format: str
     format_reason: str
     columns_ignored: tuple[str, ...]
+    keys_ignored: dict[str, int]
+    """Of messages, and how many messages have them."""
     rows: int
     bad_rows: int
     items: int

@@ -12,6 +12,7 @@ from jaxsft.preview.records import Bar, Count, Longest, Loss, Preview, Source
 
 MEANINGS = {
     "straddling_tokens": "tokens that begin before an answer and end in it; they are trained",
+    "straddling_parts": "tokens that two parts of an answer share; they have the lesser weight of the two",
     "split_control_tokens": "spelt out by the data and encoded as ordinary text, so that no row can forge a turn",
     "appended_stops": "stop tokens that the chat template does not write; appended to answers, and trained",
     "unrolled_examples": "turns with an example of their own, as the template shows them another past later",
@@ -30,6 +31,8 @@ REMEDIES = {
     "no-assistant-turn": "data.train_on chooses whose turns are trained",
     "no-trained-turn": "data.train_on chooses whose turns are trained",
     "nothing-trained": "data.train_on chooses whose turns are trained",
+    "unknown-role": "data.train.N.roles says whose turns they are",
+    "unknown-flag": "data.ignore_keys, or data.train.N.keys, says what the key means",
     "image-or-audio": "only text can be trained",
 }
 """Of bad rows, by code."""
@@ -81,6 +84,7 @@ def sources(dataset: Dataset, drawn: Sequence[int]) -> tuple[Source, ...]:
                 report["format"],
                 report["format_reason"],
                 tuple(report["columns_ignored"]),
+                dict(report["keys_ignored"]),
                 report["rows"],
                 sum(report["bad_rows"].values()),
                 report["items"],
@@ -167,6 +171,9 @@ def source_facts(source: Source, *, is_one_of_several: bool) -> Iterator[Fact]:
     bad = f"{source.bad_rows:,} of them bad, left out" if source.bad_rows else ""
     yield Fact("Format", source.format, source.format_reason)
     yield Fact("Columns ignored", ", ".join(source.columns_ignored) or "none")
+    if source.keys_ignored:
+        counted = ", ".join(f"{name} ({count:,})" for name, count in source.keys_ignored.items())
+        yield Fact("Keys of messages ignored", counted)
     yield Fact("Rows read", f"{source.rows:,}", bad)
     if source.items != source.rows - source.bad_rows or source.items != source.examples:
         yield Fact("Conversations", f"{source.items:,}", f"which make {plural(source.examples, 'example')}")

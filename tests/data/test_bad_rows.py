@@ -45,6 +45,14 @@ def asked(**assistant):
     return turns(ASK, {**SAY, **assistant})
 
 
+TEXT = {"type": "text", "text": "Hello"}
+
+
+def detailed(*ranges):
+    """An answer of five characters with ranges of Axolotl's."""
+    return asked(train_detail=[{"begin_offset": a, "end_offset": b, "train": train} for a, b, train in ranges])
+
+
 # Lines of JSONL that cannot be read, whatever they mean: code, line, words of the reason.
 LINES = [
     ("bad-json", b'{"text": "a"', "not readable as JSON: Expecting ',' delimiter at column 13"),
@@ -84,7 +92,8 @@ ROWS = [
     ("wrong-type", "messages", {"messages": {"role": "user"}}, "got an object"),
     ("wrong-type", "conversations", {"conversations": 3}, "conversations: expected a list of messages, got a number"),
     ("wrong-type", "prompt_completion", {"prompt": 3, "completion": "a"}, "prompt: must be text, or a list"),
-    ("wrong-type", "prompt_completion", {"prompt": [], "completion": "a"}, "at least one message"),
+    ("wrong-type", "prompt_completion", {"prompt": [], "completion": "a"}, "an empty list, and"),
+    ("wrong-type", "prompt_completion", {"prompt": "a", "completion": []}, "at least one message"),
     ("wrong-type", "alpaca", {**GOOD["alpaca"], "input": 3}, "input must be text, got 3"),
     ("wrong-type", "alpaca", {**GOOD["alpaca"], "system": ["Be kind."]}, "system must be text"),
     ("wrong-type", "question_answer", {"question": "1 + 1", "answer": 2}, "answer: must be text"),
@@ -157,7 +166,26 @@ ROWS = [
     ("wrong-type", "messages", asked(name=3), "name must be text"),
     ("wrong-type", "messages", turns(ASK, CALL, {"role": "tool", "content": "a", "tool_call_id": 3}), "tool_call_id"),
     ("no-assistant-turn", "messages", turns(ASK), "no assistant turn, so nothing to train (roles: user)"),
-    ("no-assistant-turn", "messages", turns(ASK, {"role": "Doctor", "content": "a"}), "renamed by `roles`"),
+    ("unknown-role", "messages", turns(ASK, {"role": "Doctor", "content": "a"}), "the role 'Doctor' is not known"),
+    ("unknown-role", "messages", turns(ASK, {"role": "tool_use_v2", "content": "a"}, SAY), "message 2: the role"),
+    ("unknown-role", "conversations", {"conversations": [{"from": "wizard", "value": "a"}]}, "{wizard: assistant}"),
+    ("unknown-role", "prompt_completion", {"prompt": [{**ASK, "role": "x"}], "completion": "a"}, "{x: x} where the"),
+    ("unknown-flag", "messages", asked(skip=True), "the key 'skip' (True) could say which turns are trained"),
+    ("unknown-flag", "messages", turns({**ASK, "keep": 0}, {**SAY, "keep": 1}), "name it in data.ignore_keys"),
+    ("unknown-flag", "messages", asked(mask=0.0), "{mask: masked} where true says"),
+    ("unknown-flag", "messages", asked(is_good="False"), "the key 'is_good'"),
+    ("unknown-flag", "prompt_completion", {"prompt": "a", "completion": [{**SAY, "good": False}]}, "key 'good'"),
+    (
+        "unknown-flag",
+        "messages",
+        asked(content=[{"type": "text", "text": "a", "masked_out": True}]),
+        "the key 'content.masked_out'",
+    ),
+    ("unknown-flag", "messages", {**turns(ASK, SAY, ASK, SAY), "label": [0, 1]}, "the column 'label' ([0, 1])"),
+    ("unknown-flag", "conversations", {**GOOD["conversations"], "mask": "Assistant"}, "mask: 'Assistant' is not to be"),
+    ("train-detail", "messages", asked(tool_calls=[{"name": "f", "train": False}]), "train of one call"),
+    ("train-detail", "messages", asked(tool_calls=[{"function": {"name": "f"}, "loss": 0}]), "loss of one call"),
+    ("unknown-flag", "conversations", {**GOOD["conversations"], "use": [False, True]}, "the column 'use'"),
     ("no-assistant-turn", "prompt_completion", {"prompt": [ASK, SAY], "completion": [ASK]}, "in the completion"),
     ("no-assistant-turn", "oasst", {"message_tree_id": "1", "prompt": {"role": "prompter", "text": "a"}}, "no answer"),
     ("nothing-trained", "messages", asked(weight=0), "weight 0 or `train` false"),
@@ -202,6 +230,18 @@ ROWS = [
     ("bad-tool-call", "messages", asked(function_call="f"), "tool call: not readable as JSON"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "f(a=1)"}]}, "f(a=1)"),
     ("bad-tool-call", "conversations", {"conversations": [{"from": "function_call", "value": "[]"}]}, "no call"),
+    (
+        "bad-tools",
+        "messages",
+        {**GOOD["messages"], "tools": [{"name": "f"}], "functions": [{"name": "g"}]},
+        "given twice, and not the same",
+    ),
+    (
+        "bad-tools",
+        "messages",
+        {**GOOD["messages"], "tools": [{"name": "f", "parameters": "{"}]},
+        "tools[0]: parameters",
+    ),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": "[{"}, "tools: not readable as JSON"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": 3}, "tools: expected a list of objects, got a number"),
     ("bad-tools", "messages", {**GOOD["messages"], "tools": ["f"]}, "tools[0]: not readable as JSON"),
@@ -222,8 +262,31 @@ ROWS = [
         "train-detail",
         "messages",
         asked(train_detail=[{"begin_offset": 0, "train": True}]),
-        "train_detail (training parts",
+        "train_detail[0]: expected whole begin_offset and end_offset, and train",
     ),
+    ("train-detail", "messages", asked(train_detail="[{"), "train_detail: not readable as JSON"),
+    ("train-detail", "messages", asked(train_detail=3), "expected a list of ranges, got a number"),
+    ("train-detail", "messages", asked(train_detail=[3]), "train_detail[0]: expected an object"),
+    ("train-detail", "messages", detailed((0, 5, True)), "is no range of a content of 5 characters"),
+    ("train-detail", "messages", detailed((3, 2, True)), "3 to 2 (both inside the range)"),
+    ("train-detail", "messages", detailed((0, 2, True), (2, 4, False)), "ranges overlap at character 2"),
+    (
+        "train-detail",
+        "messages",
+        {"messages": [ASK, {**detailed((0, 2, True))["messages"][1], "content": [{**TEXT, "train": False}]}]},
+        "is said twice",
+    ),
+    (
+        "train-detail",
+        "messages",
+        asked(content=[{"type": "tool_use", "name": "f", "input": {}, "train": False}]),
+        "only text and reasoning have parts",
+    ),
+    ("nothing-trained", "messages", asked(content=[{**TEXT, "train": False}]), "weight 0"),
+    ("bad-flag", "messages", asked(content=[{**TEXT, "train": "no"}]), "content[0]: train must be true or false"),
+    ("bad-flag", "messages", asked(masked=2), "masked must be true or false"),
+    ("bad-weight", "messages", asked(loss="no"), "loss must be a number"),
+    ("bad-weight", "messages", asked(loss_scale=-1), "loss_scale must be from 0"),
     ("bad-template-kwargs", "messages", {**GOOD["messages"], "chat_template_kwargs": [1]}, "expected an object"),
     ("bad-template-kwargs", "messages", {**GOOD["messages"], "chat_template_kwargs": "{"}, "not readable as JSON"),
     (
@@ -301,7 +364,10 @@ CELLS = [
     ("bad-json", "a.json", b'{"text": "a"}\n{"text": "a"\n{"text": "b"}\n', 2, "delimiter"),
 ]
 
-CODE = ("strict", "readers", "sources", "calls", "messages", "formats", "trees", "tokenised")
+CODE = (
+    "strict", "readers", "sources", "calls", "flags", "roles", "blocks", "messages", "readings", "formats", "trees",
+    "tokenised",
+)  # fmt: skip
 JSON_LINE = b'{"text": "some text of a line"}\n'
 
 # Where the rest of a file is lost, nothing can be skipped: code, file name, content, line, words of the reason.
@@ -430,7 +496,7 @@ def test_the_docs_list_every_format_and_every_code(repo):
         assert f"| `{name}` | {', '.join(f'`{column}`' for column in format.columns)} |" in docs
     assert {name for name in listed if name not in FORMATS} == codes
     tested = {case[0] for case in (*LINES, *ROWS, *CELLS, *LOST)}
-    assert codes - tested == {"no-trained-turn"}, "which depends on the config, and is tested with the formats"
+    assert codes - tested == {"no-trained-turn", "unread-column"}, "which depend on the config, and are in test_formats"
 
 
 def test_every_good_row_of_the_table_is_good():

@@ -6,7 +6,7 @@ from jaxsft.config import SourceConfig
 from jaxsft.data import formats, messages
 from jaxsft.data.calls import read_tools
 from jaxsft.data.formats import FORMATS, Conversation, Document, Problem, Tokenised, choose_format, detect_format
-from jaxsft.data.messages import read_messages
+from jaxsft.data.messages import Spelling, read_messages
 from jaxsft.data.sources import DataError, Row, read_rows
 from jaxsft.data.strict import BadRow
 
@@ -15,9 +15,10 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b":
 USER, FUNCTION_CALL = {"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "f"}'}
 
 
-def convert(format, columns=None, roles=None, **fields):
+def convert(format, columns=None, roles=None, keys=None, **fields):
     """The one item of a row."""
-    (item,) = formats.convert(Row(fields, "a.jsonl:7"), format, columns=columns or {}, roles=roles or {})
+    spelling = Spelling(roles or {}, keys or {})
+    (item,) = formats.convert(Row(fields, "a.jsonl:7"), format, columns=columns or {}, spelling=spelling)
     return item
 
 
@@ -29,11 +30,11 @@ def said(*texts, system=None):
 
 def answer(**message):
     """What becomes of an assistant's turn."""
-    return read_messages([HELLO[0], {"role": "assistant", **message}], {})[1]
+    return read_messages([HELLO[0], {"role": "assistant", **message}], Spelling())[1]
 
 
 def shared(*turns):
-    return read_messages(turns, {}, aliases=True)
+    return read_messages(turns, Spelling())
 
 
 def test_every_format_gives_the_messages_that_it_means():
@@ -50,6 +51,10 @@ def test_every_format_gives_the_messages_that_it_means():
     assert convert("conversations", conversations=["Hi", "Hello", "a", "b"]).messages == said("Hi", "Hello", "a", "b")
     rounds = [{"input": "Hi", "output": "Hello"}, {"input": "a", "output": "b"}]
     assert convert("conversation", conversation=rounds).messages == said("Hi", "Hello", "a", "b")
+    rounds = [{"system": "Be kind.", "human": "Hi", "assistant": "Hello"}, {"human": "a", "assistant": "b"}]
+    assert convert("conversation", conversation=rounds).messages == said("Hi", "Hello", "a", "b", system="Be kind.")
+    rounds = [{"input": "Hi", "output": "Hello", "output_with_loss": False}, {"input": "a", "output": "b"}]
+    assert [turn.get("weight") for turn in convert("messages", messages=rounds).messages] == [None, 0.0, None, None]
     assert convert("prompt_completion", prompt="Hi", completion="Hello").messages == HELLO
     assert convert("alpaca", instruction="Hi", input=" ", output="Hello").messages == HELLO
     assert convert("alpaca", instruction="Add", input="1 2", output="3").messages == said("Add\n\n1 2", "3")
@@ -138,23 +143,17 @@ def test_fields_of_messages_stay_as_they_are_and_nulls_are_left_out():
     assert messages[0]["tool_calls"] is None, "the row itself is not changed"
 
 
-def test_any_plain_word_is_a_role_and_templates_decide_the_order_of_turns():
-    roles = [
-        "system",
-        "user",
-        "user",
-        "assistant",
-        "assistant",
-        "developer",
-        "ipython",
-        "critic_2",
-        "système",
-        "system",
-    ]
+def test_a_role_that_the_config_declares_stays_and_templates_decide_the_order_of_turns():
+    roles = ["system", "user", "user", "assistant", "assistant", "developer", "critic_2", "système", "system"]
     turns = [{"role": role, "content": "a"} for role in roles]
-    assert [message["role"] for message in convert("messages", messages=turns).messages] == roles
+    declared = {"critic_2": "critic_2", "critic": "système"}
+    assert [message["role"] for message in convert("messages", roles=declared, messages=turns).messages] == roles
+    assert convert("conversations", roles=declared, conversations=turns).messages == turns
     assert convert("messages", messages=[{"role": "system", "content": ""}, *HELLO]).messages[0]["content"] == ""
-    assert convert("conversations", conversations=turns).messages == turns
+    # A known name too, where the template knows it by that one.
+    observed = [*HELLO, {"role": "observation", "content": "4"}, HELLO[1]]
+    assert convert("messages", messages=observed).messages[2]["role"] == "tool"
+    assert convert("messages", roles={"observation": "observation"}, messages=observed).messages == observed
 
 
 def test_names_of_roles_are_renamed_by_the_config_first():
@@ -171,10 +170,11 @@ def test_names_of_roles_are_renamed_by_the_config_first():
 
 def test_a_row_needs_a_turn_of_the_roles_that_are_trained():
     row = Row({"messages": [HELLO[0], {"role": "critic", "content": "Bad."}]}, "a:1")
-    assert formats.convert(row, "messages").code == "no-assistant-turn"
-    assert formats.convert(row, "messages", trained_roles=("judge",)).code == "no-trained-turn"
+    declared = {"spelling": Spelling({"critic": "critic"})}
+    assert formats.convert(row, "messages", **declared).code == "no-assistant-turn"
+    assert formats.convert(row, "messages", trained_roles=("judge",), **declared).code == "no-trained-turn"
     for trained in (("critic",), ("assistant", "user"), None):
-        assert isinstance(formats.convert(row, "messages", trained_roles=trained), list)
+        assert isinstance(formats.convert(row, "messages", trained_roles=trained, **declared), list)
 
 
 def test_tool_calls_of_every_spelling_come_out_the_same():
@@ -254,17 +254,17 @@ def test_blocks_become_text_reasoning_calls_and_results():
     assert answer(content=[{"type": "reasoning", "value": "hm"}, call])["tool_calls"] == [CALL]
     results = [{"type": "tool_result", "tool_use_id": "c1", "content": [text]}, {"type": "tool_result", "content": "2"}]
     messages = read_messages(
-        [HELLO[0], {"role": "assistant", "content": [use]}, {"role": "user", "content": results}], {}
+        [HELLO[0], {"role": "assistant", "content": [use]}, {"role": "user", "content": results}], Spelling()
     )
     assert messages[2:] == [{"role": "tool", "content": "Hel", "tool_call_id": "c1"}, {"role": "tool", "content": "2"}]
     with_text = {"role": "user", "content": [*results, {"type": "text", "text": "Go on."}], "train": False}
-    messages = read_messages([HELLO[0], {"role": "assistant", "content": [use]}, with_text], {})
+    messages = read_messages([HELLO[0], {"role": "assistant", "content": [use]}, with_text], Spelling())
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "tool", "user"]
     assert [message.get("weight") for message in messages] == [None, None, 0, 0, 0]
     tool = {"role": "tool", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}
-    assert read_messages([*HELLO, tool], {})[2]["content"] == "42"
+    assert read_messages([*HELLO, tool], Spelling())[2]["content"] == "42"
     listed = {"role": "tool", "content": [{"type": "house", "rooms": 3}]}
-    assert read_messages([*HELLO, listed], {})[2]["content"] == '[{"type": "house", "rooms": 3}]'
+    assert read_messages([*HELLO, listed], Spelling())[2]["content"] == '[{"type": "house", "rooms": 3}]'
 
 
 def test_reasoning_under_any_name_is_reasoning_content():
@@ -439,6 +439,10 @@ def test_settings_that_cannot_be_right_are_errors_that_name_what_is_known():
         ({"columns": {"completion": "replay"}}, "the rows have no column 'replay'; theirs are prompt, reply"),
         ({"columns": {"completion": "reply"}, "roles": {"Eve": "user\n"}}, "'user.n' is no role"),
         ({"columns": {"completion": "reply"}, "roles": {"Eve": ""}}, "'' is no role"),
+        (
+            {"columns": {"completion": "reply"}, "keys": {"skip": "mask"}},
+            r"keys: skip: 'mask' is no key of a turn \(did you mean masked\?\); `keys` is theirs: ours",
+        ),
     ]:
         with pytest.raises(DataError, match=words):
             choose(row, **source)
@@ -446,7 +450,7 @@ def test_settings_that_cannot_be_right_are_errors_that_name_what_is_known():
 
 def test_a_reason_shows_only_the_beginning_of_what_was_given():
     with pytest.raises(BadRow) as error:
-        read_messages([{"role": "user", "content": {"a": "x" * 1000}}], {})
+        read_messages([{"role": "user", "content": {"a": "x" * 1000}}], Spelling())
     assert len(str(error.value)) < 150
 
 
@@ -485,3 +489,159 @@ def test_the_embedded_data_is_in_messages_format(repo):
     rows = list(read_rows(str(repo / "configs" / "quickstart" / "train.jsonl"), limit=50))
     assert detect_format(rows[0].fields) == "messages"
     assert formats.convert(rows[0], "messages")[0].messages == rows[0].fields["messages"]
+
+
+def refused(**fields):
+    """Why a row of a detected format is bad; None where it is good."""
+    chosen = choose(fields)
+    found = formats.convert(Row(fields, "a:1"), chosen.format, columns=chosen.columns, refused=chosen.refused)
+    return found.reason if isinstance(found, Problem) and found.code == "unread-column" else None
+
+
+def test_a_column_that_a_richer_format_would_read_is_not_dropped_without_a_word():
+    for fields, words in [
+        ({"prompt": "Hi", "text": "Hello"}, "without 'prompt': give format=text if that is meant, or say what is what"),
+        ({"instruction": "Hi", "text": "Hello"}, "columns={prompt: instruction, completion: text}"),
+        ({"question": "Hi", "input": "there", "text": "Hello"}, "without 'question', 'input'"),
+        ({"text": "a", "messages": "not read", "response": "b"}, None),
+        ({"prompt": "Hi", "completion": "Hello", "context": "there"}, "'prompt_completion' (prompt and completion), w"),
+        ({"question": "Hi", "answer": "Hello", "explanation": "So."}, "without 'explanation'"),
+        ({"query": "Hi", "response": "Hello", "passage": "Once."}, "give format=query_response"),
+        ({"prompt": "Hi", "response": "Hello", "input": ["there"]}, "without 'input'"),
+    ]:
+        reason = refused(**fields)
+        assert reason is None if words is None else words in reason, fields
+        if words is not None:
+            chosen = choose(fields, format=detect_format(fields))
+            assert not chosen.refused, "whoever gives the format means it"
+            assert isinstance(formats.convert(Row(fields, ""), chosen.format, refused=chosen.refused), list)
+    for fields in [
+        {"text": "Hello", "source": "wiki", "meta": {"a": 1}, "user": "eve"},
+        {"text": "Hello", "prompt": " ", "answer": None, "input": []},
+        {"instruction": "Hi", "output": "Hello", "text": "Hi Hello", "input": ""},
+        {"problem": "Hi", "solution": "Hello", "answer": "4"},
+        {"messages": HELLO, "prompt": "Hi", "context": "there"},
+        {"input_ids": [5, 6], "text": "a", "prompt": "Hi"},
+        {"text": "Hi \nHello", "prompt": "Hi", "answer": "Hi Hello"},
+        {"prompt": "Add these two: a long list of numbers.", "target": "x", "input": "a long list  of numbers."},
+    ]:
+        assert refused(**fields) is None, fields
+
+
+def test_a_later_row_that_has_more_is_refused_like_the_first(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": "a"}] * formats.SAMPLE + [{"text": "b", "question": "Hi"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        DataError, match=rf"a.jsonl:{len(rows)}: unread-column: read as 'text' \(text\), without 'quest"
+    ):
+        formats.load_items(SourceConfig(path=str(path)))
+
+
+def test_names_of_columns_are_known_in_capitals_too():
+    for row, format, ours in [
+        ({"Prompt": "Hi", "Completion": "Hello"}, "prompt_completion", HELLO),
+        ({"INSTRUCTION": "Add", "Input": "1 2", "OUTPUT": "3"}, "alpaca", said("Add\n\n1 2", "3")),
+        ({" question ": "Hi", "Answer": "Hello", "System-Prompt": ""}, "question_answer", HELLO),
+        ({"Messages": HELLO}, "messages", HELLO),
+        ({"INSTRUCTION": "Hi", "RESPONSE": "Hello"}, "INSTRUCTION_RESPONSE", HELLO),
+        ({"prompt": "Hi", "Prompt": "not this", "completion": "Hello"}, "prompt_completion", HELLO),
+    ]:  # fmt: skip
+        chosen = choose(row)
+        assert chosen.format == format
+        (item,) = formats.convert(Row(row, ""), chosen.format, columns=chosen.columns)
+        assert item.messages == ours
+    assert choose({"Prompt": "Hi", "Completion": "Hello"}).reason == "has the columns Prompt, Completion"
+    assert choose({"Prompt": "a", "COMPLETION": "b", "Other": "c"}).ignored == ["Other"]
+
+
+def test_an_instruction_may_stand_in_the_input_alone():
+    for instruction in ({"instruction": ""}, {"instruction": " \n"}, {}, {"instruction": None}):
+        for answer_column in ("output", "response", "completion", "answer"):
+            format = {"output": "alpaca"}.get(answer_column, f"instruction_{answer_column}")
+            fields = {**instruction, "input": "Hi", answer_column: "Hello"}
+            assert convert(format, **fields).messages == HELLO
+    problem = formats.convert(Row({"instruction": "", "input": " ", "output": "a"}, ""), "alpaca")
+    assert problem.code == "blank-text"
+
+
+def test_tools_may_stand_in_the_row_in_older_words_or_in_a_message():
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    system = {"role": "system", "content": "Be kind."}
+    for row in (
+        {"messages": HELLO, "functions": [function]},
+        {"messages": HELLO, "functions": json.dumps([function]), "tools": []},
+        {"messages": HELLO, "functions": [function], "tools": tools},
+    ):
+        assert convert("messages", **row) == Conversation(HELLO, tools, origin="a.jsonl:7")
+    for given in ({"tools": tools}, {"tools": json.dumps(tools)}, {"functions": [function]}):
+        item = convert("messages", messages=[{**system, **given}, *HELLO])
+        assert item.messages == [system, *HELLO] and item.tools == tools and not item.unread_keys
+        # A template that reads the tools of a message, as GLM 4's does, finds them there.
+        row = Row({"messages": [{**system, **given}, *HELLO]}, "")
+        (item,) = formats.convert(row, "messages", spelling=Spelling(template_keys=tuple(given)))
+        assert item.messages[0] == {**system, **given} and item.tools is None
+    other = {"messages": [{**system, "tools": [{"name": "g"}]}, *HELLO], "tools": tools}
+    assert formats.convert(Row(other, ""), "messages").code == "bad-tools"
+
+
+def test_a_column_may_be_a_part_of_one():
+    row = {"question": "Who?", "answers": {"text": ["Eve", "Ann"], "start": [3, 9]}, "meta": [{"a": {"b": "deep"}}]}
+    for theirs, said_there in [
+        ("answers.text.0", "Eve"),
+        ("answers.text.1", "Ann"),
+        ("meta.0.a.b", "deep"),
+    ]:
+        columns = {"answer": theirs}
+        assert choose(row, columns=columns).format == "question_answer"
+        assert convert("question_answer", columns=columns, **row).messages == said("Who?", said_there)
+    # A column whose name has a dot is that column.
+    dotted = {"question": "Hi", "a.0": "Hello", "a": ["x"]}
+    assert convert("question_answer", columns={"answer": "a.0"}, **dotted).messages == HELLO
+    for theirs in ("answers.text.2", "answers.texts.0", "answers.text.x", "question.0", "answers.text.-1"):
+        with pytest.raises(DataError, match=f"the rows have no column '{theirs}'"):
+            choose(row, columns={"answer": theirs})
+        problem = formats.convert(Row(row, "a:1"), "question_answer", columns={"answer": theirs})
+        assert problem.code == "missing-column" and f"{theirs!r} (for answer)" in problem.reason
+    assert "answers" not in choose(row, columns={"answer": "answers.text.0"}).ignored
+    # What else stands in the column is still read.
+    chats = {"messages": [{"role": "system", "content": "Be kind.", "list": [{"name": "f"}]}, *HELLO]}
+    assert convert("messages", columns={"tools": "messages.0.list"}, **chats).tools[0]["function"] == {"name": "f"}
+
+
+def test_a_whole_conversation_may_stand_in_the_completion():
+    for prompt, completion in (([], HELLO), ([], said("a", "b", "c", "d")), ([], HELLO[1:])):
+        item = convert("prompt_completion", prompt=prompt, completion=completion)
+        assert item.messages == completion and item.trained_from == 0
+
+
+def test_a_result_of_nothing_is_empty():
+    called = [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    for result in ({"role": "tool", "content": None}, {"role": "tool"}, {"role": "tool", "tool_call_id": "1"}):
+        messages = read_messages([*called, result, HELLO[1]], Spelling())
+        assert messages[2] == {key: value for key, value in result.items() if value is not None} | {"content": ""}
+    assert shared(USER, FUNCTION_CALL, {"from": "observation", "value": None})[2] == {"role": "tool", "content": ""}
+
+
+def test_reasoning_may_be_given_as_blocks():
+    for blocks in (
+        [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}],
+        ["h", "m"],
+        [{"type": "thinking", "thinking": "hm", "signature": "x"}],
+        [{"type": "reasoning", "content": "h"}, "m"],
+    ):
+        for name in messages.REASONING:
+            assert answer(content="Hello", **{name: blocks}) == {**HELLO[1], "reasoning_content": "hm"}
+
+
+def test_the_input_of_alpacas_rows_has_the_heading_that_the_template_asks_for():
+    spelling = Spelling(input_heading="### Input:\n")
+    for row, question in [
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n\n### Input:\n1 2"),
+        ({"instruction": "Add", "input": " ", "output": "3"}, "Add"),
+        ({"instruction": "", "input": "1 + 2", "output": "3"}, "1 + 2"),
+        ({"instruction": "Add", "input": "1 2", "context": "Now.", "response": "3"}, "Add\n\n### Input:\n1 2\n\nNow."),
+    ]:
+        (item,) = formats.convert(Row(row, ""), detect_format(row), spelling=spelling)
+        assert item.messages == said(question, "3")

@@ -220,6 +220,18 @@ def test_zephyr_and_tulu_look_as_their_makers_describe_them(make):
     )
 
 
+def test_alpacas_prompt_is_its_makers_to_the_letter(make):
+    ours = make(template_text("stanford_alpaca"), bos_token=None)
+    ask = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    plain = f"Below is an instruction that describes a task. {ask}Add 1 and 2.\n\n### Response:"
+    assert render(ours, [message("user", "Add 1 and 2.")], prompt=True) == plain
+    assert render(ours, [message("user", "Add 1 and 2."), message("assistant", "3")]) == plain + "3</s>"
+    paired = "Below is an instruction that describes a task, paired with an input that provides further context. "
+    paired += f"{ask}Add these.\n\n### Input:\n1, 2\n\n### Response:"
+    assert render(ours, [message("user", "Add these.\n\n### Input:\n1, 2")], prompt=True) == paired
+    assert render(ours, CHAT[:2]) == "Be brief.\n\n### Instruction:\nWhat is 2 + 2?"
+
+
 def test_bos_is_written_where_the_tokenizer_has_one_of_its_own(named, make):
     name, tokenizer = named
     assert render(tokenizer, CHAT).startswith("<s>")
@@ -251,7 +263,7 @@ def test_what_a_template_cannot_show_is_refused_with_its_name_and_the_turn(named
             ([ask, message("assistant", "b", reasoning_content="c")], "shows no tool calls and no reasoning"),
             ([ask, message("tool", "1")], r"message 2 \(tool\)"),
         ]
-    if name in ("gemma", "alpaca"):
+    if name in ("gemma", "alpaca", "stanford_alpaca"):
         refused.append(([ask, message("system", "c")], "message 2 .system.: a system text"))
     if name == "gemma":
         refused.append(([message("system", "c"), answer], "a user turn follows it"))
@@ -291,14 +303,14 @@ For models that come without a template: `data.chat_template: NAME`, with one of
 template, so serving it needs nothing more. All of them
 
 - write the tokenizer's `bos_token` first, where it has one that is not its `eos_token` as well;
-- make nothing up: no system text, no date;
+- make nothing up: no system text, no date (but for stanford_alpaca, whose preamble is its maker's);
 - show earlier turns always the same, so that a prompt is the beginning of the conversation that it becomes;
 - have `{% generation %}` tags around what the model must write: the answer and its stop token;
 - refuse what they have no place for (tools, reasoning, an unknown role, content that is no text) and name the turn;
 - take `developer` turns as `system` turns (chatml and llama3 keep the word).
 
 In chatml, llama3 and gemma only control tokens begin a turn, which text of users can never become. The markers of the
-other four are ordinary text, as in their originals, so a user can write them as well as the template can: prefer the
+others are ordinary text, as in their originals, so a user can write them as well as the template can: prefer the
 first three where answers depend on who speaks.
 
 Control tokens that the tokenizer lacks are added to it as special tokens. They take rows that the model has to spare,

@@ -208,3 +208,46 @@ def test_a_hub_id_goes_to_datasets_and_its_failure_is_one_clear_error(tmp_path, 
     ]
     with pytest.raises(DataError, match="org/none: no such file or folder here, and not loaded from the hub: Dataset"):
         list(read_rows("org/none"))
+
+
+def test_cells_of_csv_are_parted_by_what_parts_its_header(tmp_path):
+    rows = [{"prompt": "a, b", "completion": 'say "c"; d'}, {"prompt": "two\nlines", "completion": ""}]
+    for parted in (",", ";", "\t", "|"):
+        quoted = [[f'"{cell.replace(chr(34), chr(34) * 2)}"' for cell in row.values()] for row in rows]
+        text = "\n".join(parted.join(line) for line in [["prompt", '"completion"'], *quoted]) + "\n"
+        source = write(tmp_path / "a.csv", text)
+        assert [row.fields for row in read_rows(source)] == rows
+        told = write(tmp_path / "b.csv", f"sep={parted}\r\n{text}")
+        assert list(read_rows(told)) == [Row(rows[0], f"{told}:3"), Row(rows[1], f"{told}:4")]
+    for text, rows in [
+        ("text\na; b\n", [{"text": "a; b"}]),
+        ("a,b;c\n1,2\n", [{"a": "1", "b;c": "2"}]),
+        ('"a;b",c\n1,2\n', [{"a;b": "1", "c": "2"}]),
+        ('"a,b";c\n1;2\n', [{"a,b": "1", "c": "2"}]),
+        ("It is late; we all go home now\na; b\n", [{"1": "It is late; we all go home now"}, {"1": "a; b"}]),
+    ]:
+        assert [row.fields for row in read_rows(write(tmp_path / "a.csv", text))] == rows
+
+
+def test_what_save_to_disk_wrote_is_read_like_jsonl(tmp_path):
+    import datasets
+
+    rows = [{"q": "a", "n": None, "m": {"x": 1, "y": None}}, {"q": "b", "n": 3, "m": {"x": None, "y": "z"}}]
+    expected = [{"q": "a", "m": {"x": 1}}, {"q": "b", "n": 3, "m": {"y": "z"}}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    assert [row.fields for row in read_rows(str(tmp_path / "saved"))] == expected
+    # What was computed of it later lies beside it.
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"q": row["q"] * 2})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    assert [row.fields for row in read_rows(str(tmp_path / "saved"))] == expected
+    with (
+        pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pyarrow.ipc.new_file(file, dataset.data.schema) as out,
+    ):
+        out.write_table(dataset.data.table)
+    source = str(tmp_path / "a.arrow")
+    assert list(read_rows(source)) == [Row(expected[0], f"{source}:1"), Row(expected[1], f"{source}:2")]
+    write(tmp_path / "bad.arrow", b"nothing")
+    with pytest.raises(DataError, match="bad.arrow: not readable as Arrow after row 0"):
+        list(read_rows(str(tmp_path / "bad.arrow")))
