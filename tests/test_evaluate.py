@@ -404,6 +404,7 @@ def write_run(folder, repo, template, rows, **sections):
         "data": {
             "train": f"{folder}/rows.jsonl",
             "eval": f"{folder}/rows.jsonl",
+            "allow_overlap": True,
             "seq_len": 256,
             "cache": f"{folder}/c",
         },
