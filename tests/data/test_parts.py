@@ -1,7 +1,15 @@
 """Parts of a turn that are trained less than the rest, on templates of every kind; the oracle is the text itself."""
 
+import pathlib
+import re
+import sys
+
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import test_templates
 
 from jaxsft.config import DataConfig
 from jaxsft.data import formats
@@ -211,3 +219,35 @@ def test_the_weight_of_a_token_is_the_least_of_its_characters():
     weights = np.array([0, 0.5, 1, 2], np.float32)
     least, greatest = token_weights(weights, np.array([0, 0, 1, 2, 4]), np.array([1, 2, 4, 4, 4]))
     assert least.tolist() == [0, 0, 0.5, 1, 1] and greatest.tolist() == [0, 0.5, 2, 2, 1]
+
+
+THOUGHT = "<think>\nno1 no2\n</think>\n\n"
+PARTED = {
+    "first": [text_part("no1 no2", train=False), text_part(" say1 say2")],
+    "last": [text_part("say1 say2"), text_part(" no1 no2", weight=0)],
+    "middle": [text_part("say1"), text_part(" no1 no2", loss=False), text_part(" say2 end")],
+    "thinking": [text_part(THOUGHT, masked=True), text_part("Well. say1 say2")],  # A token may be shared.
+}
+
+
+def test_parts_are_trained_as_they_say_on_every_real_template(material):
+    refused, num_trained = set(), 0
+    for fitted in test_templates.fit_templates(material):
+        try:
+            encoder = test_templates.make_encoder(fitted.tokenizer, test_templates.stops_of(fitted))
+        except Exception:  # Of a template that no conversation fits; the test of all templates is about these.
+            continue
+        for name, parts in PARTED.items():
+            turns = [{"role": "user", "content": "ask1?"}, {"role": "assistant", "content": parts}]
+            (found,) = encoder.encode(formats.convert(Row({"messages": turns}, "a:1"), "messages"))
+            if isinstance(found, MaskError):
+                refused.add((fitted.name, name))
+                continue
+            (encoded,) = found
+            ids, weights = encoded.example
+            text = fitted.tokenizer.decode(ids[weights > 0])
+            assert not re.search(r"no[12]|ask1", text), (fitted.name, name, text)
+            assert re.findall(r"say[12]", text) == ["say1", "say2"], (fitted.name, name, text)
+            assert encoder._is_stop[ids[weights > 0]].any(), (fitted.name, name, text)
+            num_trained += 1
+    assert num_trained > 550 and len(refused) < 40, sorted(refused)
