@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -137,6 +138,12 @@ class DataConfig(Section):
     """Train every assistant turn, only the last one, every token, or the turns of these roles."""
     train_reasoning: bool = True
     """Whether the text of reasoning is trained, or only seen."""
+    reasoning: Literal["error", "drop"] = "error"
+    """Reasoning of an answer for which the template has no place, as with thinking turned off: refuse the row, or leave
+    the reasoning of its answers out, counted."""
+    reasoning_tags: list[tuple[NonEmpty, NonEmpty]] = []
+    """Marks (opening, closing) of reasoning at the start of an answer's content, such as [["<reasoning>",
+    "</reasoning>"]]: what they enclose is given to the template as reasoning."""
     unroll: Literal["auto", "always", "never"] = "auto"
     """One example per turn: where the template shows a turn another past later, for every turn, or never."""
     control_tokens: Literal["split", "error", "allow"] = "split"

@@ -72,7 +72,7 @@ def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
     template = open_template(tokenizer)
     if template is None:
         return []
-    habits = habits_of(template)
+    habits = habits_of(template, [token_text(tokenizer, id) for id in known])
     added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
     after = pattern.findall(habits.after)
