@@ -141,7 +141,7 @@ class DataConfig(Section):
     reasoning: Literal["error", "drop"] = "error"
     """Reasoning of an answer for which the template has no place, as with thinking turned off: refuse the row, or leave
     the reasoning of its answers out, counted."""
-    reasoning_tags: list[tuple[NonEmpty, NonEmpty]] = []
+    reasoning_tags: list[Annotated[list[NonEmpty], Field(min_length=2, max_length=2)]] = []
     """Marks (opening, closing) of reasoning at the start of an answer's content, such as [["<reasoning>",
     "</reasoning>"]]: what they enclose is given to the template as reasoning."""
     unroll: Literal["auto", "always", "never"] = "auto"

@@ -131,18 +131,17 @@ def _around_answer(template: ChatTemplate, habits: Habits, stops: Sequence[str])
             shown = Layout(template.render(traceable, num_messages), traceable, num_messages)
         except TemplateError:
             continue
-        speech = shown.speech(len(beginning))
-        if speech is None or past.speech(len(beginning) - 1) is None:
+        speech, asked = shown.speech(len(beginning)), shown.speech(len(beginning) - 1)
+        question = past.speech(len(beginning) - 1)
+        if speech is None or question is None or asked is None or asked[1] > speech[0]:
             continue
-        before = shown.end_before(len(beginning))
-        gap = _cut(shown.text, before, speech[0])
-        tail = _cut(past.text, past.end_before(len(beginning)), None)
+        gap, tail = _cut(shown.text, asked[1], speech[0]), _cut(past.text, question[1], None)
         between = _between(template, habits, [*beginning, _ANSWER], [_MORE, _ANSWER])
         is_asked = past.text != prompt
         if is_asked:
             # Only as far as the prompt has it: an empty thinking block is the model's to write.
             added = _cut(prompt, whole_length(past.text, prompt), None)
-            header = _held(added, _cut(gap, whole_length(tail, gap), None))
+            header = _behind_stops(_held(added, _cut(gap, whole_length(tail, gap), None)), stops)
         else:
             header, is_asked = _unasked(template, habits, beginning, (gap, tail, between), stops)
         return habits._replace(

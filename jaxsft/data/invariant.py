@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsft.data.layout import SPEECH, Layout
-from jaxsft.data.likeness import common_length
+from jaxsft.data.likeness import common_length, header_end
 from jaxsft.data.provenance import TEMPLATE, UNKNOWN
 from jaxsft.data.starts import MaskError
 from jaxsft.data.template import GENERATED, Source
@@ -43,7 +43,7 @@ class Given(NamedTuple):
     prompts: Mapping[int, str]
     """By message, the prompt that asks for it, where there is one."""
     headers: Sequence[str]
-    """What the template writes before an answer in general, stripped; the longest first."""
+    """What the template writes before an answer in general; the longest first."""
     stop: re.Pattern[str]
     """The text of any stop token."""
     sees_reasoning_only: bool
@@ -64,6 +64,7 @@ def check_weights(given: Given, starts: np.ndarray, ends: np.ndarray, weights: n
     """
     text = str.__str__(given.layout.text)
     spoken = _spoken(given)
+    given = given._replace(headers=_headers(given, text, spoken))
     wrong = weights > 0
     for start, end in _joined(_free(given, text, spoken)):
         wrong[ends.searchsorted(start, "right") : starts.searchsorted(end)] = False
@@ -124,6 +125,18 @@ def _spoken(given: Given) -> list[_Part]:
     return parts
 
 
+def _headers(given: Given, text: str, spoken: Sequence[_Part]) -> list[str]:
+    """What stands before an answer: in general, and at the end of the prompts of the other turns."""
+    found = set(given.headers)
+    for message, prompt in given.prompts.items() if len(given.trained) > 1 else ():
+        if message in given.trained and text.startswith(prompt):
+            since = max((part.end for part in spoken if part.end <= len(prompt)), default=0)
+            for stop in given.stop.finditer(prompt, since):
+                since = stop.end()
+            found.add(prompt[since:])
+    return sorted((header for header in found if header.strip()), key=len, reverse=True)
+
+
 def _free(given: Given, text: str, spoken: Sequence[_Part]) -> Iterator[tuple[int, int]]:
     """The characters that may carry weight, as (start, end)."""
     silent = given.trained.difference([part.message for part in spoken])
@@ -136,9 +149,11 @@ def _free(given: Given, text: str, spoken: Sequence[_Part]) -> Iterator[tuple[in
         # Those of whom nothing is shown have their place where their prompt ends.
         for message in sorted(silent) if silent else ():
             bound = _given_until(given, text, message, position)
-            for header in given.headers:
-                if bound is None and header in text[position:end]:
-                    bound = text.index(header, position) + len(header)
+            for header in given.headers if bound is None else ():
+                at = text.find(header.strip(), position, end)
+                if at >= 0:
+                    bound = header_end(header, text, at)
+                    break
             if bound is not None and position <= bound <= end:
                 stop = given.stop.search(text, bound, end)
                 yield bound, stop.end() if stop else end
@@ -155,7 +170,10 @@ def _after(given: Given, text: str, position: int, end: int, *, is_last: bool) -
     if stop:
         yield position, stop.end()
     elif is_last:  # A stop token is appended; a header that the template goes on with stays out.
-        yield position, min([end, *(at for header in given.headers if (at := text.find(header, position)) >= 0)])
+        yield (
+            position,
+            min([end, *(at for header in given.headers if (at := text.find(header.strip(), position)) >= 0)]),
+        )
 
 
 def _begin(given: Given, text: str, part: _Part, position: int) -> int:
@@ -166,12 +184,12 @@ def _begin(given: Given, text: str, part: _Part, position: int) -> int:
     prompt = given.prompts.get(part.message)
     bound = _given_until(given, text, part.message, position)
     begin = max(begin, bound if bound is not None else begin)
-    is_asked = prompt is not None and text.startswith(prompt)
-    for header in given.headers:
-        at = text.rfind(header, position if not is_asked else begin, part.start)
-        if at >= 0 and (not is_asked or not text[begin:at].strip()):
-            begin = max(begin, at + len(header))
-            break
+    if bound is None or bound < part.start:
+        since = begin if prompt is not None and text.startswith(prompt) else position
+        for header in given.headers:
+            at = text.rfind(header.strip(), since, part.start)
+            if at >= 0:
+                begin = max(begin, header_end(header, text, at))
     return min(begin, part.start)
 
 

@@ -35,6 +35,13 @@ def is_border(text: str, at: int) -> bool:
     return text[at].isspace() or text[at] in "<[" or text[at - 1].isspace() or text[at - 1] in ">]"
 
 
+def header_end(header: str, text: str, at: int) -> int:
+    """Where a header ends whose words begin at a place; of its blanks at the end, those that are there."""
+    words = len(header.strip())
+    blanks = header.lstrip()[words:]
+    return at + words + common_length(blanks, text[at + words : at + words + len(blanks)])
+
+
 def parting(tail: str, gap: str) -> int:
     """How far `gap` says the same as the end of a prompt, blanks aside, up to the end of a word or of a mark.
 

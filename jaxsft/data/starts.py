@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jaxsft.data.habits import Habits
 from jaxsft.data.layout import Layout
-from jaxsft.data.likeness import is_border, parting, whole_length
+from jaxsft.data.likeness import header_end, is_border, parting, whole_length
 from jaxsft.data.sources import DataError
 
 
@@ -96,9 +96,14 @@ def find_begin(question: Question) -> Begin:
     else:
         begin = _parted(question, prompt)
     header, gap = habits.header, text[begin.start : max(question.end, begin.start)]
-    if begin.found_by == "prompt" and header.strip() and gap.lstrip().startswith(header.lstrip()):
-        # This prompt has none.
-        return begin._replace(start=begin.start + gap.index(header.lstrip()) + len(header.lstrip()), found_by="header")
+    if begin.found_by == "prompt" and gap.strip():
+        # Some prompts have no header, as after another answer.
+        speaks = question.shown.speech(question.message) is not None
+        for known in [header] if header.strip() else question.make_headers():
+            words = known.strip()
+            if words and words in gap and (speaks or gap.lstrip().startswith(words)):
+                start = header_end(known, text, begin.start + _place(question, words, gap))
+                return begin._replace(start=start, found_by="header")
     if not gap.strip() or not habits.ignores_prompt:
         return begin
     # The header is not in the prompt: what the template writes before an answer in general is the header here.

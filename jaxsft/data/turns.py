@@ -97,8 +97,8 @@ class TurnFinder:
         longest_first = sorted(stop_texts, key=len, reverse=True)
         self.stop = re.compile("|".join(re.escape(text) for text in longest_first) or r"(?!)")
         self.habits = habits_of(template, longest_first)
-        headers = (self.habits.header.strip(), self.habits.past_header.strip())
-        self.headers = sorted({header for header in headers if header}, key=len, reverse=True)
+        headers = {header for header in (self.habits.header, self.habits.past_header) if header.strip()}
+        self.headers = sorted(headers, key=len, reverse=True)
         self.closing = self.habits.after[: whole_length(self.habits.after, self.habits.between)]
         """What it writes after every answer, whatever comes next."""
         self.writes_stop = self.stop.search(self.habits.after) is not None
@@ -221,8 +221,8 @@ class TurnFinder:
         speech = shown.speech(index)
         try:
             begin = find_begin(question)
-            asked = shown.speech(index - 1)
-            is_early = speech and ((asked and asked[0] > speech[0]) or speech[0] < begin.start)
+            asked = [shown.speech(before) for before in range(index)]
+            is_early = speech and (speech[0] < begin.start or any(each and each[0] > speech[0] for each in asked))
             if is_early and begin.found_by != "prompt":
                 raise MaskError(f"message {index + 1} (assistant): {self.name} shows it before what it answers")
         except MaskError:
