@@ -13,6 +13,7 @@ import numpy as np
 from jaxsft.batch import Example
 from jaxsft.config import DataConfig
 from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.data.exchanges import without_oldest
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
 from jaxsft.data.habits import fitted
 from jaxsft.data.invariant import Given, check_weights
@@ -86,6 +87,8 @@ class ChatEncoder:
                 unroll=config.unroll,
                 name=template_name(tokenizer),
             )
+        self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
+        self._every_stop = config.train_stop == "every"
         self._around: tuple[list[int], list[int]] | None = None
         self._closing = self._finder.closing if self._finder is not None else ""
         self.notes = self._make_notes(config)
@@ -98,6 +101,7 @@ class ChatEncoder:
             "train_reasoning": config.train_reasoning,
             "reasoning": config.reasoning,
             "reasoning_tags": config.reasoning_tags,
+            "train_stop": config.train_stop,
             "unroll": config.unroll,
             "control_tokens": config.control_tokens,
             "trusted_roles": sorted(self._trusted_roles - {*TRUSTED_ROLES}),
@@ -175,7 +179,7 @@ class ChatEncoder:
         for index, views in conversations:
             found = [next(tokens) for _ in views]
             try:
-                results[index] = self._weigh_all(items[index].origin, views, found)
+                results[index] = self._fitting(items[index], self._weigh_all(items[index].origin, views, found))
             except MaskError as error:
                 results[index] = error
         for index, segmented in [each for each in documents if each[1].trained is not None]:
@@ -192,6 +196,28 @@ class ChatEncoder:
             except MaskError as error:
                 results[index] = error
         return results
+
+    def _fitting(self, item: Item, encoded: list[Encoded]) -> list[Encoded]:
+        """Under `data.overlong: drop_oldest`, the examples of as many of the last exchanges as are short enough."""
+        if self._most_tokens is None:
+            return encoded
+        shorter, num_dropped, found = item, 0, encoded
+        while max(len(each.example.tokens) for each in found) > self._most_tokens:
+            assert isinstance(shorter, Conversation), "it was encoded as one"
+            without = without_oldest(shorter)
+            if without is None:
+                return encoded  # One exchange alone is too long.
+            shorter, num_dropped = without, num_dropped + 1
+            try:
+                views = self._draw(shorter)
+                texts, trusts = [each.view.text for each in views], [each.trust for each in views]
+                found = self._weigh_all(item.origin, views, self._text_encoder.encode(texts, trusts))
+            except MaskError:
+                return encoded  # Nothing that is trained is left, or the template refuses it.
+        if num_dropped:
+            before, after = (sum(len(each.example.tokens) for each in some) for some in (encoded, found))
+            found[0].counts.update(dropped_exchanges=num_dropped, dropped_exchange_tokens=before - after)
+        return found
 
     def _refused(self, error: TemplateError) -> MaskError:
         return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
@@ -215,6 +241,7 @@ class ChatEncoder:
             messages, traceable, views, left_out = self._views(conversation)
         self._compare(messages, conversation.tools, kwargs, views)
         answers = frozenset(at for at, each in enumerate(conversation.messages) if each["role"] == "assistant")
+        last_message = max(turn.message for view in views for turn in view.turns)
         changed = {
             "left_out_turns": left_out,
             "stripped_stops": num_stripped,
@@ -224,7 +251,7 @@ class ChatEncoder:
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
             counts = {} if drawn else changed
-            drawn.append(_Drawn(view, trust, writers, counts, traceable.sources, answers))
+            drawn.append(_Drawn(view, trust, writers, counts, traceable.sources, answers, last_message))
         return drawn
 
     def _views(self, conversation: Conversation) -> tuple[list[Message], Traceable, list[View], int]:
@@ -332,6 +359,13 @@ class ChatEncoder:
             for start, stop in turn.seen_only:
                 inside &= ~((starts >= start) & (ends <= stop))
             weights[inside] = turn.weight
+            if (
+                last is not None
+                and turn.stop is not None
+                and turn.stop[0] < turn.stop[1]
+                and not self._ends(drawn, turn)
+            ):
+                weights[last] = 0
             counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
                 np.sum(inside & (starts < turn.start))
             )
@@ -353,12 +387,16 @@ class ChatEncoder:
                 turn_ends[-1] = kept
             stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
             ids = np.append(ids, np.int32(stop))
-            weights = np.append(weights, np.float32(drawn.view.turns[-1].weight))
+            weights = np.append(weights, np.float32(turn.weight if self._ends(drawn, turn) else 0))
             writers = np.append(writers, np.uint8(0))
             turn_ends[-1] += 1
         self._check(drawn, tokens, weights)
         counts = {name: count for name, count in counts.items() if count}
         return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
+
+    def _ends(self, drawn: "_Drawn", turn: Turn) -> bool:
+        """Whether the stop token of a turn is trained."""
+        return self._every_stop or turn.message == drawn.last_message
 
     def _check(self, drawn: "_Drawn", tokens: Tokens, weights: np.ndarray) -> None:
         """What was found out about an example, against what is known of it without that."""
@@ -501,6 +539,8 @@ class _Drawn(NamedTuple):
     sources: Sequence[Source]
     answers: frozenset[int]
     """Messages of the assistant."""
+    last_message: int
+    """The last one that is trained, in this text or another one of the conversation."""
 
 
 def prompt_tokens(

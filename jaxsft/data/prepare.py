@@ -183,8 +183,8 @@ def open_source(
         "format_reason": chosen.reason,
         "columns_ignored": sorted(chosen.ignored),
     }
-    roles = {"assistant": ("assistant",), "last_turn": ("assistant",), "all": None}
-    trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
+    one_role = None if config.train_on == "all" else ("assistant",)
+    trained_roles = config.train_on if isinstance(config.train_on, list) else one_role
     recipe = Recipe(
         encoder, chosen.format, source.columns, source.roles, trained_roles, config.seq_len, config.overlong
     )

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from jaxsft.data.exchanges import last_exchange
 from jaxsft.data.formats import Conversation
 from jaxsft.data.habits import habits_of
 from jaxsft.data.layout import Layout
@@ -190,6 +191,9 @@ class TurnFinder:
         if train_on == "last_turn":
             last = max((i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"), default=-1)
             weights = {last: weights[last]} if last in weights else {}
+        if train_on == "last_exchange":
+            since = last_exchange(conversation.messages)
+            weights = {index: weight for index, weight in weights.items() if index >= since}
         if not weights:
             raise MaskError("no turn of this row is trained", "nothing-trained")
         return weights
@@ -232,6 +236,9 @@ class TurnFinder:
                 raise
             begin = Begin(tagged[0], tagged[0], "tags")
         content_end = max(begin.start, speech[1]) if speech else begin.start
+        lead = self.habits.lead.rstrip()
+        if speech is None and lead and str.startswith(shown.text, lead, begin.start):
+            content_end += len(lead)  # An empty thought is all that an empty answer says.
         seen_only = () if self._train_reasoning else shown.reasoning(index)
         seen_only += self._asked_within(traceable, index, shown)
         stop = self._find_stop(shown, content_end, index)

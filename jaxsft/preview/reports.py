@@ -30,6 +30,7 @@ REMEDIES = {
     "no-assistant-turn": "data.train_on chooses whose turns are trained",
     "no-trained-turn": "data.train_on chooses whose turns are trained",
     "nothing-trained": "data.train_on chooses whose turns are trained",
+    "reasoning": "data.reasoning=drop would leave the reasoning out",
     "image-or-audio": "only text can be trained",
 }
 """Of bad rows, by code."""

@@ -205,6 +205,14 @@ def test_an_empty_thought_behind_the_prompt_is_the_model_s_to_write(make_tokeniz
     assert trained_texts(last, tokenizer) == ["<think></think>" + BOTH[1]]
 
 
+def test_an_empty_answer_keeps_its_empty_thought_where_a_stop_token_is_appended(make_tokenizer):
+    template = TURN_BY_TURN.replace("<|im_end|>\n", "").replace("+ m['content']", "+ LEAD + m['content']")
+    for lead in ("<think></think>", "<think>\n\n</think>\n\n", "[SAY]"):
+        tokenizer = make_tokenizer(template.replace("LEAD", f"({lead!r} if m['role'] == 'assistant' else '')") + PROMPT)
+        (texts,) = all_trained([TURNS[0], {"role": "assistant", "content": ""}], tokenizer)
+        assert texts[0].replace("\n", "") == lead.replace("\n", "") + "<|endoftext|>"
+
+
 def test_an_assistant_turn_that_nothing_precedes_begins_after_its_header(make_tokenizer):
     assert all_trained(TURNS[1:], make_tokenizer()) == [BOTH]
     greeted = "{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}" + CHATML
