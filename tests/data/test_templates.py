@@ -24,6 +24,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import fetched
 from conversations import CASES, Case, Message
 from goldens import GOLDENS, Golden
 
@@ -1038,7 +1039,8 @@ def doc_page(table: dict[str, dict[str, Outcome]], notes: dict[str, list[str]], 
         "",
         f"{summary(table)}. A template in brackets is the tokenizer's own; every other one was put on the tokenizer",
         "that knows most of its control tokens. *Absent*: the template leaves text of the conversation out, so",
-        "that the row is refused. *Not rendered*: the template itself refuses the roles or their order. *Unrolled*:",
+        "that the row is refused. *Not rendered*: the template itself refuses the roles or their order.",
+        "*Contradicted*: an answer reasons although its prompt has closed the thought, and is refused. *Unrolled*:",
         "conversations that become several examples, because a turn is shown otherwise once it is in the past.",
         "Written by `python tests/data/test_templates.py --write`.",
         "",
@@ -1064,7 +1066,7 @@ def doc_page(table: dict[str, dict[str, Outcome]], notes: dict[str, list[str]], 
             "; ".join(refused),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *fetched.page()]) + "\n"
 
 
 def current_page(material: pathlib.Path) -> str:
