@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -143,12 +144,23 @@ class DataConfig(Section):
     """Variables for the chat template; those of a row go first."""
     template_date: Annotated[str | None, BeforeValidator(_date_as_text)] = None
     """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
-    train_on: Literal["assistant", "last_turn", "all"] | list[str] = "assistant"
-    """Train every assistant turn, only the last one, every token, or the turns of these roles."""
+    train_on: Literal["assistant", "last_turn", "last_exchange", "all"] | Annotated[list[str], Field(min_length=1)] = (
+        "assistant"
+    )
+    """Train every assistant turn, only the last one, all after the last user turn (calls included), every token, or the
+    turns of these roles."""
+    train_stop: Literal["every", "last"] = "every"
+    """Train the stop token of every trained turn, or only that of a conversation's last one."""
     ignore_keys: Annotated[list[str], BeforeValidator(_as_list)] = []
     """Keys of turns that look as if they said which turns are trained, and do not."""
     train_reasoning: bool = True
     """Whether the text of reasoning is trained, or only seen."""
+    reasoning: Literal["error", "drop"] = "error"
+    """Reasoning of an answer for which the template has no place, as with thinking turned off: refuse the row, or leave
+    the reasoning of its answers out, counted."""
+    reasoning_tags: list[Annotated[list[NonEmpty], Field(min_length=2, max_length=2)]] = []
+    """Marks (opening, closing) of reasoning at the start of an answer's content, such as [["<reasoning>",
+    "</reasoning>"]]: what they enclose is given to the template as reasoning."""
     unroll: Literal["auto", "always", "never"] = "auto"
     """One example per turn: where the template shows a turn another past later, for every turn, or never."""
     control_tokens: Literal["split", "error", "allow"] = "split"
@@ -159,10 +171,13 @@ class DataConfig(Section):
     """Tokens per row, and the longest example that is kept whole."""
     packing: bool = True
     """Several examples share a row, sealed off from each other; otherwise one example per row."""
-    overlong: Literal["drop", "error", "truncate_turns", "truncate", "split"] | None = None
+    overlong: Literal["drop", "error", "drop_oldest", "truncate_turns", "truncate", "split"] | None = None
     """What becomes of an example of more than `seq_len` tokens; left out: chats are dropped, plain text is split."""
     allow_overlap: bool = False
     """Whether held-out rows may be in the training data as well."""
+    mixture_ends: Literal["total", "first", "all"] = "total"
+    """Of sources with weights, an epoch draws as many examples as all have together, or ends when the first of them, or
+    when every one of them, was gone through."""
     stream: bool = False
     """Prepare the rows while training, for sources too large to prepare before; needs `train.steps`."""
     shuffle_buffer: PositiveInt = 8192
@@ -194,6 +209,10 @@ class DataConfig(Section):
             raise ValueError(f"chat_template_kwargs: only what JSON can hold: {error}") from None
         if len(self.train) == 1 and self.train[0].weight is not None:
             raise ValueError("train.0.weight has no effect: there is no other source")
+        if self.mixture_ends != "total" and (self.stream or any(source.weight is None for source in self.train)):
+            raise ValueError(
+                "`mixture_ends` has no effect but on several sources with a `weight` each, without `stream`"
+            )
         if not self.stream and "shuffle_buffer" in self.model_fields_set:
             raise ValueError("`shuffle_buffer` has no effect without `stream`")
         return self

@@ -361,7 +361,7 @@ def prepare_data(
         prepare(config.data, source, encoder, tokenizer_files_key=tokenizer.key, limit=limit, say=say)
         for source in sources
     ]
-    return make_dataset(prepared, sources)
+    return make_dataset(prepared, sources, ends=config.data.mixture_ends)
 
 
 def _place_batch(loader: Loader | StreamLoader, mesh: Mesh, vocab_size: int, step: int) -> Batch:

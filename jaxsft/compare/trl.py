@@ -131,11 +131,13 @@ def _check(config: Config) -> None:
     """Refuses what has no counterpart in TRL."""
     if config.data.stream:
         raise ConfigError("data.stream: true, but only prepared rows can be compared; set it to false")
-    if isinstance(config.data.train_on, list):
+    if isinstance(config.data.train_on, list) or config.data.train_on == "last_exchange":
         raise ConfigError(
             f"data.train_on: {config.data.train_on} given, but TRL masks all roles or those of the assistant; compare "
             "with assistant, last_turn or all"
         )
+    if config.data.train_stop == "last":
+        raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
         raise ConfigError(f"{', '.join(f'optim.{key}' for key in refused)}: TRL computes another router loss; use 0")
 

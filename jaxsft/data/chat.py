@@ -14,14 +14,18 @@ import numpy as np
 from jaxsft.batch import Example
 from jaxsft.config import DataConfig
 from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.data.exchanges import without_oldest
 from jaxsft.data.flags import OURS
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
 from jaxsft.data.habits import fitted
+from jaxsft.data.invariant import Given, check_weights
 from jaxsft.data.parts import character_weights, token_weights
 from jaxsft.data.provenance import TEMPLATE, UNKNOWN
+from jaxsft.data.starts import MaskError
 from jaxsft.data.stops import open_template, stop_ids, template_name, token_text
-from jaxsft.data.template import GENERATED, Source, TemplateError, number_sources
-from jaxsft.data.turns import MaskError, Turn, TurnFinder, View
+from jaxsft.data.template import GENERATED, Source, TemplateError, Traceable, number_sources
+from jaxsft.data.thinking import ReasoningError, read_tags, without_reasoning
+from jaxsft.data.turns import Turn, TurnFinder, View
 
 WRITERS = ("template", "system", "user", "assistant", "tool", "other")
 """Who wrote the characters of a token."""
@@ -83,6 +87,8 @@ class ChatEncoder:
         self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
         self._is_stop[self._stops] = True
         self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
+        self._train_reasoning, self._keeps_reasoning = config.train_reasoning, config.reasoning == "error"
+        self._reasoning_tags = [(opening, closing) for opening, closing in config.reasoning_tags]
         self._stop_texts = [token_text(tokenizer, id) for id in stops]
         self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
         self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
@@ -101,6 +107,9 @@ class ChatEncoder:
                 unroll=config.unroll,
                 name=template_name(tokenizer),
             )
+        self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
+        self._every_stop = config.train_stop == "every"
+        self._around: tuple[list[int], list[int]] | None = None
         self._closing = self._finder.closing if self._finder is not None else ""
         self.template_keys = _keys_read(tokenizer.chat_template)
         """Keys that the template may read of a message."""
@@ -112,6 +121,9 @@ class ChatEncoder:
             "stops": list(map(int, stops)),
             "train_on": config.train_on,
             "train_reasoning": config.train_reasoning,
+            "reasoning": config.reasoning,
+            "reasoning_tags": config.reasoning_tags,
+            "train_stop": config.train_stop,
             "unroll": config.unroll,
             "control_tokens": config.control_tokens,
             "trusted_roles": sorted(self._trusted_roles - {*TRUSTED_ROLES}),
@@ -128,7 +140,7 @@ class ChatEncoder:
                 f"must be given to the model by whoever asks it"
             )
         if not self._finder.writes_stop:
-            stop = token_text(self._tokenizer, int(self._stops[0])) if len(self._stops) else "none"
+            stop = self._finder.usual_stop or (self._stop_texts[0] if self._stop_texts else "none")
             notes.append(f"the chat template writes no stop token after an answer; {stop!r} is appended and trained")
         if self._clock is not None:
             notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")
@@ -156,7 +168,7 @@ class ChatEncoder:
         try:
             text = self._template.render(traceable, len(messages), prompt=True)
         except TemplateError as error:
-            raise MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}") from error
+            raise self._refused(error) from error
         trust, _ = self._characters(text.runs, traceable.sources, messages)
         (tokens,) = self._text_encoder.encode([text], [trust])
         if isinstance(tokens, ControlError):
@@ -219,12 +231,14 @@ class ChatEncoder:
                     results[-1] = [self._tokenised(item)]
             except MaskError as error:
                 results[-1] = error
+            except TemplateError as error:
+                results[-1] = self._refused(error)
         drawn = [each for _, views in conversations for each in views]
         tokens = iter(self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn]))
         for index, views in conversations:
             found = [next(tokens) for _ in views]
             try:
-                results[index] = self._weigh_all(items[index].origin, views, found)
+                results[index] = self._fitting(items[index], self._weigh_all(items[index].origin, views, found))
             except MaskError as error:
                 results[index] = error
         for index, segmented in [each for each in documents if each[1].trained is not None]:
@@ -234,7 +248,7 @@ class ChatEncoder:
                 results[index] = error
         documents = [each for each in documents if each[1].trained is None]
         texts = [document.text for _, document in documents]
-        read = self._tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        read = self._tokenizer(texts, **_BARE)["input_ids"] if texts else []
         for (index, document), ids in zip(documents, read, strict=True):
             try:
                 results[index] = [self._document(document, ids)]
@@ -242,24 +256,71 @@ class ChatEncoder:
                 results[index] = error
         return results
 
+    def _fitting(self, item: Item, encoded: list[Encoded]) -> list[Encoded]:
+        """Under `data.overlong: drop_oldest`, the examples of as many of the last exchanges as are short enough."""
+        if self._most_tokens is None:
+            return encoded
+        shorter, num_dropped, found = item, 0, encoded
+        while max(len(each.example.tokens) for each in found) > self._most_tokens:
+            assert isinstance(shorter, Conversation), "it was encoded as one"
+            without = without_oldest(shorter)
+            if without is None:
+                return encoded  # One exchange alone is too long.
+            shorter, num_dropped = without, num_dropped + 1
+            try:
+                views = self._draw(shorter)
+                texts, trusts = [each.view.text for each in views], [each.trust for each in views]
+                found = self._weigh_all(item.origin, views, self._text_encoder.encode(texts, trusts))
+            except MaskError:
+                return encoded  # Nothing that is trained is left, or the template refuses it.
+        if num_dropped:
+            before, after = (sum(len(each.example.tokens) for each in some) for some in (encoded, found))
+            found[0].counts.update(dropped_exchanges=num_dropped, dropped_exchange_tokens=before - after)
+        return found
+
+    def _refused(self, error: TemplateError) -> MaskError:
+        return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
+
     def _draw(self, conversation: Conversation) -> "list[_Drawn]":
         """The texts of a conversation, with the trust and the writer of each character."""
         if self._finder is None:
             raise _no_template(self._tokenizer)
         kwargs = conversation.template_kwargs
         conversation, num_stripped = self._without_stops(conversation)
-        messages = fitted(_shown(conversation.messages), self._finder.habits)
-        traceable = number_sources(messages, conversation.tools, kwargs)
-        views, left_out = self._finder.views(conversation, traceable)
+        if self._reasoning_tags:
+            apart = [read_tags(message, self._reasoning_tags) for message in conversation.messages]
+            conversation = conversation._replace(messages=apart)
+        num_thoughtless = 0
+        try:
+            messages, traceable, views, left_out = self._views(conversation)
+        except ReasoningError:
+            if self._keeps_reasoning:
+                raise
+            conversation, num_thoughtless = without_reasoning(conversation, self._reasoning_tags)
+            messages, traceable, views, left_out = self._views(conversation)
         self._compare(messages, conversation.tools, kwargs, views)
+        answers = frozenset(at for at, each in enumerate(conversation.messages) if each["role"] == "assistant")
+        last_message = max(turn.message for view in views for turn in view.turns)
+        changed = {
+            "left_out_turns": left_out,
+            "stripped_stops": num_stripped,
+            "dropped_reasoning": num_thoughtless,
+        }
         drawn: list[_Drawn] = []
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
-            counts = {} if drawn else {"left_out_turns": left_out, "stripped_stops": num_stripped}
+            counts = {} if drawn else changed
             is_whole = view.turns[0].found_by == "all"
             parts = character_weights(view.text, traceable.sources, conversation.messages, of_turns=is_whole)
-            drawn.append(_Drawn(view, trust, writers, counts, parts))
+            drawn.append(_Drawn(view, trust, writers, counts, parts, traceable.sources, answers, last_message))
         return drawn
+
+    def _views(self, conversation: Conversation) -> tuple[list[Message], Traceable, list[View], int]:
+        """The messages as the template takes them, their strings, the examples, and how many turns were left out."""
+        assert self._finder is not None, "there is a template"
+        messages = fitted(_shown(conversation.messages), self._finder.habits)
+        traceable = number_sources(messages, conversation.tools, conversation.template_kwargs)
+        return messages, traceable, *self._finder.views(conversation, traceable)
 
     def _without_stops(self, conversation: Conversation) -> tuple[Conversation, int]:
         """Some data end their answers with the text of a stop token (T0's with `<|endoftext|>`).
@@ -270,24 +331,27 @@ class ChatEncoder:
         for message in conversation.messages:
             content = message.get("content")
             if message["role"] == "assistant" and isinstance(content, str):
-                for text in self._stop_texts:
-                    if content.rstrip().endswith(text) and self._policy == "split":
-                        message = {**message, "content": content.rstrip().removesuffix(text)}
-                        num_stripped += 1
-                        break
+                stripped = content.rstrip()
+                text = next((text for text in self._stop_texts if stripped.endswith(text)), None)
+                if text is not None and self._policy == "split":
+                    message = {**message, "content": stripped.removesuffix(text)}
+                    num_stripped += 1
             messages.append(message)
         return conversation._replace(messages=messages), num_stripped
 
     def _compare(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], views: Sequence[View]) -> None:
         """Our text is transformers' text; else the mask would be of another conversation."""
         for layout in {id(layout): layout for view in views for layout in view.renders}.values():
-            theirs = self._tokenizer.apply_chat_template(
-                messages[: layout.num_messages],
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=layout.is_prompt,
-                **self._template_kwargs | kwargs,
-            )
+            try:
+                theirs = self._tokenizer.apply_chat_template(
+                    messages[: layout.num_messages],
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=layout.is_prompt,
+                    **self._template_kwargs | kwargs,
+                )
+            except Exception as error:  # A template may raise anything.
+                raise self._refused(TemplateError(" ".join(str(error).split())[:300])) from error
             ours: str = layout.text
             if self._clock is not None:  # Theirs is of today.
                 traceable = number_sources(messages, tools, kwargs)
@@ -299,17 +363,16 @@ class ChatEncoder:
         self, runs: Iterable[tuple[int, int, int]], sources: Sequence[Source], messages: Sequence[Message]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Trust and writer of each character, uint8 each."""
-        lengths, trusts, writers = [], [], []
+        known = {TEMPLATE: (TRUSTED, 0), UNKNOWN: (UNTRUSTED, WRITERS.index("other"))}
+        lengths, standings = [], []
         for length, marked, _ in runs:
             source = marked & ~GENERATED
-            if source in (TEMPLATE, UNKNOWN):
-                trust, writer = (TRUSTED, 0) if source == TEMPLATE else (UNTRUSTED, WRITERS.index("other"))
-            else:
-                trust, writer = self._standing(sources[source - 1], messages)
+            if source not in known:
+                known[source] = self._standing(sources[source - 1], messages)
             lengths.append(length)
-            trusts.append(trust)
-            writers.append(writer)
-        return np.repeat(np.array(trusts, np.uint8), lengths), np.repeat(np.array(writers, np.uint8), lengths)
+            standings.append(known[source])
+        trusts, writers = np.array(standings, np.uint8).reshape(-1, 2).T
+        return np.repeat(trusts, lengths), np.repeat(writers, lengths)
 
     def _standing(self, source: Source, messages: Sequence[Message]) -> tuple[int, int]:
         """How far text of the data is trusted, and who wrote it."""
@@ -365,6 +428,13 @@ class ChatEncoder:
                 counts["straddling_parts"] = counts.get("straddling_parts", 0) + int(
                     np.sum(inside & (of_parts < greatest))
                 )
+            if (
+                last is not None
+                and turn.stop is not None
+                and turn.stop[0] < turn.stop[1]
+                and not self._ends(drawn, turn)
+            ):
+                weights[last] = 0
             counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
                 np.sum(inside & (starts < turn.start))
             )
@@ -384,10 +454,12 @@ class ChatEncoder:
                 kept = int(np.searchsorted(starts, turn.content_end + len(closing)))
                 ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
                 turn_ends[-1] = kept
-            ids = np.append(ids, np.int32(self._stops[0]))
-            weights = np.append(weights, np.float32(drawn.view.turns[-1].weight))
+            stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
+            ids = np.append(ids, np.int32(stop))
+            weights = np.append(weights, np.float32(turn.weight if self._ends(drawn, turn) else 0))
             writers = np.append(writers, np.uint8(0))
             turn_ends[-1] += 1
+        self._check(drawn, tokens, weights)
         counts = {name: count for name, count in counts.items() if count}
         return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
 
@@ -400,6 +472,29 @@ class ChatEncoder:
                 "be trained, or no token lies in them alone",
                 "field-absent",
             )
+
+    def _ends(self, drawn: "_Drawn", turn: Turn) -> bool:
+        """Whether the stop token of a turn is trained."""
+        return self._every_stop or turn.message == drawn.last_message
+
+    def _check(self, drawn: "_Drawn", tokens: Tokens, weights: np.ndarray) -> None:
+        """What was found out about an example, against what is known of it without that."""
+        turns, finder = drawn.view.turns, self._finder
+        assert finder is not None, "it found them"
+        if turns[0].found_by == "all":
+            return
+        given = Given(
+            drawn.view.layout,
+            drawn.sources,
+            frozenset(turn.message for turn in turns),
+            drawn.answers,
+            drawn.view.prompts,
+            finder.headers,
+            finder.stop,
+            not self._train_reasoning,
+        )
+        count = min(len(weights), len(tokens.starts))
+        check_weights(given, tokens.starts[:count], tokens.ends[:count], weights[:count], name=finder.name)
 
     def _last_token(self, turn: Turn, tokens: Tokens, view: View) -> int | None:
         """Index of the last trained token of a turn: its stop token; None where that must be appended."""
@@ -430,6 +525,7 @@ class ChatEncoder:
             raise MaskError(
                 f"the tokenizer {self._tokenizer.name_or_path} has no eos token, so a text would have no end", "no-stop"
             )
+        ids = self._enclosed(ids)
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
         self._check_ids(tokens)
         control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
@@ -441,6 +537,22 @@ class ChatEncoder:
             document.origin,
             {"control_tokens_in_text": control} if control else {},
         )
+
+    def _enclosed(self, ids: list[int]) -> list[int]:
+        """Tokens with what the tokenizer writes around a text, such as BOS, unless the text has that already."""
+        if self._around is None:
+            bare = self._tokenizer("a", **_BARE)["input_ids"]
+            whole = self._tokenizer("a", **_BARE | {"add_special_tokens": True})["input_ids"]
+            at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
+            self._around = whole[:at], whole[at + len(bare) :]
+        before, after = self._around
+        has_before = has_after = False
+        if before and before[0] in ids:
+            at = ids.index(before[0])  # Blanks may precede it.
+            has_before = ids[at : at + len(before)] == before and not self._tokenizer.decode(ids[:at]).strip()
+        if after:
+            has_after = ids[-len(after) :] == after
+        return [*([] if has_before else before), *ids, *([] if has_after else after)]
 
     def _segmented(self, document: Document) -> Encoded:
         """Text with parts that are trained, as it stands: what begins and ends a turn is in it."""
@@ -493,6 +605,9 @@ class ChatEncoder:
             raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer.name_or_path}", "unknown-token")
 
 
+_BARE: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+
+
 class _Drawn(NamedTuple):
     """A text, and of each of its characters the trust and the writer, uint8."""
 
@@ -502,6 +617,11 @@ class _Drawn(NamedTuple):
     counts: dict[str, int]
     parts: np.ndarray | None
     """float32: what the weight of the turn is multiplied by, where messages weigh parts of themselves."""
+    sources: Sequence[Source]
+    answers: frozenset[int]
+    """Messages of the assistant."""
+    last_message: int
+    """The last one that is trained, in this text or another one of the conversation."""
 
 
 def prompt_tokens(

@@ -1,35 +1,14 @@
 """What a chat template does around every answer, and how it takes messages: learnt by rendering a few words."""
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxsft.data.formats import Message
 from jaxsft.data.layout import Layout
+from jaxsft.data.likeness import parting, whole_length
+from jaxsft.data.provenance import Traced
 from jaxsft.data.template import ChatTemplate, TemplateError, number_sources
-
-
-def parting(tail: str, gap: str) -> int:
-    """How far `gap` says the same as the end of a prompt, blanks aside, up to the end of a word or of a mark.
-
-    parting("<turn>model\\n<think>", "<turn>model\\nYes")  is 12: the newline is in both
-    parting("\\nAssistant:", "\\n\\nAssistant: Yes")      is 12: one newline more changes nothing
-    parting("<|a|><|think|>", "<|a|><|text|>")          is 5: `<|t` is no common beginning
-    """
-    at = here = same = 0
-    while True:
-        if at < len(tail) and here < len(gap) and tail[at] == gap[here]:
-            at, here = at + 1, here + 1
-            is_end = at == len(tail) or tail[at].isspace() or tail[at] in "<["
-            if is_end or tail[at - 1].isspace() or tail[at - 1] in ">]":
-                same = here
-        elif at < len(tail) and tail[at].isspace():
-            at += 1
-        elif here < len(gap) and gap[here].isspace():
-            here += 1
-        else:
-            return same
 
 
 class Habits(NamedTuple):
@@ -37,16 +16,20 @@ class Habits(NamedTuple):
 
     header: str
     """What it writes between the question and the answer, as far as the prompt supplies that."""
+    past_header: str
+    """As much of it as it writes before an answer that others follow: some write thinking before the last one only."""
     ignores_prompt: bool
-    """add_generation_prompt changes nothing."""
+    """add_generation_prompt changes nothing, and no header stands at the end without it."""
     lead: str
     """What it writes between the header and the answer: the model's to write, such as an empty thought."""
     after: str
     """What it writes after the answer."""
-    between: str
+    between: Traced
     """What it writes between an answer and the next question."""
-    takes_blocks: bool
-    """It shows only content that is a list of `{"type": "text", "text": ...}`."""
+    after_call: Traced
+    """What it writes between a tool call and its result."""
+    takes_blocks: frozenset[str]
+    """Roles of which it shows only content that is a list of `{"type": "text", "text": ...}`."""
     takes_json_arguments: bool
     """It shows the arguments of a tool call only, or only as JSON, where they are a string."""
 
@@ -56,7 +39,8 @@ def fitted(messages: Sequence[Message], habits: Habits) -> list[Message]:
     fitting = []
     for message in messages:
         message = {key: value for key, value in message.items() if key not in ("weight", "train")}
-        if habits.takes_blocks and isinstance(message.get("content"), str):
+        role = message["role"] if message["role"] in _ROLES else "user"
+        if role in habits.takes_blocks and isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         if habits.takes_json_arguments and message.get("tool_calls"):
             message["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
@@ -98,61 +82,178 @@ _TOOLS = [
 ]
 
 
-def habits_of(template: ChatTemplate) -> Habits:
-    """Learns them by rendering; a template that refuses all of it is known by its refusals of rows."""
-    habits = Habits("", True, "", "", "", False, False)
-    for blocks in (False, True):
-        found = _around_answer(template, habits._replace(takes_blocks=blocks))
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_RESULT: Message = {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"}
+_MORE: Message = {"role": "user", "content": "and more"}
+_SIDES: tuple[frozenset[str], ...] = (
+    frozenset(), frozenset({"user", "assistant"}), frozenset({"user"}), frozenset({"assistant"}),
+)  # fmt: skip
+_OTHERS: dict[str, list[Message]] = {
+    "system": [{"role": "system", "content": "a rule"}, _QUESTION, _ANSWER],
+    "developer": [{"role": "developer", "content": "a rule"}, _QUESTION, _ANSWER],
+    "tool": [_QUESTION, _CALL, _RESULT, _ANSWER],
+}
+"""Conversations to see how else the content of other roles is taken."""
+
+
+def habits_of(template: ChatTemplate, stops: Sequence[str] = ()) -> Habits:
+    """Learns them by rendering; a template that refuses all of it is known by its refusals of rows.
+
+    Args:
+        template: to render with.
+        stops: texts of tokens that end an answer; what ends a message is no header.
+    """
+    habits = Habits("", "", True, "", "", Traced(), Traced(), frozenset(), False)
+    for sides in _SIDES:
+        found = _around_answer(template, habits._replace(takes_blocks=sides), stops)
         if found is not None:
             habits = found
             break
     as_object, as_text = (
         _shown_call(template, habits._replace(takes_json_arguments=as_json)) for as_json in (False, True)
     )
-    return habits._replace(takes_json_arguments=as_text and not as_object)
+    habits = habits._replace(takes_json_arguments=as_text and not as_object)
+    for role, messages in _OTHERS.items():
+        if _takes_blocks(template, habits, role, messages):
+            habits = habits._replace(takes_blocks=habits.takes_blocks | {role})
+    return habits._replace(after_call=_after_call(template, habits))
 
 
-def _around_answer(template: ChatTemplate, habits: Habits) -> Habits | None:
+def _around_answer(template: ChatTemplate, habits: Habits, stops: Sequence[str]) -> Habits | None:
     for beginning in _BEGINNINGS:
+        if len(beginning) > 1 and "user" in habits.takes_blocks:
+            habits = habits._replace(takes_blocks=habits.takes_blocks | {"system"})
         traceable = number_sources(fitted([*beginning, _ANSWER], habits), None, {})
+        num_messages = len(beginning) + 1
         try:
-            past = template.render(traceable, len(beginning))
+            past = Layout(template.render(traceable, len(beginning)), traceable, len(beginning))
             prompt = template.render(traceable, len(beginning), prompt=True)
-            num_messages = len(beginning) + 1
             shown = Layout(template.render(traceable, num_messages), traceable, num_messages)
         except TemplateError:
             continue
-        speech = shown.speech(len(beginning))
-        if speech is None:
+        speech, asked = shown.speech(len(beginning)), shown.speech(len(beginning) - 1)
+        question = past.speech(len(beginning) - 1)
+        if speech is None or question is None or asked is None or asked[1] > speech[0]:
             continue
-        same = len(os.path.commonprefix([past, shown.text]))
-        since = max(min(same, speech[0]), shown.end_before(len(beginning)))
-        header = str.__getitem__(shown.text, slice(since, speech[0]))
-        if past != prompt:  # Only as far as the prompt has it: an empty thinking block is the model's to write.
-            added = str.__getitem__(prompt, slice(len(os.path.commonprefix([past, prompt])), None))
-            found = max(range(len(header) + 1), key=lambda at: parting(added, header[at:]))
-            header = header[found : found + parting(added, header[found:])]
-        elif not shown.text.startswith(past):  # It always ends with a header, which is then in the prompt as well.
-            header = ""
+        gap, tail = _cut(shown.text, asked[1], speech[0]), _cut(past.text, question[1], None)
+        between = _between(template, habits, [*beginning, _ANSWER], [_MORE, _ANSWER])
+        is_asked = past.text != prompt
+        if is_asked:
+            # Only as far as the prompt has it: an empty thinking block is the model's to write.
+            added = _cut(prompt, whole_length(past.text, prompt), None)
+            header = _behind_stops(_held(added, _cut(gap, whole_length(tail, gap), None)), stops)
+        else:
+            header, is_asked = _unasked(template, habits, beginning, (gap, tail, between), stops)
         return habits._replace(
             header=header,
-            lead=str.__getitem__(shown.text, slice(since, speech[0])).rpartition(header)[2] if header else "",
-            ignores_prompt=past == prompt,
-            after=str.__getitem__(shown.text, slice(speech[1], None)),
-            between=_between(template, habits, beginning),
+            past_header=_held(header, _between(template, habits, beginning, [_ANSWER, _MORE, _ANSWER])),
+            lead=gap.rpartition(header)[2] if header else "",
+            ignores_prompt=not is_asked,
+            after=_cut(shown.text, speech[1], None),
+            between=between,
         )
     return None
 
 
-def _between(template: ChatTemplate, habits: Habits, beginning: list[Message]) -> str:
-    messages = [*beginning, _ANSWER, {"role": "user", "content": "and more"}, _ANSWER]
+def _held(header: str, gap: str) -> str:
+    """As much of a header as stands in a text."""
+    begins = [at for at in range(len(gap)) if gap[at] == header[:1]]
+    found = max(begins, key=lambda at: parting(header, gap[at:]), default=0)
+    return gap[found : found + parting(header, gap[found:])]
+
+
+def _unasked(
+    template: ChatTemplate, habits: Habits, beginning: list[Message], texts: tuple[str, str, str], stops: Sequence[str]
+) -> tuple[str, bool]:
+    """The header of a template that ignores add_generation_prompt, and whether its prompts have it nonetheless.
+
+    The end of a message is told from a header by what follows a question that is not the last message: there, another
+    header stands instead.
+
+        gap         what it writes between question and answer      <eos>[A]
+        tail        what it writes after a question at the end      <eos>[A]: its prompts have it;  <eos>: they have not
+        between     what it writes between answer and question      <eos>[Q]
+    """
+    gap, tail, between = texts
+    again = _between(template, habits, beginning, [_MORE])
+    ending = max(whole_length(tail, again), whole_length(tail, between))
+    rest = tail[ending:]
+    for stop in sorted(stops, key=len, reverse=True):
+        rest = rest.replace(stop, "")
+    rest = rest.strip()
+    if rest and not again:
+        # It takes no two questions. What it writes whoever speaks last is no end of a question.
+        answered = _tail(template, habits, [*beginning, _ANSWER])
+        rest = rest if answered and answered.rstrip().endswith(rest) else ""
+    if rest and rest not in gap:
+        # Words that end every text are none that begin an answer; a header stands there even if nobody spoke.
+        nothing = _tail(template, habits, [])
+        rest = rest if nothing is None or nothing.rstrip().endswith(rest) else ""
+    if rest:
+        asked = gap[: parting(tail, gap)]
+        header = _behind_stops(asked, stops)
+        return header if header.strip() != asked.strip() else asked[ending:], True
+    if gap.startswith(tail):
+        return gap[len(tail) :], False
+    return _behind_stops(gap[whole_length(tail, gap) :], stops), False
+
+
+def _behind_stops(text: str, stops: Sequence[str]) -> str:
+    """What follows the stop tokens and blanks that a text begins with."""
+    text = text.lstrip()
+    while stop := next((stop for stop in stops if text.startswith(stop)), ""):
+        text = text.removeprefix(stop).lstrip()
+    return text
+
+
+def _between(template: ChatTemplate, habits: Habits, before: list[Message], after: list[Message]) -> Traced:
+    """What stands between the last message of one list and the first of the other; "" where they are refused."""
+    messages = [*before, *after]
+    traceable = number_sources(fitted(messages, habits), _TOOLS if before[-1].get("tool_calls") else None, {})
+    try:
+        layout = Layout(template.render(traceable, len(messages)), traceable, len(messages))
+    except TemplateError:
+        return Traced()
+    one, other = layout.speech(len(before) - 1), layout.speech(len(before))
+    return layout.text[one[1] : other[0]] if one and other else Traced()
+
+
+def _after_call(template: ChatTemplate, habits: Habits) -> Traced:
+    for beginning in _BEGINNINGS:
+        if found := _between(template, habits, [*beginning, _CALL], [_RESULT, _ANSWER]):
+            return found
+    return Traced()
+
+
+def _tail(template: ChatTemplate, habits: Habits, messages: list[Message]) -> str | None:
+    """What stands after the last word of anybody; None where the messages are refused."""
     traceable = number_sources(fitted(messages, habits), None, {})
     try:
         layout = Layout(template.render(traceable, len(messages)), traceable, len(messages))
     except TemplateError:
-        return ""
-    answer, question = layout.speech(len(beginning)), layout.speech(len(beginning) + 1)
-    return str.__getitem__(layout.text, slice(answer[1], question[0])) if answer and question else ""
+        return None
+    return _cut(layout.text, layout.data[-1][1] if layout.data else 0, None)
+
+
+def _cut(text: str, start: int, end: int | None) -> str:
+    """A part of a text, without provenance."""
+    return str.__getitem__(text, slice(start, end))
+
+
+def _takes_blocks(template: ChatTemplate, habits: Habits, role: str, messages: list[Message]) -> bool:
+    """Whether content of a role is shown as it is only where it is a list of blocks."""
+    content = next(str(message["content"]) for message in messages if message["role"] == role)
+    shown = []
+    for roles in (habits.takes_blocks - {role}, habits.takes_blocks | {role}):
+        fitting = fitted(messages, habits._replace(takes_blocks=roles))
+        traceable = number_sources(fitting, _TOOLS if role == "tool" else None, {})
+        try:
+            text = str.__str__(template.render(traceable, len(messages)))
+            shown.append(content in text and f"'text': '{content}'" not in text and f'"text": "{content}"' not in text)
+        except TemplateError:
+            shown.append(False)
+    # Where neither shows it, as it is with what users say.
+    return shown[1] and not shown[0] if any(shown) else "user" in habits.takes_blocks
 
 
 def _shown_call(template: ChatTemplate, habits: Habits) -> bool:

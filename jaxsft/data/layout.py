@@ -1,7 +1,7 @@
 """Where in a rendered text which message stands, and what of a message is not in it."""
 
 from jaxsft.data.provenance import TEMPLATE, UNKNOWN, Traced
-from jaxsft.data.template import GENERATED, REASONING, Traceable
+from jaxsft.data.template import GENERATED, REASONING, TOOLS, Source, Traceable
 
 SPEECH = ("content", REASONING, "tool call")
 """Fields of a message that somebody says; the others (role, name, ids) are about it."""
@@ -19,6 +19,7 @@ class Layout:
         """What stands inside `{% generation %}`."""
         self.shown: dict[int, list[tuple[int, int]]] = {}
         """By source, the parts of it that are shown: (first character, end) in the source."""
+        self._spoken: dict[int, list[tuple[int, int, Source]]] = {}
         at = 0
         for length, marked, offset in text.runs:
             source = marked & ~GENERATED
@@ -27,29 +28,47 @@ class Layout:
             if source not in (TEMPLATE, UNKNOWN):
                 self.data.append((at, at + length, source))
                 self.shown.setdefault(source, []).append((offset, offset + length))
+                each = self._sources[source - 1]
+                if each.field in SPEECH:
+                    self._spoken.setdefault(each.message, []).append((at, at + length, each))
             at += length
 
     def speech(self, message: int) -> tuple[int, int] | None:
         """From the first to behind the last character of what a message says; None if it says nothing."""
-        parts = [part for part in self.data if self._is_speech(part[2], message)]
+        parts = self._spoken.get(message)
         return (parts[0][0], parts[-1][1]) if parts else None
 
     def ends_with(self, message: int) -> str:
         """The field that the last character of what a message says is of."""
-        fields = [self._sources[source - 1].field for _, _, source in self.data if self._is_speech(source, message)]
-        return fields[-1] if fields else "content"
+        parts = self.parts(message)
+        return parts[-1][2].field if parts else "content"
 
     def reasoning(self, message: int) -> tuple[tuple[int, int], ...]:
         """(start, end) of each part of a message's reasoning."""
-        return tuple(
-            (start, end)
-            for start, end, source in self.data
-            if self._sources[source - 1].message == message and self._sources[source - 1].field == REASONING
-        )
+        return tuple((start, end) for start, end, source in self.parts(message) if source.field == REASONING)
 
     def end_before(self, message: int) -> int:
         """Behind the last character that any earlier message gave to the text."""
         return max((end for _, end, source in self.data if 0 <= self._sources[source - 1].message < message), default=0)
+
+    def others_before(self, message: int, position: int) -> int:
+        """Behind the last character before `position` that others, the tools included, gave to the text."""
+        others = (
+            end for start, end, source in self.data if start < position and self._sources[source - 1].message != message
+        )
+        return max(others, default=0)
+
+    def owners(self) -> list[tuple[int, int, int]]:
+        """(message or TOOLS, start, end) of each piece of what messages contain and tools are, in order."""
+        return [
+            (each.message, start, end)
+            for start, end, source in self.data
+            if (each := self._sources[source - 1]).message >= TOOLS and each.field in ("content", "tools")
+        ]
+
+    def parts(self, message: int) -> list[tuple[int, int, Source]]:
+        """(start, end, source) of each piece of what a message says, in order."""
+        return self._spoken.get(message, [])
 
     def next_other(self, position: int, message: int) -> int:
         """Where the first character that another message or the tools say stands, from `position` on."""
@@ -68,6 +87,8 @@ class Layout:
         A template may take `<think>a</think>b` apart and write the tags itself.
         """
         text = self._sources[source - 1].text
+        if self.shown.get(source) == [(0, len(text))]:
+            return ""
         at, pieces = 0, []
         for start, end in sorted(self.shown.get(source, [])):
             pieces.append(text[at:start])
@@ -86,7 +107,3 @@ class Layout:
             parts.append(str.__getitem__(self.text, slice(at, start)))
             at = end
         return "\0".join([*parts, str.__getitem__(self.text, slice(at, None))])
-
-    def _is_speech(self, source: int, message: int) -> bool:
-        each = self._sources[source - 1]
-        return each.message == message and each.field in SPEECH

@@ -50,10 +50,13 @@ def fit_length(encoded: Encoded, seq_len: int, overlong: str | None) -> Fitted:
     Args:
         encoded: the example.
         seq_len: the most tokens of a kept stretch.
-        overlong: the policy; None splits plain text and drops all else.
+        overlong: the policy; None splits plain text and drops all else, and so does "drop_oldest", which the encoder
+            has applied to conversations.
     """
     length = len(encoded.example.tokens)
     policy = overlong or ("split" if encoded.is_text else "drop")
+    if policy == "drop_oldest":  # Of a conversation, they are gone already.
+        policy = "split" if encoded.is_text else "drop"
     spans: list[tuple[int, int]] = [(0, length)]
     cut: Loss | None = None
     if length > seq_len and policy in ("drop", "error"):

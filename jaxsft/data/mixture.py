@@ -75,13 +75,18 @@ class Dataset(NamedTuple):
         return all(draws % size == 0 for draws, size in zip(self.draws, self.sizes, strict=True))
 
 
-def make_dataset(sources: Sequence[Prepared], configs: Sequence[SourceConfig] | None = None) -> Dataset:
-    """Several sources as one; without configs, an epoch goes through each of them once."""
+def make_dataset(
+    sources: Sequence[Prepared], configs: Sequence[SourceConfig] | None = None, *, ends: str = "total"
+) -> Dataset:
+    """Several sources as one; without configs, an epoch goes through each of them once. For `ends` see
+    `draws_per_epoch`."""
     sizes = [len(source.offsets) - 1 for source in sources]
-    return Dataset(tuple(sources), tuple(draws_per_epoch(sizes, configs or [None] * len(sizes))))
+    return Dataset(tuple(sources), tuple(draws_per_epoch(sizes, configs or [None] * len(sizes), ends=ends)))
 
 
-def draws_per_epoch(sizes: Sequence[int], configs: Sequence[SourceConfig | None]) -> list[Fraction]:
+def draws_per_epoch(
+    sizes: Sequence[int], configs: Sequence[SourceConfig | None], *, ends: str = "total"
+) -> list[Fraction]:
     """How many examples of each source an epoch draws on average; exact, whatever floats were given.
 
     With `weight`, an epoch draws as many examples as all sources have together, shared out by the weights: sources of
@@ -93,7 +98,10 @@ def draws_per_epoch(sizes: Sequence[int], configs: Sequence[SourceConfig | None]
     """
     check_weights(configs)
     if len(configs) > 1 and configs[0] is not None and configs[0].weight is not None:
-        return [share * sum(sizes) for share in shares([config for config in configs if config is not None])]
+        parts = shares([config for config in configs if config is not None])
+        once = [size / part for size, part in zip(sizes, parts, strict=True)]
+        total = {"total": Fraction(sum(sizes)), "first": min(once), "all": max(once)}[ends]
+        return [part * total for part in parts]
     draws = []
     for size, config in zip(sizes, configs, strict=True):
         if config is not None and config.count is not None:

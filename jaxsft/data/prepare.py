@@ -192,8 +192,8 @@ def open_source(
         "columns_ignored": sorted(chosen.ignored),
         "notes": [*encoder.notes, *_split_notes(source.path, held_out=held_out)],
     }
-    roles = {"assistant": ("assistant",), "last_turn": ("assistant",), "all": None}
-    trained_roles = config.train_on if isinstance(config.train_on, list) else roles[config.train_on]
+    one_role = None if config.train_on == "all" else ("assistant",)
+    trained_roles = config.train_on if isinstance(config.train_on, list) else one_role
     declared = {role: role for role in trained_roles or ()} | source.roles
     heading = input_heading(config)
     spelling = Spelling(declared, source.keys, tuple(config.ignore_keys), encoder.template_keys, heading)

@@ -69,17 +69,17 @@ def answer_end(tokenizer: Tokenizer, stops: Sequence[int]) -> int | None:
     Raises:
         DataError: as `stop_ids`.
     """
-    return next((end for end in _template_ends(tokenizer) if end in stops), None)
+    return next((end for end in _template_ends(tokenizer, stops) if end in stops), None)
 
 
 def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
     """The token by which the template ends an answer, unless it also ends it with one that is known: at most one."""
-    ends = _template_ends(tokenizer)
+    ends = _template_ends(tokenizer, known)
     return [] if set(ends) & set(known) else ends[:1]
 
 
-def _template_ends(tokenizer: Tokenizer) -> list[int]:
-    """The tokens by which the template ends an answer, in their order.
+def _template_ends(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
+    """The tokens by which the template ends an answer, in their order; `known` are stop tokens already.
 
     They are the added tokens that stand both after the last answer and between an answer and the next question. One
     that also stands between the header and the answer is no end: a model that stopped there would never answer.
@@ -87,7 +87,7 @@ def _template_ends(tokenizer: Tokenizer) -> list[int]:
     template = open_template(tokenizer)
     if template is None:
         return []
-    habits = habits_of(template)
+    habits = habits_of(template, [token_text(tokenizer, id) for id in known])
     added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
     after = pattern.findall(habits.after)

@@ -7,6 +7,7 @@ the same text is not assumed: `chat.py` compares them. A template is someone els
 
 import datetime
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ class Source(NamedTuple):
     field: str
     """Key of the message (of the call, for tool calls)."""
     text: str
+    call: int = -1
+    """Index of the tool call that it is of."""
 
 
 TOOLS, KWARGS = -1, -2
@@ -75,9 +78,9 @@ def number_sources(
     """
     sources: list[Source] = []
 
-    def numbered(message: int, field: str) -> Any:
+    def numbered(message: int, field: str, call: int = -1) -> Any:
         def make(text: str) -> Traced:
-            sources.append(Source(message, field, text))
+            sources.append(Source(message, field, text, call))
             return trace(text, len(sources))
 
         return make
@@ -89,7 +92,7 @@ def number_sources(
         copy = {}
         for key, value in given.items():
             if key == "tool_calls":
-                copy[key] = [_traced_call(call, index, numbered) for call in value]
+                copy[key] = [_traced_call(call, index, at, numbered) for at, call in enumerate(value)]
             elif key == "content" and isinstance(value, list):
                 copy[key] = [_traced_block(block, numbered(index, key)) for block in value]
             else:
@@ -110,14 +113,16 @@ def _traced_block(block: dict[str, Any], make: Any) -> dict[str, Any]:
     return {key: make(value) if key == "text" else value for key, value in block.items()}
 
 
-def _traced_call(call: Any, index: int, numbered: Any) -> Any:
+def _traced_call(call: Any, index: int, at: int, numbered: Any) -> Any:
     """A tool call: name and arguments are what the model says; id and type are bookkeeping that few templates show."""
     if not isinstance(call, dict):
         return call
     return {
-        key: _traced_call(value, index, numbered)
+        key: _traced_call(value, index, at, numbered)
         if key == "function"
-        else trace_values(value, numbered(index, "tool call" if key in ("name", "arguments") else f"tool call {key}"))
+        else trace_values(
+            value, numbered(index, "tool call" if key in ("name", "arguments") else f"tool call {key}", at)
+        )
         for key, value in call.items()
     }
 
@@ -149,7 +154,12 @@ class ChatTemplate:
             TemplateError: the template refuses them.
         """
         given = conversation.messages, conversation.tools, conversation.template_kwargs
-        return trace_plain(self._render(_Traced, *given, num_messages, prompt))
+        try:
+            return trace_plain(self._render(_Traced, *given, num_messages, prompt))
+        except TemplateError:
+            # In the words of a template that sees plain strings.
+            self.render_plain(conversation, num_messages, prompt=prompt)
+            raise
 
     def render_plain(self, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> str:
         """The same text without provenance, in less time."""
@@ -168,7 +178,17 @@ class ChatTemplate:
             )
         except Exception as error:  # A template may raise anything.
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)
-            raise TemplateError(" ".join(reason.split())[:300]) from error
+            raise TemplateError(" ".join(_OUR_CLASSES.sub(_their_name, reason).split())[:300]) from error
+
+
+_OUR_CLASSES = re.compile(r"\bjaxsft(?:\.\w+)+\.(\w+)|'(Traced(?:Markup)?|_Namespace|_Dict)'")
+
+
+def _their_name(found: re.Match[str]) -> str:
+    """What a template's author knows a class of ours as."""
+    name = found[1] or found[2]
+    known = {"_Namespace": "namespace", "_Dict": "dict"}.get(name, "str")
+    return known if found[1] else f"'{known}'"
 
 
 @functools.lru_cache(maxsize=128)

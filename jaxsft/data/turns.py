@@ -17,31 +17,28 @@ The characters themselves name the message they come from (`provenance.py`), so 
                                                                   ^^^^^^^^^^^^^^^      trained
 """
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from jaxsft.data.exchanges import last_exchange
 from jaxsft.data.formats import Conversation
-from jaxsft.data.habits import habits_of, parting
-from jaxsft.data.layout import SPEECH, Layout
-from jaxsft.data.provenance import Traced
-from jaxsft.data.sources import DataError
-from jaxsft.data.template import REASONING, TOOLS, ChatTemplate, TemplateError, Traceable
-
-
-class MaskError(DataError):
-    """It cannot be shown which tokens of a row the model must produce; says why, and what would help."""
-
-    def __init__(self, reason: str, code: str = "mask") -> None:
-        super().__init__(reason)
-        self.code = code
+from jaxsft.data.habits import habits_of
+from jaxsft.data.layout import Layout
+from jaxsft.data.likeness import whole_length
+from jaxsft.data.lost import check_answer, check_shown
+from jaxsft.data.provenance import TEMPLATE, Traced
+from jaxsft.data.starts import Begin, MaskError, Question, find_begin, make_question
+from jaxsft.data.template import GENERATED, REASONING, ChatTemplate, TemplateError, Traceable
+from jaxsft.data.thinking import check_thinking, thinks
 
 
 class Turn(NamedTuple):
     """A trained turn in the text of a view, in characters."""
 
     message: int
+    seam: int
+    """Where its prompt ends, but for a header that the prompt lacks."""
     start: int
     content_end: int
     stop: tuple[int, int] | None
@@ -51,6 +48,9 @@ class Turn(NamedTuple):
     """Parts that are not trained though they are the model's: reasoning, where only the answer is trained."""
     found_by: str
     """How its start was found, one of `FOUND_BY`."""
+    appended: str | None = None
+    """The stop token that it should have had: what the template writes after other answers; None where it writes
+    none."""
 
 
 FOUND_BY = {
@@ -72,6 +72,8 @@ class View(NamedTuple):
     is_unrolled: bool
     renders: list[Layout]
     """What the text is made of: one render, or a prompt and the render that the answer to it is taken from."""
+    prompts: dict[int, str]
+    """By message, the prompt that asks for it, where there is one."""
 
     @property
     def text(self) -> Traced:
@@ -91,14 +93,18 @@ class TurnFinder:
         unroll: str,
         name: str,
     ) -> None:
-        self._template, self._name = template, name
+        self._template, self.name = template, name
         self._train_on, self._train_reasoning, self._unroll = train_on, train_reasoning, unroll
         longest_first = sorted(stop_texts, key=len, reverse=True)
-        self._stop = re.compile("|".join(re.escape(text) for text in longest_first) or r"(?!)")
-        self.habits = habits_of(template)
-        self.closing = os.path.commonprefix([self.habits.after, self.habits.between])
+        self.stop = re.compile("|".join(re.escape(text) for text in longest_first) or r"(?!)")
+        self.habits = habits_of(template, longest_first)
+        headers = {header for header in (self.habits.header, self.habits.past_header) if header.strip()}
+        self.headers = sorted(headers, key=len, reverse=True)
+        self.closing = self.habits.after[: whole_length(self.habits.after, self.habits.between)]
         """What it writes after every answer, whatever comes next."""
-        self.writes_stop = self._stop.search(self.habits.after) is not None
+        self.writes_stop = self.stop.search(self.habits.after) is not None
+        self.usual_stop = self._stop_in(self.habits.between)
+        """The stop token that it writes between an answer and the next question; None where there is none."""
 
     def views(self, conversation: Conversation, traceable: Traceable) -> tuple[list[View], int]:
         """The examples of a conversation as texts, and the number of turns that had to be left out (`unroll: never`).
@@ -110,10 +116,10 @@ class TurnFinder:
         weights = self._weights(conversation)
         full = self._layout(traceable, len(conversation.messages))
         if self._trains_all(conversation):
-            views, left_out = [View(full, [self._whole(conversation, full)], False, [full])], 0
+            views, left_out = [View(full, [self._whole(conversation, traceable, full)], False, [full], {})], 0
         else:
             views, left_out = self._turn_views(conversation, traceable, full, weights)
-        self._check_shown(conversation, traceable, [full, *(view.layout for view in views)])
+        check_shown(conversation, traceable, [full, *(view.layout for view in views)], name=self.name)
         return views, left_out
 
     def _turn_views(
@@ -121,6 +127,7 @@ class TurnFinder:
     ) -> tuple[list[View], int]:
         together: list[Turn] = []
         alone: list[View] = []
+        prompts: dict[int, str] = {}
         left_out = 0
         for index, weight in weights.items():
             if conversation.messages[index]["role"] != "assistant":
@@ -128,42 +135,48 @@ class TurnFinder:
                 continue
             is_last = index == len(conversation.messages) - 1
             prompt = self._prompt(traceable, index)
+            if prompt is not None:
+                prompts[index] = prompt
             shown = full if is_last else self._shown(traceable, index, full)
-            turn = self._turn(traceable, index, prompt, shown, weight)
+            question = self._question(traceable, index, prompt, shown)
+            if prompt is not None and thinks(traceable, index):
+                check_thinking(index, shown, question.make_prompt_layout(), self.habits, name=self.name)
+            turn = self._turn(traceable, question, weight)
             is_alone = turn.stop is None or turn.found_by == "moved" or self._unroll == "always"
             if shown is full and is_alone and not is_last:
                 # Without what comes after it.
                 shown = self._shown(traceable, index, None)
-                turn = self._turn(traceable, index, prompt, shown, weight)
-            self._check_answer(traceable, index, shown)
+                turn = self._turn(traceable, self._question(traceable, index, prompt, shown), weight)
+            check_answer(traceable, index, shown, with_reasoning=self._train_reasoning, name=self.name)
             if turn.found_by == "moved":
-                later, view = None, self._joined(traceable, shown, turn)
+                later, view = None, self._joined(traceable, shown, turn, prompts)
             else:
                 later = turn if shown is full else self._later(turn, shown, full)
-                view = View(shown, [turn], True, [shown])
+                view = View(shown, [turn], True, [shown], prompts)
             if later is not None and self._unroll != "always":
                 together.append(later)
             elif self._unroll == "never" and not is_last:
                 left_out += 1
             else:
                 alone.append(view)
-        views = ([View(full, together, False, [full])] if together else []) + alone
+        views = ([View(full, together, False, [full], prompts)] if together else []) + alone
         if not views:
             raise MaskError("no turn is left that can be trained in one render; data.unroll=auto trains all", "mask")
         return sorted(views, key=lambda view: view.turns[0].message), left_out
 
-    def _joined(self, traceable: Traceable, shown: Layout, turn: Turn) -> View:
+    def _joined(self, traceable: Traceable, shown: Layout, turn: Turn, prompts: dict[int, str]) -> View:
         """The turn behind its true prompt, where no render has both."""
         prompt = self._prompt_layout(traceable, turn.message)
-        shift = len(prompt.text) - turn.start
-        layout = Layout(prompt.text + shown.text[turn.start :], traceable, shown.num_messages)
+        shift = len(prompt.text) - turn.seam
+        layout = Layout(prompt.text + shown.text[turn.seam :], traceable, shown.num_messages)
         moved = turn._replace(
-            start=len(prompt.text),
+            seam=len(prompt.text),
+            start=turn.start + shift,
             content_end=turn.content_end + shift,
             stop=turn.stop and (turn.stop[0] + shift, turn.stop[1] + shift),
             seen_only=tuple((start + shift, end + shift) for start, end in turn.seen_only),
         )
-        return View(layout, [moved], True, [prompt, shown])
+        return View(layout, [moved], True, [prompt, shown], prompts)
 
     def _weights(self, conversation: Conversation) -> dict[int, float]:
         """Index and weight of each message that is trained, in order."""
@@ -178,6 +191,9 @@ class TurnFinder:
         if train_on == "last_turn":
             last = max((i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"), default=-1)
             weights = {last: weights[last]} if last in weights else {}
+        if train_on == "last_exchange":
+            since = last_exchange(conversation.messages)
+            weights = {index: weight for index, weight in weights.items() if index >= since}
         if not weights:
             raise MaskError("no turn of this row is trained", "nothing-trained")
         return weights
@@ -185,78 +201,138 @@ class TurnFinder:
     def _trains_all(self, conversation: Conversation) -> bool:
         return (conversation.train_on or self._train_on) == "all"
 
-    def _whole(self, conversation: Conversation, full: Layout) -> Turn:
+    def _whole(self, conversation: Conversation, traceable: Traceable, full: Layout) -> Turn:
         last = len(conversation.messages) - 1
         speech = full.speech(last)
         end = speech[1] if speech else len(full.text)
         is_answer = conversation.messages[last]["role"] == "assistant"
         stop = self._find_stop(full, end, last) if is_answer else (len(full.text), len(full.text))
-        return Turn(last, 0, end, stop, conversation.weight, (), "all")
+        appended = None if stop else self._other_stop(traceable, last, full)
+        return Turn(last, 0, 0, end, stop, conversation.weight, (), "all", appended)
 
     def _spoken(self, index: int, full: Layout, weight: float) -> Turn:
         """A trained turn of another role: what it says and, where the template ends it with one, its stop token."""
         speech = full.speech(index)
         if speech is None:
             raise MaskError(
-                f"message {index + 1}: it is to be trained, but {self._name} shows nothing of it", "field-absent"
+                f"message {index + 1}: it is to be trained, but {self.name} shows nothing of it", "field-absent"
             )
         stop = self._find_stop(full, speech[1], index) or (speech[1], speech[1])
-        return Turn(index, speech[0], speech[1], stop, weight, (), "content")
+        return Turn(index, speech[0], speech[0], speech[1], stop, weight, (), "content")
 
-    def _turn(self, traceable: Traceable, index: int, prompt: str | None, shown: Layout, weight: float) -> Turn:
+    def _turn(self, traceable: Traceable, question: Question, weight: float) -> Turn:
+        index, shown = question.message, question.shown
         speech = shown.speech(index)
         try:
-            start, found_by = self._start(traceable, index, prompt, shown)
-            if speech and speech[0] < start and found_by != "prompt":
-                raise MaskError(f"message {index + 1} (assistant): {self._name} shows it before what it answers")
+            begin = find_begin(question)
+            asked = [shown.speech(before) for before in range(index)]
+            is_early = speech and (speech[0] < begin.start or any(each and each[0] > speech[0] for each in asked))
+            if is_early and begin.found_by != "prompt":
+                raise MaskError(f"message {index + 1} (assistant): {self.name} shows it before what it answers")
         except MaskError:
             # The template's author may say what we cannot see.
             tagged = [start for start, end in shown.generated if speech and start <= speech[0] < end]
             if not tagged:
                 raise
-            start, found_by = tagged[0], "tags"
-        content_end = max(start, speech[1]) if speech else start
+            begin = Begin(tagged[0], tagged[0], "tags")
+        content_end = max(begin.start, speech[1]) if speech else begin.start
+        lead = self.habits.lead.rstrip()
+        if speech is None and lead and str.startswith(shown.text, lead, begin.start):
+            content_end += len(lead)  # An empty thought is all that an empty answer says.
         seen_only = () if self._train_reasoning else shown.reasoning(index)
-        return Turn(index, start, content_end, self._find_stop(shown, content_end, index), weight, seen_only, found_by)
+        seen_only += self._asked_within(traceable, index, shown)
+        stop = self._find_stop(shown, content_end, index)
+        turn = Turn(index, begin.seam, begin.start, content_end, stop, weight, seen_only, begin.found_by)
+        return turn if stop else turn._replace(appended=self._other_stop(traceable, index, shown))
 
-    def _start(self, traceable: Traceable, index: int, prompt: str | None, shown: Layout) -> tuple[int, str]:
-        """Where the text of a turn's prompt ends in `shown`."""
-        speech = shown.speech(index)
-        text = str.__str__(shown.text)
-        past = shown.end_before(index)
-        header = self.habits.header
-        start, found_by = past, "header"
-        if prompt is not None and text.startswith(prompt):
-            start, found_by = len(prompt), "prompt"
-        elif prompt is not None:
-            # What follows the past in the prompt, and what follows it here: the end of that message, and the header.
-            end = self._prompt_layout(traceable, index).end_before(index)
-            tail = prompt[end:]
-            gap = text[past : speech[0]] if speech else text[past:]
-            start = past + parting(tail, gap)
-            gap = text[start : speech[0]] if speech else text[start:]
-            if header.strip() and header in gap:  # The end of the message before it differs, too.
-                start += gap.rindex(header) + len(header)
-            # The same past but for blanks, and only the prompt has more of it: thinking that it begins, for instance.
-            is_same = "".join(prompt.split()).startswith("".join(text[:start].split()))
-            found_by = "parting" if is_same else "moved"
-        gap = text[start : speech[0]] if speech else text[start:]
-        if found_by == "prompt" and header.strip() and gap.startswith(header):
-            return start + len(header), "header"  # A prompt after this kind of message has none.
-        if not gap.strip() or not (self.habits.ignores_prompt or prompt is None):
-            return start, found_by
-        # The header is not in the prompt: what the template writes before an answer in general is the header here.
-        if header.strip() and header in gap:
-            return start + gap.rindex(header) + len(header), "header"
-        if header.strip() and (same := len(os.path.commonprefix([header, gap]))):
-            return start + same, "header" if found_by == "prompt" else found_by
-        if prompt is not None and not header.strip():
-            return start, found_by
-        if prompt is None and speech is not None:
-            return speech[0], "content"
-        raise MaskError(
-            f"message {index + 1} (assistant): where it begins cannot be told: {self._name} writes {gap[-60:]!r} "
-            f"before it, which is neither in the prompt nor its usual header {header!r}"
+    def _asked_within(self, traceable: Traceable, index: int, shown: Layout) -> tuple[tuple[int, int], ...]:
+        """Headers inside of a turn that the template would write if it were asked for a prompt there.
+
+        A call after words may stand in a section with a header of its own. Where the words alone, and a prompt for what
+        follows them, give the same text, that header is the template's; else the model writes all of it.
+        """
+        header, parts = self.habits.header.strip(), shown.parts(index)
+        if len(parts) < 2 or not header:
+            return ()
+        found: list[tuple[int, int]] = []
+        for (_, end, _), (start, _, _) in zip(parts, parts[1:], strict=False):
+            if header not in str.__getitem__(shown.text, slice(end, start)):
+                continue
+            before = {(each.field, each.call) for stop, _, each in parts if stop < start}
+            message = dict(traceable.plain[0][index])
+            for field in (REASONING, "thinking"):
+                if (REASONING, -1) not in before:
+                    message.pop(field, None)
+            if ("content", -1) not in before and "content" in message:
+                message["content"] = ""
+            calls = {call for field, call in before if field == "tool call"}
+            if "tool_calls" in message:
+                message["tool_calls"] = [call for at, call in enumerate(message["tool_calls"]) if at in calls]
+                if not message["tool_calls"]:
+                    del message["tool_calls"]
+            messages = [*traceable.plain[0][:index], message]
+            cut = traceable._replace(plain=(messages, *traceable.plain[1:]))
+            try:
+                prompt = self._template.render_plain(cut, index + 1, prompt=True)
+            except TemplateError:
+                continue
+            if end < len(prompt) <= start and shown.text.startswith(prompt):
+                stop = self.stop.search(shown.text, end, len(prompt))
+                begin = stop.end() if stop else shown.text.index(header, end)
+                found.append((begin, len(prompt)))
+        return tuple(found)
+
+    def _other_stop(self, traceable: Traceable, index: int, shown: Layout) -> str | None:
+        """What the template writes after the other answers of a conversation, or after answers in general.
+
+        Calls may end with another token than words do.
+        """
+        full = self._layout(traceable, len(traceable.messages))
+        is_call = shown.ends_with(index) == "tool call"
+        for other in reversed(range(len(traceable.messages))):
+            speech = full.speech(other)
+            if other == index or traceable.messages[other]["role"] != "assistant" or speech is None:
+                continue
+            if (full.ends_with(other) == "tool call") == is_call:
+                stop = self._stop_in(full.text[speech[1] : full.next_other(speech[1], other)])
+                if stop is not None:
+                    return stop
+        return (self._stop_in(self.habits.after_call) if is_call else None) or self.usual_stop
+
+    def _stop_in(self, text: Traced) -> str | None:
+        """The first stop token's text, if the template writes all of it: a role's word in it is the next header's."""
+        found = self.stop.search(text)
+        if found is None or any(run[1] & ~GENERATED != TEMPLATE for run in text[found.start() : found.end()].runs):
+            return None
+        return found.group()
+
+    def _question(self, traceable: Traceable, index: int, prompt: str | None, shown: Layout) -> Question:
+        layout: list[Layout] = []
+
+        def prompt_layout() -> Layout:
+            if not layout:
+                layout.append(self._prompt_layout(traceable, index))
+            return layout[0]
+
+        def headers() -> Iterator[str]:
+            for other in range(1, len(traceable.messages)):
+                if other != index and traceable.messages[other]["role"] == "assistant":
+                    try:
+                        asked = self._prompt_layout(traceable, other)
+                    except TemplateError:
+                        continue
+                    tail = str.__getitem__(asked.text, slice(asked.data[-1][1] if asked.data else 0, None))
+                    stop = self.stop.match(tail.lstrip())
+                    yield tail.lstrip()[stop.end() :] if stop else tail
+
+        return make_question(
+            index,
+            shown,
+            prompt,
+            make_prompt_layout=prompt_layout,
+            make_headers=headers,
+            habits=self.habits,
+            name=self.name,
         )
 
     def _prompt(self, traceable: Traceable, index: int) -> str | None:
@@ -280,9 +356,13 @@ class TurnFinder:
                 if full.text.startswith(text) and (speech is None or speech[1] <= len(text)):
                     return full
             return Layout(self._template.render(traceable, index + 1), traceable, index + 1)
-        except TemplateError:
+        except TemplateError as error:
             if full is None:
-                raise
+                raise MaskError(
+                    f"message {index + 1} (assistant): {self.name} refuses the conversation that ends with it, and "
+                    f"with what follows it cannot be trained: {error}",
+                    "template-refuses",
+                ) from error
             return full  # It cannot be the last message: then the only way in which it is ever shown is this.
 
     def _later(self, turn: Turn, shown: Layout, full: Layout) -> Turn | None:
@@ -295,47 +375,11 @@ class TurnFinder:
 
     def _find_stop(self, layout: Layout, content_end: int, message: int) -> tuple[int, int] | None:
         """The first stop token's text behind a turn, before anything of another message."""
-        found = self._stop.search(layout.text, content_end, layout.next_other(content_end, message))
+        found = self.stop.search(layout.text, content_end, layout.next_other(content_end, message))
         return found.span() if found else None
 
     def _layout(self, traceable: Traceable, num_messages: int) -> Layout:
         try:
             return Layout(self._template.render(traceable, num_messages), traceable, num_messages)
         except TemplateError as error:
-            raise MaskError(f"{self._name} refuses this conversation: {error}", "template-refuses") from error
-
-    def _check_shown(self, conversation: Conversation, traceable: Traceable, layouts: Sequence[Layout]) -> None:
-        """Refuses what the template drops: nobody could learn from it, and nobody would notice.
-
-        Answers are checked where they are trained; later they may be shown in part.
-        """
-        for number, source in enumerate(traceable.sources, start=1):
-            if source.message >= 0 and source.field == "content":
-                role = conversation.messages[source.message]["role"]
-                # The whole conversation shows nearly all of it.
-                if role != "assistant" and layouts[0].missing(number):
-                    missing = min((layout.missing(number) for layout in layouts), key=len)
-                    if missing:
-                        raise self._dropped(f"message {source.message + 1} ({role})", "content", missing)
-        wanted = [str((tool.get("function") or tool).get("name") or "") for tool in conversation.tools or []]
-        shown = {number for layout in layouts for number in layout.shown}
-        names = {source.text for n, source in enumerate(traceable.sources, 1) if source.message == TOOLS and n in shown}
-        for name in wanted:
-            if name and name not in names:
-                raise self._dropped("tools", "function", name)
-
-    def _check_answer(self, traceable: Traceable, index: int, shown: Layout) -> None:
-        for number, source in enumerate(traceable.sources, start=1):
-            if source.message != index or source.field not in SPEECH:
-                continue
-            if source.field == REASONING and not self._train_reasoning:
-                continue
-            if missing := shown.missing(number):
-                raise self._dropped(f"message {index + 1} (assistant)", source.field, missing)
-
-    def _dropped(self, where: str, field: str, missing: str) -> MaskError:
-        return MaskError(
-            f"{where}: {self._name} does not show its {field} ({missing[:60]!r} is not in the text); give a template "
-            f"that does as data.chat_template, or rows without it",
-            "field-absent",
-        )
+            raise MaskError(f"{self.name} refuses this conversation: {error}", "template-refuses") from error

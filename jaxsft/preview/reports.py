@@ -17,6 +17,9 @@ MEANINGS = {
     "appended_stops": "stop tokens that the chat template does not write; appended to answers, and trained",
     "unrolled_examples": "turns with an example of their own, as the template shows them another past later",
     "repeated_tokens": "tokens that several examples of one conversation share: what unrolling costs",
+    "dropped_reasoning": "answers whose reasoning was left out, as data.reasoning says",
+    "dropped_exchanges": "oldest exchanges of conversations that were left out, as data.overlong says",
+    "dropped_exchange_tokens": "tokens of these exchanges",
     "stripped_stops": "stop tokens spelt out at the end of answers; taken off, as the template writes its own",
     "left_out_turns": "turns that data.unroll=never does not train; data.unroll=auto would",
     "control_tokens_in_text": "control tokens in plain text, kept as such",
@@ -33,6 +36,7 @@ REMEDIES = {
     "nothing-trained": "data.train_on chooses whose turns are trained",
     "unknown-role": "data.train.N.roles says whose turns they are",
     "unknown-flag": "data.ignore_keys, or data.train.N.keys, says what the key means",
+    "reasoning": "data.reasoning=drop would leave the reasoning out",
     "image-or-audio": "only text can be trained",
 }
 """Of bad rows, by code."""

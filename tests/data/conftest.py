@@ -1,9 +1,13 @@
 """A real tokenizer small enough to read: one token per byte, a few merges, ChatML."""
 
+import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For what several tests of this folder share.
 
 CHATML = (
     "{% for message in messages %}"

@@ -20,6 +20,8 @@ class Case(NamedTuple):
     """Out of: system, developer, tools, reasoning, multi (more than one turn), start (an assistant speaks first)."""
     said: tuple[str, ...] = ()
     """Texts that an assistant's signature cannot sign, such as repeated ones, as often as they are said."""
+    kwargs: dict[str, Any] = {}
+    """Further variables of the template."""
 
 
 def user(content: str, **fields: Any) -> Message:
@@ -230,5 +232,88 @@ CASES = [
         [user("ask1 say"), assistant("say"), user("ask2 say say"), assistant("say say")],
         needs=frozenset({"multi"}),
         said=("say", "say", "say"),
+    ),
+    Case(
+        "greeting after a system text",
+        [system("Be brief, sys1."), assistant("Hello, say1."), user("Who is ask1?"), assistant("It is say2.")],
+        needs=frozenset({"system", "start", "multi"}),
+    ),
+    Case(
+        "two greetings",
+        [assistant("Hello, say1."), assistant("I am say2."), user("Who is ask1?"), assistant("It is say3.")],
+        needs=frozenset({"start", "multi"}),
+    ),
+    Case(
+        "greeting by a call",
+        [
+            system("Be brief, sys1."),
+            assistant("", tool_calls=[call("call00001", {"city": "say1"})]),
+            tool("Rain, got1.", "call00001"),
+            assistant("It rains, say2."),
+            user("And ask1?"),
+            assistant("That is say3."),
+        ],
+        tools=[WEATHER],
+        needs=frozenset({"system", "tools", "start", "multi"}),
+    ),
+    Case(
+        "tool-only turns",
+        [
+            user("Weather and time in ask1?"),
+            assistant("", tool_calls=[call("call00001", {"city": "say1"})]),
+            tool("Rain, got1.", "call00001"),
+            assistant("", tool_calls=[call("call00002", {"zone": "say2"}, "get_time")]),
+        ],
+        tools=[WEATHER, CLOCK],
+        needs=frozenset({"tools", "multi"}),
+    ),
+    Case(
+        "system text in the middle",
+        [
+            user("Who is ask1?"),
+            assistant("It is say1."),
+            system("Be brief, sys1."),
+            user("And ask2?"),
+            assistant("That is say2."),
+        ],
+        needs=frozenset({"system", "multi"}),
+    ),
+    Case(
+        "system text after the question",
+        [user("Who is ask1?"), system("Be brief, sys1."), assistant("It is say1.")],
+        needs=frozenset({"system"}),
+    ),
+    Case(
+        "two answers",
+        [
+            user("Who is ask1?"),
+            assistant("It is say1."),
+            assistant("Yes, say2."),
+            user("And ask2?"),
+            assistant("That is say3."),
+        ],
+        needs=frozenset({"multi"}),
+    ),
+    Case(
+        "thinking off",
+        [user("Who is ask1?"), assistant("It is say1."), user("And ask2?"), assistant("That is say2.")],
+        needs=frozenset({"multi"}),
+        kwargs={"enable_thinking": False, "thinking": False},
+    ),
+    Case(
+        "reasoning, thinking off",
+        [
+            user("Who is ask1?"),
+            assistant("It is say2.", reasoning_content="Hm, who, say1?"),
+            user("And ask2?"),
+            assistant("That is say4.", reasoning_content="Now, say3."),
+        ],
+        needs=frozenset({"reasoning", "multi"}),
+        kwargs={"enable_thinking": False, "thinking": False},
+    ),
+    Case(
+        "thinking inside the content, thinking off",
+        [user("Who is ask1?"), assistant("<think>\nHm, say1?\n</think>\n\nIt is say2.")],
+        kwargs={"enable_thinking": False, "thinking": False},
     ),
 ]

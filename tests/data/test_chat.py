@@ -205,6 +205,14 @@ def test_an_empty_thought_behind_the_prompt_is_the_model_s_to_write(make_tokeniz
     assert trained_texts(last, tokenizer) == ["<think></think>" + BOTH[1]]
 
 
+def test_an_empty_answer_keeps_its_empty_thought_where_a_stop_token_is_appended(make_tokenizer):
+    template = TURN_BY_TURN.replace("<|im_end|>\n", "").replace("+ m['content']", "+ LEAD + m['content']")
+    for lead in ("<think></think>", "<think>\n\n</think>\n\n", "[SAY]"):
+        tokenizer = make_tokenizer(template.replace("LEAD", f"({lead!r} if m['role'] == 'assistant' else '')") + PROMPT)
+        (texts,) = all_trained([TURNS[0], {"role": "assistant", "content": ""}], tokenizer)
+        assert texts[0].replace("\n", "") == lead.replace("\n", "") + "<|endoftext|>"
+
+
 def test_an_assistant_turn_that_nothing_precedes_begins_after_its_header(make_tokenizer):
     assert all_trained(TURNS[1:], make_tokenizer()) == [BOTH]
     greeted = "{{ '<|im_start|>system\nYou are kind.<|im_end|>\n' }}" + CHATML
@@ -756,3 +764,125 @@ def test_the_embedded_tokenizer_stops(repo):
     tokenizer = AutoTokenizer.from_pretrained(repo / "configs" / "quickstart", trust_remote_code=False)
     stop = tokenizer.decode([stop_ids(tokenizer)[-1]])
     assert all_trained(SYSTEM + TURNS, tokenizer) == [[f"I am a 🤖 bot.{stop}", f"It is 4.{stop}"]]
+
+
+# Errors of a template on one row.
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "{% if messages | length == 2 and messages[-1].role != 'user' %}{{ raise_exception('goes on') }}{% endif %}",
+        "{% if messages | length == 2 %}{{ messages[7].role }}{% endif %}",
+        "{% if messages | length == 2 %}{{ 1 / 0 }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("ending", ["<|im_end|>", ""])
+def test_a_conversation_that_cannot_be_cut_is_a_bad_row_and_no_traceback(make_tokenizer, refusal, ending):
+    tokenizer = make_tokenizer(refusal + CHATML.replace("<|im_end|>", ending, 1))
+    rows = [Conversation(TURNS), Conversation(TURNS[2:] + TURNS)]
+    for unroll in ("auto", "always"):
+        stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+        found, _ = make_encoder(tokenizer, unroll=unroll, stops=stops).encode(rows)
+        if ending and unroll == "auto":
+            assert not isinstance(found, MaskError)
+            continue
+        assert isinstance(found, MaskError) and found.code == "template-refuses", found
+        assert "message 2 (assistant): the chat template of tiny refuses the conversation that ends with it" in str(
+            found
+        )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{{ messages[0].content.thing.other }}", "{{ messages[0]['content'][0]['text'].x }}",
+        "{{ messages[0].content + 1 }}", "{{ messages[0].content[99].x }}",
+        "{{ messages[0].content() }}", "{% set n = namespace(a=1) %}{{ n.b.c }}", "{{ dict(1) }}",
+        "{% for a, b in messages[0].content %}{% endfor %}",
+        "{{ (messages[0].content | safe).x.y }}", "{{ messages[0].content / 2 }}",
+    ],
+)  # fmt: skip
+def test_no_error_names_a_class_of_ours(make_tokenizer, broken):
+    (found,) = make_encoder(make_tokenizer(broken + CHATML)).encode([Conversation(TURNS)])
+    assert isinstance(found, MaskError) and "refuses this conversation" in str(found)
+    assert not any(name in str(found) for name in ("Traced", "jaxsft", "_Namespace", "_Dict", "provenance")), found
+
+
+# Roles whose content is taken as blocks.
+
+BLOCKS = "(m.content | map(attribute='text') | join)"
+
+
+@pytest.mark.parametrize(
+    "as_text", [["system"], ["user"], ["assistant"], ["user", "assistant"], ["system", "user"], ["tool"], []], ids=str
+)
+def test_content_is_given_in_blocks_only_to_the_roles_that_need_them(make_tokenizer, as_text):
+    template = CHATML.replace("m['content']", f"(m.content + '' if m.role in {as_text} else {BLOCKS})")
+    tokenizer = make_tokenizer(template)
+    (one,) = encode(SYSTEM + TURNS, tokenizer)
+    assert trained_texts(one, tokenizer) == BOTH
+    assert text_of(one, tokenizer) == text_of(encode(SYSTEM + TURNS, make_tokenizer())[0], make_tokenizer())
+    result = [TURNS[0], TURNS[1], {"role": "tool", "content": "Sun"}, TURNS[3]]
+    assert "tool\nSun<|im_end|>" in text_of(encode(result, tokenizer)[0], tokenizer)
+
+
+def test_content_that_a_template_would_print_as_a_list_is_given_as_text(make_tokenizer):
+    template = CHATML.replace("m['content']", f"({BLOCKS} if m.role != 'system' else m.content | string)")
+    tokenizer = make_tokenizer(template)
+    assert "system\nBe brief.<|im_end|>" in text_of(encode(SYSTEM + TURNS, tokenizer)[0], tokenizer)
+
+
+# Plain text that has its BOS.
+
+
+@pytest.fixture
+def bos_tokenizer(make_tokenizer):
+    """Writes <|im_start|> before every text, as Llama's write <s>."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    own = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+    tokenizer.backend_tokenizer.post_processor = own
+    return tokenizer
+
+
+def test_plain_text_begins_with_one_bos_whether_it_has_its_own_or_not(bos_tokenizer):
+    texts = [
+        "plain",
+        "<|im_start|>own",
+        " \n<|im_start|>after blanks",
+        "x<|im_start|>within",
+        "<|im_start|><|im_start|>two",
+    ]
+    found = make_encoder(bos_tokenizer).encode([Document(text) for text in texts])
+    shown = [text_of(one[0], bos_tokenizer) for one in found]
+    assert shown == [
+        "<|im_start|>plain<|endoftext|>", "<|im_start|>own<|endoftext|>", " \n<|im_start|>after blanks<|endoftext|>",
+        "<|im_start|>x<|im_start|>within<|endoftext|>", "<|im_start|><|im_start|>two<|endoftext|>",
+    ]  # fmt: skip
+
+
+def test_plain_text_ends_with_one_eos_where_the_tokenizer_writes_it_too(make_tokenizer):
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    ids = [(text, tokenizer.convert_tokens_to_ids(text)) for text in ("<|im_start|>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>", special_tokens=ids
+    )
+    texts = ["plain", "<|im_start|>own<|endoftext|>", "own<|endoftext|>", "<|im_start|>own"]
+    shown = [text_of(one[0], tokenizer) for one in make_encoder(tokenizer).encode([Document(text) for text in texts])]
+    assert shown == ["<|im_start|>plain<|endoftext|>"] + ["<|im_start|>own<|endoftext|>"] * 3
+
+
+def test_real_tokenizers_write_one_bos(material):
+    from transformers import AutoTokenizer
+
+    for name in ("llama-2", "llama-3.1", "gemma-2", "qwen3"):
+        tokenizer = AutoTokenizer.from_pretrained(material / "tokenizers" / name, trust_remote_code=False)
+        texts = ["Some text.", f"{tokenizer.bos_token or ''}Some text."]
+        (plain,), (own,) = make_encoder(tokenizer).encode([Document(text) for text in texts])
+        assert plain.example.tokens[:-1].tolist() == tokenizer(texts[0])["input_ids"]
+        assert (own.example.tokens == tokenizer.bos_token_id).sum() == int(tokenizer.bos_token is not None)

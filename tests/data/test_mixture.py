@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from jaxsft.config import ConfigError, SourceConfig
+from jaxsft.config import ConfigError, DataConfig, SourceConfig
 from jaxsft.data.mixture import Dataset, draw_counts, draws_per_epoch, epoch_examples, make_dataset
 from jaxsft.data.prepare import Prepared
 
@@ -126,3 +126,24 @@ def test_examples_are_found_in_their_source():
     assert [dataset.origin(at) for at in range(5)] == ["of3:1", "of3:2", "of3:3", "of2:1", "of2:2"]
     with pytest.raises(IndexError):
         dataset.locate(5)
+
+
+def test_an_epoch_may_end_when_the_first_source_or_every_source_was_gone_through():
+    configs = [SourceConfig(path="a", weight=3), SourceConfig(path="b", weight=1)]
+    assert draws_per_epoch([900, 100], configs) == [750, 250]
+    assert draws_per_epoch([900, 100], configs, ends="first") == [300, 100]
+    assert draws_per_epoch([900, 100], configs, ends="all") == [900, 300]
+    three = [SourceConfig(path=name, weight=weight) for name, weight in (("a", 1), ("b", 1), ("c", 0.5))]
+    assert draws_per_epoch([10, 40, 3], three, ends="first") == [6, 6, 3]
+    assert draws_per_epoch([10, 40, 3], three, ends="all") == [40, 40, 20]
+    dataset = make_dataset([source_of(900), source_of(100)], configs, ends="first")
+    drawn = epoch_examples(dataset, seed=0, epoch=0)
+    assert len(drawn) == 400 and len(set(drawn[drawn >= 900])) == 100 and len(set(drawn[drawn < 900])) == 300
+
+
+def test_how_a_mixture_ends_is_refused_where_it_means_nothing():
+    weighted = [{"path": "a", "weight": 1}, {"path": "b", "weight": 2}]
+    assert DataConfig.model_validate({"train": weighted, "mixture_ends": "first"}).mixture_ends == "first"
+    for sources, more in (([{"path": "a"}], {}), ([{"path": "a"}, {"path": "b"}], {}), (weighted, {"stream": True})):
+        with pytest.raises(ValueError, match="`mixture_ends` has no effect"):
+            DataConfig.model_validate({"train": sources, "mixture_ends": "all", **more})
