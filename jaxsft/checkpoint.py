@@ -180,6 +180,11 @@ class Checkpointer:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
         return min((self._eval_loss(step) for step in self._sealed_steps()), default=math.inf)
 
+    def newest_before(self, step: int) -> epath.Path | None:
+        """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
+        steps = [saved for saved in self._sealed_steps() if saved < step]
+        return self._folder / str(steps[-1]) if steps else None
+
     def _newest_verified(self) -> int | None:
         """Process 0 looks and all processes follow, so that all restore the same step."""
         found, damaged = NONE_FOUND, {}

@@ -42,7 +42,7 @@ def preview_command(args: argparse.Namespace) -> int:
         config = _config(args)
         folder = run_folder(config)
         config = resolve_date(config, folder)
-        tokenizer = open_tokenizer(config.model, config.data.chat_template)
+        tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
         with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
             preview = make_preview(
                 loader,
@@ -83,7 +83,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     config = _config(args)
     config = resolve_date(config, run_folder(config))
     mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     examiner = make_examiner(config, tokenizer, make_encoder(config, tokenizer), pretrained, mesh, say=print)
     if examiner is None:

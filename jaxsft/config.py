@@ -137,6 +137,8 @@ class DataConfig(Section):
     """Held-out rows: a path, or sources by name, each reported; their keys are those of `data.train.N`."""
     chat_template: str | None = None
     """Jinja file, or the name of one of ours, that replaces the tokenizer's chat template."""
+    set_eos: bool = False
+    """Make the token by which the chat template ends an answer the tokenizer's eos token, in the export too."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template; those of a row go first."""
     template_date: Annotated[str | None, BeforeValidator(_date_as_text)] = None
@@ -230,7 +232,7 @@ class OptimConfig(Section):
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps in which wsd decays."""
     final_ratio: Fraction = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate that is reached after the last step, as a share of the peak."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -243,6 +245,9 @@ class OptimConfig(Section):
     """Largest global norm of the gradient; null: no clipping."""
     moment_dtype: Dtype = "float32"
     """Dtype of the first and second moments."""
+    max_skipped: Fraction = 0.01
+    """Share of the run's steps (rounded up) that may be skipped because their loss or gradient is not finite; with one
+    more, or with 10 in a row, the run stops and exports nothing."""
     router_balance: Annotated[float, Field(ge=0)] = 0.0
     """Mixtures of experts: weight of the load-balancing loss beside the loss, num_experts * sum over experts of (share
     of the batch's tokens that chose it) * (its mean probability), a mean over layers; config.json's
@@ -282,11 +287,13 @@ class EvalConfig(Section):
     examples: PositiveInt | None = None
     """Evaluate on the first so many rows of `data.eval`; left out: on all."""
     samples: Annotated[int, Field(ge=0)] = 3
-    """Held-out prompts whose answers are shown, before and after training."""
+    """Questions of each held-out set whose answers are shown at every evaluation."""
     exact_match: bool = False
-    """Also generate an answer to every held-out prompt and report the share that is exactly right."""
+    """Also answer every question of the held-out conversations and report the share that is exactly what is trained."""
+    ask: Literal["last", "all"] = "last"
+    """Ask for the last trained turn of the assistant in each held-out conversation, or for every one."""
     max_new_tokens: PositiveInt = 128
-    """Longest generated answer."""
+    """Longest generated answer, in tokens with the stop token."""
 
 
 class CheckpointConfig(Section):

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -21,9 +20,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
-from jaxsft.hf import load_generation_config, load_tokenizer_and_own_template, tokenizer_key
+from jaxsft.config_words import with_older_words
+from jaxsft.hf import load_generation_config
+from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.weights.save import dump_json, write_weights
-from jaxsft.weights.stored import DTYPES, Stored, load_json
+from jaxsft.weights.stored import DTYPES, Stored
+
+__all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder"]
 
 
 class ExportError(OSError):
@@ -67,7 +70,8 @@ def export_folder(
     Every process of the run must call this. Tensors are gathered one after the other, and process 0 writes each as it
     comes, so no more than one is ever in host memory. The folder appears in one rename, complete or not at all, and
     takes the place of an earlier export. config.json and generation_config.json are those of the source, to the byte if
-    nothing in them has to change.
+    nothing in them has to change; what only transformers 5 would read in config.json is there in the words of version
+    4, too.
 
     Args:
         params: the whole state of the model, Variables with axes.
@@ -100,9 +104,10 @@ def export_folder(
         try:
             if writes:
                 aside.mkdir(parents=True)
-                _write_tokenizer(aside, tokenizer, tokenizer_folder)
+                _save_tokenizer(aside, tokenizer)
                 source = pathlib.Path(source_folder) if source_folder else None
                 _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+                settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
             write_weights(
                 aside,
                 params,
@@ -124,16 +129,8 @@ def export_folder(
         multihost_utils.sync_global_devices("export")
 
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
-)
-
-
-def _write_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path | None) -> None:
-    """The tokenizer: the files that it came in, as long as it is the same, else as transformers saves it.
-
-    transformers 5 writes a class name that other programs do not know, and forgets fields that it does not use.
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    """As transformers saves it.
 
     Raises:
         ExportError: it could not be written.
@@ -142,28 +139,6 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the Rust library has no kinds of errors
         raise ExportError(f"the tokenizer could not be written: {error}") from error
-    config_file = folder / "tokenizer_config.json"
-    if source is not None and (source / "tokenizer.json").is_file():
-        before, own_template = load_tokenizer_and_own_template(str(source), None)
-        if tokenizer_key(before) == tokenizer_key(tokenizer):
-            same_template = own_template == tokenizer.chat_template
-            for name in TOKENIZER_FILES:
-                if name.startswith("chat_template") and not same_template:
-                    continue
-                (folder / name).unlink(missing_ok=True)
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-            if not same_template and "chat_template" in (config := load_json(config_file)):
-                del config["chat_template"]
-                config_file.write_bytes(dump_json(config))
-            return
-    if config_file.is_file():
-        config = load_json(config_file)
-        for key in ("is_local", "local_files_only"):
-            config.pop(key, None)
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config_file.write_bytes(dump_json(config))
 
 
 def _write_configs(
@@ -180,6 +155,7 @@ def _write_configs(
     if dtype is not None:
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(dtype_keys, dtype.name)
+    config, _ = with_older_words(config)
     _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
     generation_config = load_generation_config(source) if source else {}
     if changes := _new_ids(generation_config, tokenizer, stop_ids):
@@ -216,8 +192,7 @@ def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Pa
         return
     text = before.read_bytes()
     if json.loads(text) != config:
-        indent = re.search(rb"\n( +)\S", text)
-        text = dump_json(config, indent=len(indent[1]) if indent else 2)
+        text = dump_json(config, indent=indent_of(text))
     path.write_bytes(text)
 
 

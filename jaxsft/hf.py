@@ -132,7 +132,8 @@ def read_chat_template(name: str) -> str:
     if name in NAMED_TEMPLATES:
         return template_text(name)
     try:
-        return pathlib.Path(name).expanduser().read_text(encoding="utf-8")
+        # Not as text, which would change the ends of its lines: an export has it as it is.
+        return pathlib.Path(name).expanduser().read_bytes().decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

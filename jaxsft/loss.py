@@ -30,7 +30,7 @@ class LossSums(NamedTuple):
     weight_sum: Any
     """sum of weights."""
     correct_sum: Any
-    """sum of the weights of targets that have the largest logit."""
+    """sum of the weights of targets whose logit is larger than all others; a tie is no hit."""
     trained_tokens: Any
     """number of targets with a non-zero weight."""
 
@@ -152,7 +152,9 @@ def _local(
         nll = jnp.log(normaliser) + maximum - target_logit
         # A chunk is filled up with positions of weight 0, whose targets may be anything.
         loss_sum += jnp.sum(jnp.where(weight == 0, 0.0, weight * nll))
-        correct_sum += jnp.sum(weight * (target_logit >= maximum))
+        # The target is right where it alone has the largest logit: where all are equal, nothing was answered.
+        num_largest = over_vocabulary(jnp.sum(logits == maximum[:, None], axis=-1))
+        correct_sum += jnp.sum(weight * ((target_logit == maximum) & (num_largest == 1)))
         if with_gradients:
             # d nll / d logits = softmax(logits) - onehot(target), times d logits / d products
             onehot = (jnp.arange(vocab_size) == local_target[:, None]) & is_here[:, None]

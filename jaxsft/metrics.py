@@ -4,6 +4,7 @@ In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers
 writes; docs/metrics.md explains every key.
 """
 
+import json
 import math
 import resource
 import sys
@@ -76,6 +77,17 @@ def train_flops(*, matmul_params: int, tokens: float, attention_width: int, atte
     return 6.0 * matmul_params * tokens + 12.0 * attention_width * attention_pairs
 
 
+def num_params(params: Any, config: DecoderConfig) -> tuple[int, int]:
+    """Parameters of a model (Variables with `axes`), and how many more only fill up its tables of the vocabulary."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    total = real = 0
+    for leaf in leaves:
+        sizes = dict(zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True))
+        total += math.prod(sizes.values())
+        real += math.prod((sizes | ({"v": config.vocab_size} if "v" in sizes else {})).values())
+    return real, total - real
+
+
 def matmul_params(params: Any, config: DecoderConfig) -> int:
     """The parameters that multiply a token, of abstract parameters (Variables with `axes`)."""
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
@@ -92,6 +104,61 @@ def matmul_params(params: Any, config: DecoderConfig) -> int:
             sizes["e"] = config.routing.top_k
         total += math.prod(sizes.values())
     return total
+
+
+NOT_FINITE = "not_finite"
+"""Key of a line: which of its numbers are null, and what they were."""
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class SkipWatch:
+    """Ends a run in which too many steps change nothing, as their loss or gradient is not finite."""
+
+    def __init__(self, *, num_steps: int, max_skipped: float, first: int, skipped: int) -> None:
+        """
+        Args:
+            num_steps: of the whole run.
+            max_skipped: share of them that may be skipped, rounded up.
+            first: step that this start of the run begins with.
+            skipped: steps skipped by former starts.
+        """
+        self._allowed = math.ceil(max_skipped * num_steps)
+        self._share, self._num_steps = max_skipped, num_steps
+        self._step, self._total, self._in_a_row = first, skipped, 0
+
+    @property
+    def in_a_row(self) -> int:
+        """Steps skipped without one between them that was not, up to the last one seen."""
+        return self._in_a_row
+
+    @property
+    def first_of_row(self) -> int:
+        """Index of the first of them: the state before it is the first that may be bad."""
+        return self._step - self._in_a_row
+
+    def see(self, steps: Sequence[StepMetrics]) -> str | None:
+        """Takes the next steps (host values); says what is too much of them, if it is."""
+        for step in steps:
+            self._step += 1
+            self._in_a_row = self._in_a_row + 1 if step.skipped else 0
+            self._total += int(step.skipped)
+            if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                return f"{self._in_a_row} steps in a row were skipped, up to step {self._step}"
+            if self._total >= self._num_steps:
+                return f"all {self._num_steps} steps of the run were skipped"
+            if step.skipped and self._total > self._allowed:
+                return (
+                    f"{self._total} steps were skipped, up to step {self._step}, where optim.max_skipped "
+                    f"({self._share:g} of {self._num_steps:,} steps) allows {self._allowed}"
+                )
+        return None
+
+
+class Diverged(RuntimeError):
+    """A run whose loss, gradients or parameters are not finite; nothing is exported. Its text is shown as it is."""
+
+    exit_code = 1
 
 
 class Totals(NamedTuple):
@@ -149,6 +216,27 @@ def _router_line(steps: Sequence[StepMetrics]) -> dict[str, float]:
         "router_z": float(np.mean(zs)),
         "router_max_share": float(shares.max()) * counts.shape[-1],
     }
+
+
+def to_json_line(line: dict[str, Any]) -> str:
+    """One line of JSON. It knows no NaN and no infinity: such a number is null there, and `not_finite` says which.
+
+    Worked example: {"step": 3, "loss": nan} becomes {"step": 3, "loss": null, "not_finite": {"loss": "nan"}}.
+    """
+    lost = {key: str(value) for key, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+    shown = line | dict.fromkeys(lost) | ({NOT_FINITE: lost} if lost else {})
+    return json.dumps(shown, allow_nan=False)
+
+
+def from_json_line(text: str) -> Any:
+    """What `to_json_line` was given; also of lines that hold NaN, as they once did.
+
+    Raises:
+        ValueError: the text is no JSON.
+    """
+    line = json.loads(text)
+    lost = line.pop(NOT_FINITE, {}) if isinstance(line, dict) else {}
+    return line | {key: float(value) for key, value in lost.items()} if lost else line
 
 
 def divide(numerator: float, denominator: float) -> float:

@@ -29,10 +29,11 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """Learning rate of step i (from 0), of `num_steps` steps in all.
 
     Warm-up rises linearly: step i of W has (i + 1) / W of the peak, so that no step is wasted on a rate of 0. What
-    follows runs from the peak at step W to `final_ratio` of it at the last step: at once (constant), on a line, on
-    half a cosine, or (wsd) after staying at the peak, on a line over the last `decay_ratio` of all steps.
+    follows runs from the peak at step W to `final_ratio` of it after the last step, which would be step `num_steps`:
+    so the last batch is learnt from as well. On a line, on half a cosine, or (wsd) after staying at the peak, on a line
+    over the last `decay_ratio` of all steps; constant stays at the peak.
 
-    Worked example: peak 1, linear, 2 steps of warm-up, 6 steps, final_ratio 0: 0.5, 1, 1, 0.667, 0.333, 0.
+    Worked example: peak 1, linear, 2 steps of warm-up, 6 steps, final_ratio 0: 0.5, 1, 1, 0.75, 0.5, 0.25.
     """
     warmup = warmup_steps(config, num_steps)
     decay_start = warmup
@@ -43,7 +44,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         # What is left of the way down, which near its end is exact where 1 minus what is done would not be.
-        left = jnp.clip((num_steps - 1 - step) / max(num_steps - 1 - decay_start, 1), 0.0, 1.0)
+        left = jnp.clip((num_steps - step) / max(num_steps - decay_start, 1), 0.0, 1.0)
         height = {
             "constant": jnp.ones_like(left),
             "linear": left,

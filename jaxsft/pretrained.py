@@ -12,9 +12,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxsft import hf, special_tokens
+from jaxsft import hf, special_tokens, tokenizer_files
 from jaxsft.config import ConfigError, ModelConfig
-from jaxsft.data.stops import stop_ids
+from jaxsft.config_words import describe_older_words, with_older_words
+from jaxsft.data.stops import answer_end, stop_ids
 from jaxsft.export import export_dtype, export_folder
 from jaxsft.gguf.model import is_gguf
 from jaxsft.gguf.model import notes as gguf_notes
@@ -28,9 +29,6 @@ from jaxsft.step import Model, abstract_model, random_params
 from jaxsft.weights.load import check_weights
 from jaxsft.weights.load import load_params as read_params
 from jaxsft.weights.stored import Stored
-
-VOCAB_MULTIPLE = 128
-"""Sizes to which a vocabulary grows: any usual mesh can cut them, and matmuls like them."""
 
 
 class OpenTokenizer(NamedTuple):
@@ -71,26 +69,29 @@ class Pretrained(NamedTuple):
     """Sentences for the user."""
 
 
-def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> OpenTokenizer:
+def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set_eos: bool = False) -> OpenTokenizer:
     """The tokenizer of a model, and the ids that end its answers.
 
     Args:
         config: where it lies.
         chat_template: a template of ours, or a file, in place of its own; what it needs is added to the tokenizer.
+        set_eos: make the token that ends an answer the eos token.
 
     Raises:
-        ConfigError: no tokenizer there, one that is not that of a GGUF model, or no stop token at all, so that the
-            model could never learn to stop.
+        ConfigError: no tokenizer there, one that is not that of a GGUF model, no stop token at all, so that the model
+            could never learn to stop, or none that could be the eos token.
     """
     folder = hf.model_folder(config.path, weights=False)
     # Before the tokenizer, of which transformers would say that it is wrong if config.json is.
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
+    place = hf.model_folder(config.tokenizer or config.path, weights=False)
     tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
     added: tuple[str, ...] = ()
     notes: list[str] = []
     if chat_template is not None:
         added = special_tokens.add_missing_tokens(tokenizer, chat_template, own_template=own_template)
         notes = special_tokens.describe_added(tokenizer, chat_template, added)
+        notes += tokenizer_files.describe_sentencepiece(place, added)
     if config.tokenizer is not None and is_gguf(config.path):
         check_gguf_tokens(tokenizer, config.path, where=config.tokenizer, added=added)
     stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
@@ -99,6 +100,14 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None) -> Ope
             f"{config.tokenizer or config.path}: no stop token: the tokenizer has no eos_token, and neither "
             "generation_config.json nor the chat template names one; set eos_token in tokenizer_config.json"
         )
+    stop = answer_end(tokenizer, stops)
+    if set_eos:
+        note = special_tokens.set_eos(tokenizer, stop)
+        notes += [note] if note else []
+        # The first one is the tokenizer's; none is lost.
+        stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
+    notes += special_tokens.describe_stop(tokenizer, stop)
+    notes += tokenizer_files.describe_known_words(place)
     return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
 
 
@@ -106,7 +115,8 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     """The structure of a model; its weight files are compared with it, but not read, except for a few rows.
 
     Where the tokenizer has got new tokens, they take the rows that the model has to spare; if these do not suffice, its
-    vocabulary grows to a multiple of 128.
+    vocabulary grows by the rows that are missing. It then has exactly the tokenizer's rows, from which some programs
+    take their number; what fills the tables up in memory is in no file.
 
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
@@ -124,7 +134,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     changes = _untied(config, decoder_config)
     is_untied = bool(changes)
     if max(new_ids, default=0) >= stored_vocab_size:
-        changes["vocab_size"] = -(-(max(new_ids) + 1) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        changes["vocab_size"] = max(new_ids) + 1
     if changes:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
@@ -143,6 +153,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
 
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
+    notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
         check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
@@ -210,8 +221,8 @@ def _vocabulary_notes(
     notes = []
     if vocab_size > stored_vocab_size:
         notes.append(
-            f"the model's vocabulary grows from {stored_vocab_size} to {vocab_size} rows, a multiple of "
-            f"{VOCAB_MULTIPLE}; the new rows begin as the mean of the old ones"
+            f"the model's vocabulary grows from {stored_vocab_size} to {vocab_size} rows, one for each of the "
+            "tokenizer's tokens; the new rows begin as the mean of the old ones"
         )
     elif new_ids:
         notes.append(

@@ -1,7 +1,8 @@
 """Control tokens that a chat template needs: adding those that a tokenizer lacks, and finding those never trained.
 
 In: a tokenizer with a template that it did not come with. Out: the tokenizer with the template's control tokens, one id
-each, and which were added; the model's rows for them come with its weights. In: the files of a model and some ids. Out:
+each, and which were added; the model's rows for them come with its weights. The token that ends an answer becomes the
+eos token, or the user is told that it is not. In: the files of a model and some ids. Out:
 which of these rows look as if pretraining never touched them.
 
 A template that the tokenizer came with adds nothing: what it breaks up, the model knows broken up.
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
+from jaxsft.config import ConfigError
 from jaxsft.data.formats import Message
 from jaxsft.data.named_templates import NAMED_TEMPLATES
 from jaxsft.weights.load import read_rows, vocabulary_tables
@@ -87,7 +89,10 @@ def add_missing_tokens(tokenizer: Any, chat_template: str, *, own_template: str 
 
     known = tokenizer.get_vocab()
     # Not normalised, or SentencePiece tokenizers would look for it with a space in front.
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    tokens = [AddedToken(token, special=True, normalized=False) for token in missing]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    # For those who ask which tokens are special by the list, and not by each token.
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
     return tuple(token for token in missing if token not in known)
 
 
@@ -123,6 +128,68 @@ def describe_added(tokenizer: Any, chat_template: str, added: Sequence[str]) -> 
         return []
     listed = ", ".join(f"{token!r} ({tokenizer.convert_tokens_to_ids(token)})" for token in added)
     return [f"the chat template {chat_template} needs tokens that the tokenizer lacks; added: {listed}"]
+
+
+# Which token ends an answer for others.
+
+
+def set_eos(tokenizer: Any, stop: int | None) -> str | None:
+    """Makes the token that ends answers the tokenizer's eos token.
+
+    Args:
+        tokenizer: changed in place.
+        stop: the token by which the template ends an answer, if it is one.
+
+    Returns:
+        A sentence for the user; None where nothing had to change.
+
+    Raises:
+        ConfigError: there is no such token, or the template writes the eos token where it would then write another.
+    """
+    if stop is None:
+        raise ConfigError(
+            "data.set_eos: true, but the chat template does not end answers with one token of the tokenizer; leave it "
+            "out, or give a template that does as data.chat_template"
+        )
+    before = tokenizer.eos_token
+    if stop == tokenizer.eos_token_id:
+        return None
+    shown = _renders(tokenizer)
+    tokenizer.eos_token = token = str(tokenizer.added_tokens_decoder[stop].content)
+    if _renders(tokenizer) != shown:
+        tokenizer.eos_token = before
+        raise ConfigError(
+            f"data.set_eos: true, but the chat template writes the eos token ({before!r}) apart from the token that "
+            f"ends an answer ({token!r}), and would then write another text; leave it out"
+        )
+    if before is not None:  # it stays a control token
+        tokenizer.add_special_tokens({"additional_special_tokens": [before]}, replace_extra_special_tokens=False)
+    return f"data.set_eos: {token!r} ({stop}) is the tokenizer's eos token now, in place of {before!r}"
+
+
+def describe_stop(tokenizer: Any, stop: int | None) -> list[str]:
+    """What the user should know of an eos and a pad token by which other programs go."""
+    notes = []
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    text = None if stop is None else tokenizer.convert_ids_to_tokens(stop)
+    if stop is not None and stop != eos:
+        kept = "has no eos token" if eos is None else f"keeps the eos token {tokenizer.eos_token!r} ({eos})"
+        notes.append(
+            f"answers end with {text!r} ({stop}), but the tokenizer {kept}; generation_config.json names every stop, "
+            "and programs that go by the tokenizer's eos token alone would not stop there (data.set_eos: true makes "
+            "it the eos token)"
+        )
+    if pad is None:
+        notes.append(
+            "the tokenizer has no pad token, and gets none: programs that take the eos token for it and mask padding "
+            "by its id would mask the end of every answer; give them another token"
+        )
+    elif pad in (stop, eos):
+        notes.append(
+            f"the tokenizer's pad token is {tokenizer.pad_token!r} ({pad}), which also ends texts, and stays it: "
+            "programs that mask padding by its id mask the end of every answer"
+        )
+    return notes
 
 
 # Rows that were never trained.

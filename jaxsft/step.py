@@ -87,6 +87,14 @@ def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
     )
 
 
+def non_finite(params: Any) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    names = [".".join(str(key.key) for key in path) for path, _ in leaves]
+    finite = jax.jit(lambda params: [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])(params)
+    return [name for name, is_finite in zip(names, jax.device_get(finite), strict=True) if not is_finite]
+
+
 def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: Mesh) -> Batch:
     """A batch on the devices, leaves [B, T] = `shape`; each process builds only the rows that its devices hold.
 

@@ -1,16 +1,23 @@
 """What a run says before its first step: what is trained on what, with the arithmetic behind it."""
 
+import importlib.metadata
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
+from jaxsft import __version__
 from jaxsft.config import Config
 from jaxsft.data.loader import Loader
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.turns import FOUND_BY
+from jaxsft.metrics import num_params
+from jaxsft.model.architecture import DecoderConfig
 from jaxsft.step import TrainState
 
 
@@ -21,12 +28,13 @@ def start_summary(
     mesh: Mesh,
     *,
     num_steps: int,
-    max_position: int,
+    decoder_config: DecoderConfig,
     notes: Sequence[str] = (),
 ) -> str:
     """What the user should know before the first step, with the arithmetic behind it."""
     _, seq_len = loader.shape
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    count, filling = num_params(state.params, decoder_config)
+    filled = f", and {filling:,} that fill up its vocabulary" if filling else ""
     state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
     gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
@@ -34,7 +42,7 @@ def start_summary(
     lines = [
         (
             "model",
-            f"{config.model.path}: {num_params:,} {config.model.weights} parameters in {config.model.param_dtype}",
+            f"{config.model.path}: {count:,} {config.model.weights} parameters in {config.model.param_dtype}{filled}",
         ),
         *(_stream_lines(loader, num_steps) if isinstance(loader, StreamLoader) else _data_lines(loader, num_steps)),
         (
@@ -50,8 +58,8 @@ def start_summary(
     longest = seq_len
     if isinstance(loader, Loader):
         longest = min(max(source.report["longest"]["tokens"] for source in loader.dataset.sources), seq_len)
-    if longest > max_position:
-        lines.append(("WARNING", f"examples of up to {longest:,} tokens, but the model was made for {max_position:,}"))
+    if longest > (made_for := decoder_config.max_position):
+        lines.append(("WARNING", f"examples of up to {longest:,} tokens, but the model was made for {made_for:,}"))
     lines += [("note", note) for note in dict.fromkeys(notes)]
     if int(state.step):
         lines.append(("continuing", f"from step {int(state.step):,}"))
@@ -156,3 +164,23 @@ def _items(report: dict[str, Any], key: str) -> Iterable[tuple[str, dict[str, in
 
 def _shard_bytes(leaf: jax.Array) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+"""Packages that decide about the numbers of a run, to the bit."""
+
+
+def note_versions(path: epath.Path, say: Callable[[str], None]) -> None:
+    """Writes what the run is computed by; says what has changed since it began, as it may change the last bits."""
+    versions = {"jaxsft": __version__, "python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
+    versions["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in {**before, **versions}:
+            if before.get(name) != versions.get(name):
+                say(
+                    f"changed since this run was last started: {name} {before.get(name)} -> {versions.get(name)}; it "
+                    "goes on, but not to the bit as it would have"
+                )
+    path.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")

@@ -31,9 +31,9 @@ from jaxsft.data.overlap import check_overlap
 from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
-from jaxsft.evaluate import Examiner, HeldOut, describe, make_questions
+from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
+from jaxsft.metrics import Diverged, SkipWatch, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
 from jaxsft.pretrained import (
     OpenTokenizer,
     Pretrained,
@@ -47,8 +47,8 @@ from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
 from jaxsft.profile import Profiler, check_profile
 from jaxsft.report.picture import plot_run
-from jaxsft.step import abstract_state, init_state, make_train_step, put_batch
-from jaxsft.summary import describe_lost, start_summary
+from jaxsft.step import abstract_state, init_state, make_train_step, non_finite, put_batch
+from jaxsft.summary import describe_lost, note_versions, start_summary
 from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
 
 DONE, STOPPED = 0, 75
@@ -61,6 +61,7 @@ def train(config: Config) -> int:
     Raises:
         ConfigError, DataError: mistakes of the user; before a weight is read where that is possible.
         SaveError: a checkpoint could not be written.
+        Diverged: too many steps were skipped as their loss or gradient was not finite, or a parameter is not finite.
     """
     console = Console()
     folder = run_folder(config)
@@ -69,7 +70,7 @@ def train(config: Config) -> int:
     check_writers(config.log)
 
     # What is trained, and on what.
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     num_microbatches = check_batch(config, pretrained, mesh)
     encoder = make_encoder(config, tokenizer)
@@ -96,9 +97,9 @@ def train(config: Config) -> int:
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
         first = int(state.step)
         notes = [*tokenizer.notes, *pretrained.notes, *encoder.notes, *_source_notes(loader, examiner)]
-        max_position = pretrained.decoder_config.max_position
+        decoder_config = pretrained.decoder_config
         console.say(
-            start_summary(config, state, loader, mesh, num_steps=num_steps, max_position=max_position, notes=notes)
+            start_summary(config, state, loader, mesh, num_steps=num_steps, decoder_config=decoder_config, notes=notes)
         )
         if first >= num_steps and (folder / "export").exists():
             console.say(f"this run is finished; its model is in {folder / 'export'} (remove it to export anew)")
@@ -119,6 +120,12 @@ def train(config: Config) -> int:
         for writer in writers:
             closing.enter_context(contextlib.closing(writer))
         totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
+        skips = SkipWatch(
+            num_steps=num_steps,
+            max_skipped=config.optim.max_skipped,
+            first=first,
+            skipped=int(totals.skipped_steps),
+        )
         lost: dict[str, int] = {}
         speedometer = Speedometer(**_flop_sizes(pretrained))
         watch = Stopwatch()
@@ -144,6 +151,8 @@ def train(config: Config) -> int:
             console.step(done, num_steps, line)
             if lost != (lost := {name: count for name, count in rows.items() if "/" in name}):
                 console.say(f"of {rows['stream_rows']:,} rows read: " + describe_lost(lost))
+            if problem := skips.see(steps):
+                raise _diverged(problem, checkpointer, first_bad=skips.first_of_row)
 
         def evaluate(step: int, params: Any) -> float:
             if examiner is None:
@@ -182,7 +191,10 @@ def train(config: Config) -> int:
                 pause = time.perf_counter()
                 profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                 eval_loss = evaluate(done, state.params) if is_evaluated else math.inf
-                if is_saved or eval_loss < best_loss:
+                if is_last and (names := non_finite(state.params)):
+                    raise _diverged(f"not finite: {', '.join(names)}", checkpointer, first_bad=done)
+                # Not while steps are skipped: what was good before must not make room for what may not be.
+                if (is_saved or eval_loss < best_loss) and (is_last or not skips.in_a_row):
                     checkpointer.save(done, state, eval_loss=eval_loss)
                 best_loss = min(eval_loss, best_loss)
                 profiler.start_at(done, state)
@@ -196,6 +208,18 @@ def train(config: Config) -> int:
     if totals.skipped_steps:
         console.say(f"WARNING: {totals.skipped_steps:.0f} steps were skipped, as their loss or gradient was not finite")
     return DONE
+
+
+def _diverged(problem: str, checkpointer: Checkpointer, *, first_bad: int) -> Diverged:
+    checkpointer.wait()
+    good = checkpointer.newest_before(first_bad)
+    where = "no checkpoint was saved before that"
+    if good is not None:
+        where = f"the last good checkpoint is {good} (to train on from it, move those after it away)"
+    return Diverged(
+        f"the run has diverged: {problem}; nothing was exported; {where}; optim.learning_rate may be too high, or rows "
+        "and weights hold extreme values"
+    )
 
 
 def run_folder(config: Config) -> epath.Path:
@@ -300,9 +324,15 @@ def make_examiner(
             check_overlap(config.data, name, loader.dataset.sources, sources, say=say)
         num_questions = None if config.eval.exact_match else config.eval.samples
         items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
-        sets.append(
-            HeldOut(name, loader, make_questions(items, encoder, most=num_questions, seq_len=config.data.seq_len))
+        notes: list[str] = []
+        questions = make_questions(
+            items, encoder, ask=config.eval.ask, most=num_questions, seq_len=config.data.seq_len, say=notes.append
         )
+        if config.eval.exact_match:
+            notes += describe_questions(questions, encoder, max_new_tokens=config.eval.max_new_tokens)
+        for note in notes:
+            say(f"held-out {name}: {note}")
+        sets.append(HeldOut(name, loader, questions))
     if not sets:
         return None
     return Examiner(
@@ -382,6 +412,7 @@ def _describe_run(
         for change in config_changes(path.read_text(encoding="utf-8"), config):
             console.say(f"changed since this run began: {change}")
     path.write_text(dump_config(config), encoding="utf-8")
+    note_versions(folder / "versions.json", console.say)
     if (folder / "preview.html").exists():
         return  # of the first batch, which a stream would have to make again
     preview = make_preview(

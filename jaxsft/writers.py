@@ -8,7 +8,6 @@ ones, W&B and trackio, which cannot forget, keep the ones they have. What a writ
 
 import contextlib
 import importlib.util
-import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
-from jaxsft.metrics import Totals
+from jaxsft.metrics import Totals, from_json_line, to_json_line
 
 SPEED = {
     "steps", "seconds", "tokens_per_second", "trained_tokens_per_second", "data_wait_share", "host_share", "mfu",
@@ -44,25 +43,25 @@ class MetricsFile:
         self._lines: list[str] = []
         self.last_step = -1
         if jax.process_index() == 0 and path.exists():
-            complete = [(json.loads(line)["step"], line) for line in path.read_text().split("\n")[:-1]]
+            complete = [(from_json_line(line)["step"], line) for line in path.read_text().split("\n")[:-1]]
             self._lines = [line for at, line in complete if 0 < step >= at]
             self.last_step = max((at for at, _ in complete), default=-1)
         self._rewrite()
 
     def totals(self) -> Totals:
         """Counts at the last line of training."""
-        for line in map(json.loads, reversed(self._lines)):
+        for line in map(from_json_line, reversed(self._lines)):
             if "total_tokens" in line:
                 return Totals(line["total_tokens"], line["total_trained_tokens"], line["skipped_steps"])
         return Totals()
 
     def lines(self) -> list[dict[str, Any]]:
         """All that the file holds."""
-        return [json.loads(line) for line in self._lines]
+        return [from_json_line(line) for line in self._lines]
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line, on disk when this returns."""
-        self._lines.append(json.dumps(line))
+        self._lines.append(to_json_line(line))
         if jax.process_index() != 0:
             return
         with self._path.open("a") as file:
@@ -77,7 +76,7 @@ class MetricsFile:
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [from_json_line(line) for line in path.read_text().split("\n")[:-1]]
 
 
 class Writer(Protocol):

@@ -777,12 +777,32 @@ def test_a_gguf_comes_in_with_transformers_logits_and_goes_out_as_its_folder(tmp
     assert exported.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(exported[name], value, err_msg=name)
+    # In the words of transformers 4, too; that of rope is in the file's metadata.
+    said = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert said["rope_theta"] == said["rope_parameters"]["rope_theta"] == config.rope_parameters["rope_theta"]
+    assert said["torch_dtype"] == said["dtype"] == "float32" and any("rope_theta" in n for n in pretrained.notes)
+    # As many rows as tokens, though tables are filled up in memory.
+    assert len(original) % 128 and exported["model.embed_tokens.weight"].shape[0] == len(original)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     with torch.no_grad():
         np.testing.assert_array_equal(again(torch.tensor(tokens)).logits.numpy(), expected)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "export").encode("12 <think>") == original.encode(
         "12 <think>"
     )
+
+
+def test_a_gguf_that_holds_what_is_no_number_is_refused_by_its_tensor(tmp_path):
+    original = trained_tokenizer("qwen2")
+    sizes = MODELS["qwen2"][1] | {"vocab_size": len(original), "eos_token_id": original.eos_token_id}
+    config, tensors = save_model(tmp_path / "hf", "qwen2", sizes)
+    tensors["model.layers.1.mlp.down_proj.weight"][2, 3] = np.nan
+    metadata = tokenizer_metadata(original, "qwen2")
+    del metadata["tokenizer.ggml.eos_token_id"]
+    write_gguf(tmp_path / "model.gguf", config, tensors, metadata=metadata)
+    model = ModelConfig(path=str(tmp_path / "model.gguf"), remat="none")
+    pretrained = open_model(model, open_tokenizer(model))
+    with pytest.raises(ConfigError, match=r"gguf: model.layers.1.mlp.down_proj.weight .* holds nan at \[2, 3\]"):
+        load_params(pretrained, make_mesh(MeshConfig(data=1, fsdp=8)), seed=0)
 
 
 def logits(pretrained, params, tokens):

@@ -14,6 +14,8 @@ LAYERS = [
         "weights",
         "gguf",
         "special_tokens",
+        "config_words",
+        "tokenizer_files",
         "optim",
         "step",
     },

@@ -132,3 +132,27 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     plain = [temporary_bytes(lambda *a: plain_loss(*a, Logits(8192)), n) for n in rows]
     assert chunked[1] - chunked[0] < 0.05 * 64 * logits_bytes
     assert plain[1] - plain[0] > 64 * logits_bytes  # so the measure does see logits
+
+
+@pytest.mark.parametrize("axes", [None, {"tensor": 4, "fsdp": 2}])
+@pytest.mark.parametrize(
+    ("rows", "hits"),
+    [
+        ([[0.0] * 8], 0.0),  # all equal, as after a run that has diverged
+        ([[0.0, 3.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0]], 0.0),  # the target and another, on one device or on two
+        ([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0, 0.0, 3.0]], 0.0),
+        ([[0.0, 3.0, 2.9999998, 1.0, 0.0, 0.0, 0.0, 0.0]], 1.0),
+        ([[0.0, np.nan, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]], 0.0),
+    ],
+)
+def test_a_tie_is_no_hit(rows, hits, axes):
+    """Logits [T, V] = one-hot hidden @ table; the target is token 1 everywhere."""
+    num_rows = 8
+    table = jnp.asarray(rows, jnp.float32).T
+    hidden, targets = jnp.ones((num_rows, 1, 1)), jnp.ones((num_rows, 1), jnp.int32)
+    arrays = hidden, jnp.pad(table, ((0, 0), (0, 1))), targets, jnp.ones((num_rows, 1))
+    arrays = (jnp.pad(hidden, ((0, 0), (0, 0), (0, 1))), *arrays[1:])
+    mesh = make_mesh(MeshConfig(**(axes or {})), jax.devices() if axes else jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        sums = jax.jit(lambda *each: next_token_loss(*each, logits=Logits(8)))(*arrays)
+    assert float(sums.correct_sum) == hits * num_rows

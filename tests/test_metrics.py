@@ -1,6 +1,7 @@
 """What a line of metrics says: sums that are divided once, FLOPs as XLA counts them, and what the host costs."""
 
 import json
+import math
 import time
 
 import jax
@@ -11,7 +12,18 @@ from etils import epath
 from flax import nnx
 
 from jaxsft.loss import LossSums
-from jaxsft.metrics import StepMetrics, Stopwatch, Totals, matmul_params, summarise, train_flops
+from jaxsft.metrics import (
+    SkipWatch,
+    StepMetrics,
+    Stopwatch,
+    Totals,
+    from_json_line,
+    matmul_params,
+    num_params,
+    summarise,
+    to_json_line,
+    train_flops,
+)
 from jaxsft.model import attention
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums
@@ -31,6 +43,64 @@ def test_the_loss_of_a_line_is_over_all_its_tokens_not_a_mean_of_means():
     assert line["accuracy"] == pytest.approx(0.1)
     assert line["padding_share"] == 0.5
     assert totals == Totals(tokens=25, trained_tokens=12, skipped_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ({"loss": math.nan}, {"loss": "nan"}),
+        ({"loss": math.inf, "grad_norm": -math.inf}, {"loss": "inf", "grad_norm": "-inf"}),
+        ({"eval_perplexity": math.inf, "eval_loss/en": math.nan}, {"eval_perplexity": "inf", "eval_loss/en": "nan"}),
+        ({}, None),
+    ],
+)
+def test_a_line_is_json_and_says_what_was_no_number(lost, named):
+    line = {"step": 3, "tokens": 4.0} | lost
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = to_json_line(line)
+    strict = json.loads(text, parse_constant=refuse)
+    assert strict.get("not_finite") == named and all(strict[key] is None for key in lost)
+    again = from_json_line(text)
+    assert again.keys() == line.keys() and all(repr(again[key]) == repr(line[key]) for key in line)
+
+
+def skipped(pattern):
+    return [step(1.0, 1.0, skipped=float(mark == "x")) for mark in pattern]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "share", "pattern", "said"),
+    [
+        (5000, 0.01, "." + "x" * 10, "10 steps in a row were skipped, up to step 11"),
+        (5000, 1.0, "x" * 10, "10 steps in a row"),
+        (5000, 0.01, "x" * 9 + "." + "x" * 9, None),
+        (100, 0.01, "x.", None),
+        (100, 0.01, "x.x", "2 steps were skipped, up to step 3, where optim.max_skipped (0.01 of 100 steps) allows 1"),
+        (100, 0.0, "..x", "allows 0"),
+        (100, 0.05, "x.x.x.x.x", None),
+        (12, 0.01, ".xx", "allows 1"),
+        (1, 0.01, "x", "all 1 steps of the run were skipped"),
+        (3, 1.0, "xxx", "all 3 steps of the run were skipped"),
+        (3, 1.0, "xx.", None),
+    ],
+)
+def test_too_many_skipped_steps_end_a_run(num_steps, share, pattern, said):
+    for size in (1, 4):  # however many steps a line covers
+        watch = SkipWatch(num_steps=num_steps, max_skipped=share, first=0, skipped=0)
+        steps, problem = skipped(pattern), None
+        for at in range(0, len(steps), size):
+            problem = problem or watch.see(steps[at : at + size])
+        assert (problem is None) == (said is None) and (said or "") in (problem or ""), problem
+
+
+def test_steps_skipped_before_a_run_was_continued_count():
+    watch = SkipWatch(num_steps=100, max_skipped=0.02, first=50, skipped=2)
+    assert watch.see(skipped("..")) is None
+    assert "3 steps were skipped, up to step 53" in watch.see(skipped("x"))
+    assert watch.first_of_row == 52
 
 
 def test_a_line_without_trained_tokens_is_zero_not_nan():
@@ -77,6 +147,11 @@ def test_parameters_that_multiply_a_token_are_those_of_its_own_experts(tied):
     attention, experts = 2 * (4 + 2) * 6 * 8, 8 * 7 + 2 * 3 * 8 * 6
     # The head multiplies, the table of embeddings is looked up; ids that fill up the vocabulary are nobody's.
     assert matmul_params(params, config) == 3 * (attention + experts) + 100 * 8
+    # Norms and looked-up tables count among all parameters; of each table, 28 rows only fill it up.
+    tables = 1 if tied else 2
+    experts_of_layer = 8 * 7 + 3 * 7 * 8 * 6
+    expected = 3 * (attention + experts_of_layer + 2 * 8) + 8 + tables * 100 * 8
+    assert num_params(params, config) == (expected, tables * 28 * 8)
 
 
 def test_flops_of_a_worked_example():
@@ -145,6 +220,9 @@ def test_flops_of_attention_are_those_that_xla_counts(monkeypatch):
     part does not depend on the head dim. So two head dims tell them apart."""
     # What a CPU does depends on the rows, of which XLA's count knows nothing.
     monkeypatch.setattr(attention, "on_one_device", lambda: False)
+    # Nor are scores to be computed again: XLA of jax 0.10 takes those of the forward pass after all, that of 0.12 does
+    # what it is told, and counts 14 per pair.
+    monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
 
     def per_pair(head_dim):
         config = llama(head_dim=head_dim, hidden_size=64)

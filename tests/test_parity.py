@@ -578,16 +578,18 @@ def test_an_exact_match_is_an_answer_that_is_right_and_has_stopped(setup, ours, 
 
     def share(generator: Generator, expected: list[list[int]]) -> float:
         asked = [
-            question._replace(expected=tokenizer.decode(tokens).strip())
+            question._replace(expected=evaluate.as_text(tokens, tokenizer), expected_tokens=[*tokens, stop])
             for question, tokens in zip(questions, expected, strict=True)
         ]
         answers = evaluate.answer_questions(asked, generator, ours.result, tokenizer, config)
         assert answers[0].text == asked[0].expected
-        return evaluate.exact_match(answers)["eval_exact_match"]
+        metrics = evaluate.exact_match(answers)
+        assert metrics["eval_questions"] == NUM_QUESTIONS
+        return metrics["eval_exact_match"]
 
-    assert share(generator, unstopped) == 0.0  # all right, but none has stopped
     first = unstopped[0]
     stop = next(token for index, token in enumerate(first) if index > 1 and token not in first[:index])
+    assert share(generator, unstopped) == 0.0  # all right, but none has stopped
     right = [answer[: answer.index(stop)] if stop in answer else answer for answer in unstopped]
     num_stopped = sum(stop in answer for answer in unstopped)
     stopping = with_stops(generator, [stop])

@@ -1,6 +1,7 @@
 """Control tokens of templates: which are added, what their rows begin as on any mesh, what the export says of them."""
 
 import json
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -118,7 +119,7 @@ def test_a_named_template_adds_the_tokens_it_needs_and_each_is_one_id_then(name,
         assert tokenizer.tokenizer(f"w1{token}w2", add_special_tokens=False)["input_ids"] == [4, id, 5]
         assert tokenizer.tokenizer.added_tokens_decoder[id].special
         assert f"{token!r} ({id})" in tokenizer.notes[0]
-    assert len(tokenizer.notes) == bool(tokenizer.added_tokens)
+    assert tokenizer.tokenizer.extra_special_tokens == list(tokenizer.added_tokens)
     stop = {"chatml": 301, "llama3": 302, "gemma": 301}.get(name)
     assert tokenizer.stops == [2] + [stop] * (stop is not None)
 
@@ -193,7 +194,8 @@ def test_what_the_tokenizer_s_own_template_writes_is_known_to_the_model_broken_u
     folder = make_model(tmp_path / "model", template=own)
     # Without data.chat_template nothing is added at all.
     tokenizer = open_tokenizer(ModelConfig(path=str(folder)))
-    assert (tokenizer.added_tokens, tokenizer.notes) == ((), ())
+    assert tokenizer.added_tokens == ()
+    assert not any("added" in note for note in tokenizer.notes)
     # With a repaired copy of it, only what it did not write before.
     file = template_file(own.replace("</s>", "<|over|>"))
     tokenizer = open_tokenizer(ModelConfig(path=str(folder)), file)
@@ -216,21 +218,23 @@ def expected_rows(folder, name, *, size, new):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_a_vocabulary_that_is_full_grows_to_a_multiple_of_128_and_new_rows_are_the_mean(tie, tmp_path):
+def test_a_vocabulary_that_is_full_grows_by_the_rows_that_are_missing_and_they_are_the_mean(tie, tmp_path):
     folder = make_model(tmp_path / "model", tie=tie)
     tokenizer, pretrained = open_both(folder)
-    assert pretrained.hf_config["vocab_size"] == pretrained.decoder_config.vocab_size == 384
-    assert "grows from 300 to 384 rows" in pretrained.notes[0]
+    assert pretrained.hf_config["vocab_size"] == pretrained.decoder_config.vocab_size == 302
+    assert "grows from 300 to 302 rows" in pretrained.notes[0]
     params = load_params(pretrained, one_device(), seed=0)
     names = {"embed_tokens": EMBEDDING} | ({} if tie else {"lm_head": UNEMBEDDING})
     assert ("lm_head" in params) == (not tie)
     for ours, theirs in names.items():
-        expected = expected_rows(folder, theirs, size=384, new=[300, 301])
+        expected = expected_rows(folder, theirs, size=302, new=[300, 301])
         np.testing.assert_array_equal(table(params, ours)[:300], expected[:300])
-        np.testing.assert_allclose(table(params, ours), expected, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(table(params, ours)[:302], expected, rtol=1e-6, atol=1e-7)
+        # Filled up in memory, for any mesh; these rows are in no file.
+        assert table(params, ours).shape == (384, 32) and not table(params, ours)[302:].any()
 
 
-@pytest.mark.parametrize(("vocab_size", "grown"), [(301, 384), (302, 302), (320, 320)])
+@pytest.mark.parametrize(("vocab_size", "grown"), [(301, 302), (302, 302), (320, 320)])
 def test_rows_that_a_model_has_to_spare_are_used_before_it_grows(vocab_size, grown, tmp_path):
     folder = make_model(tmp_path / "model", vocab_size=vocab_size)
     _, pretrained = open_both(folder)
@@ -244,7 +248,7 @@ def test_rows_that_a_model_has_to_spare_are_used_before_it_grows(vocab_size, gro
     np.testing.assert_array_equal(table(params, "embed_tokens")[untouched], expected[untouched])
 
 
-@pytest.mark.parametrize(("words", "grown"), [(382, 384), (383, 512)])
+@pytest.mark.parametrize(("words", "grown"), [(382, 384), (383, 385)])
 def test_the_last_new_token_still_has_a_row(words, grown, tmp_path):
     folder = make_model(tmp_path / "model", vocab_size=words, words=words)
     tokenizer, pretrained = open_both(folder)
@@ -293,7 +297,7 @@ def test_the_mean_does_not_depend_on_the_columns_that_are_read_with_it():
 
 def test_random_weights_have_rows_for_new_tokens_too(base):
     _, pretrained = open_both(base, weights="random")
-    assert pretrained.decoder_config.vocab_size == 384
+    assert pretrained.decoder_config.vocab_size == 302
     assert load_params(pretrained, one_device(), seed=0)["lm_head"]["weight"].shape == (384, 32)
 
 
@@ -323,7 +327,8 @@ def test_an_export_with_new_tokens_is_whole_for_transformers_and_for_us(tie, tmp
     out = tmp_path / "export"
     export_model(pretrained, tokenizer, params, out)
 
-    assert hf.load_hf_config(out)["vocab_size"] == 384
+    assert hf.load_hf_config(out)["vocab_size"] == len(tokenizer.tokenizer) == 302
+    assert tensors_of(out)[EMBEDDING].shape == (302, 32)
     assert hf.load_generation_config(out)["eos_token_id"] == hf.load_hf_config(out)["eos_token_id"] == [2, 301]
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     assert theirs.eos_token == "</s>"
@@ -332,14 +337,14 @@ def test_an_export_with_new_tokens_is_whole_for_transformers_and_for_us(tie, tmp
     assert theirs.chat_template == tokenizer.tokenizer.chat_template
 
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (384, 32)
+    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (302, 32)
     assert model.generation_config.eos_token_id == [2, 301]
-    tokens = np.array([[1, 300, 7, 8, 301, 300, 9, 383]])
+    tokens = np.array([[1, 300, 7, 8, 301, 300, 9, 299]])
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
     decoder = nnx.merge(pretrained.model.graphdef, jax.device_get(params))
     hidden = decoder(tokens, np.ones_like(tokens), np.arange(8)[None]).hidden
-    np.testing.assert_allclose(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(decoder.logits(hidden)[..., :302], expected, rtol=1e-4, atol=1e-4)
 
     # Opened again, with or without naming the template, nothing is left to add.
     for template in (None, "chatml", str(out / "chat_template.jinja")):
@@ -366,13 +371,72 @@ optim: {{learning_rate: 5e-3, warmup_steps: 2}}
     )
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
     out = tmp_path / "run" / "export"
-    assert hf.load_hf_config(out)["vocab_size"] == 640
+    assert hf.load_hf_config(out)["vocab_size"] == 514
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
     assert answer[-1] == tokenizer.convert_tokens_to_ids(STOP) == 513
     assert tokenizer.decode(answer, skip_special_tokens=True) == "It is Tim."
+
+
+# The token that ends an answer, for others.
+
+
+def test_an_eos_token_that_does_not_end_answers_is_said_or_set_and_the_export_agrees(tmp_path):
+    folder = make_model(tmp_path / "model")
+    model = ModelConfig(path=str(folder))
+    kept = open_tokenizer(model, "chatml")
+    assert kept.tokenizer.eos_token == "</s>" and kept.stops == [2, 301]
+    assert any("'<|im_end|>' (301)" in note and "data.set_eos" in note for note in kept.notes)
+
+    tokenizer = open_tokenizer(model, "chatml", set_eos=True)
+    assert tokenizer.tokenizer.eos_token_id == 301 and sorted(tokenizer.stops) == [2, 301]
+    assert tokenizer.stops[0] == 301 and tokenizer.key != kept.key
+    assert any("'<|im_end|>' (301) is the tokenizer's eos token now, in place of '</s>'" in n for n in tokenizer.notes)
+    assert not any("would not stop there" in note for note in tokenizer.notes)
+    pretrained = open_model(model, tokenizer)
+    out = tmp_path / "out"
+    export_model(pretrained, tokenizer, load_params(pretrained, one_device(), seed=0), out)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((out / name).read_text())["eos_token"] == "<|im_end|>"
+    for name in ("config.json", "generation_config.json"):
+        assert sorted(json.loads((out / name).read_text())["eos_token_id"]) == [2, 301]
+    # Nothing is left to set.
+    again = open_tokenizer(ModelConfig(path=str(out)), set_eos=True)
+    assert again.key == tokenizer.key and not any("data.set_eos" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("name", ["zephyr", "llama3", "gemma"])
+def test_what_a_named_template_ends_with_becomes_the_eos_token(name, base):
+    tokenizer = open_tokenizer(ModelConfig(path=str(base)), name, set_eos=True)
+    expected = {"zephyr": "</s>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}[name]
+    assert tokenizer.tokenizer.eos_token == expected
+
+
+def test_an_eos_token_is_not_set_where_the_template_would_write_another_text_or_ends_with_no_token(base, template_file):
+    file = template_file(TEMPLATE.replace("<HEAD>", "{{ eos_token }}").replace("<END>", "<|end|>"))
+    with pytest.raises(ConfigError, match="data.set_eos: true, but the chat template writes the eos token .'</s>'"):
+        open_tokenizer(ModelConfig(path=str(base)), file, set_eos=True)
+    file = template_file(TEMPLATE.replace("<HEAD>", "").replace("<END>", ""))
+    with pytest.raises(ConfigError, match="data.set_eos: true, but the chat template does not end answers with one"):
+        open_tokenizer(ModelConfig(path=str(base)), file, set_eos=True)
+
+
+def test_a_pad_token_that_is_missing_or_ends_answers_is_said(base):
+    tokenizer = open_tokenizer(ModelConfig(path=str(base)), "chatml")
+    assert tokenizer.tokenizer.pad_token is None and any("has no pad token" in note for note in tokenizer.notes)
+
+    def pads(folder):
+        tokenizer = open_tokenizer(ModelConfig(path=str(folder)))
+        return [note for note in tokenizer.notes if "pad token" in note]
+
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    for pad, said in (("</s>", ["also ends texts"]), ("<unk>", [])):
+        folder = base.parent / f"pad{len(said)}"
+        shutil.copytree(base, folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": pad}))
+        assert [words in note for words, note in zip(said, pads(folder), strict=True)] == [True] * len(said)
 
 
 # Rows that were never trained.
@@ -421,7 +485,7 @@ def test_added_tokens_are_not_reported_as_untrained_rows_for_they_begin_as_the_m
 def test_no_row_of_a_model_that_was_trained_looks_untrained(base, material):
     for folder in (base, material / "models" / "stories260K"):
         tokenizer, pretrained = open_both(folder, None)
-        assert pretrained.notes == ()
+        assert not any("never" in note for note in pretrained.notes)
         found = special_tokens.untrained_tokens(
             pretrained.stored,
             pretrained.family,

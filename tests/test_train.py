@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -440,3 +442,71 @@ def test_keys_lists_every_key(capsys):
     output = capsys.readouterr().out
     assert "optim.learning_rate" in output
     assert "Peak learning rate." in output
+
+
+def strict_lines(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        # The first step ruins the weights, whatever follows is not finite.
+        (["optim.learning_rate=1e30", "optim.max_skipped=1"], "10 steps in a row were skipped, up to step 11"),
+        (["optim.learning_rate=1e30", "log.every=5"], "optim.max_skipped (0.01 of 12 steps) allows 1"),
+        # The last step does: nothing comes behind it that would be skipped.
+        (["optim.learning_rate=1e39", "train.steps=1"], "not finite: "),
+    ],
+)
+def test_a_run_that_diverges_ends_in_an_error_and_exports_nothing(tiny_config, tmp_path, capsys, overrides, said):
+    folder = tmp_path / "run"
+    assert main(["train", str(tiny_config), f"run_dir={folder}", "optim.warmup_steps=0", *overrides]) == 1
+    error = capsys.readouterr().err
+    assert "the run has diverged" in error and said in error and "no checkpoint was saved before that" in error
+    assert not (folder / "export").exists()
+    assert any("not_finite" in line for line in strict_lines(folder)) or "not finite" in said
+
+
+def test_the_checkpoint_from_before_a_run_diverged_is_kept_and_named(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = ["train", str(tiny_config), f"run_dir={folder}", "checkpoint.every=1", "optim.schedule=constant"]
+    assert main([*command, "train.steps=3"]) == 0
+    shutil.rmtree(folder / "export")
+    assert main([*command, "train.steps=40", "optim.learning_rate=1e30", "optim.max_skipped=1"]) == 1
+    good = folder / "checkpoints" / "3"
+    assert f"the last good checkpoint is {good} " in capsys.readouterr().err
+    # Step 4 was taken, and ruined the weights; what came after it was not saved, or checkpoint 3 would be gone.
+    assert good.exists() and {path.name for path in good.parent.iterdir()} == {"3", "4"}
+    assert not (folder / "export").exists()
+
+
+def test_a_run_of_one_step_learns(tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    assert train(load_config(tiny_config, [f"run_dir={folder}", "train.steps=1", "optim.warmup_steps=0"])) == 0
+    evaluated = [line["eval_loss"] for line in strict_lines(folder) if "eval_loss" in line]
+    assert evaluated[1] < evaluated[0]
+
+
+def test_what_computes_a_run_is_written_down_and_a_change_is_said(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(load_config(tiny_config, [f"run_dir={folder}", "train.steps=2"])) == 0
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__ and versions.keys() >= {"jaxlib", "flax", "devices", "python"}
+    (folder / "versions.json").write_text(json.dumps(versions | {"jax": "0.9.0", "flax": "0.1"}))
+    assert "versions" not in capsys.readouterr().out
+    assert train(load_config(tiny_config, [f"run_dir={folder}", "train.steps=3"])) == 0
+    output = capsys.readouterr().out
+    for name, before in (("jax", "0.9.0"), ("flax", "0.1")):
+        assert f"changed since this run was last started: {name} {before} -> {versions[name]}" in output
+    assert json.loads((folder / "versions.json").read_text()) == versions
+
+
+def test_the_parameters_said_are_those_of_the_model_without_what_fills_up_its_vocabulary(repo, tmp_path, capsys):
+    """As README says of the quickstart."""
+    overrides = [f"run_dir={tmp_path}/run", "train.steps=1", "eval.samples=0", "eval.exact_match=false"]
+    assert train(load_config(repo / "configs" / "quickstart.yaml", [*overrides, "eval.examples=8"])) == 0
+    assert "362,112 random parameters in float32, and 15,360 that fill up its vocabulary" in capsys.readouterr().out
+    assert "A model of 362,112 parameters" in (repo / "README.md").read_text()

@@ -101,7 +101,7 @@ def expected(tensors, path):
 
 
 def random_tensors(dtype_of=lambda name: np.float32, *, odd=True):
-    """The tensors of the table; unless they are to be computed with, some values are not normal numbers."""
+    """The tensors of the table; unless they are to be computed with, some are tiny or very large."""
     n, k, h, f, d, e = (SIZES[letter] for letter in "nkhfde")
     shapes = {"model.embed.weight": (VOCAB, d), "lm_head.weight": (VOCAB, d)}
     for layer in range(SIZES["l"]):
@@ -119,13 +119,14 @@ def random_tensors(dtype_of=lambda name: np.float32, *, odd=True):
             }.items()
         }
     rng = np.random.default_rng(0)
-    values_at_first = [-0.0, 0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-42, 6e-8, 3e38] if odd else []
+    values_at_first = [-0.0, 0.0, 1e-40, -1e-42, 6e-8, 6.5e4, 1e38] if odd else []
     tensors = {}
     for name, shape in shapes.items():
         values = rng.normal(size=shape).astype(np.float32)
         values.reshape(-1)[: len(values_at_first)] = values_at_first
-        with np.errstate(over="ignore"):
-            tensors[name] = values.astype(dtype_of(name))
+        if dtype_of(name) == np.float16:
+            values = values.clip(-6.5e4, 6.5e4)
+        tensors[name] = values.astype(dtype_of(name))
     return tensors
 
 
@@ -561,6 +562,45 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     text = problems(tmp_path)
     assert "neither model.safetensors nor" in text and "pytorch_model.bin: pickled weights are not read" in text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("mesh", ["one", "all"])
+def test_every_tensor_that_holds_what_is_no_number_is_named_with_where(dtype, mesh, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "BLOCK_BYTES", 200)
+    tensors = random_tensors(lambda name: dtype)
+    bad = {
+        "model.embed.weight": ((120, 15), np.nan),
+        "model.layers.1.norm.weight": ((3,), -np.inf),
+        "model.layers.2.qkv.bias": ((95,), np.inf),
+        "model.layers.0.experts.gate_up": ((2, 5, 47), np.inf),
+        "model.layers.0.experts.3.down.weight": ((15, 23), np.nan),
+    }
+    for name, (at, value) in bad.items():
+        tensors[name][at] = value
+    with pytest.raises(ConfigError, match="hold numbers that are not finite") as error:
+        load(open_folder(save(tmp_path / "model", tensors)), mesh)
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == len(bad)
+    for name, (at, value) in bad.items():
+        (line,) = [line for line in lines if f" {name} " in line]
+        assert line.endswith(f"{name} {list(tensors[name].shape)} holds {value} at {list(at)}")
+        assert "model.safetensors: " in line
+    # The largest numbers that there are, are numbers.
+    for name, (at, _) in bad.items():
+        tensors[name][at] = ml_dtypes.finfo(dtype).max
+    load(open_folder(save(tmp_path / "model", tensors)), mesh)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_finite_is_what_numpy_calls_so(dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = (bits.astype(np.uint32) << 16).view(np.float32) if dtype == np.float32 else bits.view(dtype)
+    for value in (values[:: 7 * 11], values[0x7C00:0x7C02], values[0x7F80:], values[:0x7C00], values[0xFF80:]):
+        each = [copying.is_finite(value[at : at + 1]) for at in range(len(value))]
+        np.testing.assert_array_equal(each, np.isfinite(value.astype(np.float32)))
+        assert copying.is_finite(value) == all(each)
+    assert copying.is_finite(values[:0])
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_named(tmp_path):

@@ -79,7 +79,7 @@ def main(folder: pathlib.Path) -> None:
             startup += seconds if step == 0 else 0.0
             tokens, trained = int((rows.segments > 0).sum()), int((rows.labels != IGNORED).sum())
             total_tokens, total_trained = total_tokens + tokens, total_trained + trained
-            line = {
+            line: dict[str, Any] = {
                 "step": step + 1,
                 "loss": loss,
                 "grad_norm": float(norm),
@@ -91,6 +91,8 @@ def main(folder: pathlib.Path) -> None:
                 "seconds": seconds,
                 "memory_gib": memory_gib(device),
             }
+            lost = {key: str(float(value)) for key, value in line.items() if not math.isfinite(value)}
+            line |= dict.fromkeys(lost) | ({"not_finite": lost} if lost else {})
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             print(f"transformers: step {step + 1} of {request['num_steps']}, loss {loss:.4f}", flush=True)
@@ -200,15 +202,16 @@ def make_optimizer(model: Any, request: dict[str, Any]) -> torch.optim.Optimizer
 def learning_rate_of(step: int, request: dict[str, Any]) -> float:
     """Learning rate of a step, counted from 0.
 
-    Warm-up reaches the peak with its last step; the decay ends at `final_ratio` of the peak with the last step of all.
+    Warm-up reaches the peak with its last step; the decay ends at `final_ratio` of the peak after the last step of all,
+    as transformers' schedules do.
     """
-    peak, warmup, last = request["learning_rate"], request["warmup_steps"], request["schedule_steps"] - 1
+    peak, warmup, end = request["learning_rate"], request["warmup_steps"], request["schedule_steps"]
     if step < warmup:
         return peak * (step + 1) / warmup
     begin = warmup
     if request["schedule"] == "wsd":
-        begin = max(warmup, request["schedule_steps"] - round(request["decay_ratio"] * request["schedule_steps"]))
-    progress = min(max((step - begin) / max(last - begin, 1), 0.0), 1.0)
+        begin = max(warmup, end - round(request["decay_ratio"] * end))
+    progress = min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
     fall = {
         "constant": 0.0,
         "linear": progress,

@@ -4,7 +4,6 @@ In: a folder with `ours` and `theirs`. Out: `Check`s, from the rows over the lay
 that fails says where the two part. Differences of arrays are relative: norm of the difference by norm of theirs.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors
 
 from jaxsft.batch import Batch
+from jaxsft.metrics import from_json_line
 from jaxsft.report.records import Check
 
 TOLERANCES = {
@@ -302,4 +302,4 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _lines(side: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (side / "metrics.jsonl").read_text().splitlines()]
+    return [from_json_line(line) for line in (side / "metrics.jsonl").read_text().splitlines()]

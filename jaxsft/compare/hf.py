@@ -15,6 +15,7 @@ from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, r
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader
 from jaxsft.mesh import make_mesh
+from jaxsft.metrics import from_json_line
 from jaxsft.optim import warmup_steps
 from jaxsft.pretrained import compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.report.columns import figures_of
@@ -58,7 +59,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     """
     _check_comparable(config, num_steps)
     mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
     assert isinstance(loader, Loader)
@@ -95,7 +96,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 
 def write_model(config: Config, folder: pathlib.Path) -> None:
     """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     # Ours reads the source; what we export must be the same model to transformers.
     exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))
@@ -173,7 +174,7 @@ def make_report(folder: pathlib.Path, *, title: str) -> Report:
 
 def read_side(folder: pathlib.Path, name: str) -> Run:
     """One of the two runs, from its metrics and facts."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [from_json_line(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     facts = json.loads((folder / "facts.json").read_text())
     figures, caveats = figures_of(lines)
     return Run(

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from jaxsft.batch import Batch
 from jaxsft.config import Config, load_config
 from jaxsft.mesh import ROW_AXES, make_mesh
-from jaxsft.metrics import Totals, memory_gib, summarise
+from jaxsft.metrics import Totals, memory_gib, summarise, to_json_line
 from jaxsft.pretrained import Pretrained, load_params, open_model, open_tokenizer
 from jaxsft.step import divisor, init_state, make_train_step, put_batch, split_microbatches, summed_gradients
 from jaxsft.train import make_encoder, make_loader
@@ -43,7 +43,7 @@ def main(folder: pathlib.Path) -> None:
     ours = folder / "ours"
     ours.mkdir(exist_ok=True)
     mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
     loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
     params = load_params(pretrained, mesh, seed=config.seed)
@@ -78,7 +78,7 @@ def main(folder: pathlib.Path) -> None:
                 seconds = time.perf_counter() - at
                 line, totals = summarise([jax.device_get(of_step)], totals, batch_positions=math.prod(loader.shape))
                 line |= {"seconds": seconds, "memory_gib": memory_gib()}
-                metrics.write(json.dumps({"step": step + 1} | line) + "\n")
+                metrics.write(to_json_line({"step": step + 1} | line) + "\n")
                 metrics.flush()
                 print(f"jaxsft: step {step + 1} of {request['num_steps']}, loss {line['loss']:.4f}", flush=True)
                 if step == 0:

@@ -49,7 +49,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     """
     check_packages(NEEDED_FOR_TRL)
     _check(config)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template)
+    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     encoder = make_encoder(config, tokenizer)
     loader = make_loader(config, tokenizer, encoder, say=say)
     assert isinstance(loader, Loader)
@@ -146,7 +146,9 @@ def _check(config: Config) -> None:
 def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
     mesh = make_mesh(config.mesh)
-    pretrained = open_model(config.model, open_tokenizer(config.model, config.data.chat_template))
+    pretrained = open_model(
+        config.model, open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
+    )
     params = load_params(pretrained, mesh, seed=config.seed)
     examples = []
     for index in found.first["examples"]:
@@ -187,7 +189,7 @@ def _trl_caveats(run: Run, found: Prepared) -> list[str]:
     caveats = [
         "its loss is a token mean over the whole step (num_items_in_batch) of the tokens that TRL trains, in the order "
         "in which TRL draws rows: a step is not the same rows as ours",
-        "its warm-up begins at 0 and reaches the peak one step after ours; the decay ends at 0 one step after the last",
+        "its warm-up begins at 0 and reaches the peak one step after ours; the decay is the same",
         "seconds are of the step alone; rows are collated between steps",
     ]
     if found.about["refusal"]:

@@ -49,6 +49,22 @@ class Encoded(NamedTuple):
     """What adds up over all examples, by name; only what is not zero."""
 
 
+class TrainedTurn(NamedTuple):
+    """A turn of the assistant as it is trained, taken apart: `prompt + answer` is how an example begins."""
+
+    message: int
+    """Of the conversation, from 0."""
+    prompt: list[int]
+    """All that stands before what is trained: what the model is given when it is asked."""
+    answer: list[int]
+    """What the model must produce then, the stop token last. Where parts of the turn are not trained (reasoning), what
+    follows the last of them."""
+    own_prompt: list[int] | None
+    """What the chat template gives when it is asked for a prompt; None where it refuses. It differs where the template
+    ignores add_generation_prompt, where the conversation lacks the end of the prompt, where that end and the beginning
+    of the answer share a token, or where reasoning is seen only."""
+
+
 class ChatEncoder:
     """Conversations to examples, for one tokenizer and one set of options; picklable."""
 
@@ -62,6 +78,7 @@ class ChatEncoder:
         Raises:
             DataError: the tokenizer is not fast, or its template is no program that can be run.
         """
+        self.tokenizer, self.stops = tokenizer, frozenset(map(int, stops))
         self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
         self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
         self._is_stop[self._stops] = True
@@ -145,6 +162,43 @@ class ChatEncoder:
         if isinstance(tokens, ControlError):
             raise MaskError(str(tokens), "control-token")
         return tokens.ids.tolist()
+
+    def trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
+        """The turns of the assistant that `encode` trains, in order, each as the model is asked for it.
+
+        Where every token is trained (`train_on: all`), those that stand in the example as they were said.
+
+        Raises:
+            MaskError: as `encode` has it, or no turn of the assistant is trained.
+        """
+        drawn = self._draw(conversation)
+        found = self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn])
+        encoded = self._weigh_all(conversation.origin, drawn, found)
+        if drawn[0].view.turns[0].found_by == "all":
+            whole = encoded[0].example.tokens.tolist()
+            turns = self.trained_turns(conversation._replace(train_on="assistant"))
+            return [turn for turn in turns if whole[: len(turn.prompt) + len(turn.answer)] == turn.prompt + turn.answer]
+        conversation, _ = self._without_stops(conversation)
+        turns = []
+        for each, (example, _, turn_ends, *_) in zip(drawn, encoded, strict=True):
+            for turn, before, end in zip(each.view.turns, [0, *turn_ends], turn_ends, strict=False):
+                if conversation.messages[turn.message]["role"] == "assistant":
+                    seen = np.flatnonzero(example.loss_weights[before:end] == 0)
+                    start = int(before + seen[-1] + 1) if len(seen) else int(before)
+                    prompt, answer = example.tokens[:start].tolist(), example.tokens[start:end].tolist()
+                    own_prompt = self._own_prompt(conversation, turn.message)
+                    turns.append(TrainedTurn(turn.message, prompt, answer, own_prompt))
+        if not turns:
+            raise MaskError("no turn of the assistant is trained", "nothing-trained")
+        return sorted(turns, key=lambda turn: turn.message)
+
+    def _own_prompt(self, conversation: Conversation, message: int) -> list[int] | None:
+        """What the template gives before a message when it is asked for a prompt; None where it refuses."""
+        before, tools = conversation.messages[:message], conversation.tools
+        try:
+            return self.prompt(before, tools=tools, template_kwargs=conversation.template_kwargs)
+        except MaskError:
+            return None
 
     def encode(self, items: Sequence[Item]) -> list[list[Encoded] | MaskError]:
         """The examples of each item, several where a conversation is unrolled; or why it has none.

@@ -34,6 +34,12 @@ class Tokens(NamedTuple):
     """Control tokens that the data spelt, and that were made ordinary text of."""
 
 
+def control_tokens(tokenizer: Tokenizer) -> dict[int, Any]:
+    """The tokens of a tokenizer that may control something, special or not, by id; transformers' records of them."""
+    # Runs of whitespace are added tokens of some tokenizers (Gemma, GPT-NeoX); they control nothing.
+    return {int(id): each for id, each in tokenizer.added_tokens_decoder.items() if each.content.strip(" ▁\t\r\n")}
+
+
 Place = tuple[int, int, int]
 """A control token in a text: its id, its first character, and the end."""
 
@@ -53,8 +59,7 @@ class TextEncoder:
             policy: what becomes of text that spells a control token: "split", "error" or "allow".
         """
         self._backend, self._policy = tokenizer.backend_tokenizer, policy
-        # Runs of whitespace are added tokens of some tokenizers (Gemma, GPT-NeoX); they control nothing.
-        added = {int(id): each for id, each in tokenizer.added_tokens_decoder.items() if each.content.strip(" ▁\t\r\n")}
+        added = control_tokens(tokenizer)
         self._contents = {id: each.content for id, each in added.items()}
         self._soft = {id for id, each in added.items() if not each.special and id not in stops}
         self._is_control = np.zeros(max([*tokenizer.get_vocab().values(), 0]) + 1, bool)

@@ -68,4 +68,4 @@ NAMED_TEMPLATES: dict[str, NamedTemplate] = {
 
 def template_text(name: str) -> str:
     """The Jinja text of a template of ours."""
-    return (pathlib.Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return (pathlib.Path(__file__).parent / "templates" / f"{name}.jinja").read_bytes().decode()

@@ -63,10 +63,25 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
     return added.content if added else tokenizer.decode([id])
 
 
-def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
-    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one.
+def answer_end(tokenizer: Tokenizer, stops: Sequence[int]) -> int | None:
+    """The token of `stops` by which the template ends an answer; None if it ends it with none of them.
 
-    It is the first added token that stands both after the last answer and between an answer and the next question. One
+    Raises:
+        DataError: as `stop_ids`.
+    """
+    return next((end for end in _template_ends(tokenizer) if end in stops), None)
+
+
+def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
+    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one."""
+    ends = _template_ends(tokenizer)
+    return [] if set(ends) & set(known) else ends[:1]
+
+
+def _template_ends(tokenizer: Tokenizer) -> list[int]:
+    """The tokens by which the template ends an answer, in their order.
+
+    They are the added tokens that stand both after the last answer and between an answer and the next question. One
     that also stands between the header and the answer is no end: a model that stopped there would never answer.
     """
     template = open_template(tokenizer)
@@ -79,5 +94,4 @@ def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
     # A header that follows at once begins the next turn.
     if not after or not pattern.match(habits.after.lstrip()) or habits.header.lstrip().startswith(after[0]):
         return []
-    ends = [added[text] for text in after if text not in habits.lead and (text in habits.between or not habits.between)]
-    return [] if set(ends) & set(known) else ends[:1]
+    return [added[text] for text in after if text not in habits.lead and (text in habits.between or not habits.between)]

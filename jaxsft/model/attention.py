@@ -75,6 +75,7 @@ def attention(
         arrays = (_fill(x, fill) for x in (q, k, v))
         out = attention_in_tiles(rule, tile, *arrays, sinks, _fill(q_segment_ids, fill, -1), _fill(q_positions, fill))
         return out[:, :num_queries]
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
     block_size, dense = block_size or BLOCK_SIZE, functools.partial(_dense, rule=rule, sinks=sinks)
     num_blocks = -(-num_queries // block_size)
     # Queries that fill up the last block are padding: finite, and cut off again.
@@ -122,16 +123,19 @@ def _in_blocks(
         block_size: queries computed at once.
         reach: keys that a block can see, up to its last query's own; all keys if left out.
     """
-    length = queries[0].shape[1]
+    length, dtype = queries[0].shape[1], queries[0].dtype
+    if length > block_size:
+        # The gradients of keys and values are added up over the blocks in the dtype that enters the loop.
+        keys = [*(x.astype(jnp.float32) for x in keys[:2]), *keys[2:]]
 
     # Recomputed in the backward pass, which so keeps no probabilities.
     @jax.checkpoint
     def block(start: jax.Array | int, queries: list[jax.Array]) -> jax.Array:
-        seen = keys
+        seen = [*(x.astype(dtype) for x in keys[:2]), *keys[2:]]
         if reach is not None:
             # Where fewer keys than `reach` lie before a block, later ones are there, and not allowed.
             first = jnp.maximum(start + block_size - reach, 0)
-            seen = [jax.lax.dynamic_slice_in_dim(x, first, min(reach, length), axis=1) for x in keys]
+            seen = [jax.lax.dynamic_slice_in_dim(x, first, min(reach, length), axis=1) for x in seen]
         return dense(*queries, *seen)
 
     if length <= block_size:
@@ -174,7 +178,7 @@ def _dense(
     # A finite floor: -inf - -inf would be NaN. exp of it is exactly 0, in the gradients as well.
     scores = jnp.where(allowed[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
     if sinks is not None:
-        nothing = sinks.astype(jnp.float32).reshape(1, k.shape[2], 1, -1, 1)
+        nothing = sinks.reshape(1, k.shape[2], 1, -1, 1)
         nothing = jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, nothing], axis=-1)
     probabilities = jax.nn.softmax(scores, axis=-1)

@@ -189,7 +189,30 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows [B, T, D] of ids [B, T], in `dtype`; an id outside is clamped."""
         # Looked up where the table lies, and only then cut by rows: in one step, it would all be replicated.
-        return constrain(self.weight[...].astype(dtype)[ids], "u t d")
+        return constrain(_look_up(dtype, self.weight[...], ids), "u t d")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype: jnp.dtype, table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`table[ids]` in `dtype`, whose gradient is summed over tokens in float32, whatever the dtypes.
+
+    In bfloat16 a frequent token would soon add nothing to the sum of those before: of 16,384, 7% arrived.
+    """
+    return table[ids].astype(dtype)
+
+
+def _look_up_forward(dtype: jnp.dtype, table: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
+    # A stand-in [V, 0] carries the rows and the dtype that the gradient must have.
+    return _look_up(dtype, table, ids), (ids, jnp.zeros((len(table), 0), table.dtype))
+
+
+def _look_up_backward(dtype: jnp.dtype, kept: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
+    ids, like = kept
+    sums = jnp.zeros((len(like), gradient.shape[-1]), jnp.float32)
+    return sums.at[ids].add(gradient.astype(jnp.float32), mode="clip").astype(like.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Decoder(nnx.Module):

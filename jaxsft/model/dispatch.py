@@ -196,7 +196,10 @@ def _local_gradients(
             matmul("cd,cf->df", rows, gate_gradient),
             matmul("cd,cf->df", rows, up_gradient),
             matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
-            *(None if sums.gate_bias is None else each.sum(axis=0) for each in (gate_gradient, up_gradient, scored)),
+            *(
+                None if sums.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
+                for each in (gate_gradient, up_gradient, scored)
+            ),
         )
         return (
             x_gradient.at[token].add(of_rows, mode="drop", unique_indices=True),

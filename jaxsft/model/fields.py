@@ -256,6 +256,13 @@ class Fields:
         else:
             self.problem(f"{where}.rope_type: {kind!r}; computed are default, linear, dynamic, yarn, longrope, llama3")
             return Rope(dim, 1e4)
+        if kind in ("yarn", "longrope", "llama3"):
+            # The older words have this one beside the dict.
+            beside = self("original_max_position_embeddings")
+            if beside not in (None, values["original_max_position"]):
+                self.problem(
+                    f"original_max_position_embeddings: {beside}, but {where} has {values['original_max_position']}"
+                )
         fields.finish()
         return Rope(scaling=kind, **values)
 

@@ -28,33 +28,36 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(dims: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`jnp.einsum(dims, x, weight)`, whose gradient by the weight comes out in the weight's own order.
+    """`jnp.einsum(dims, x, weight)` in the dtype of `x`, with the weight in its stored dtype.
 
+    The gradient by the weight is a sum over tokens: it is float32 from the matmul on, so that what is added up over
+    microbatches and devices was not rounded before (docs/precision.md). And it comes out in the weight's own order:
     JAX's own rule makes it transposed and turns it around. XLA on CPU then turns the larger factor around instead, and
     leaves its fast matmul: a step of SmolLM2-135M took 1.15 times as long.
     """
-    return jnp.einsum(dims, x, weight, precision=precision(x.dtype))
+    return jnp.einsum(dims, x, weight.astype(x.dtype), precision=precision(x.dtype))
 
 
 def _product_forward(dims: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not a call of `_product`: what remat keeps are matmuls, and those inside a rule of its own it does not see.
-    return jnp.einsum(dims, x, weight, precision=precision(x.dtype)), (x, weight)
+    return jnp.einsum(dims, x, weight.astype(x.dtype), precision=precision(x.dtype)), (x, weight)
 
 
 def _product_backward(dims: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = kept
-    einsum = functools.partial(jnp.einsum, precision=precision(x.dtype))
+    x, stored = kept
+    weight, einsum = stored.astype(x.dtype), functools.partial(jnp.einsum, precision=precision(x.dtype))
+    summed = functools.partial(einsum, preferred_element_type=jnp.float32)
     if on_one_device():
         # As matrices: of more dims, XLA on CPU turns `x` or the weight around first, element by element, which for `x`
         # takes half as long again as the product.
         num_tokens, num_inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
         gradients, inputs = gradient.reshape(num_tokens, -1), x.reshape(num_tokens, num_inputs)
         by_x = einsum("to,io->ti", gradients, weight.reshape(num_inputs, -1)).reshape(x.shape)
-        return by_x, einsum("ti,to->io", inputs, gradients).reshape(weight.shape)
+        return by_x, summed("ti,to->io", inputs, gradients).reshape(weight.shape).astype(stored.dtype)
     factors, of_y = dims.split(" -> ")
     of_x, of_weight = factors.split(", ")
     by_x = einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight)
-    return by_x, einsum(f"{of_x}, {of_y} -> {of_weight}", x, gradient)
+    return by_x, summed(f"{of_x}, {of_y} -> {of_weight}", x, gradient).astype(stored.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -76,8 +79,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _product(self.einsum, x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = _product(self.einsum, x, self.weight[...])
+        if self.bias is None:
+            return y
+        # In float32, in which its gradient is then summed over tokens.
+        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

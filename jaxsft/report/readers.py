@@ -5,7 +5,7 @@ numbers mislead.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -13,6 +13,7 @@ from etils import epath
 
 from jaxsft.config import ConfigError
 from jaxsft.data.strict import DataError
+from jaxsft.metrics import from_json_line
 from jaxsft.report.caveats import TENSORBOARD, WHOLE_TIME, trainer_caveats
 from jaxsft.report.columns import Table, as_run, check_columns
 from jaxsft.report.records import Run, from_json
@@ -95,7 +96,7 @@ def _file_of(place: epath.Path) -> epath.Path | None:
 def _ours(file: epath.Path, source: str) -> Table:
     """A `metrics.jsonl`, the settings of `config.yaml` or `facts.json` beside it; a line cut off by a crash is left."""
     *complete, rest = file.read_text().split("\n")
-    rows = [_json(text, f"{file}:{number}") for number, text in enumerate(complete, start=1)]
+    rows = [_json(text, f"{file}:{number}", from_json_line) for number, text in enumerate(complete, start=1)]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
             raise DataError(f"{file}:{number}: an object with a step expected, as a line of metrics.jsonl is")
@@ -199,10 +200,10 @@ def _runs_of_report(file: epath.Path) -> list[Run]:
     return list(from_json(_json(file.read_text(), str(file))).runs)
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str, read: Callable[[str], Any] = json.loads) -> Any:
     """JSON with the NaN that Python's writers put into it."""
     try:
-        return json.loads(text)
+        return read(text)
     except ValueError as error:
         raise DataError(f"{where}: not readable as JSON: {error}") from None
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
-from jaxsft.weights.copying import as_bits, copy
+from jaxsft.weights.copying import as_bits, copy, is_finite
 from jaxsft.weights.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
 from jaxsft.weights.stored import DTYPES, PAGE_BYTES, SafeTensor, Stored, StoredTensor, open_folder
 
@@ -158,7 +159,8 @@ def load_params(
         A state like `abstract`, of jax.Arrays.
 
     Raises:
-        ConfigError: as `check_weights`.
+        ConfigError: as `check_weights`; or the tensors that hold a number that is not finite, all in one report. Each
+            process looks at what it reads, and all of them fail together.
     """
     in_files = vocab_size if stored_vocab_size is None else stored_vocab_size
     check_weights(stored, family, abstract, vocab_size=in_files, untied=untied)
@@ -166,10 +168,12 @@ def load_params(
     new_rows = sorted({*mean_rows, *range(in_files, vocab_size)})
     places = {path: place.get_value() for path, place in variables_of(shardings).items()}
     arrays: dict[str, jax.Array] = {}
+    problems: dict[str, str] = {}
 
     def finish(read: _Read) -> None:
         for future in read.futures:
-            future.result()
+            if found := future.result():
+                problems.setdefault(*found)
         shape = read.variable.shape
         if "v" in read.weight.axes:
             table = stored.tensors[read.weight.name(())]
@@ -188,18 +192,33 @@ def load_params(
                 for bounds in _bounds(places[path], variable.shape)
             }
             tasks = _tasks(weight, stored.tensors, shards)
-            futures = [threads.submit(_fill, weight, *task) for task in tasks]
+            futures = [threads.submit(_fill_finite, weight, *task) for task in tasks]
             if before is not None:
                 finish(before)
             before = _Read(weight, variable, shards, futures)
         if before is not None:
             finish(before)
 
+    _refuse(list(problems.values()))
     return jax.tree_util.tree_map_with_path(
         lambda path, variable: variable.replace(arrays[path_text(path)]),
         abstract,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
+
+
+def _refuse(problems: list[str]) -> None:
+    """On every process, where any of them has found something."""
+    elsewhere = 0
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(np.array(len(problems), np.int32))
+        elsewhere = int(np.count_nonzero(counts)) - bool(problems)
+    if elsewhere:
+        problems = [*problems, f"{elsewhere} other processes have found such tensors in what they read"]
+    if problems:
+        raise ConfigError(
+            _report("the model's weights hold numbers that are not finite, from which nothing can be learnt:", problems)
+        )
 
 
 class _Read(NamedTuple):
@@ -243,11 +262,12 @@ class Target(NamedTuple):
 
 def _tasks(
     weight: Weight, tensors: dict[str, StoredTensor], shards: dict[Box, np.ndarray]
-) -> Iterator[tuple[StoredTensor, Box, list[Target]]]:
+) -> Iterator[tuple[str, StoredTensor, Box, list[Target]]]:
     """What to read in one go: a block of a tensor that lies together in the file, and where it goes."""
     split, stored = weight.split, weight.shape[weight.split :]
     for index in weight.indices():
-        tensor = tensors[weight.name(index)]
+        name = weight.name(index)
+        tensor = tensors[name]
         targets = []
         for bounds, shard in shards.items():
             outer, inner = bounds[:split], bounds[split:]
@@ -261,7 +281,7 @@ def _tasks(
         itemsize = 4 if tensor.dtype is None else tensor.dtype.itemsize
         for region in _regions([target.box for target in targets]):
             for block in _blocks(weight, region, itemsize):
-                yield tensor, block, targets
+                yield name, tensor, block, targets
 
 
 def _regions(boxes: list[Box]) -> Iterator[Box]:
@@ -320,17 +340,31 @@ def _span(factors: Sequence[Factor], box: Box) -> tuple[int, int, int]:
     raise AssertionError(factors)
 
 
-def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target]) -> None:
-    """Reads a block and puts it where it goes, cast."""
+def _fill_finite(
+    weight: Weight, name: str, tensor: StoredTensor, block: Box, targets: list[Target]
+) -> tuple[str, str] | None:
+    """Reads a block and puts it where it goes, cast; the tensor's name and a sentence if it holds what is no number."""
+    values, row, column = _fill(weight, tensor, block, targets)
+    if is_finite(values):
+        return None
+    at = np.argwhere(~np.isfinite(values.astype(np.float32)))[0]
+    value = float(values[tuple(at)])
+    index = np.unravel_index(row + int(at[0]), tensor.shape[:-1]) if len(tensor.shape) > 1 else ()
+    place = [*map(int, index), column + int(at[1])]
+    return name, f"{tensor.file}: {name} {list(tensor.shape)} holds {value} at {place}"
+
+
+def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target]) -> tuple[np.ndarray, int, int]:
+    """Reads a block and puts it where it goes, cast; what was read, its first row and its first column."""
     num_rows = len(weight.factors) - len(weight.dims[-1])
     sizes = [last - first for first, last in block]
     row = 0
     for factor, (first, _) in zip(weight.factors[:num_rows], block, strict=False):
         row = row * factor.size + first
     begin, end, cut = _span(weight.dims[-1], block[num_rows:])
-    data = tensor.read(slice(row, row + math.prod(sizes[:num_rows])), slice(begin, end))
+    read = tensor.read(slice(row, row + math.prod(sizes[:num_rows])), slice(begin, end))
     inner = [factor.size for factor in weight.dims[-1]][cut + 1 :]
-    data = data.reshape(*sizes[: num_rows + cut + 1], *inner)
+    data = read.reshape(*sizes[: num_rows + cut + 1], *inner)
     if inner:
         outer = (slice(None),) * (num_rows + cut + 1)
         data = data[outer + tuple(slice(*bounds) for bounds in block[num_rows + cut + 1 :])]
@@ -340,6 +374,7 @@ def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target
             source = data[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, block, strict=True))]
             place = out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))]
             copy(place, source, num_rows)
+    return read, row, begin
 
 
 # Rows of the vocabulary that the files do not have.

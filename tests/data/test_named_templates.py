@@ -314,11 +314,13 @@ others are ordinary text, as in their originals, so a user can write them as wel
 first three where answers depend on who speaks.
 
 Control tokens that the tokenizer lacks are added to it as special tokens. They take rows that the model has to spare,
-or its embedding (and untied unembedding) grows to a multiple of 128 rows. Their rows, and any that growing adds beyond
-them, begin as the mean of all rows of the model: the logit of a new token is then the mean of all logits, and its
-probability at most the average one, whatever the model says. The stop token goes into the export's
-`generation_config.json` beside the tokenizer's own, and `config.json` says the new `vocab_size`. `train` says what it
-added, and which tokens of a template have rows that look as if pretraining never trained them.
+or its embedding (and untied unembedding) grows by the rows that are missing, so that it has exactly one for each id of
+the tokenizer. The new rows begin as the mean of all rows of the model: the logit of a new token is then the mean of all
+logits, and its probability at most the average one, whatever the model says. The export lists the tokens as special in
+each file that lists tokens, and `config.json` says the new `vocab_size`. The stop token goes into the export's
+`generation_config.json` beside the tokenizer's own; `data.set_eos: true` makes it the tokenizer's eos token, too.
+`train` says what it added, where the eos token is not what ends an answer, and which tokens of a template have rows
+that look as if pretraining never trained them.
 
 With a Jinja file as `data.chat_template`, what it needs is found by rendering a few conversations. Added is what looks
 like a control token (`<|...|>`, `<|...>`, `<...|>`, `<｜...｜>`, `[|...|]`, `<start_of_...>`, `<end_of_...>`) unless
