@@ -160,6 +160,15 @@ def weigh_parts(
     return weighed, flags
 
 
+def within(weights: Ranges, start: int, end: int) -> Ranges:
+    """The weights of a part of a text, by its own characters: where a text is taken apart, its parts keep theirs.
+
+    within([(0, 4, 0.0)], 2, 9) == [(0, 2, 0.0)]
+    """
+    cut = [(max(a, start) - start, min(b, end) - start, weight) for a, b, weight in weights]
+    return [(a, b, weight) for a, b, weight in cut if a < b]
+
+
 def is_untrained(text: str, weights: Ranges) -> bool:
     """Whether every character of a text has weight 0, blanks aside."""
     trained, at = "", 0

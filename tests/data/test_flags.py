@@ -7,7 +7,7 @@ import pytest
 from jaxsft.config import DataConfig
 from jaxsft.data import formats
 from jaxsft.data.chat import ChatEncoder, stop_ids
-from jaxsft.data.flags import COUNTERS, SENSES, could_be_flag, read_details
+from jaxsft.data.flags import COUNTERS, SENSES, could_be_flag, read_details, within
 from jaxsft.data.messages import AS_USUAL, Spelling, read_messages
 from jaxsft.data.portions import encode_rows
 from jaxsft.data.prepare import open_source, prepare
@@ -148,3 +148,14 @@ def test_ranges_of_characters_cover_the_content():
     assert ranges((2, 3, True)) == [(0, 2, 0.0), (2, 4, 1.0), (4, 10, 0.0)]
     assert ranges((5, 9, False), (0, 4, True)) == [(0, 5, 1.0), (5, 10, 0.0)]
     assert ranges((0, 1, False), (4, 5, True)) == [(0, 2, 0.0), (2, 4, 0.0), (4, 6, 1.0), (6, 10, 0.0)]
+
+
+def test_parts_of_a_text_keep_the_weights_of_their_characters():
+    weights = [(0, 4, 0.0), (6, 8, 0.5)]
+    by_character = [0.0] * 4 + [1.0] * 2 + [0.5] * 2 + [1.0] * 2
+    for start in range(11):
+        for end in range(start, 11):
+            found = [1.0] * (end - start)
+            for a, b, weight in within(weights, start, end):
+                found[a:b] = [weight] * (b - a)
+            assert found == by_character[start:end]
