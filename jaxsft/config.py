@@ -144,9 +144,7 @@ class DataConfig(Section):
     """Variables for the chat template; those of a row go first."""
     template_date: Annotated[str | None, BeforeValidator(_date_as_text)] = None
     """The day (YYYY-MM-DD) that a template sees as today's; left out: the day on which the run began."""
-    train_on: Literal["assistant", "last_turn", "last_exchange", "all"] | Annotated[list[str], Field(min_length=1)] = (
-        "assistant"
-    )
+    train_on: Literal["assistant", "last_turn", "last_exchange", "all"] | list[str] = "assistant"
     """Train every assistant turn, only the last one, all after the last user turn (calls included), every token, or the
     turns of these roles."""
     train_stop: Literal["every", "last"] = "every"
@@ -193,8 +191,8 @@ class DataConfig(Section):
                 raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
         if self.train_on == []:
             raise ValueError(
-                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, all, or a list of "
-                "roles such as [assistant]"
+                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, last_exchange, all, "
+                "or a list of roles such as [assistant]"
             )
         if self.template_date is not None:
             try:

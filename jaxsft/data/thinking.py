@@ -7,7 +7,7 @@ began, such as `<think>\\n\\n</think>`. An answer that then reasons contradicts 
 import re
 from collections.abc import Sequence
 
-from jaxsft.data.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS
+from jaxsft.data.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS, within
 from jaxsft.data.formats import Conversation, Message
 from jaxsft.data.habits import Habits
 from jaxsft.data.layout import Layout
@@ -40,16 +40,10 @@ def read_tags(message: Message, tags: Sequence[tuple[str, str]]) -> Message:
             thought, answer = content[start:end].rstrip("\n"), content[end + len(closing) :].lstrip("\n")
             apart: Message = {**message, REASONING: thought, "content": answer}
             if ranges := message.get(CONTENT_WEIGHTS):
-                apart[REASONING_WEIGHTS] = _within(ranges, start, len(thought))
-                apart[CONTENT_WEIGHTS] = _within(ranges, len(content) - len(answer), len(answer))
+                apart[REASONING_WEIGHTS] = within(ranges, start, start + len(thought))
+                apart[CONTENT_WEIGHTS] = within(ranges, len(content) - len(answer), len(content))
             return apart
     return message
-
-
-def _within(ranges: Sequence[tuple[int, int, float]], start: int, length: int) -> list[tuple[int, int, float]]:
-    """Weighed ranges of a text, of that part of it alone; counted from its start."""
-    moved = [(max(begin - start, 0), min(end - start, length), weight) for begin, end, weight in ranges]
-    return [(begin, end, weight) for begin, end, weight in moved if begin < end]
 
 
 def without_reasoning(conversation: Conversation, tags: Sequence[tuple[str, str]]) -> tuple[Conversation, int]:
