@@ -191,8 +191,8 @@ class DataConfig(Section):
                 raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
         if self.train_on == []:
             raise ValueError(
-                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, last_exchange, all, "
-                "or a list of roles such as [assistant]"
+                "train_on: an empty list given, which trains nothing; expected assistant, last_turn, last_exchange, "
+                "all, or a list of roles such as [assistant]"
             )
         if self.template_date is not None:
             try:

@@ -66,7 +66,7 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
         ("model: {path: m}\ndata: {train: d, chat_template_kwargs: {x: 2024-01-01}}", "only what JSON can hold"),
         (
             "model: {path: m}\ndata: {train: d, train_on: []}",
-            "data: train_on: an empty list given, which trains nothing; expected assistant, last_turn, last_exchange, all",
+            "data: train_on: an empty list given, which trains nothing; expected assistant, last_turn, last_exchange, ",
         ),
         ("model: {path: m}\ndata: {train: [{path: d, weight: 2}]}", "train.0.weight has no effect"),
         ("model: {path: m}\ndata: {train: d, template_date: 2024-13-01}", "not readable as YAML"),
