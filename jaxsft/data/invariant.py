@@ -64,7 +64,8 @@ def check_weights(given: Given, starts: np.ndarray, ends: np.ndarray, weights: n
     """
     text = str.__str__(given.layout.text)
     spoken = _spoken(given)
-    given = given._replace(headers=_headers(given, text, spoken))
+    if len(given.trained) > 1:
+        given = given._replace(headers=_headers(given, text, spoken))
     wrong = weights > 0
     for start, end in _joined(_free(given, text, spoken)):
         wrong[ends.searchsorted(start, "right") : starts.searchsorted(end)] = False
@@ -128,7 +129,7 @@ def _spoken(given: Given) -> list[_Part]:
 def _headers(given: Given, text: str, spoken: Sequence[_Part]) -> list[str]:
     """What stands before an answer: in general, and at the end of the prompts of the other turns."""
     found = set(given.headers)
-    for message, prompt in given.prompts.items() if len(given.trained) > 1 else ():
+    for message, prompt in given.prompts.items():
         if message in given.trained and text.startswith(prompt):
             since = max((part.end for part in spoken if part.end <= len(prompt)), default=0)
             for stop in given.stop.finditer(prompt, since):

@@ -225,8 +225,10 @@ class TurnFinder:
         speech = shown.speech(index)
         try:
             begin = find_begin(question)
-            asked = [shown.speech(before) for before in range(index)]
-            is_early = speech and (speech[0] < begin.start or any(each and each[0] > speech[0] for each in asked))
+            is_early = speech and speech[0] < begin.start
+            if speech and not is_early and shown.end_before(index) > speech[0]:
+                asked = [shown.speech(before) for before in range(index)]
+                is_early = any(each and each[0] > speech[0] for each in asked)
             if is_early and begin.found_by != "prompt":
                 raise MaskError(f"message {index + 1} (assistant): {self.name} shows it before what it answers")
         except MaskError:
