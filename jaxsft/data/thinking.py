@@ -90,7 +90,8 @@ def _begun(asked: Layout, habits: Habits) -> str:
     """What the prompt begins of an answer, behind its header."""
     text = str.__str__(asked.text)
     tail = text[asked.data[-1][1] if asked.data else 0 :]
-    for header in (habits.header.strip(), habits.past_header.strip()):
+    # The shorter first: where all prompts of a run close the thought, that closing looks like a part of the header.
+    for header in sorted((habits.header.strip(), habits.past_header.strip()), key=len):
         if header and header in tail:
             return tail.rpartition(header)[2]
     return tail

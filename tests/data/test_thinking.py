@@ -1,6 +1,7 @@
 """Reasoning where the prompt has closed it, and reasoning in marks of other names."""
 
 import pytest
+import transformers
 from trained import assistant, encoded, encoder_of, trained, user
 
 from jaxsft.data.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS
@@ -101,3 +102,16 @@ def test_parts_of_a_content_keep_their_weights_when_its_reasoning_is_read_apart(
     apart = read_tags(message, [("<r>", "</r>")])
     assert (apart["reasoning_content"], apart["content"]) == (thought, answer)
     assert (apart[REASONING_WEIGHTS], apart[CONTENT_WEIGHTS]) == (of_thought, of_answer)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\n4", "4"])
+def test_qwen3_does_not_think_where_it_is_told_not_to_for_a_row_or_for_a_run(material, content, per_row):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(material / "tokenizers" / "qwen3")
+    options = {"kwargs": OFF} if per_row else {"chat_template_kwargs": OFF}
+    thought = {} if "<think>" in content else {"reasoning_content": "hm"}
+    messages = [user("2+2?"), assistant("3", **thought), user("And?"), assistant(content, **thought)]
+    found = encoded(messages, tokenizer, **options)
+    assert isinstance(found, MaskError) and "its prompt has closed the thought" in str(found)
+    dropped = trained(messages, tokenizer, reasoning="drop", **options)
+    assert [text for texts in dropped for text in texts][-1] == "4<|im_end|>"
