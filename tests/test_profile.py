@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,12 +90,12 @@ def test_instructions_are_known_by_the_scopes_of_the_program():
     text = jax.jit(train_step).lower(shapes, shapes).compile().as_text()
     instructions = read_instructions(text)
     kinds = {
-        name: {each.kind for each in instructions.values() if each.op_name.endswith(name)}
-        for name in (
-            "attention/dot_general",
-            "while/body/closed_call/dot_general",
-            "loss/dot_general",
-            "train_step)/sub",
+        names: {each.kind for each in instructions.values() if re.search(names, each.op_name)}
+        for names in (
+            "attention/dot_general$",
+            "while/body/[a-z_]+/dot_general$",  # jax 0.10 says closed_call, 0.12 eval_jaxpr
+            "loss/dot_general$",
+            r"train_step\)/sub$",
         )
     }
     assert list(kinds.values()) == [{"attention"}, {"matmul"}, {"loss"}, {"optimizer"}]
