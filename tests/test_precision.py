@@ -164,16 +164,18 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmoe", "gpt_oss"])
-def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype):
+def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, num_devices):
     """By the program itself: sums, scatters, and what products of matrices put into weights, or loops into keys."""
     config = config_of(name)
     make = make_model(config, "bfloat16", param_dtype)
     graphdef, params = abstract_model(make)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), make_batch(config.vocab_size))
     compute = functools.partial(summed_gradients, graphdef, frozen=nnx.State({}), optim=OptimConfig())
-    traced = jax.make_jaxpr(lambda params, batch: compute(params, microbatches=batch))(params, batch)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:num_devices])):
+        traced = jax.make_jaxpr(lambda params, batch: compute(params, microbatches=batch))(params, batch)
 
     def is_rounded(variable):
         return variable.aval.dtype == jnp.bfloat16
