@@ -173,7 +173,7 @@ def test_a_missing_rope_scaling_is_found_in_the_first_layer(case, exchange, tmp_
     def drop(folder):
         path = folder / "model" / "config.json"
         theta = json.loads(path.read_text())["rope_parameters"]["rope_theta"]
-        _change(path, rope_parameters={"rope_type": "default", "rope_theta": theta})
+        _change(path, rope_parameters={"rope_type": "default", "rope_theta": theta}, rope_scaling=None)
 
     report = report_of(exchange, tmp_path / "rope", drop)
     first = failed(report)[0]

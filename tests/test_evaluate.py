@@ -511,11 +511,13 @@ def test_a_model_that_says_what_is_trained_answers_exactly_whatever_the_template
             # Only words that nothing stands before cannot be asked for.
             assert len(questions) >= sum(speaking) - speaking[0], (fitted.name, case.name)
             for question in questions:
-                (said,) = {
+                said = {
                     tuple(each) for each in map(lambda one: going_on(question, one, encoder.stops), encoded) if each
                 }
-                answer = judge(question, said, fitted.tokenizer, stop_ids=encoder.stops)
-                assert answer.is_exact, (fitted.name, case.name, answer)
+                answers = [judge(question, each, fitted.tokenizer, stop_ids=encoder.stops) for each in said]
+                # A template that joins two answers in a row goes on in two ways behind the same words.
+                assert len(said) == 1 or case.name == "two answers", (fitted.name, case.name, said)
+                assert any(answer.is_exact for answer in answers), (fitted.name, case.name, answers)
                 num_questions += 1
     assert num_templates >= 11 + len(PARTICULAR) and num_questions > 600
 

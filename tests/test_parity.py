@@ -218,11 +218,11 @@ def their_logits(model: Any, batch: Any) -> Any:
 
 
 def their_learning_rate(step: int, peak: float) -> float:
-    """From the schedule's docstring: (i + 1) / W in warm-up, then half a cosine from step W to the last one."""
+    """From the schedule's docstring: (i + 1) / W in warm-up, then half a cosine from step W to one after the last."""
     warmup = math.ceil(WARMUP_RATIO * NUM_STEPS)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / (NUM_STEPS - 1 - warmup)
+    progress = (step - warmup) / (NUM_STEPS - warmup)
     return peak * (FINAL_RATIO + (1 - FINAL_RATIO) * (1 + math.cos(math.pi * progress)) / 2)
 
 
