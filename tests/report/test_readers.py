@@ -172,6 +172,7 @@ def test_tensorboard_says_the_same_as_trainer_state(trained):
 @pytest.mark.parametrize("new_style", [False, True])
 def test_event_files_of_a_summary_writer(tmp_path, new_style):
     pytest.importorskip("tensorboard")
+    pytest.importorskip("torch", reason="its writer of event files")
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path / "run")) as writer:
@@ -189,6 +190,7 @@ def test_event_files_of_a_summary_writer(tmp_path, new_style):
 
 def test_a_folder_of_tensorboard_runs_is_several_runs(tmp_path):
     pytest.importorskip("tensorboard")
+    pytest.importorskip("torch", reason="its writer of event files")
     from torch.utils.tensorboard import SummaryWriter
 
     for name in ("one", "two"):
