@@ -1,4 +1,4 @@
-"""What a run measures: the sums of its steps, FLOPs and MFU, speed, and what the host costs.
+"""What a run measures: the sums of its steps, FLOPs and MFU, speed, what the host costs, and when too little is finite.
 
 In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, which `writers.py` shows and
 writes; docs/metrics.md explains every key.

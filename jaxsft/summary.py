@@ -1,4 +1,4 @@
-"""What a run says before its first step: what is trained on what, with the arithmetic behind it."""
+"""What a run says before its first step: what is trained on what, the arithmetic behind it, and by which versions."""
 
 import importlib.metadata
 import json
@@ -183,4 +183,6 @@ def note_versions(path: epath.Path, say: Callable[[str], None]) -> None:
                     f"changed since this run was last started: {name} {before.get(name)} -> {versions.get(name)}; it "
                     "goes on, but not to the bit as it would have"
                 )
-    path.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    part = path.parent / f"{path.name}.part"  # or a kill while it is written would end every later start
+    part.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -196,7 +196,7 @@ def train(config: Config) -> int:
                 # Not while steps are skipped: what was good before must not make room for what may not be.
                 if (is_saved or eval_loss < best_loss) and (is_last or not skips.in_a_row):
                     checkpointer.save(done, state, eval_loss=eval_loss)
-                best_loss = min(eval_loss, best_loss)
+                    best_loss = min(eval_loss, best_loss)
                 profiler.start_at(done, state)
                 watch.leave_out(pause)
 

@@ -194,7 +194,8 @@ class ChatEncoder:
         turns = []
         for each, (example, _, turn_ends, *_) in zip(drawn, encoded, strict=True):
             for turn, before, end in zip(each.view.turns, [0, *turn_ends], turn_ends, strict=False):
-                if conversation.messages[turn.message]["role"] == "assistant":
+                # Where the stop token is not trained, no answer can be expected to end.
+                if conversation.messages[turn.message]["role"] == "assistant" and example.loss_weights[end - 1] > 0:
                     seen = np.flatnonzero(example.loss_weights[before:end] == 0)
                     start = int(before + seen[-1] + 1) if len(seen) else int(before)
                     prompt, answer = example.tokens[:start].tolist(), example.tokens[start:end].tolist()
@@ -231,8 +232,6 @@ class ChatEncoder:
                     results[-1] = [self._tokenised(item)]
             except MaskError as error:
                 results[-1] = error
-            except TemplateError as error:
-                results[-1] = self._refused(error)
         drawn = [each for _, views in conversations for each in views]
         tokens = iter(self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn]))
         for index, views in conversations:
@@ -282,7 +281,17 @@ class ChatEncoder:
         return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
 
     def _draw(self, conversation: Conversation) -> "list[_Drawn]":
-        """The texts of a conversation, with the trust and the writer of each character."""
+        """The texts of a conversation, with the trust and the writer of each character.
+
+        Raises:
+            MaskError: it cannot be masked, or the template refuses it.
+        """
+        try:
+            return self._drawn(conversation)
+        except TemplateError as error:
+            raise self._refused(error) from error
+
+    def _drawn(self, conversation: Conversation) -> "list[_Drawn]":
         if self._finder is None:
             raise _no_template(self._tokenizer)
         kwargs = conversation.template_kwargs

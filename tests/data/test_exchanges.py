@@ -1,7 +1,7 @@
 """The last exchange of a conversation, and conversations without their oldest ones."""
 
 import pytest
-from trained import assistant, encoded, runs, system, text_of, trained, user
+from trained import assistant, encoded, encoder_of, runs, system, text_of, trained, user
 
 from jaxsft.data.exchanges import last_exchange, without_oldest
 from jaxsft.data.formats import Conversation
@@ -90,3 +90,22 @@ def test_the_stop_token_of_the_last_turn_alone_may_be_trained(make_tokenizer):
     assert trained(quiet, tokenizer, train_stop="last") == [["a<|im_end|>"]]
     bare = make_tokenizer("{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}")
     assert trained(turns, bare, train_stop="last") == [["a"], ["b<|endoftext|>"]]
+
+
+def test_turns_that_are_not_trained_to_stop_are_not_asked_and_the_others_have_their_answers(make_tokenizer):
+    tokenizer = make_tokenizer()
+    turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+    for train_stop, asked in (("every", ["a<|im_end|>", "b<|im_end|>"]), ("last", ["b<|im_end|>"])):
+        found = encoder_of(tokenizer, train_stop=train_stop).trained_turns(Conversation(turns, origin="rows:1"))
+        assert [tokenizer.decode(turn.answer) for turn in found] == asked
+
+
+def test_what_a_template_refuses_cannot_be_asked_and_says_so(make_tokenizer):
+    """As it is in the training: a held-out row may be skipped there, and must not end the run here."""
+    refusing = WITH_CALLS + "{% if messages | length == 3 %}{{ raise_exception('not three') }}{% endif %}"
+    encoder = encoder_of(make_tokenizer(refusing))
+    refused = Conversation([user("q"), assistant("a"), user("r")][:3], origin="rows:1")
+    (found,) = encoder.encode([refused])
+    assert isinstance(found, MaskError)
+    with pytest.raises(MaskError, match="refuses this conversation: not three"):
+        encoder.trained_turns(refused)

@@ -1052,7 +1052,9 @@ def doc_page(table: dict[str, dict[str, Outcome]], notes: dict[str, list[str]], 
         how = Counter(key for one in by_case.values() for key in one.how)
         unrolled = [case for case, outcome in by_case.items() if outcome.examples > 1]
         stops = sorted({stop for outcome in by_case.values() for stop in outcome.stops})
-        refused = [f"{case}: {one.why[:120]}" for case, one in by_case.items() if one.kind == "refused"]
+        # Not where it lies on this machine.
+        why = {case: re.sub(r"(the chat template) of \S+", r"\1", one.why)[:120] for case, one in by_case.items()}
+        refused = [f"{case}: {why[case]}" for case, one in by_case.items() if one.kind == "refused"]
         refused += [f"{count} {kind}" for kind in ("absent", "not rendered", "contradicted") if (count := kinds[kind])]
         spans = "; ".join([*(f"{key} ({count})" for key, count in how.most_common()), *notes[name]])
         rest = f"{len(unrolled)} of {len(by_case)}: {', '.join(unrolled)}"
