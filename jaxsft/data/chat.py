@@ -372,16 +372,17 @@ class ChatEncoder:
         self, runs: Iterable[tuple[int, int, int]], sources: Sequence[Source], messages: Sequence[Message]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Trust and writer of each character, uint8 each."""
-        known = {TEMPLATE: (TRUSTED, 0), UNKNOWN: (UNTRUSTED, WRITERS.index("other"))}
-        lengths, standings = [], []
+        known = {TEMPLATE: (bytes([TRUSTED]), b"\0"), UNKNOWN: (bytes([UNTRUSTED]), bytes([WRITERS.index("other")]))}
+        trusts, writers = [], []
         for length, marked, _ in runs:
             source = marked & ~GENERATED
             if source not in known:
-                known[source] = self._standing(sources[source - 1], messages)
-            lengths.append(length)
-            standings.append(known[source])
-        trusts, writers = np.array(standings, np.uint8).reshape(-1, 2).T
-        return np.repeat(trusts, lengths), np.repeat(writers, lengths)
+                trust, writer = self._standing(sources[source - 1], messages)
+                known[source] = bytes([trust]), bytes([writer])
+            trust_byte, writer_byte = known[source]
+            trusts.append(trust_byte * length)
+            writers.append(writer_byte * length)
+        return np.frombuffer(b"".join(trusts), np.uint8), np.frombuffer(b"".join(writers), np.uint8)
 
     def _standing(self, source: Source, messages: Sequence[Message]) -> tuple[int, int]:
         """How far text of the data is trusted, and who wrote it."""

@@ -82,7 +82,8 @@ class TextEncoder:
         texts = [str.__str__(text) for text in texts]  # Whatever else they know, here only their characters count.
         for text, trust, tokens in zip(texts, trusts, _encode(self._backend, texts), strict=True):
             places = [] if self._policy == "allow" else self._places(text, tokens)
-            spelt = [id for id, start, end in places if not self._may_spell(id, trust[start:end])]
+            by_char = trust.tobytes()
+            spelt = [id for id, start, end in places if not self._may_spell(id, by_char[start:end])]
             if not spelt:
                 results.append(tokens)
             elif self._policy == "error":
@@ -91,23 +92,24 @@ class TextEncoder:
                     ControlError(f"text of the row spells the control tokens {shown} (data.control_tokens is 'error')")
                 )
             else:
-                results.append(self._split(text, trust, tokens, places))
+                results.append(self._split(text, by_char, tokens, places))
         return results
 
     def _places(self, text: str, tokens: Tokens) -> list[Place]:
         """The control tokens of a text, in order."""
         places = []
-        for at in np.nonzero(self._is_control[tokens.ids])[0]:
-            id, start, end = int(tokens.ids[at]), int(tokens.starts[at]), int(tokens.ends[at])
+        (found,) = self._is_control[tokens.ids].nonzero()
+        for id, start, end in zip(*(each[found].tolist() for each in tokens[:3]), strict=True):
             # Some control tokens swallow the blanks beside them, whosever they are.
-            place = text.find(self._contents[id], start, end)
-            places.append((id, place, place + len(self._contents[id])) if place >= 0 else (id, start, end))
+            content = self._contents[id]
+            place = text.find(content, start, end)
+            places.append((id, place, place + len(content)) if place >= 0 else (id, start, end))
         return places
 
-    def _may_spell(self, id: int, trust: np.ndarray) -> bool:
-        return not len(trust) or trust.max() <= (ASSISTANT if id in self._soft else TRUSTED)
+    def _may_spell(self, id: int, trust: bytes) -> bool:
+        return not trust or max(trust) <= (ASSISTANT if id in self._soft else TRUSTED)
 
-    def _split(self, text: str, trust: np.ndarray, tokens: Tokens, places: list[Place]) -> Tokens | ControlError:
+    def _split(self, text: str, trust: bytes, tokens: Tokens, places: list[Place]) -> Tokens | ControlError:
         if self._inert is None:
             self._inert = _Inert(self._backend, self._contents)
         kept = [place for place in places if self._may_spell(place[0], trust[place[1] : place[2]])]

@@ -159,6 +159,10 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
     where = f"{where} ({role})"
+    if len(message) == 2 and type(message.get("content")) is str and role != CALLER:  # As most turns are.
+        check_text(message["content"], f"{where}: content")
+        _check_not_empty(message, where)
+        return [message], False
     flags = read_flags(message, where)
     details = [message.pop(name) for name in DETAILS if name in message]
     calls = _read_calls(message, where)

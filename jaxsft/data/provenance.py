@@ -261,13 +261,17 @@ def join(parts: Iterable[str]) -> Traced:
     """All parts one after the other."""
     parts = list(parts)
     runs: list[Run] = []
+    length, source, offset = 0, TEMPLATE, 0
     for part in parts:
-        for run in runs_of(part):
-            length, source, offset = runs[-1] if runs else (0, -1, 0)
-            if run[1] == source and (source == TEMPLATE or run[2] == offset + length):
-                runs[-1] = (length + run[0], source, offset)
+        for more, of, since in runs_of(part):
+            if of == source and (source == TEMPLATE or since == offset + length):
+                length += more
             else:
-                runs.append(run)
+                if length:
+                    runs.append((length, source, offset))
+                length, source, offset = more, of, since
+    if length:
+        runs.append((length, source, offset))
     return _make("".join(parts), tuple(runs))
 
 

@@ -89,9 +89,12 @@ def number_sources(
     for index, message in enumerate(messages):
         given = {key: value for key, value in message.items() if value is not None}
         plain.append({"thinking": given[REASONING], **given} if REASONING in given else given)
-        copy = {}
+        copy: dict[str, Any] = {}
         for key, value in given.items():
-            if key == "tool_calls":
+            if type(value) is str:
+                sources.append(Source(index, key, value))
+                copy[key] = trace(value, len(sources))
+            elif key == "tool_calls":
                 copy[key] = [_traced_call(call, index, at, numbered) for at, call in enumerate(value)]
             elif key == "content" and isinstance(value, list):
                 copy[key] = [_traced_block(block, numbered(index, key)) for block in value]
@@ -216,6 +219,27 @@ class _Plain(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.filters["tojson"] = _tojson
+        self._judged: dict[tuple[type, str], bool] = {}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # What templates do most, `message.role`, without asking for an attribute that no dict has.
+        if type(obj) is dict and attribute not in _OF_DICTS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # Depends on nothing but the class of the object; Jinja's own answer takes a dozen looks at it.
+        judged = self._judged.get((type(obj), attr))
+        if judged is None:
+            judged = super().is_safe_attribute(obj, attr, value)
+            if len(self._judged) < _MOST_JUDGED:
+                self._judged[type(obj), attr] = judged
+        return judged
+
+
+_OF_DICTS = frozenset(dir(dict))
+_MOST_JUDGED = 1000
+"""Names may come from the rows, so that they have no end."""
 
 
 class _Generator(CodeGenerator):

@@ -1,0 +1,309 @@
+"""How files are written and folders held: whole or not at all, never over what is not ours, by one program at a time.
+
+In: paths, on a disk or in a bucket. Out: files that are complete whenever they are there, one kind of error where there
+is no room for them, and locks that end with their owner, however it may end.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from etils import epath
+
+from jaxsft.config import ConfigError
+
+Path: TypeAlias = epath.Path | pathlib.Path
+
+RENEW_SECONDS = 10.0
+"""How often the owner of a lock says that it is alive."""
+DEAD_SECONDS = 40.0
+"""How long another host watches a lock on which nothing changes until it takes its owner for dead."""
+
+
+class WriteError(OSError):
+    """Something could not be written; what was there before is untouched. Its text is shown as it is."""
+
+    exit_code = 74
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file aside and renames it, so that it is never there in part.
+
+    Raises:
+        WriteError: names the path, the bytes needed and the bytes free.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    aside = aside_of(path)
+    with writing(path, len(data)):
+        try:
+            with aside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                if hasattr(file, "fileno"):
+                    with contextlib.suppress(OSError):  # A bucket's file has none.
+                        os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+
+
+def aside_of(path: Path) -> Any:
+    """Where a file stands until it is whole: a name that nobody else gives."""
+    return path.parent / f".{path.name}.jaxsft-part"
+
+
+def refuse_others(path: Path, mark: bytes) -> None:
+    """Refuses to write over a file that is not ours: one that does not hold `mark` in its first 4 KiB.
+
+    Raises:
+        ConfigError: there is such a file, or something that is no file.
+    """
+    if not path.exists():
+        return
+    begin = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            begin = file.read(4096)
+    if mark not in begin:
+        raise ConfigError(f"{path}: exists and was not written by jaxsft; move it away, or write elsewhere")
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Whatever the system has against what is written inside becomes one `WriteError` about `path`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise write_error(path, error.strerror or str(error), needed) from error
+
+
+def write_error(path: Path, reason: str, needed: int | None = None) -> WriteError:
+    """The error of what could not be written: why, the bytes that it needs, and those that are free there."""
+    free = free_bytes(path)
+    sizes = [f"{needed:,} bytes needed"] if needed is not None else []
+    sizes += [f"{free:,} bytes free"] if free is not None else []
+    return WriteError(f"{path}: could not be written: {reason}" + (f" ({', '.join(sizes)})" if sizes else ""))
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuses to begin what will not fit.
+
+    Raises:
+        WriteError: fewer than `needed` bytes are free where `path` is or will be.
+    """
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise write_error(path, os.strerror(errno.ENOSPC), needed)
+
+
+def free_bytes(path: Path) -> int | None:
+    """Bytes free where a path is or will be; None where that cannot be known, as in a bucket."""
+    if "://" in os.fspath(path):
+        return None
+    place = pathlib.Path(os.fspath(path)).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
+class Lock:
+    """A file that says who works in its folder; held from `acquire` to `release`.
+
+    On a disk, the system itself frees the lock of a process that ends, however it ends. That does not reach over hosts
+    everywhere, and buckets have nothing like it, so the owner also writes into the file every `RENEW_SECONDS`; another
+    host watches it, and takes over when nothing has changed for `DEAD_SECONDS`. No two clocks are compared.
+    """
+
+    def __init__(self, path: Path, *, renew_seconds: float = RENEW_SECONDS, dead_seconds: float = DEAD_SECONDS) -> None:
+        self._path, self._renew_seconds, self._dead_seconds = path, renew_seconds, dead_seconds
+        self._is_local = "://" not in os.fspath(path)
+        self._fd: int | None = None
+        self._owner = _myself()
+        self._renewals = 0
+        self._lost = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Takes the lock, at once if it is free or its owner is known to be dead.
+
+        Args:
+            say: is told when it has to be watched, and when it is taken over.
+
+        Raises:
+            ConfigError: somebody alive holds it; names the host, the process, and since when.
+            WriteError: its file cannot be written.
+        """
+        with writing(self._path):
+            is_alone = self._lock_file()
+            found = self._read()
+            if found is not None and not (is_alone and self._is_known_dead(found)):
+                if _is_here(found) and _is_running(found):
+                    self._close()
+                    raise self._refusal(found)
+                if not _is_here(found):
+                    self._watch(found, say)
+            if found is not None:
+                say(f"{self._path}: taken over from {_describe(found)}, which is dead")
+            self._write()
+            if not is_alone:  # Two may have come at once; the last to write has it.
+                time.sleep(min(2.0, self._renew_seconds))
+                if not self._is_mine():
+                    raise self._refusal(self._read() or {})
+        self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """To be called before something is written.
+
+        Raises:
+            WriteError: another process has taken this one for dead, and works in the folder now.
+        """
+        if self._lost:
+            raise WriteError(f"{self._path}: taken over by {_describe(self._read() or {})}; this process stops")
+
+    def release(self) -> None:
+        """Gives the lock back, if it is held."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        with contextlib.suppress(OSError):  # The folder may be gone.
+            if not self._lost and self._is_mine():
+                self._path.unlink()
+        self._close()
+
+    def _lock_file(self) -> bool:
+        """Whether the system lets nobody else on this host have the file."""
+        if not self._is_local:
+            return False
+        while True:
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._close()
+                raise self._refusal(self._read() or {}) from None
+            except OSError:  # A file system without locks.
+                self._close()
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+                    return True
+            self._close()  # It was given back just now, and with it the file.
+
+    def _is_known_dead(self, owner: dict[str, Any]) -> bool:
+        """Of the owner of a file that the system has given to us."""
+        return _is_here(owner)
+
+    def _watch(self, owner: dict[str, Any], say: Callable[[str], None]) -> None:
+        say(f"{self._path}: held by {_describe(owner)}; waiting up to {self._dead_seconds:.0f} s to see if it is alive")
+        until = time.monotonic() + self._dead_seconds
+        while time.monotonic() < until:
+            time.sleep(min(1.0, self._dead_seconds / 20))
+            now = self._read()
+            if now is None:
+                return  # Given back.
+            if now != owner:
+                self._close()
+                raise self._refusal(now)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._renew_seconds):
+            with contextlib.suppress(OSError):  # A disk that is away for a moment.
+                if not self._is_mine():
+                    self._lost = True
+                    return
+                self._renewals += 1
+                self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(self._owner | {"renewals": self._renewals}) + "\n"
+        if self._fd is None:
+            self._path.write_text(text)
+        else:
+            os.pwrite(self._fd, text.encode(), 0)
+            os.ftruncate(self._fd, len(text.encode()))
+
+    def _read(self) -> dict[str, Any] | None:
+        """Who the file says holds the lock; None where it says nothing of the kind."""
+        try:
+            found = json.loads(self._path.read_text())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys() else None
+
+    def _is_mine(self) -> bool:
+        found = self._read()
+        return found is not None and {**found, "renewals": 0} == {**self._owner, "renewals": 0}
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _refusal(self, owner: dict[str, Any]) -> ConfigError:
+        who = _describe(owner)
+        return ConfigError(f"{self._path.parent}: in use by {who}; wait for it, stop it, or work elsewhere")
+
+
+def _myself() -> dict[str, Any]:
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "start": _start(os.getpid())} | {
+        "since": since
+    }
+
+
+def _describe(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether that process was started on this host, since it was last booted, and its number means the same here."""
+    return (owner["host"], owner.get("boot")) == (socket.gethostname(), _boot())
+
+
+def _is_running(owner: dict[str, Any]) -> bool:
+    return _start(owner["pid"]) is not None and _start(owner["pid"]) == owner.get("start")
+
+
+def _boot() -> str | None:
+    """Of this boot of this host, and of the container, in which processes have numbers of their own."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _start(pid: Any) -> str | None:
+    """When a process began, in the kernel's clock; None where there is none of that number."""
+    try:
+        return pathlib.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        os.kill(int(pid), 0)
+        return "running"
+    except (OSError, ValueError):
+        return None

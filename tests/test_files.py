@@ -1,0 +1,229 @@
+"""Files are whole or not there, nothing of others is written over, and a lock ends with its owner."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from jaxsft import files
+from jaxsft.config import ConfigError
+from jaxsft.files import Lock, WriteError, check_space, refuse_others, write_whole
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from jaxsft.files import Lock
+lock = Lock(Path(sys.argv[1]))
+lock.acquire()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def holder(path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def foreign(**changes):
+    return {
+        "host": "another",
+        "boot": "b",
+        "pid": 7,
+        "start": "1",
+        "since": "2026-01-01T00:00:00",
+        "renewals": 0,
+    } | changes
+
+
+def quick(path):
+    return Lock(path, renew_seconds=0.05, dead_seconds=0.4)
+
+
+def test_a_lock_is_refused_while_its_owner_lives_and_names_it(tmp_path):
+    owner = holder(tmp_path / "run.lock")
+    try:
+        with pytest.raises(ConfigError, match=f"in use by process {owner.pid} on .*, since 20") as error:
+            Lock(tmp_path / "run.lock").acquire()
+        assert str(tmp_path) in str(error.value)
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_of_a_process_that_was_killed_is_taken_over_at_once(tmp_path, number):
+    owner = holder(tmp_path / "run.lock")
+    owner.send_signal(number)
+    owner.wait()
+    said = []
+    begin = time.monotonic()
+    lock = Lock(tmp_path / "run.lock")
+    lock.acquire(said.append)
+    assert time.monotonic() - begin < 5
+    assert len(said) == 1 and f"taken over from process {owner.pid}" in said[0]
+    lock.release()
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_lock_of_another_host_is_watched_and_taken_over_when_nothing_changes(tmp_path):
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps(foreign()))
+    said = []
+    lock = quick(path)
+    lock.acquire(said.append)
+    assert "held by process 7 on another" in said[0] and "taken over" in said[1]
+    lock.release()
+
+
+def test_a_lock_of_another_host_that_goes_on_writing_is_refused(tmp_path):
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps(foreign()))
+    stop = threading.Event()
+
+    def renew():
+        count = 0
+        while not stop.wait(0.05):
+            count += 1
+            path.write_text(json.dumps(foreign(renewals=count)))
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(ConfigError, match="in use by process 7 on another"):
+            quick(path).acquire()
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_locks_of_the_system_a_living_process_of_this_host_is_refused(tmp_path, no_flock):
+    lock = quick(tmp_path / "run.lock")
+    lock.acquire()
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        quick(tmp_path / "run.lock").acquire()
+    lock.release()
+
+
+def test_without_locks_of_the_system_a_dead_process_is_known_by_its_number_and_beginning(tmp_path, no_flock):
+    path = tmp_path / "run.lock"
+    me = files._myself()
+    for dead in (me | {"start": "0"}, me | {"pid": 2**22 + 1}):
+        path.write_text(json.dumps(dead | {"renewals": 3}))
+        lock = quick(path)
+        lock.acquire()
+        lock.release()
+
+
+def test_who_was_taken_for_dead_finds_out_before_it_writes(tmp_path, no_flock):
+    path = tmp_path / "run.lock"
+    lock = quick(path)
+    lock.acquire()
+    lock.check()
+    path.write_text(json.dumps(foreign()))
+    for _ in range(100):
+        time.sleep(0.05)
+        if lock._lost:
+            break
+    with pytest.raises(WriteError, match="taken over by process 7 on another"):
+        lock.check()
+    lock.release()
+    assert json.loads(path.read_text())["host"] == "another", "the new owner's file stays"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\0", b"{", b"[" * 100_000, b"7", b"{}"])
+def test_a_lock_file_that_says_nothing_is_taken(tmp_path, content):
+    path = tmp_path / "run.lock"
+    path.write_bytes(content)
+    lock = Lock(path)
+    lock.acquire()
+    lock.release()
+
+
+def race(path, found):
+    lock = Lock(path)
+    try:
+        lock.acquire()
+    except ConfigError:
+        found.put("refused")
+        return
+    found.put("held")
+    time.sleep(1)
+    lock.release()
+
+
+def test_of_many_that_come_at_once_one_gets_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    each = [context.Process(target=race, args=(tmp_path / "run.lock", found)) for _ in range(4)]
+    for process in each:
+        process.start()
+    results = [found.get(timeout=60) for _ in each]
+    for process in each:
+        process.join()
+    assert results.count("held") >= 1
+    # Who comes after the first one has given it back may have it too; nobody has it at the same time.
+    assert set(results) <= {"held", "refused"}
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from jaxsft.files import write_whole
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write_whole(Path(sys.argv[1]), b"new" * 1000)
+"""
+
+
+def test_where_there_is_no_room_the_old_file_stays_and_the_error_has_the_numbers(tmp_path):
+    path = tmp_path / "page.html"
+    write_whole(path, "old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{path}: could not be written" in last and "3,000 bytes needed" in last and "bytes free" in last
+    assert path.read_text() == "old" and [each.name for each in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_will_not_fit_is_not_begun(tmp_path):
+    with pytest.raises(WriteError, match=r"No space left on device \(1,000,000,000,000,000,000 bytes needed, .* free"):
+        check_space(tmp_path / "not" / "there" / "yet", 10**18)
+    check_space(tmp_path, 1)
+
+
+def test_only_what_bears_our_mark_is_written_over(tmp_path):
+    path = tmp_path / "report.html"
+    refuse_others(path, b"ours")
+    path.write_text("of a user")
+    with pytest.raises(ConfigError, match="exists and was not written by jaxsft"):
+        refuse_others(path, b"ours")
+    path.write_text("<html>ours</html>")
+    refuse_others(path, b"ours")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="exists and was not written by jaxsft"):
+        refuse_others(tmp_path / "folder", b"ours")
+
+
+def test_a_write_into_a_folder_that_is_not_there_names_the_file(tmp_path):
+    with pytest.raises(WriteError, match="gone/a.json: could not be written: No such file"):
+        write_whole(pathlib.Path(tmp_path / "gone" / "a.json"), "{}")
