@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
 LAYERS = [
-    {"config", "batch", "mesh"},
+    {"config", "batch", "files", "mesh"},
     {"data", "model", "loss", "metrics"},
     {
         "hf",
