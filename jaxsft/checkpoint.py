@@ -1,22 +1,20 @@
-"""Sealed checkpoints of the train state, and whose run a folder holds: the one module that knows Orbax.
+"""Sealed checkpoints of the train state: the one module that knows Orbax.
 
-    fingerprint.json             what must be equal for the run in this folder to be continued
+    checkpoints/STEP/meta.json   what is known of the run at this step; written first: the mark of a folder of ours
     checkpoints/STEP/state/      the arrays, as Orbax writes them
-    checkpoints/STEP/meta.json   held-out loss, shape and dtype of every array
-    checkpoints/STEP/seal.json   size and CRC-32 of every other file; written last
+    checkpoints/STEP/seal.json   see `seal.py`; written last
+    progress.json                the newest step that was sealed
 
-Checkpoint i holds the state before step i. Saving goes on in the background while training continues. A step without a
-seal was never finished; one whose files differ from its seal is damaged: Orbax itself notices neither flipped bytes
-nor an empty folder.
+Checkpoint i holds the state before step i. Saving goes on in the background while training continues. Orbax itself
+notices neither flipped bytes nor an empty folder.
 """
 
 import concurrent.futures
+import contextlib
 import json
+import logging
 import math
-import signal
-import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -25,51 +23,26 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxsft.config import CheckpointConfig, ConfigError
+from jaxsft.files import aside_of, check_space, write_error, write_whole
+from jaxsft.seal import (
+    REMOVING,
+    SEAL,
+    UNFINISHED,
+    finish_removing,
+    problem_of,
+    read_object,
+    read_sealed_object,
+    remove_sealed,
+    seal,
+)
 
-CRC_READ_SIZE = 2**24
+META, PROGRESS = "meta.json", "progress.json"
 
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; what was saved before is untouched. Its text is shown as it is."""
 
     exit_code = 74
-
-
-def claim_run_folder(folder: epath.Path, fingerprint: dict[str, Any]) -> None:
-    """Makes the folder of a run, or recognises it as the same run's; changes nothing in a folder of anything else.
-
-    Args:
-        folder: the run folder.
-        fingerprint: what must be equal for a run to be continued, by name; plain JSON values.
-
-    Raises:
-        ConfigError: the folder holds another run (the differing fields are named), or something that is no run.
-    """
-    path = folder / "fingerprint.json"
-    part = folder / "fingerprint.json.part"
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"run_dir: {path} is damaged ({error}); choose another run_dir") from None
-        fields = [name for name in {**saved, **fingerprint} if saved.get(name) != fingerprint.get(name)]
-        if fields:
-            listed = "\n".join(f"  {f}: {saved.get(f)!r} then, {fingerprint.get(f)!r} now" for f in fields)
-            raise ConfigError(
-                f"run_dir: {folder} holds another run, begun with other settings:\n{listed}\n"
-                "set these back to continue it, or choose another run_dir"
-            )
-    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {part}):
-        raise ConfigError(f"run_dir: {folder} exists and is not a run of jaxsft; choose another run_dir")
-    _sync("run_folder")  # nobody may find the file that process 0 is about to write
-    if jax.process_index() == 0 and not path.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(fingerprint, indent=1) + "\n")
-            part.replace(path)
-        except OSError as error:
-            raise ConfigError(f"run_dir: {folder} cannot be made: {error}") from None
-    _sync("run_folder_claimed")
 
 
 class Checkpointer:
@@ -79,27 +52,43 @@ class Checkpointer:
         folder: `checkpoints/` of the run, absolute or a bucket.
         config: how many to keep.
         say: where one-line notices go.
+        run: what is sealed with every checkpoint: the fingerprint and the config of the run; plain JSON.
     """
 
-    def __init__(self, folder: epath.Path, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: epath.Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        *,
+        run: dict[str, Any] | None = None,
+    ) -> None:
         self._folder = folder
         self._config = config
         self._say = say
+        self._run = json.loads(json.dumps(run or {}))
         self._orbax = ocp.StandardCheckpointer()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._at: int | None = None
+        self._passed_over: dict[int, str] = {}
+        self.progress: dict[str, Any] = {}
+        """What `save` was given beside the state that was restored."""
 
-    def save(self, step: int, state: Any, *, eval_loss: float = math.inf) -> None:
+    def save(
+        self, step: int, state: Any, *, eval_loss: float = math.inf, progress: dict[str, Any] | None = None
+    ) -> None:
         """Begins to save; returns when the state is copied and may be donated.
 
         Args:
             step: the step that the state is before.
             state: pytree of arrays.
             eval_loss: held-out loss of this state, infinity where it was not measured; decides which one is the best.
+            progress: what a continued run must know besides; plain JSON.
 
         Raises:
             SaveError: this or the previous save failed.
+            WriteError: it would not fit.
         """
         self.wait()
         # Not a look at the disk: another process might see the seal sooner or later than this one.
@@ -111,25 +100,44 @@ class Checkpointer:
             "step": step,
             "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
             "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "run": self._run,
+            "progress": progress or {},
         }
+        needed = sum(leaf.nbytes for leaf in leaves.values())
+        check_space(target, needed)
         try:
             if jax.process_index() == 0:
-                if target.is_dir():
-                    target.rmtree()  # a save that was never finished
+                self._make_room(step)
                 target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
+                write_whole(target / META, json.dumps(meta, indent=1))
             _sync("checkpoint_folder")
-            self._orbax.save(target / "state", leaves)
+            with _no_tracebacks():
+                self._orbax.save(target / "state", leaves)
         except (OSError, ValueError) as error:
-            raise SaveError(f"{target}: could not be saved: {error}") from error
-        self._pending = self._thread.submit(self._finish, target, meta)
+            raise self._failed(target, needed, error) from error
+        self._pending = self._thread.submit(self._finish, target, needed)
         self._at = step
 
-    def _finish(self, target: epath.Path, meta: dict) -> None:
-        self._orbax.wait_until_finished()
-        if jax.process_index() == 0:
-            (target / "meta.json").write_text(json.dumps(meta, indent=1))
-            (target / "seal.json").write_text(json.dumps(_checksums(target), indent=1))
-            self._delete_old()
+    def _finish(self, target: epath.Path, needed: int) -> None:
+        try:
+            with _no_tracebacks():
+                self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                seal(target)
+                write_whole(self._folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
+                self._delete_old()
+        except Exception as error:
+            raise self._failed(target, needed, error) from error
+
+    def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
+        """The error of a save that failed, of which nothing is left that would take up room."""
+        if jax.process_index() == 0 and self._is_unfinished(target):
+            with contextlib.suppress(OSError):
+                target.rmtree()
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in reason:
+            reason = "No space left on device"
+        return SaveError(str(write_error(target, reason[:200], needed)))
 
     def wait(self) -> None:
         """Returns when no save is under way.
@@ -138,12 +146,8 @@ class Checkpointer:
             SaveError: the save that was under way failed.
         """
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
+        if pending is not None:
             pending.result()
-        except Exception as error:
-            raise SaveError(f"{self._folder}: a checkpoint could not be saved: {error}") from error
 
     def close(self) -> None:
         """Waits for the save under way: leaving Python without this would lose it.
@@ -158,7 +162,7 @@ class Checkpointer:
             self._orbax.close()
 
     def restore(self, abstract: Any) -> Any | None:
-        """The newest state that verifies, or None when no save was ever finished.
+        """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
 
         Args:
             abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
@@ -170,45 +174,70 @@ class Checkpointer:
         if step is None:
             return None
         target = self._folder / str(step)
-        meta = json.loads((target / "meta.json").read_text())
-        self._check_arrays(meta["arrays"], abstract)
-        leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+        try:
+            meta = read_object(target / META)
+            self._check_arrays(meta["arrays"], abstract)
+            with _no_tracebacks():
+                leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever Orbax makes of files that are as they were sealed, and still no state
+            raise ConfigError(f"{target}: cannot be read: {' '.join(str(error).split())[:200]}") from error
         self._at = step
+        self.progress = meta.get("progress", {})
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
+
+    def tidy(self) -> None:
+        """Clears away what `restore` passed over; to be called by the process that holds the run folder.
+
+        What was half saved or half removed is removed, if it is known to be ours; anything else is renamed, so that its
+        step can be saved again when training comes back to it.
+        """
+        if jax.process_index() == 0 and self._folder.is_dir():
+            for child in self._folder.iterdir():
+                if child.is_dir() and (child / REMOVING).exists():
+                    finish_removing(child)
+            for step in all_steps(self._folder):
+                if step in self._passed_over or self._is_unfinished(self._folder / str(step)):
+                    self._make_room(step)
+        _sync("checkpoints_tidied")
 
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
-        return min((self._eval_loss(step) for step in self._sealed_steps()), default=math.inf)
+        return min((self._eval_loss(step) for step in sealed_steps(self._folder)), default=math.inf)
 
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
-        steps = [saved for saved in self._sealed_steps() if saved < step]
+        steps = [saved for saved in sealed_steps(self._folder) if saved < step]
         return self._folder / str(steps[-1]) if steps else None
 
     def _newest_verified(self) -> int | None:
         """Process 0 looks and all processes follow, so that all restore the same step."""
         found, damaged = NONE_FOUND, {}
         if jax.process_index() == 0:
-            for step in sorted(self._steps(), reverse=True):
-                problem = _problem(self._folder / str(step))
+            self._passed_over = {}
+            for step in reversed(all_steps(self._folder)):
+                problem = checkpoint_problem(self._folder / str(step))
                 if problem is None:
                     found = step
                     break
+                self._passed_over[step] = problem
                 if problem is not UNFINISHED:
                     damaged[step] = problem
                 self._say(f"passed over checkpoint {step}: {problem}")
             if found < 0 and damaged:
                 found = ALL_DAMAGED
-            for step in damaged if found >= 0 else {}:
-                # Out of the way, so that the step can be saved again when training comes back to it.
-                (self._folder / str(step)).rename(self._folder / f"{step}.damaged-{time.time_ns()}")
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                newest = read_object(self._folder.parent / PROGRESS)["sealed"]
+                if found >= 0 and newest > found and newest not in self._passed_over:
+                    self._say(f"checkpoint {newest}, which was finished, is not there any more")
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(found))
         if found == ALL_DAMAGED:
             listed = "".join(f"\n  checkpoint {step}: {problem}" for step, problem in damaged.items())
             raise ConfigError(
                 f"{self._folder}: every finished checkpoint is damaged{listed}\n"
-                "nothing was changed; choose another run_dir, or remove this one, to start anew"
+                "nothing was changed; choose another run_dir, or start anew with --restart, which moves this run aside"
             )
         return found if found >= 0 else None
 
@@ -223,110 +252,99 @@ class Checkpointer:
                 f"{len(differing)} arrays differ:\n{listed}\nchoose another run_dir"
             )
 
-    def _steps(self) -> list[int]:
-        if not self._folder.exists():
-            return []
-        return [int(child.name) for child in self._folder.iterdir() if child.name.isdigit()]
+    def _make_room(self, step: int) -> None:
+        """Nothing stands in the way of a checkpoint of this step any more."""
+        target = self._folder / str(step)
+        if self._is_unfinished(target):
+            target.rmtree()
+        if not target.is_dir():  # A file there is somebody else's; saving will say that it is in the way.
+            return
+        number = 1
+        while (aside := self._folder / f"{step}.passed-over-{number}").exists():
+            number += 1
+        target.rename(aside)
+        self._say(f"{target}: renamed to {aside.name}")
 
-    def _sealed_steps(self) -> list[int]:
-        return sorted(step for step in self._steps() if (self._folder / str(step) / "seal.json").exists())
+    def _is_unfinished(self, target: epath.Path) -> bool:
+        """Whether a folder is a save of this run that was cut off: we write its meta.json before all else."""
+        if not target.is_dir() or (target / SEAL).exists():
+            return False
+        if {child.name for child in target.iterdir()} <= {aside_of(target / META).name}:
+            return True
+        try:
+            meta = read_object(target / META)
+        except (OSError, ValueError):
+            return False
+        run, mine = meta.get("run"), self._run.get("fingerprint")
+        return meta.get("step") == int(target.name) and isinstance(run, dict) and run.get("fingerprint") == mine
 
     def _eval_loss(self, step: int) -> float:
         try:
-            loss = json.loads((self._folder / str(step) / "meta.json").read_text())["eval_loss"]
-        except (OSError, ValueError, KeyError):
+            loss = read_sealed_object(self._folder / str(step), META)["eval_loss"]
+            return math.inf if loss is None else float(loss)
+        except (OSError, ValueError, KeyError, TypeError):
             return math.inf  # damaged; not worth keeping as the best
-        return math.inf if loss is None else loss
 
     def _delete_old(self) -> None:
         """Keeps the newest and the best; runs after a seal, so that there is always a finished one."""
-        steps = self._sealed_steps()
+        steps = sealed_steps(self._folder)
         kept = set(steps[-self._config.keep :])
         best = min(steps, key=self._eval_loss)
         if math.isfinite(self._eval_loss(best)):
             kept.add(best)
         for step in steps:
             if step not in kept:
-                (self._folder / str(step) / "seal.json").unlink()  # half deleted must not look finished
-                (self._folder / str(step)).rmtree()
+                remove_sealed(self._folder / str(step))
 
 
-class StopSignal:
-    """Whether someone asked this run to stop: SIGTERM (preemption) or Ctrl-C, on any of the processes.
-
-    With several processes JAX catches SIGTERM itself and agrees on a step at which all of them stop, so `at` must be
-    asked on every step by every process; Ctrl-C then ends at once, as a second one does in a single process.
-    """
-
-    def __init__(self) -> None:
-        self._received: str | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        self._previous = {number: signal.signal(number, self._receive) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = signal.Signals(number).name
-
-    def at(self, step: int) -> str | None:
-        """The name of the signal if the run should stop before this step, else None."""
-        if jax.process_count() > 1:
-            if multihost_utils.reached_preemption_sync_point(step):
-                return "SIGTERM"
-            if self._received is not None:
-                raise KeyboardInterrupt  # the other processes cannot be asked to stop at the same step
-            return None
-        return self._received
-
-
-UNFINISHED = "it was never finished"
 NONE_FOUND, ALL_DAMAGED = -1, -2
 
 
-def _problem(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, None when every file is as it was sealed."""
-    if not (folder / "seal.json").exists():
-        return UNFINISHED
+def all_steps(folder: epath.Path) -> list[int]:
+    """The steps of which `checkpoints/` has a folder, finished or not, ascending.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: a file, where a run has its folder of checkpoints; move it away")
+    # Only as we write them: `007` and `²` are digits too.
+    names = [child.name for child in folder.iterdir() if child.name.isascii() and child.name.isdecimal()]
+    return sorted(int(name) for name in names if name == str(int(name)))
+
+
+def sealed_steps(folder: epath.Path) -> list[int]:
+    """Those of them that were finished."""
+    return [step for step in all_steps(folder) if (folder / str(step) / SEAL).exists()]
+
+
+def checkpoint_problem(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, None when it is as it was sealed, and the one that its name says."""
+    if (problem := problem_of(folder)) is not None:
+        return problem
     try:
-        sealed = json.loads((folder / "seal.json").read_text())
-        found = _checksums(folder)
+        meta = read_object(folder / META)
     except (OSError, ValueError) as error:
         return f"it cannot be read: {error}"
-    differing = sorted(name for name in {**sealed, **found} if sealed.get(name) != found.get(name))
-    if not differing:
-        return None
-    name = differing[0]
-    return (
-        f"{len(differing)} files differ from its seal, first {name}: {sealed.get(name)} sealed, {found.get(name)} found"
-    )
+    if not isinstance(meta.get("arrays"), dict) or type(meta.get("step")) is not int:
+        return f"its {META} does not say what it holds"
+    return None if meta["step"] == int(folder.name) else f"it is a copy of checkpoint {meta['step']}"
 
 
-def _checksums(folder: epath.Path) -> dict[str, dict[str, int]]:
-    """Size and CRC-32 of every file but the seal, by path."""
-    checksums = {}
-    for path in sorted(_files(folder)):
-        crc, size = 0, 0
-        with path.open("rb") as file:
-            while block := file.read(CRC_READ_SIZE):
-                crc, size = zlib.crc32(block, crc), size + len(block)
-        checksums[str(path.relative_to(folder))] = {"size": size, "crc32": crc}
-    checksums.pop("seal.json", None)
-    return checksums
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    files = []
-    for child in folder.iterdir():
-        files += _files(child) if child.is_dir() else [child]
-    return files
+def newest_run(folder: epath.Path) -> dict[str, Any]:
+    """What the newest checkpoint whose meta.json is as it was sealed says of its run; {} where there is none."""
+    if not folder.is_dir():
+        return {}
+    for step in reversed(sealed_steps(folder)):
+        try:
+            meta = read_sealed_object(folder / str(step), META)
+        except (OSError, ValueError):
+            continue
+        if meta.get("step") == step and isinstance(meta.get("run"), dict) and meta["run"]:
+            return meta["run"]
+    return {}
 
 
 def _leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -336,6 +354,21 @@ def _leaves_by_name(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+@contextlib.contextmanager
+def _no_tracebacks() -> Iterator[None]:
+    """Orbax logs the traceback of a failed write before it raises; what it raises is shown in one line instead."""
+    logger = logging.getLogger("absl")
+
+    def hide(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+    logger.addFilter(hide)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hide)
 
 
 def _sync(name: str) -> None:

@@ -26,7 +26,7 @@ def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
     from jaxsft.train import train
 
-    return train(_config(args))
+    return train(_config(args), restart=args.restart)
 
 
 def preview_command(args: argparse.Namespace) -> int:
@@ -164,6 +164,13 @@ def report_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def verify_command(args: argparse.Namespace) -> int:
+    """check everything that a run or an export sealed, to the byte; changes nothing"""
+    from jaxsft.verify import verify
+
+    return verify(args.path, say=print)
+
+
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
     for key, kind, default, meaning in config_keys():
@@ -227,6 +234,10 @@ def _parser() -> argparse.ArgumentParser:
         subparser = add(name, command)
         subparser.add_argument("config", help="YAML file")
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+        if command is train_command:
+            subparser.add_argument(
+                "--restart", action="store_true", help="begin anew; the run that is in run_dir is moved aside"
+            )
         if command is preview_command:
             subparser.add_argument("--json", action="store_true", help="the same for programs; see docs/preview.md")
     subparser = add("compare", compare_command)
@@ -259,6 +270,8 @@ def _parser() -> argparse.ArgumentParser:
         "--smooth", type=_number(float, 0, math.inf), metavar="STEPS", help="window; 0 is none (default: by the length)"
     )
     subparser.add_argument("--out", default="report", metavar="FOLDER", help="where to write (default: ./report)")
+    subparser = add("verify", verify_command)
+    subparser.add_argument("path", metavar="RUN_OR_EXPORT", help="run folder, or the export of a run")
     add("keys", keys_command)
     return parser
 

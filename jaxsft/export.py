@@ -1,7 +1,8 @@
 """The folder that a run ends with: weights, config, tokenizer and generation_config, as transformers opens them.
 
-What was not changed is as it came, to the byte. The folder is written aside and renamed, so that it is whole or not
-there; what was there before stays until then, whatever fails.
+What was not changed is as it came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or
+not there; what was there before stays until then, whatever fails. Of an earlier export, only what is known to be ours
+is removed: a file that somebody added or changed stays, in a folder beside.
 """
 
 import contextlib
@@ -10,23 +11,29 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.config_words import with_older_words
+from jaxsft.files import write_error
 from jaxsft.hf import load_generation_config
+from jaxsft.seal import SEAL, problem_of, remove_sealed, seal
 from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.weights.save import dump_json, write_weights
 from jaxsft.weights.stored import DTYPES, Stored
 
-__all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder"]
+__all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
+
+UNFINISHED_MARK = "unfinished-export"
+"""A file in a folder of ours that is being written, and may be removed."""
 
 
 class ExportError(OSError):
@@ -64,6 +71,7 @@ def export_folder(
     source_folder: pathlib.Path | None = None,
     tokenizer_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 50 * 10**9,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
 
@@ -84,6 +92,7 @@ def export_folder(
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
+        say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
         ConfigError: `folder` holds something else than an export, or is `source_folder`.
@@ -99,11 +108,12 @@ def export_folder(
         name = export_dtype(hf_config, dtype)
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with _alone(folder) if writes else contextlib.nullcontext():
+    aside = _partial(folder)
+    with _alone(folder, say) if writes else contextlib.nullcontext():
         try:
             if writes:
                 aside.mkdir(parents=True)
+                (aside / UNFINISHED_MARK).touch()
                 _save_tokenizer(aside, tokenizer)
                 source = pathlib.Path(source_folder) if source_folder else None
                 _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
@@ -119,9 +129,12 @@ def export_folder(
                 writes=writes,
             )
             if writes:
-                _rename_over(aside, folder)
+                (aside / UNFINISHED_MARK).unlink()
+                seal(epath.Path(aside))
+                _rename_over(aside, folder, say)
         except OSError as error:
-            raise ExportError(f"{folder}: the export could not be written: {error}") from error
+            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
+            raise ExportError(str(write_error(folder, reason))) from error
         finally:
             if writes:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -196,12 +209,22 @@ def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Pa
     path.write_bytes(text)
 
 
+def export_problem(folder: pathlib.Path) -> str | None:
+    """What is wrong with an export that was written before, None when every file is as it was sealed."""
+    problem = None
+    if jax.process_index() == 0:
+        problem = problem_of(epath.Path(folder))
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+        problem = problem or "process 0 found it damaged"
+    return problem
+
+
 @contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other exports to `folder` out, and clears away what those that were killed have left.
+def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other exports to `folder` out, and makes good what one that was killed has left.
 
     Raises:
-        ExportError: another one is being written.
+        ExportError: another one is being written, or what stands where it would be written is not ours.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     parent = os.open(folder.parent, os.O_RDONLY)
@@ -212,23 +235,30 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
             raise ExportError(f"{folder}: another export is being written there") from None
         except OSError:  # a filesystem without locks
             pass
-        for left in folder.parent.glob(f".{folder.name}.partial-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        left = _partial(folder)
+        if left.exists():
+            if not (left / UNFINISHED_MARK).exists() and not (left / SEAL).exists():
+                raise ExportError(f"{left}: is in the way and no unfinished export of jaxsft; move it away")
+            shutil.rmtree(left)
         if not folder.exists() and _replaced(folder).exists():
             _replaced(folder).rename(folder)  # killed between the two renames
+        _put_away(folder, say)
         yield
     finally:
         os.close(parent)
 
 
+def _partial(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.jaxsft-partial")
+
+
 def _replaced(folder: pathlib.Path) -> pathlib.Path:
-    return folder.with_name(f".{folder.name}.replaced")
+    return folder.with_name(f".{folder.name}.jaxsft-replaced")
 
 
-def _rename_over(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Puts `new` in the place of `folder`, which is removed only after that, and comes back if it fails."""
+def _rename_over(new: pathlib.Path, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Puts `new` in the place of `folder`, which is put away only after that, and comes back if it fails."""
     old = _replaced(folder)
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     try:
@@ -237,4 +267,24 @@ def _rename_over(new: pathlib.Path, folder: pathlib.Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _put_away(folder, say)
+
+
+def _put_away(folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Removes what was written here before; what of it is not as we wrote it goes to a folder beside."""
+    old = _replaced(folder)
+    if not old.exists():
+        return
+    if (old / SEAL).exists():
+        remove_sealed(epath.Path(old), to_the_byte=True)
+    elif not any(old.iterdir()):
+        old.rmdir()
+    if old.exists():
+        number = 1
+        while (beside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+            number += 1
+        old.rename(beside)
+        names = ", ".join(sorted(each.name for each in beside.iterdir())[:5])
+        say(
+            f"{folder} held files that this program did not write, or that were changed: they are in {beside} ({names})"
+        )

@@ -115,17 +115,18 @@ MAX_SKIPPED_IN_A_ROW = 10
 class SkipWatch:
     """Ends a run in which too many steps change nothing, as their loss or gradient is not finite."""
 
-    def __init__(self, *, num_steps: int, max_skipped: float, first: int, skipped: int) -> None:
+    def __init__(self, *, num_steps: int, max_skipped: float, first: int, skipped: int, in_a_row: int = 0) -> None:
         """
         Args:
             num_steps: of the whole run.
             max_skipped: share of them that may be skipped, rounded up.
-            first: step that this start of the run begins with.
-            skipped: steps skipped by former starts.
+            first: first step that it will see.
+            skipped: steps skipped before that.
+            in_a_row: how many of them just before it.
         """
         self._allowed = math.ceil(max_skipped * num_steps)
         self._share, self._num_steps = max_skipped, num_steps
-        self._step, self._total, self._in_a_row = first, skipped, 0
+        self._step, self._total, self._in_a_row = first, skipped, in_a_row
 
     @property
     def in_a_row(self) -> int:
@@ -218,6 +219,23 @@ def _router_line(steps: Sequence[StepMetrics]) -> dict[str, float]:
     }
 
 
+def dump_steps(steps: Sequence[StepMetrics]) -> list[list[Any]]:
+    """Steps that no line reports yet (host values), as plain JSON, exact."""
+    return [[np.asarray(leaf, np.float32).tolist() for leaf in jax.tree.leaves(step)] for step in steps]
+
+
+def load_steps(dumped: Sequence[Sequence[Any]]) -> list[StepMetrics]:
+    """What `dump_steps` was given."""
+    scalars = len(LossSums._fields) + len(StepMetrics._fields) - 2
+    steps = []
+    for values in dumped:
+        leaves: list[Any] = [np.asarray(value, np.float32) for value in values]
+        router = RouterSums(*leaves[scalars:]) if leaves[scalars:] else None
+        sums, rest = LossSums(*leaves[: len(LossSums._fields)]), leaves[len(LossSums._fields) : scalars]
+        steps.append(StepMetrics._make([sums, *rest, router]))
+    return steps
+
+
 def to_json_line(line: dict[str, Any]) -> str:
     """One line of JSON. It knows no NaN and no infinity: such a number is null there, and `not_finite` says which.
 
@@ -256,6 +274,15 @@ class Stopwatch:
         self._start = self._since = time.perf_counter()
         self._waited = self._busy = 0.0
         self._result: Any = None
+
+    def begin(self, already: float = 0.0) -> None:
+        """Starts a lap, of which so many seconds have passed in a former start of the run."""
+        self._since = time.perf_counter()
+        self._start, self._waited, self._busy = self._since - already, 0.0, 0.0
+
+    def so_far(self) -> float:
+        """Seconds of this lap."""
+        return time.perf_counter() - self._start
 
     def wait(self, batches: Any) -> Any:
         """The next batch."""

@@ -256,8 +256,15 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     )
 
 
-def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, folder: pathlib.Path) -> None:
-    """Writes the model as a folder that transformers opens."""
+def export_model(
+    pretrained: Pretrained,
+    tokenizer: OpenTokenizer,
+    params: Any,
+    folder: pathlib.Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Writes the model as a folder that transformers opens; `say` is told what of an earlier one was not ours."""
     export_folder(
         folder,
         params,
@@ -270,4 +277,5 @@ def export_model(pretrained: Pretrained, tokenizer: OpenTokenizer, params: Any, 
         stored=pretrained.stored,
         source_folder=pretrained.folder,
         tokenizer_folder=hf.model_folder(pretrained.config.tokenizer or pretrained.config.path, weights=False),
+        say=say,
     )

@@ -16,8 +16,10 @@ from jaxsft.config import Config
 from jaxsft.data.loader import Loader
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.turns import FOUND_BY
+from jaxsft.files import write_whole
 from jaxsft.metrics import num_params
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.seal import read_object
 from jaxsft.step import TrainState
 
 
@@ -176,13 +178,15 @@ def note_versions(path: epath.Path, say: Callable[[str], None]) -> None:
     versions |= {name: importlib.metadata.version(name) for name in VERSIONS_OF}
     versions["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = read_object(path)
+        except (OSError, ValueError) as error:
+            say(f"{path} is damaged, and written anew: what computed this run before is not known ({error})")
+            before = versions
         for name in {**before, **versions}:
             if before.get(name) != versions.get(name):
                 say(
                     f"changed since this run was last started: {name} {before.get(name)} -> {versions.get(name)}; it "
                     "goes on, but not to the bit as it would have"
                 )
-    part = path.parent / f"{path.name}.part"  # or a kill while it is written would end every later start
-    part.write_text(json.dumps(versions, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(versions, indent=1) + "\n")

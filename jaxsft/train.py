@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft.batch import Batch
-from jaxsft.checkpoint import Checkpointer, StopSignal, claim_run_folder
+from jaxsft.checkpoint import Checkpointer
 from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dump_config
 from jaxsft.data.chat import ChatEncoder
 from jaxsft.data.loader import Loader, prefetch
@@ -32,8 +32,21 @@ from jaxsft.data.prepare import prepare, read_items
 from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
+from jaxsft.export import export_problem
+from jaxsft.files import write_whole
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import Diverged, SkipWatch, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
+from jaxsft.metrics import (
+    Diverged,
+    SkipWatch,
+    Speedometer,
+    StepMetrics,
+    Stopwatch,
+    Totals,
+    dump_steps,
+    load_steps,
+    matmul_params,
+    summarise,
+)
 from jaxsft.pretrained import (
     OpenTokenizer,
     Pretrained,
@@ -47,7 +60,9 @@ from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
 from jaxsft.profile import Profiler, check_profile
 from jaxsft.report.picture import plot_run
+from jaxsft.run_folder import check_progress, claim_run_folder, template_date
 from jaxsft.step import abstract_state, init_state, make_train_step, non_finite, put_batch
+from jaxsft.stop import StopSignal
 from jaxsft.summary import describe_lost, note_versions, start_summary
 from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
 
@@ -55,17 +70,21 @@ DONE, STOPPED = 0, 75
 """Exit codes; a run that was stopped continues when it is started again."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, *, restart: bool = False) -> int:
     """Trains, or continues, the run that a config describes; returns the exit code.
+
+    Args:
+        config: of the run.
+        restart: move the run that is in its folder aside, and begin anew.
 
     Raises:
         ConfigError, DataError: mistakes of the user; before a weight is read where that is possible.
-        SaveError: a checkpoint could not be written.
+        SaveError, WriteError: a checkpoint or another file could not be written.
         Diverged: too many steps were skipped as their loss or gradient was not finite, or a parameter is not finite.
     """
     console = Console()
     folder = run_folder(config)
-    config = resolve_date(config, folder)
+    config = resolve_date(config, None if restart else folder)
     mesh = make_mesh(config.mesh)
     check_writers(config.log)
 
@@ -79,22 +98,29 @@ def train(config: Config) -> int:
     check_profile(config.log, num_steps)
     frozen: Any = nnx.State({})
     examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, trained=loader, say=console.say)
-    claim_run_folder(folder, _fingerprint(config, loader, pretrained))
-    if isinstance(loader, StreamLoader):
-        loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(contextlib.closing(loader))
+        fingerprint = _fingerprint(config, loader, pretrained)
+        lock = claim_run_folder(folder, fingerprint, restart=restart, say=console.say)
+        if lock is not None:
+            closing.callback(lock.release)
+        run = {"fingerprint": fingerprint, "config": dump_config(config)}
+        checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=run)
+        closing.enter_context(contextlib.closing(checkpointer))
+        closing.enter_context(contextlib.closing(console))
+        stop = closing.enter_context(StopSignal())
+        if isinstance(loader, StreamLoader):
+            loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say)
-    with (
-        contextlib.closing(loader),
-        contextlib.closing(checkpointer),
-        contextlib.closing(console),
-        StopSignal() as stop,
-        contextlib.ExitStack() as closing,
-    ):
         # The state: where a former start of this run left off, or the weights to begin with.
+        stop.doing = "reading the checkpoint, and stopping then"
         state: Any = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
         if state is None:
+            check_progress(folder)
+            stop.doing = "loading the weights, saving then"
+            console.say(f"loading {config.model.path} ({config.model.weights} weights)")
             state = init_state(load_params(pretrained, mesh, seed=config.seed), config.optim, mesh)
+        checkpointer.tidy()
         first = int(state.step)
         notes = [*tokenizer.notes, *pretrained.notes, *encoder.notes, *_source_notes(loader, examiner)]
         decoder_config = pretrained.decoder_config
@@ -102,14 +128,18 @@ def train(config: Config) -> int:
             start_summary(config, state, loader, mesh, num_steps=num_steps, decoder_config=decoder_config, notes=notes)
         )
         if first >= num_steps and (folder / "export").exists():
-            console.say(f"this run is finished; its model is in {folder / 'export'} (remove it to export anew)")
-            return DONE
+            problem = export_problem(folder / "export")
+            if problem is None:
+                console.say(f"this run is finished; its model is in {folder / 'export'} (remove it to export anew)")
+                return DONE
+            console.say(f"{folder / 'export'}: {problem}; exporting again, from checkpoint {first}")
         _describe_run(folder, config, loader, tokenizer, console)
 
         train_step = make_train_step(
             pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
         )
-        metrics_file = MetricsFile(folder / "metrics.jsonl", step=first)
+        saved = checkpointer.progress
+        metrics_file = MetricsFile(folder / "metrics.jsonl", step=first, sealed=saved.get("metrics"), say=console.say)
         profiler = Profiler(
             config.log.profile_steps, folder / "profile", first=first, num_steps=num_steps, say=console.say
         )
@@ -119,17 +149,19 @@ def train(config: Config) -> int:
         closing.enter_context(contextlib.closing(profiler))
         for writer in writers:
             closing.enter_context(contextlib.closing(writer))
-        totals, best_loss = metrics_file.totals(), checkpointer.best_loss()
+        totals = Totals(*saved["totals"]) if "totals" in saved else metrics_file.totals()
+        best_loss = checkpointer.best_loss()
+        window: list[StepMetrics] = load_steps(saved.get("window", []))
         skips = SkipWatch(
             num_steps=num_steps,
             max_skipped=config.optim.max_skipped,
-            first=first,
+            first=first - len(window),
             skipped=int(totals.skipped_steps),
+            in_a_row=saved.get("skipped_in_a_row", 0),
         )
         lost: dict[str, int] = {}
         speedometer = Speedometer(**_flop_sizes(pretrained))
         watch = Stopwatch()
-        window: list[StepMetrics] = []
 
         def write(line: dict[str, Any]) -> None:
             metrics_file.write(line)
@@ -154,9 +186,24 @@ def train(config: Config) -> int:
             if problem := skips.see(steps):
                 raise _diverged(problem, checkpointer, first_bad=skips.first_of_row)
 
+        def save(step: int, *, eval_loss: float = math.inf) -> None:
+            """With all that a continued run must know, the steps that no line reports yet included."""
+            if lock is not None:
+                lock.check()
+            progress = {
+                "totals": list(totals),
+                "metrics": metrics_file.state(),
+                "window": dump_steps(jax.device_get(window)),
+                "window_seconds": watch.so_far(),
+                "skipped_in_a_row": skips.in_a_row,
+            }
+            checkpointer.save(step, state, eval_loss=eval_loss, progress=progress)
+
         def evaluate(step: int, params: Any) -> float:
             if examiner is None:
                 return math.inf
+            stop.doing = f"evaluating at step {step}, saving then"
+            console.say(f"step {step}: evaluating on held-out rows")
             result = examiner.examine(params)
             write({"step": step} | result.metrics)
             console.say(f"step {step}  {describe(result)}")
@@ -166,15 +213,17 @@ def train(config: Config) -> int:
             evaluate(0, state.params)
         make_batch = functools.partial(_place_batch, loader, mesh, pretrained.decoder_config.vocab_size)
         with contextlib.closing(prefetch(make_batch, first, num_steps)) as batches:
-            watch.lap()
+            watch.begin(saved.get("window_seconds", 0.0) if window else 0.0)
             for step in range(first, num_steps):
                 if signal := stop.at(step):
-                    report(step)
-                    checkpointer.save(step, state)
+                    save(step)
                     checkpointer.wait()
                     console.say(f"{signal}: saved step {step}; start the same command again to continue")
                     return STOPPED
                 batch = watch.wait(batches)
+                if step == first:
+                    stop.doing = f"compiling and finishing step {step + 1}, saving"
+                    console.say("compiling the train step")
                 watch.launching()
                 with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, frozen, batch)
@@ -195,15 +244,17 @@ def train(config: Config) -> int:
                     raise _diverged(f"not finite: {', '.join(names)}", checkpointer, first_bad=done)
                 # Not while steps are skipped: what was good before must not make room for what may not be.
                 if (is_saved or eval_loss < best_loss) and (is_last or not skips.in_a_row):
-                    checkpointer.save(done, state, eval_loss=eval_loss)
+                    save(done, eval_loss=eval_loss)
                     best_loss = min(eval_loss, best_loss)
                 profiler.start_at(done, state)
                 watch.leave_out(pause)
 
         checkpointer.wait()
-        export_model(pretrained, tokenizer, state.params, folder / "export")
-    if jax.process_index() == 0:
-        console.say(f"loss curve: {plot_run(folder)}")
+        stop.doing = "finishing the export"
+        console.say(f"exporting to {folder / 'export'}")
+        export_model(pretrained, tokenizer, state.params, folder / "export", say=console.say)
+        if jax.process_index() == 0:
+            console.say(f"loss curve: {plot_run(folder)}")
     console.say(f"model, ready for transformers: {folder / 'export'}")
     if totals.skipped_steps:
         console.say(f"WARNING: {totals.skipped_steps:.0f} steps were skipped, as their loss or gradient was not finite")
@@ -234,14 +285,12 @@ def run_folder(config: Config) -> epath.Path:
     return epath.Path(config.run_dir).expanduser().resolve()
 
 
-def resolve_date(config: Config, folder: epath.Path) -> Config:
+def resolve_date(config: Config, folder: epath.Path | None) -> Config:
     """The config with the day that templates see: that on which the run in `folder` began, else today, for all."""
     if config.data.template_date is not None:
         return config
-    today = datetime.date.today()
-    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        began = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        today = datetime.date.fromisoformat(str(began["data"]["template_date"]))
+    began = template_date(folder) if folder is not None else None
+    today = began or datetime.date.today()
     if jax.process_count() > 1:  # it may be midnight between two of them
         today = datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(today.toordinal())))
     data = config.data.model_copy(update={"template_date": today.isoformat()})
@@ -409,9 +458,14 @@ def _describe_run(
         return
     path = folder / "config.yaml"
     if path.exists():
-        for change in config_changes(path.read_text(encoding="utf-8"), config):
+        try:
+            changes = config_changes(path.read_text(encoding="utf-8"), config)
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
+            console.say(f"{path} is damaged, and written anew ({' '.join(str(error).split())[:80]})")
+            changes = []
+        for change in changes:
             console.say(f"changed since this run began: {change}")
-    path.write_text(dump_config(config), encoding="utf-8")
+    write_whole(path, dump_config(config))
     note_versions(folder / "versions.json", console.say)
     if (folder / "preview.html").exists():
         return  # of the first batch, which a stream would have to make again

@@ -8,8 +8,10 @@ ones, W&B and trackio, which cannot forget, keep the ones they have. What a writ
 
 import contextlib
 import importlib.util
+import re
 import secrets
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
+from jaxsft.files import write_whole, writing
 from jaxsft.metrics import Totals, from_json_line, to_json_line
 
 SPEED = {
@@ -37,16 +40,44 @@ class MetricsFile:
     last_step: int
     """Of the last line before this start, dropped or not; -1 where there was none."""
 
-    def __init__(self, path: epath.Path, *, step: int) -> None:
-        """Opens the file of a run that is at `step`; lines after it, of steps that will be done again, are dropped."""
+    def __init__(
+        self,
+        path: epath.Path,
+        *,
+        step: int,
+        sealed: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Opens the file of a run that is at `step`; lines after it, of steps that will be done again, are dropped.
+
+        What is no line of metrics is left out and said, and the file with it kept under another name.
+
+        Args:
+            path: of the file.
+            step: steps done.
+            sealed: what `state` said when the checkpoint of this step was saved, so that a changed line is noticed.
+            say: is told what was wrong with the file.
+        """
         self._path = path
         self._lines: list[str] = []
         self.last_step = -1
         if jax.process_index() == 0 and path.exists():
-            complete = [(from_json_line(line)["step"], line) for line in path.read_text().split("\n")[:-1]]
-            self._lines = [line for at, line in complete if 0 < step >= at]
-            self.last_step = max((at for at, _ in complete), default=-1)
+            content = path.read_bytes()
+            lines, problems, torn = _parse_lines(content)
+            self._lines = [text for at, text in lines if 0 < step >= at]
+            self.last_step = max((at for at, _ in lines), default=-1)
+            if torn:
+                say(f"{path}: its last line was cut off, and is left out")
+            if step and sealed and self.state() != sealed and not problems:
+                problems = ["its lines are not those that were there when this step was saved"]
+            if problems:
+                aside = _put_aside(path, content)
+                say(f"{path} is damaged, the rest is kept, and the file as it was in {aside.name}: {problems[0]}")
         self._rewrite()
+
+    def state(self) -> dict[str, int]:
+        """What tells these lines from others: bytes and CRC-32."""
+        return _state(self._content())
 
     def totals(self) -> Totals:
         """Counts at the last line of training."""
@@ -60,23 +91,84 @@ class MetricsFile:
         return [from_json_line(line) for line in self._lines]
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends a line, on disk when this returns."""
+        """Appends a line, on disk when this returns.
+
+        Raises:
+            WriteError: there is no room for it.
+        """
         self._lines.append(to_json_line(line))
         if jax.process_index() != 0:
             return
-        with self._path.open("a") as file:
-            file.write(self._lines[-1] + "\n")
+        data = (self._lines[-1] + "\n").encode()
+        with writing(self._path, len(data)), self._path.open("ab") as file:
+            file.write(data)
+
+    def _content(self) -> bytes:
+        return "".join(line + "\n" for line in self._lines).encode()
 
     def _rewrite(self) -> None:
         if jax.process_index() == 0:
-            part = self._path.parent / (self._path.name + ".part")
-            part.write_text("".join(line + "\n" for line in self._lines))
-            part.replace(self._path)
+            write_whole(self._path, self._content())
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    return [from_json_line(line) for line in path.read_text().split("\n")[:-1]]
+    """The lines of a `metrics.jsonl`; a last line cut off by a crash, and what is no line of metrics, are left out."""
+    return [from_json_line(text) for _, text in _parse_lines(path.read_bytes())[0]]
+
+
+def metrics_problem(path: epath.Path, *, step: int, sealed: dict[str, Any] | None) -> str | None:
+    """What is wrong with a `metrics.jsonl`, None if nothing is.
+
+    Args:
+        path: of the file, which need not be there where nothing was sealed.
+        step: of a checkpoint.
+        sealed: what `MetricsFile.state` was when it was saved; None where that is not known.
+    """
+    if not path.is_file():
+        return "it is not there" if sealed and sealed["bytes"] else None
+    lines, problems, torn = _parse_lines(path.read_bytes())
+    if problems:
+        return problems[0]
+    if sealed and _state("".join(text + "\n" for at, text in lines if at <= step).encode()) != sealed:
+        return f"its lines up to step {step} are not those that were there when that checkpoint was saved"
+    return "its last line was cut off" if torn else None
+
+
+def _state(content: bytes) -> dict[str, int]:
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def last_step(path: epath.Path) -> int:
+    """Of the last line of a `metrics.jsonl`; -1 where there is none."""
+    return max((at for at, _ in _parse_lines(path.read_bytes())[0]), default=-1) if path.is_file() else -1
+
+
+def _parse_lines(content: bytes) -> tuple[list[tuple[int, str]], list[str], bool]:
+    """The lines of metrics with their steps; what is wrong with others; and whether the last one was cut off."""
+    *complete, rest = content.split(b"\n")
+    lines: list[tuple[int, str]] = []
+    problems = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            text = line.decode("utf-8")
+            found = from_json_line(text)
+            if not isinstance(found, dict) or type(found.get("step")) is not int:
+                raise ValueError("no object with a step")
+            if lines and found["step"] < lines[-1][0]:
+                raise ValueError(f"step {found['step']} after step {lines[-1][0]}")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(f"line {number} is no line of metrics ({' '.join(str(error).split())[:80]})")
+        else:
+            lines.append((found["step"], text))
+    return lines, problems, bool(rest)
+
+
+def _put_aside(path: epath.Path, content: bytes) -> epath.Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    write_whole(aside, content)
+    return aside
 
 
 class Writer(Protocol):
@@ -286,8 +378,14 @@ def run_id(folder: epath.Path) -> str:
     """What names a run where runs of many folders meet: drawn once, kept in the folder, gone with it."""
     path = folder / "run_id"
     with contextlib.suppress(FileNotFoundError):
-        return path.read_text().strip()
-    path.write_text(secrets.token_hex(4) + "\n")
+        found = path.read_bytes().strip()
+        if re.fullmatch(rb"[0-9a-f]{8}", found):
+            return found.decode()
+        raise ConfigError(
+            f"{path}: holds {found[:20]!r}, expected 8 hexadecimal digits; put back those that W&B or trackio show for "
+            "this run, or remove the file to log it as a new one"
+        )
+    write_whole(path, secrets.token_hex(4) + "\n")
     return run_id(folder)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,13 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding
 
-from jaxsft.checkpoint import Checkpointer, SaveError, StopSignal, claim_run_folder
+from jaxsft import files
+from jaxsft.checkpoint import Checkpointer, SaveError
 from jaxsft.config import CheckpointConfig, ConfigError, MeshConfig
+from jaxsft.files import WriteError
 from jaxsft.mesh import make_mesh, partition_spec
+from jaxsft.seal import seal
+from jaxsft.stop import StopSignal
 
 
 def make_state(value, **mesh):
@@ -130,22 +135,6 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     np.testing.assert_array_equal(restored["params"]["w"], make_state(1)["params"]["w"])
 
 
-def test_a_run_folder_is_claimed_once_and_refused_to_others(tmp_path):
-    folder = epath.Path(tmp_path) / "run"
-    claim_run_folder(folder, {"seed": 1, "data": "abc"})
-    claim_run_folder(folder, {"seed": 1, "data": "abc"})
-    with pytest.raises(ConfigError, match="seed: 1 then, 2 now"):
-        claim_run_folder(folder, {"seed": 2, "data": "abc"})
-
-
-def test_a_damaged_fingerprint_is_an_error_that_names_it(tmp_path):
-    folder = epath.Path(tmp_path) / "run"
-    claim_run_folder(folder, {"seed": 1})
-    (folder / "fingerprint.json").write_text("")
-    with pytest.raises(ConfigError, match="fingerprint.json is damaged"):
-        claim_run_folder(folder, {"seed": 1})
-
-
 def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_run(tmp_path):
     save_steps(tmp_path, {1: 3.0, 2: 2.0})
     (tmp_path / "checkpoints" / "1" / "meta.json").write_text("{")
@@ -157,11 +146,162 @@ def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_run(tmp_path):
     assert steps(tmp_path)[-1] == 3
 
 
-def test_a_folder_of_something_else_is_never_claimed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("important")
-    with pytest.raises(ConfigError, match="not a run of jaxsft"):
-        claim_run_folder(epath.Path(tmp_path), {"seed": 1})
-    assert [child.name for child in tmp_path.iterdir()] == ["thesis.tex"]
+# Damage: what is not as it was sealed is passed over and named, whatever it is.
+
+
+def reseal(folder):
+    (folder / "seal.json").unlink()
+    seal(epath.Path(folder))
+
+
+def damage_seal(content):
+    return lambda folder: (folder / "seal.json").write_bytes(content)
+
+
+def damage_meta(folder):
+    (folder / "meta.json").write_text("{}")
+    reseal(folder)
+
+
+def damage_names(folder):
+    (folder / "seal.json").write_text(json.dumps({"../../1/meta.json": {"size": 1, "crc32": 1}}))
+
+
+def damage_pipe(folder):
+    (folder / "meta.json").unlink()
+    os.mkfifo(folder / "meta.json")
+
+
+DAMAGES = {
+    "seal empty": damage_seal(b""),
+    "seal a list": damage_seal(b"[]"),
+    "seal a number": damage_seal(b"7"),
+    "seal of nothing": damage_seal(b"{}"),
+    "seal deep": damage_seal(b"[" * 100_000),
+    "seal binary": damage_seal(b"\xff\x00"),
+    "seal with other values": damage_seal(b'{"meta.json": [1, 2]}'),
+    "seal names files elsewhere": damage_names,
+    "meta empty and sealed again": damage_meta,
+    "a pipe": damage_pipe,
+    "state gone": lambda folder: shutil.rmtree(folder / "state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_whatever_is_damaged_the_one_before_is_taken_and_the_step_can_be_saved_again(tmp_path, damage):
+    save_steps(tmp_path, {1: math.inf, 2: math.inf})
+    damage(tmp_path / "checkpoints" / "2")
+    said = []
+    checkpointer = make_checkpointer(tmp_path, said)
+    assert int(checkpointer.restore(abstract(make_state(0)))["step"]) == 1
+    assert len(said) == 1 and said[0].startswith("passed over checkpoint 2: ")
+    assert steps(tmp_path) == [1, 2], "restoring changes nothing"
+    checkpointer.tidy()
+    assert (tmp_path / "checkpoints" / "2.passed-over-1").exists()
+    checkpointer.save(2, make_state(2))
+    checkpointer.close()
+    assert int(make_checkpointer(tmp_path).restore(abstract(make_state(0)))["step"]) == 2
+
+
+def test_a_copy_under_another_name_is_not_taken_for_that_step(tmp_path):
+    save_steps(tmp_path, {1: math.inf, 2: math.inf})
+    shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "50")
+    said = []
+    assert int(make_checkpointer(tmp_path, said).restore(abstract(make_state(0)))["step"]) == 2
+    assert said == ["passed over checkpoint 50: it is a copy of checkpoint 2"]
+
+
+def test_only_our_way_to_write_numbers_makes_a_folder_a_step(tmp_path):
+    save_steps(tmp_path, {1: math.inf})
+    for name in ("²", "007", "+5", "1_0", "٣", "-4"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    said = []
+    checkpointer = make_checkpointer(tmp_path, said)
+    assert int(checkpointer.restore(abstract(make_state(0)))["step"]) == 1 and not said
+    checkpointer.tidy()
+    checkpointer.save(9, make_state(9))
+    checkpointer.close()
+    assert (tmp_path / "checkpoints" / "²").exists()
+
+
+def test_a_file_in_the_place_of_all_checkpoints_is_one_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a note")
+    with pytest.raises(ConfigError, match="checkpoints: a file, where a run has its folder"):
+        make_checkpointer(tmp_path).restore(abstract(make_state(0)))
+
+
+def test_what_was_half_saved_or_half_removed_is_cleared_away(tmp_path):
+    save_steps(tmp_path, {1: math.inf, 2: math.inf, 3: math.inf}, keep=5)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "3" / "seal.json").unlink()  # killed while it was saved
+    (checkpoints / "1" / "seal.json").rename(checkpoints / "1" / "removing.json")  # killed while it was removed
+    (checkpoints / "1" / "meta.json").unlink()
+    (checkpoints / "9").mkdir()  # killed before anything was in it
+    (checkpoints / "8").mkdir()
+    (checkpoints / "8" / "mine.txt").write_text("of somebody else")
+    checkpointer = make_checkpointer(tmp_path)
+    assert int(checkpointer.restore(abstract(make_state(0)))["step"]) == 2
+    checkpointer.tidy()
+    checkpointer.close()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "8.passed-over-1"]
+
+
+def test_an_old_checkpoint_is_removed_without_what_somebody_put_into_it(tmp_path):
+    save_steps(tmp_path, {1: math.inf})
+    (tmp_path / "checkpoints" / "1" / "note.txt").write_text("the good one")
+    save_steps(tmp_path, {2: math.inf, 3: math.inf, 4: math.inf}, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints" / "1").iterdir()] == ["note.txt"]
+    assert steps(tmp_path) == [1, 4]
+    assert int(make_checkpointer(tmp_path).restore(abstract(make_state(0)))["step"]) == 4
+
+
+def test_what_is_saved_beside_the_state_comes_back_with_it(tmp_path):
+    progress = {"totals": [1.5, 2.0, 0.0], "window": [[1.0, [2.0]]]}
+    checkpointer = make_checkpointer(tmp_path)
+    checkpointer.save(3, make_state(3), progress=progress)
+    checkpointer.close()
+    again = make_checkpointer(tmp_path)
+    again.restore(abstract(make_state(0)))
+    assert again.progress == progress
+    assert json.loads((tmp_path / "progress.json").read_text()) == {"sealed": 3}
+
+
+def test_a_checkpoint_that_will_not_fit_is_not_begun(tmp_path, monkeypatch):
+    save_steps(tmp_path, {1: math.inf})
+    monkeypatch.setattr(files, "free_bytes", lambda path: 100)
+    checkpointer = make_checkpointer(tmp_path)
+    with pytest.raises(
+        WriteError, match=r"checkpoints/2: could not be written: No space left .* 100 bytes free"
+    ) as error:
+        checkpointer.save(2, make_state(2))
+    assert error.value.exit_code == 74 and steps(tmp_path) == [1]
+
+
+FILL = """
+import resource, signal, sys, jax, jax.numpy as jnp
+from etils import epath
+from jaxsft.checkpoint import Checkpointer
+from jaxsft.config import CheckpointConfig
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+checkpointer = Checkpointer(epath.Path(sys.argv[1]), CheckpointConfig(), print)
+checkpointer.save(7, {"w": jax.random.normal(jax.random.key(0), (1000, 1000))})
+try:
+    checkpointer.wait()
+except Exception as error:
+    print(type(error).__name__, error.exit_code, error)
+"""
+
+
+def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tmp_path, repo):
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, tmp_path / "checkpoints"], cwd=repo, capture_output=True, text=True, check=True
+    )
+    assert "Traceback" not in done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("SaveError 74 ") and "checkpoints/7: could not be written" in line
+    assert "4,000,000 bytes needed" in line and "bytes free" in line
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_sigterm_is_noticed_and_the_former_handler_comes_back():
@@ -171,6 +311,39 @@ def test_sigterm_is_noticed_and_the_former_handler_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at(1) == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+ASK = """
+import os, signal, sys, time
+from jaxsft.stop import StopSignal
+with StopSignal() as stop:
+    stop.at(11)
+    print("ready", flush=True)
+    sum(range(3 * 10**8))  # one call of C, in which Python runs no handler
+    print("done", stop.at(12), flush=True)
+    sys.stdin.readline()
+    print("over", flush=True)
+"""
+
+
+def test_ctrl_c_is_answered_at_once_and_a_second_one_stops(repo):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ASK],
+        cwd=repo,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline() == "SIGINT: finishing step 12, saving; again to stop without saving\n"
+    assert process.stdout.readline() == "done SIGINT\n", "it goes on to where it can stop"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    assert "KeyboardInterrupt" in process.stderr.read()
 
 
 SAVE_AND_LEAVE = """

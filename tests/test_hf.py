@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxsft import hf
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.data.named_templates import template_text
-from jaxsft.export import TOKENIZER_FILES, ExportError, export_folder
+from jaxsft.export import TOKENIZER_FILES, ExportError, export_folder, export_problem
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
@@ -204,11 +205,31 @@ def test_configs_that_say_what_they_said_are_not_touched_and_others_keep_order_a
     assert json.loads((other / "generation_config.json").read_text()) == {"eos_token_id": [1, 7], "temperature": 0.6}
 
 
-def test_an_export_replaces_an_export_but_nothing_else(folder, state, tokenizer, tmp_path):
-    (folder / "old").touch()
+def test_an_export_replaces_an_export_but_nothing_that_somebody_else_made_or_changed(
+    folder, state, tokenizer, tmp_path
+):
     write(folder, state, tokenizer)
-    assert not (folder / "old").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    write(folder, state, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "all of it was ours"
+    assert export_problem(folder) is None
+
+    (folder / "notes").mkdir()
+    (folder / "notes" / "mine.md").write_text("what I found out")
+    config = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(config.replace(b" ", b"\t", 1))  # of the same size
+    said = []
+    write(folder, state, tokenizer, say=said.append)
+    assert (folder / "config.json").read_bytes() == config and not (folder / "notes").exists()
+    beside = tmp_path / "model.before-1"
+    kept = sorted(str(path.relative_to(beside)) for path in beside.rglob("*") if path.is_file())
+    assert kept == ["config.json", "notes/mine.md"]
+    assert len(said) == 1 and "model.before-1" in said[0]
+
+    (folder / "seal.json").unlink()  # as if another program had written it
+    write(folder, state, tokenizer, say=said.append)
+    assert (tmp_path / "model.before-2" / "model.safetensors").exists()
+    shutil.rmtree(beside)
+    shutil.rmtree(tmp_path / "model.before-2")
 
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -226,7 +247,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_and_no_rest(folder, state, 
             raise OSError("disk full")
 
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ExportError, match="model: the export could not be written: .*disk full") as error:
+    with pytest.raises(ExportError, match="model: could not be written: .*disk full") as error:
         write(folder, state, Broken())
     assert error.value.exit_code == 74
     assert (folder / "model.safetensors").read_bytes() == before
@@ -251,8 +272,9 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
 
     # Killed after the earlier export was moved aside, and then there is no room for the next try.
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    folder.rename(tmp_path / ".model.replaced")
-    (tmp_path / ".model.partial-123").mkdir()
+    folder.rename(tmp_path / ".model.jaxsft-replaced")
+    (tmp_path / ".model.jaxsft-partial").mkdir()
+    (tmp_path / ".model.jaxsft-partial" / "unfinished-export").touch()
 
     class Broken:
         def save_pretrained(self, folder):
@@ -262,6 +284,47 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
         write(folder, state, Broken())
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    # Something else of that name is left alone.
+    (tmp_path / ".model.jaxsft-partial").mkdir()
+    (tmp_path / ".model.jaxsft-partial" / "mine").touch()
+    with pytest.raises(ExportError, match="is in the way and no unfinished export"):
+        write(folder, state, hf.load_tokenizer(str(folder)))
+    assert (tmp_path / ".model.jaxsft-partial" / "mine").exists()
+
+
+def damage_truncate(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def damage_remove(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_flip(folder):
+    content = bytearray((folder / "tokenizer.json").read_bytes())
+    content[100] ^= 1
+    (folder / "tokenizer.json").write_bytes(content)
+
+
+def damage_all(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def damage_seal(folder):
+    (folder / "seal.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_remove, damage_flip, damage_all, damage_seal])
+def test_a_damaged_export_is_known_as_such(folder, state, tokenizer, tmp_path, damage):
+    out = write(tmp_path / "out", state, tokenizer)
+    assert export_problem(out) is None
+    (out / "README.md").write_text("of a user")
+    assert export_problem(out) is None
+    damage(out)
+    assert export_problem(out) is not None
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama-3.1", "smollm2", "gemma-2", "phi-3"])

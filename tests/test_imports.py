@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
 LAYERS = [
-    {"config", "batch", "files", "mesh"},
+    {"config", "batch", "files", "mesh", "seal"},
     {"data", "model", "loss", "metrics"},
     {
         "hf",
@@ -20,6 +20,7 @@ LAYERS = [
         "step",
     },
     {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report", "summary", "writers", "profile"},
+    {"run_folder", "stop", "verify"},
     {"train", "converse"},
     {"baseline", "compare"},
     {"cli"},

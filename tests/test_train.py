@@ -1,5 +1,6 @@
 """Whole runs: stopped, killed, continued, on other devices, in several processes; and what a user sees of mistakes."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -304,16 +305,20 @@ def test_the_day_of_a_template_is_that_on_which_the_run_began(tiny_config, tiny_
     template = (tiny_model / "chat_template.jinja").read_text()
     (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + template)
     overrides = [f"run_dir={tmp_path}/run", f"data.chat_template={tmp_path}/t.jinja", "train.steps=2"]
-    assert train(load_config(tiny_config, overrides)) == 0
-    path = tmp_path / "run" / "config.yaml"
-    today = load_config(path).data.template_date
-    assert f"it sees {today}" in capsys.readouterr().out
-    # As if the run had begun on another day: that day holds, and is seen to be other data than today's.
-    path.write_text(path.read_text().replace(today, "2020-02-29"))
-    assert main(["train", str(tiny_config), *overrides]) == 1
-    assert "data: template_date" in capsys.readouterr().err
+    began = "data.template_date=2020-02-29"
+    assert train(load_config(tiny_config, [*overrides, began])) == 0
+    # On any other day that day holds, whatever became of the config beside the checkpoint.
+    (tmp_path / "run" / "config.yaml").write_bytes(b"\xff")
+    assert main(["train", str(tiny_config), *overrides]) == 0
+    assert "it sees 2020-02-29" in capsys.readouterr().out
     assert main(["preview", str(tiny_config), *overrides]) == 0
     assert "2020-02-29" in capsys.readouterr().out
+    # Another day is other data.
+    assert main(["train", str(tiny_config), *overrides, "data.template_date=2020-03-01"]) == 1
+    assert "data: template_date" in capsys.readouterr().err
+    assert main(["train", str(tiny_config), *overrides, "--restart"]) == 0
+    assert f"it sees {datetime.date.today()}" in capsys.readouterr().out
+    assert (tmp_path / "run.before-1" / "export").exists()
 
 
 # Mistakes of the user: (overrides, exit code, what the one message says).

@@ -1,0 +1,172 @@
+"""Seals: what a finished folder holds, to the byte, and whether it still does.
+
+    seal.json       size and CRC-32 of every other file, by path; written last
+
+A folder without a seal was never finished; one whose files differ from it is damaged. What a seal names, and is as it
+says, is known to be ours: nothing else is ever removed with the folder.
+"""
+
+import json
+import zlib
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from jaxsft.files import write_whole
+
+SEAL = "seal.json"
+REMOVING = "removing.json"
+"""What a seal is called once its folder is being removed."""
+UNFINISHED = "it was never finished"
+MOST_JSON = 2**26
+"""Bytes of the largest file of ours that is read as JSON."""
+CRC_READ_SIZE = 2**24
+
+
+class Entry(NamedTuple):
+    """A file as it was sealed."""
+
+    size: int
+    crc32: int
+
+
+def seal(folder: epath.Path) -> None:
+    """Seals a folder as it stands."""
+    write_whole(folder / SEAL, json.dumps({name: each._asdict() for name, each in checksums(folder).items()}, indent=1))
+
+
+def read_seal(path: epath.Path) -> dict[str, Entry]:
+    """The entries of a seal.
+
+    Raises:
+        ValueError: the file is no seal; says what it is.
+        OSError: it cannot be read.
+    """
+    entries = {}
+    for name, each in read_object(path).items():
+        if not (isinstance(each, dict) and each.keys() == {"size", "crc32"}):
+            raise ValueError(f"{path.name} is no seal: {str(each)[:40]!r} for {name!r}")
+        if any(type(value) is not int for value in each.values()):
+            raise ValueError(f"{path.name} is no seal: {str(each)[:40]!r} for {name!r}")
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{path.name} is no seal: it names {name!r}")
+        entries[name] = Entry(each["size"], each["crc32"])
+    return entries
+
+
+def read_object(path: epath.Path) -> dict[str, Any]:
+    """A file of ours that holds a JSON object.
+
+    Raises:
+        ValueError: it holds something else; says what.
+        OSError: it cannot be read.
+    """
+    if path.stat().length > MOST_JSON:
+        raise ValueError(f"{path.name} is too large: {path.stat().length:,} bytes")
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no JSON: {str(error)[:100]}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no object but {str(found)[:40]!r}")
+    return found
+
+
+def problem_of(folder: epath.Path) -> str | None:
+    """What is wrong with a sealed folder, None when every file is as it was sealed; others may stand beside them."""
+    if not (folder / SEAL).exists():
+        return UNFINISHED
+    try:
+        sealed = read_seal(folder / SEAL)
+        if not sealed:
+            return f"it cannot be read: {SEAL} names no file"
+        found = {name: checksum(folder / name) if (folder / name).exists() else None for name in sealed}
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    differing = sorted(name for name in sealed if sealed[name] != found[name])
+    if not differing:
+        return None
+    name = differing[0]
+    was, now = _describe(sealed[name]), _describe(found[name])
+    return f"{len(differing)} files differ from its seal, first {name}: {was} sealed, {now} found"
+
+
+def _describe(entry: Entry | None) -> str:
+    return "nothing" if entry is None else f"{entry.size:,} bytes with CRC-32 {entry.crc32:08x}"
+
+
+def read_sealed_object(folder: epath.Path, name: str) -> dict[str, Any]:
+    """One file of a sealed folder, compared with its seal; the other files are not looked at.
+
+    Raises:
+        ValueError, OSError: it is not there, is no JSON object, or is not as it was sealed.
+    """
+    if read_seal(folder / SEAL).get(name) != checksum(folder / name):
+        raise ValueError(f"{name} differs from its seal")
+    return read_object(folder / name)
+
+
+def checksums(folder: epath.Path) -> dict[str, Entry]:
+    """Size and CRC-32 of every file but the seal, by path."""
+    found = {str(path.relative_to(folder)): checksum(path) for path in sorted(_files(folder))}
+    found.pop(SEAL, None)
+    return found
+
+
+def checksum(path: epath.Path) -> Entry:
+    """Size and CRC-32 of a file.
+
+    Raises:
+        ValueError: it is no file, but a pipe, a device or a link to nothing.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(CRC_READ_SIZE):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return Entry(size, crc)
+
+
+def remove_sealed(folder: epath.Path, *, to_the_byte: bool = False) -> None:
+    """Removes the files that the seal names, and the folders that are empty then; what else is there stays.
+
+    Killed on the way, the folder is no longer taken for a finished one, and `finish_removing` goes on with it.
+
+    Args:
+        folder: a sealed one.
+        to_the_byte: keep files that were changed since, and not only those whose size has changed.
+    """
+    (folder / SEAL).replace(folder / REMOVING)
+    finish_removing(folder, to_the_byte=to_the_byte)
+
+
+def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
+    """Goes on with a removal that was cut off; without one, nothing happens."""
+    try:
+        entries = read_seal(folder / REMOVING)
+    except (OSError, ValueError):
+        return
+    for name, entry in entries.items():
+        path = folder / name
+        is_ours = path.is_file() and path.stat().length == entry.size
+        if is_ours and (not to_the_byte or checksum(path) == entry):
+            path.unlink()
+    (folder / REMOVING).unlink()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: epath.Path) -> None:
+    for child in folder.iterdir():
+        if child.is_dir():
+            _remove_empty(child)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    files = []
+    for child in folder.iterdir():
+        files += _files(child) if child.is_dir() else [child]
+    return files

@@ -1,0 +1,87 @@
+"""Whether someone asked this run to stop, and the answer that they get at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+GRACE_SECONDS = 10.0
+"""How long a second Ctrl-C waits for the main thread, which may be compiling, before it ends the process itself."""
+
+
+class StopSignal:
+    """SIGTERM (preemption) or Ctrl-C, on any of the processes.
+
+    With several processes JAX catches SIGTERM itself and agrees on a step at which all of them stop, so `at` must be
+    asked on every step by every process; Ctrl-C then ends at once, as a second one does in a single process.
+
+    Python runs handlers between two of its own instructions, which a compilation keeps it from for minutes; so a thread
+    that the system wakes says that the signal has come.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._previous: dict[int, Any] = {}
+        self._interrupted = threading.Event()
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self.doing = "starting"
+        """What has to end before the run stops, for who asks."""
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # In a notebook's thread, say: whoever has the main one decides.
+        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        if jax.process_count() == 1:
+            self._wakeup = reader, writer = socket.socketpair()
+            writer.setblocking(False)
+            self._previous[-1] = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._answer, args=(reader,), name="stop", daemon=True).start()
+        self._previous |= {number: signal.signal(number, self._receive) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wakeup = self._previous.pop(-1, None)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._wakeup is not None and wakeup is not None:
+            signal.set_wakeup_fd(wakeup)
+            self._wakeup[1].close()  # Which ends the thread.
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            self._interrupted.set()
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number).name
+
+    def _answer(self, reader: socket.socket) -> None:
+        """Says what happens now, as soon as a signal has come."""
+        num_asked = 0
+        with contextlib.closing(reader):
+            while data := reader.recv(1):
+                name = signal.Signals(data[0]).name if data[0] in (signal.SIGINT, signal.SIGTERM) else ""
+                if not name:
+                    continue
+                num_asked += 1
+                if num_asked == 1:
+                    again = "; again to stop without saving" if name == "SIGINT" else ""
+                    print(f"\n{name}: {self.doing}{again}", file=sys.stderr, flush=True)
+                elif name == "SIGINT" and not self._interrupted.wait(GRACE_SECONDS):
+                    print("interrupted", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+    def at(self, step: int) -> str | None:
+        """The name of the signal if the run should stop before this step, else None."""
+        self.doing = f"finishing step {step + 1}, saving"
+        if jax.process_count() > 1:
+            if multihost_utils.reached_preemption_sync_point(step):
+                return "SIGTERM"
+            if self._received is not None:
+                raise KeyboardInterrupt  # the other processes cannot be asked to stop at the same step
+            return None
+        return self._received
