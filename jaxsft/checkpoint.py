@@ -11,10 +11,13 @@ notices neither flipped bytes nor an empty folder.
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+import re
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +71,7 @@ class Checkpointer:
         self._say = say
         self._run = json.loads(json.dumps(run or {}))
         self._orbax = ocp.StandardCheckpointer()
+        _quieten()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._at: int | None = None
@@ -111,8 +115,7 @@ class Checkpointer:
                 target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
                 write_whole(target / META, json.dumps(meta, indent=1))
             _sync("checkpoint_folder")
-            with _no_tracebacks():
-                self._orbax.save(target / "state", leaves)
+            self._orbax.save(target / "state", leaves)
         except (OSError, ValueError) as error:
             raise self._failed(target, needed, error) from error
         self._pending = self._thread.submit(self._finish, target, needed)
@@ -120,8 +123,7 @@ class Checkpointer:
 
     def _finish(self, target: epath.Path, needed: int) -> None:
         try:
-            with _no_tracebacks():
-                self._orbax.wait_until_finished()
+            self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 seal(target)
                 write_whole(self._folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
@@ -135,8 +137,9 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 target.rmtree()
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        if "RESOURCE_EXHAUSTED" in reason:
-            reason = "No space left on device"
+        # Of what the library that Orbax writes with says, the part that the system said.
+        if found := re.search(r"([^:]+) \[os_error_code=", reason):
+            reason = found[1].strip()
         return SaveError(str(write_error(target, reason[:200], needed)))
 
     def wait(self) -> None:
@@ -177,8 +180,7 @@ class Checkpointer:
         try:
             meta = read_object(target / META)
             self._check_arrays(meta["arrays"], abstract)
-            with _no_tracebacks():
-                leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+            leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
         except ConfigError:
             raise
         except Exception as error:  # whatever Orbax makes of files that are as they were sealed, and still no state
@@ -356,19 +358,20 @@ def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-@contextlib.contextmanager
-def _no_tracebacks() -> Iterator[None]:
-    """Orbax logs the traceback of a failed write before it raises; what it raises is shown in one line instead."""
-    logger = logging.getLogger("absl")
+@functools.cache
+def _quieten() -> None:
+    """Where a write fails, Orbax logs tracebacks, and the library that it writes with others still after that.
 
-    def hide(record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+    What they say is in the error that is raised; it is shown in one line.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    before = sys.unraisablehook
 
-    logger.addFilter(hide)
-    try:
-        yield
-    finally:
-        logger.removeFilter(hide)
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _sync(name: str) -> None:

@@ -127,6 +127,8 @@ def train(config: Config, *, restart: bool = False) -> int:
         console.say(
             start_summary(config, state, loader, mesh, num_steps=num_steps, decoder_config=decoder_config, notes=notes)
         )
+        saved = checkpointer.progress
+        metrics_file = MetricsFile(folder / "metrics.jsonl", step=first, sealed=saved.get("metrics"), say=console.say)
         if first >= num_steps and (folder / "export").exists():
             problem = export_problem(folder / "export")
             if problem is None:
@@ -138,8 +140,6 @@ def train(config: Config, *, restart: bool = False) -> int:
         train_step = make_train_step(
             pretrained.model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
         )
-        saved = checkpointer.progress
-        metrics_file = MetricsFile(folder / "metrics.jsonl", step=first, sealed=saved.get("metrics"), say=console.say)
         profiler = Profiler(
             config.log.profile_steps, folder / "profile", first=first, num_steps=num_steps, say=console.say
         )

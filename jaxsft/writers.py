@@ -61,6 +61,7 @@ class MetricsFile:
         self._path = path
         self._lines: list[str] = []
         self.last_step = -1
+        content = None
         if jax.process_index() == 0 and path.exists():
             content = path.read_bytes()
             lines, problems, torn = _parse_lines(content)
@@ -73,7 +74,8 @@ class MetricsFile:
             if problems:
                 aside = _put_aside(path, content)
                 say(f"{path} is damaged, the rest is kept, and the file as it was in {aside.name}: {problems[0]}")
-        self._rewrite()
+        if jax.process_index() == 0 and self._content() != content:
+            write_whole(path, self._content())
 
     def state(self) -> dict[str, int]:
         """What tells these lines from others: bytes and CRC-32."""
@@ -105,10 +107,6 @@ class MetricsFile:
 
     def _content(self) -> bytes:
         return "".join(line + "\n" for line in self._lines).encode()
-
-    def _rewrite(self) -> None:
-        if jax.process_index() == 0:
-            write_whole(self._path, self._content())
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -283,24 +283,24 @@ from etils import epath
 from jaxsft.checkpoint import Checkpointer
 from jaxsft.config import CheckpointConfig
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 checkpointer = Checkpointer(epath.Path(sys.argv[1]), CheckpointConfig(), print)
-checkpointer.save(7, {"w": jax.random.normal(jax.random.key(0), (1000, 1000))})
 try:
+    checkpointer.save(7, {f"w{i}": jax.random.normal(jax.random.key(i), (100, 1000)) for i in range(10)})
     checkpointer.wait()
 except Exception as error:
     print(type(error).__name__, error.exit_code, error)
 """
 
 
-def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tmp_path, repo):
-    done = subprocess.run(
-        [sys.executable, "-c", FILL, tmp_path / "checkpoints"], cwd=repo, capture_output=True, text=True, check=True
-    )
+@pytest.mark.parametrize("most_bytes", [100, 50_000, 1_000_000])
+def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tmp_path, repo, most_bytes):
+    command = [sys.executable, "-c", FILL, tmp_path / "checkpoints", str(most_bytes)]
+    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith("SaveError 74 ") and "checkpoints/7: could not be written" in line
-    assert "4,000,000 bytes needed" in line and "bytes free" in line
+    assert "Error 74 " in line and "checkpoints/7" in line and "could not be written: File too large (" in line
+    assert "bytes needed" in line and "bytes free" in line
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
