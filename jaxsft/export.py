@@ -8,6 +8,7 @@ is removed: a file that somebody added or changed stays, in a folder beside.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.config_words import with_older_words
-from jaxsft.files import write_error
+from jaxsft.files import check_space, write_error
 from jaxsft.hf import load_generation_config
 from jaxsft.seal import SEAL, problem_of, remove_sealed, seal
 from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
@@ -109,6 +110,8 @@ def export_folder(
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
     aside = _partial(folder)
+    if writes:
+        check_space(folder, _num_bytes(params, into, stored))
     with _alone(folder, say) if writes else contextlib.nullcontext():
         try:
             if writes:
@@ -140,6 +143,15 @@ def export_folder(
                 shutil.rmtree(aside, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
+
+
+def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
+    """Of the weights as they are written: all in one dtype, or each as it was stored."""
+    if into is None and stored is not None:
+        tensors = stored.tensors.values()
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
+    itemsize = into.itemsize if into is not None else 4
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft.batch import Batch
-from jaxsft.checkpoint import Checkpointer
+from jaxsft.checkpoint import Checkpointer, sealed_steps
 from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dump_config
 from jaxsft.data.chat import ChatEncoder
 from jaxsft.data.loader import Loader, prefetch
@@ -114,6 +114,8 @@ def train(config: Config, *, restart: bool = False) -> int:
 
         # The state: where a former start of this run left off, or the weights to begin with.
         stop.doing = "reading the checkpoint, and stopping then"
+        if steps := sealed_steps(folder / "checkpoints"):
+            console.say(f"reading checkpoint {steps[-1]}, to the byte")
         state: Any = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
         if state is None:
             check_progress(folder)
