@@ -74,6 +74,8 @@ class MetricsFile:
             if problems:
                 aside = _put_aside(path, content)
                 say(f"{path} is damaged, the rest is kept, and the file as it was in {aside.name}: {problems[0]}")
+        elif jax.process_index() == 0 and step and sealed and sealed["bytes"]:
+            say(f"{path} is gone: the lines up to step {step} are lost; the counts go on from the checkpoint")
         if jax.process_index() == 0 and self._content() != content:
             write_whole(path, self._content())
 

@@ -106,6 +106,61 @@ def test_a_finished_run_started_again_changes_nothing(whole_run, tiny_config):
     assert contents() == before
 
 
+def test_a_damaged_export_is_found_and_made_again_from_the_checkpoint(whole_run, tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    assert main(["verify", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "checkpoints/12" in table and "export" in table and "DAMAGED" not in table
+    weights = folder / "export" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    for path in (folder, folder / "export"):
+        assert main(["verify", str(path)]) == 1
+        assert "1 files differ from its seal, first model.safetensors" in capsys.readouterr().out
+    assert main(["train", str(tiny_config), f"run_dir={folder}"]) == 0
+    assert "differ from its seal, first model.safetensors" in capsys.readouterr().out
+    assert weights.read_bytes() == whole
+    assert (folder / "export.before-1" / "model.safetensors").read_bytes() == whole[:-1]
+
+
+@pytest.mark.parametrize("target", ["checkpoints/12/state", "metrics.jsonl", "fingerprint.json", "progress.json"])
+def test_verify_finds_what_is_damaged_and_changes_nothing(whole_run, tmp_path, capsys, target):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    path = folder / target
+    path = max((each for each in path.rglob("*") if each.is_file()), key=os.path.getsize) if path.is_dir() else path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    assert main(["verify", str(folder)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DAMAGED" in line]
+    assert line.startswith("/".join(target.split("/")[:2]))
+    assert {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()} == before
+
+
+def test_verify_of_neither_a_run_nor_an_export_is_one_error(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert main(["verify", str(path)]) == 1
+        assert capsys.readouterr().err == f"error: {path}: neither the folder of a run nor an export\n"
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused_until_it_is_begun_anew_on_purpose(
+    whole_run, tiny_config, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    (folder / "checkpoints").rename(tmp_path / "elsewhere")
+    lines = (folder / "metrics.jsonl").read_bytes()
+    assert main(["train", str(tiny_config), f"run_dir={folder}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "export/ holds the model" in error and "--restart" in error
+    assert (folder / "metrics.jsonl").read_bytes() == lines
+    (tmp_path / "elsewhere").rename(folder / "checkpoints")
+    assert main(["train", str(tiny_config), f"run_dir={folder}"]) == 0
+
+
 def test_other_settings_are_said_when_a_run_is_continued(tiny_config, tmp_path, capsys):
     overrides = [f"run_dir={tmp_path}/run", "eval.samples=0"]
     assert train(load_config(tiny_config, [*overrides, "train.steps=4"])) == 0

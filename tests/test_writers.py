@@ -87,6 +87,17 @@ def test_a_damaged_file_of_metrics_keeps_its_good_lines_and_a_copy(tmp_path, dam
     MetricsFile(path, step=3)
 
 
+def test_a_file_of_metrics_that_is_gone_is_said(tmp_path):
+    path = epath.Path(tmp_path) / "metrics.jsonl"
+    file = MetricsFile(path, step=0)
+    file.write({"step": 1} | LINE)
+    sealed = file.state()
+    path.unlink()
+    said = []
+    MetricsFile(path, step=1, sealed=sealed, say=said.append)
+    assert len(said) == 1 and "metrics.jsonl is gone: the lines up to step 1 are lost" in said[0]
+
+
 def test_a_line_that_was_cut_off_is_said(tmp_path):
     path = epath.Path(tmp_path) / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1} | LINE) + '\n{"step": 2, "lo')
