@@ -154,7 +154,8 @@ class Lock:
         with writing(self._path):
             is_alone = self._lock_file()
             found = self._read()
-            if found is not None and not (is_alone and self._is_known_dead(found)):
+            # The system that has just given the file to us would not, if it knew a living owner.
+            if found is not None and not (is_alone and found.get("boot") == _boot()):
                 if _is_here(found) and _is_running(found):
                     self._close()
                     raise self._refusal(found)
@@ -210,10 +211,6 @@ class Lock:
                     return True
             self._close()  # It was given back just now, and with it the file.
 
-    def _is_known_dead(self, owner: dict[str, Any]) -> bool:
-        """Of the owner of a file that the system has given to us."""
-        return _is_here(owner)
-
     def _watch(self, owner: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"{self._path}: held by {_describe(owner)}; waiting up to {self._dead_seconds:.0f} s to see if it is alive")
         until = time.monotonic() + self._dead_seconds
@@ -229,7 +226,7 @@ class Lock:
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
             with contextlib.suppress(OSError):  # A disk that is away for a moment.
-                if not self._is_mine():
+                if self._read() is not None and not self._is_mine():
                     self._lost = True
                     return
                 self._renewals += 1
@@ -267,9 +264,8 @@ class Lock:
 
 def _myself() -> dict[str, Any]:
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "start": _start(os.getpid())} | {
-        "since": since
-    }
+    me = {"pid": os.getpid(), "start": _start(os.getpid()), "since": since}
+    return {"host": socket.gethostname(), "boot": _boot(), "container": _container()} | me
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -280,20 +276,26 @@ def _describe(owner: dict[str, Any]) -> str:
 
 def _is_here(owner: dict[str, Any]) -> bool:
     """Whether that process was started on this host, since it was last booted, and its number means the same here."""
-    return (owner["host"], owner.get("boot")) == (socket.gethostname(), _boot())
+    here = socket.gethostname(), _boot(), _container()
+    return (owner["host"], owner.get("boot"), owner.get("container")) == here
 
 
 def _is_running(owner: dict[str, Any]) -> bool:
     return _start(owner["pid"]) is not None and _start(owner["pid"]) == owner.get("start")
 
 
-def _boot() -> str | None:
-    """Of this boot of this host, and of the container, in which processes have numbers of their own."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return None
+def _boot() -> str:
+    """Of this boot of this machine; empty where the system has no name for it."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _container() -> str:
+    """In which processes have numbers of their own."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _start(pid: Any) -> str | None:
