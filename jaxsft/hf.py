@@ -19,6 +19,9 @@ from jaxsft.foreign import MOST_CONFIG_BYTES, check_folder, check_tokenizer_file
 from jaxsft.gguf.model import is_gguf, open_gguf
 from jaxsft.gguf.tokenizer import load_gguf_tokenizer
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.bounds import layer_problems, problems_of
+from jaxsft.model.families import FAMILIES
+from jaxsft.model.fields import refusal
 from jaxsft.weights.mxfp4 import is_mxfp4, unpacked
 from jaxsft.weights.stored import Stored, load_json, open_folder
 
@@ -61,11 +64,20 @@ def load_hf_config(folder: pathlib.Path) -> dict[str, Any]:
     """The folder's `config.json`, or what it would say of a GGUF model.
 
     Raises:
-        ConfigError: there is none, or it is not a JSON object.
+        ConfigError: there is none, it is not a JSON object, or a number in it cannot be meant.
     """
     if is_gguf(str(folder)):
         return open_gguf(folder)[1]
-    return load_json(folder / "config.json")
+    hf_config = load_json(folder / "config.json")
+    _check_numbers(hf_config)
+    return hf_config
+
+
+def _check_numbers(hf_config: dict[str, Any]) -> None:
+    """transformers, asked for a tokenizer, may build as many layer types as a config.json says."""
+    is_known = hf_config.get("model_type") in list(FAMILIES)
+    if problems := problems_of(hf_config) if is_known else layer_problems(hf_config):
+        raise refusal(problems)
 
 
 def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
@@ -113,6 +125,8 @@ def load_tokenizer_and_own_template(path: str, chat_template: str | None) -> tup
             import transformers
 
             check_tokenizer_files(folder)
+            if (folder / "config.json").is_file():
+                _check_numbers(load_json(folder / "config.json"))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ConfigError:
         raise

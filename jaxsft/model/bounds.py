@@ -101,6 +101,16 @@ def problems_of(raw: dict[str, Any]) -> list[str]:
     return problems
 
 
+def layer_problems(value: Any, where: str = "") -> list[str]:
+    """A sentence for each number of layers, anywhere in a `config.json` of whatever model, that nobody can mean."""
+    problems = []
+    for key, each in value.items() if isinstance(value, dict) else ():
+        if key in ("num_hidden_layers", "n_layer", "num_layers") and isinstance(each, int | float):
+            problems += [text for text in [problem_of(where + key, each, LAYERS)] if text]
+        problems += layer_problems(each, f"{where}{key}.")
+    return problems
+
+
 def problem_of(key: str, value: Any, kind: Number) -> str | None:
     """What is wrong with a number that was given, if anything; null is nobody's number."""
     is_right_type = type(value) is int or (not kind.is_whole and isinstance(value, float))

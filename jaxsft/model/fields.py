@@ -118,7 +118,7 @@ class Fields:
         try:
             config = config_class.from_dict(copy.deepcopy(raw))
         except Exception as error:  # it raises whatever its validators raise
-            raise refusal([" ".join(str(error).split())]) from None
+            raise refusal([f"transformers refuses it: {' '.join(str(error).split())[:1000]}"]) from None
         finally:
             logging.getLogger("transformers").setLevel(level)
         self._values = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}

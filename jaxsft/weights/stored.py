@@ -261,7 +261,10 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stored(path: pathlib.Path, name: str, entry: dict[str, Any], begin: int) -> SafeTensor:
-    word, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    word, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if len(offsets) != 2:
+        raise ValueError(f"corrupt header: {name[:100]} has {len(offsets)} data_offsets")
+    first, last = offsets
     label = f"{name[:100]} [{', '.join(str(size)[:20] for size in shape[:8])}{', ...' * (len(shape) > 8)}]"
     if any(type(size) is not int or not 0 <= size < MOST_NUMBER for size in (*shape, first, last)):
         raise ValueError(f"corrupt header: {label} from byte {str(first)[:20]} to {str(last)[:20]}")
