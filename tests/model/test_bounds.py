@@ -1,4 +1,4 @@
-"""Every number of a `config.json`, damaged, is one error that names its key, in every family; nothing is built of it."""
+"""Every number of a `config.json`, damaged, is one error that names its key, in every family, and nothing is built."""
 
 import contextlib
 import copy
