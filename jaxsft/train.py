@@ -34,6 +34,7 @@ from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import Diverged, SkipWatch, Speedometer, StepMetrics, Stopwatch, matmul_params, summarise
+from jaxsft.pages import refuse_other_pages
 from jaxsft.pretrained import (
     OpenTokenizer,
     Pretrained,
@@ -46,7 +47,7 @@ from jaxsft.pretrained import (
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
 from jaxsft.profile import Profiler, check_profile
-from jaxsft.report.picture import plot_run
+from jaxsft.report.picture import PICTURE, plot_run
 from jaxsft.step import abstract_state, init_state, make_train_step, non_finite, put_batch
 from jaxsft.summary import describe_lost, note_versions, start_summary
 from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
@@ -76,7 +77,8 @@ def train(config: Config) -> int:
     encoder = make_encoder(config, tokenizer)
     loader = make_loader(config, tokenizer, encoder, say=console.say)
     num_steps = config.train.steps or loader.num_steps(config.train.epochs)
-    check_profile(config.log, num_steps)
+    check_profile(config.log, num_steps, folder / "profile")
+    refuse_other_pages([folder / PICTURE])
     frozen: Any = nnx.State({})
     examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, trained=loader, say=console.say)
     claim_run_folder(folder, _fingerprint(config, loader, pretrained))

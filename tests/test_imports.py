@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
 LAYERS = [
-    {"config", "batch", "files", "foreign", "mesh"},
+    {"config", "batch", "files", "foreign", "mesh", "pages"},
     {"data", "model", "loss", "metrics"},
     {
         "hf",

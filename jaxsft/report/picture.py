@@ -1,16 +1,24 @@
 """The picture of one run: `loss.png` beside its `metrics.jsonl`."""
 
+import io
 from typing import Any
 
 from etils import epath
 
+from jaxsft.pages import MAKER, write_page
 from jaxsft.writers import read_metrics
 
+PICTURE = "loss.png"
 INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
 
 
 def plot_run(folder: epath.Path) -> epath.Path:
-    """Draws `loss.png` of a run folder: training and held-out loss by step and, where measured, exact match."""
+    """Draws `loss.png` of a run folder: training and held-out loss by step and, where measured, exact match.
+
+    Raises:
+        ConfigError: a picture of this name is there that is not ours.
+        WriteError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # there may be no screen
@@ -45,10 +53,11 @@ def plot_run(folder: epath.Path) -> epath.Path:
         axis.tick_params(colors=INK)
     figure.suptitle(folder.name, color=INK)
     figure.tight_layout()
-    path = folder / "loss.png"
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=120, format="png")
+    path = folder / PICTURE
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png", metadata={"Software": MAKER})
     pyplot.close(figure)
+    write_page(path, drawn.getvalue())
     return path
 
 
