@@ -159,9 +159,7 @@ def test_what_two_programs_write_must_fit_before_they_begin(tiny_config, tmp_pat
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     for write in (lambda: write_request(load_config(tiny_config), tmp_path, 1),
                   lambda: write_model(load_config(tiny_config), tmp_path / "model")):  # fmt: skip
-        with pytest.raises(
-            files.WriteError, match=r"No space left on device \([\d,]{5,} bytes needed, 1,000 bytes free"
-        ):
+        with pytest.raises(files.WriteError, match=r"No space left on device \([\d,]{5,} bytes needed, 1,000 "):
             write()
     assert not list(tmp_path.iterdir())
 

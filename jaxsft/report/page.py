@@ -12,7 +12,7 @@ from importlib import resources
 
 from etils import epath
 
-from jaxsft.pages import GENERATOR, MADE_BY, make_folder, refuse_other_pages, write_page
+from jaxsft.pages import GENERATOR, make_folder, refuse_other_pages, write_page
 from jaxsft.preview.page import escape, source_hash
 from jaxsft.report.curves import Axis, default_window, make_panels, plot, unaligned
 from jaxsft.report.records import Report, as_json
@@ -51,7 +51,7 @@ def write_report(
     refuse_other_pages(place / name for name in FILES)
     make_folder(place)
     window = default_window(report.runs) if smooth is None else smooth
-    text = json.dumps(MADE_BY | as_json(report), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(as_json(report), ensure_ascii=False, allow_nan=False)
     write_page(place / "report.json", text + "\n")
     panels = make_panels(report.runs, by=by, smooth=window, with_differences=report.passed is not None)
     if panels:
