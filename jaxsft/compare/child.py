@@ -20,6 +20,7 @@ from jaxsft.config import ConfigError
 from jaxsft.files import write_error, writing
 
 LINES_SHOWN = 25
+OUTPUT_OF = "jaxsft: output of "
 SECONDS_BETWEEN_NEWS = 30.0
 
 NEEDED = {"torch": "2.4", "accelerate": "1.1"}
@@ -71,7 +72,7 @@ def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], 
     path = folder / log
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     with writing(path), path.open("wb") as out:
-        out.write(f"jaxsft: output of {module}\n".encode())  # by which the file is known again
+        out.write(f"{OUTPUT_OF}{module}\n".encode())  # by which the file is known again
         out.flush()
         process = subprocess.Popen([sys.executable, "-m", module, str(folder)], stdout=out, stderr=out, env=environment)
     told = time.monotonic()
@@ -100,4 +101,5 @@ def _last_lines(path: pathlib.Path, count: int) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 16384, 0))
         text = file.read().decode(errors="replace")
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and not line.startswith(OUTPUT_OF)]
+    return lines[-count:]

@@ -26,8 +26,9 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's number of a type of metadata -> that of `struct`; 8 is a string, 9 an array."""
 
-MOST_HEADER_BYTES, MOST_ITEMS, MOST_NAME_BYTES = 1 << 28, 1 << 24, 1 << 16
+MOST_HEADER_BYTES, MOST_ITEMS, MOST_NAME_BYTES = 1 << 27, 1 << 24, 1 << 16
 """Of all that stands before the tensors (a large vocabulary has some 15 MB), of an array there, and of a name."""
+MOST_TENSORS, MOST_KEYS = 1 << 20, 1 << 16
 MOST_PARTS = 999
 """Files of one model."""
 MOST_SIZE = 2**48
@@ -202,6 +203,8 @@ def _read_content(path: pathlib.Path, data: mmap.mmap) -> GGUFFile:
     cursor = _Cursor(data)
     cursor.take(8)
     num_tensors, num_keys = cursor.unpack("Q"), cursor.unpack("Q")
+    if num_tensors > MOST_TENSORS or num_keys > MOST_KEYS:
+        raise ValueError(f"truncated or corrupt: {num_tensors:,} tensors and {num_keys:,} keys by its header")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.name()
