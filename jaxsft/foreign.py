@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 from jaxsft.config import ConfigError
 
-MOST_CONFIG_BYTES = 1 << 24
-"""Of a config.json and its like; real ones have some KB."""
+MOST_CONFIG_BYTES = 1 << 25
+"""Of a config.json and its like; real ones have some KB, and some MB where they list tokens."""
 MOST_JSON_BYTES = 100_000_000
 """Of a list of tensors, as safetensors has it."""
 MOST_TOKENIZER_BYTES = 1 << 29

@@ -168,7 +168,7 @@ JSON = {
     "half": '{"model_type": "llama", ',
     "Latin-1": b'{"model_type": "\xe4"}',
     "UTF-16": '{"model_type": "llama"}'.encode("utf-16"),
-    "large": b" " * (1 << 24) + b"{}",
+    "large": b" " * (1 << 25) + b"{}",
 }
 
 
