@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxsft.config import CheckpointConfig, ConfigError
-from jaxsft.files import aside_of, check_space, write_error, write_whole
+from jaxsft.files import aside_of, check_space, set_aside, write_error, write_whole
 from jaxsft.seal import (
     REMOVING,
     SEAL,
@@ -261,11 +261,7 @@ class Checkpointer:
             target.rmtree()
         if not target.is_dir():  # A file there is somebody else's; saving will say that it is in the way.
             return
-        number = 1
-        while (aside := self._folder / f"{step}.passed-over-{number}").exists():
-            number += 1
-        target.rename(aside)
-        self._say(f"{target}: renamed to {aside.name}")
+        self._say(f"{target}: renamed to {set_aside(target, 'passed-over').name}")
 
     def _is_unfinished(self, target: epath.Path) -> bool:
         """Whether a folder is a save of this run that was cut off: we write its meta.json before all else."""

@@ -31,6 +31,7 @@ def train_command(args: argparse.Namespace) -> int:
 
 def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
+    from jaxsft.pages import make_folder, refuse_other_pages
     from jaxsft.preview.make import make_preview
     from jaxsft.preview.page import write_html
     from jaxsft.preview.records import as_json
@@ -41,6 +42,10 @@ def preview_command(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         config = _config(args)
         folder = run_folder(config)
+        # Beside the run folder, which belongs to `train`.
+        path = folder.parent / f"{folder.name}.preview.html"
+        if not args.json:
+            refuse_other_pages([path])
         config = resolve_date(config, folder)
         tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
         with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
@@ -56,9 +61,7 @@ def preview_command(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(preview)))
         return 0
     print_preview(preview)
-    # Beside the run folder, which belongs to `train`.
-    path = folder.parent / f"{folder.name}.preview.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_html(preview, path)
     print(f"page: {path}")
     return 0
@@ -114,7 +117,8 @@ def compare_command(args: argparse.Namespace) -> int:
     """train the first steps of a run in PyTorch too, and show on one page where the two part, if they do"""
     from jaxsft.compare.hf import compare_hf
     from jaxsft.compare.trl import compare_trl
-    from jaxsft.report.page import write_report
+    from jaxsft.pages import refuse_other_pages
+    from jaxsft.report.page import FILES, write_report
     from jaxsft.train import resolve_date, run_folder
 
     # The programs that are started want the accelerator for themselves.
@@ -124,6 +128,7 @@ def compare_command(args: argparse.Namespace) -> int:
     config = _config(args)
     folder = run_folder(config)
     out = pathlib.Path(folder).with_name(f"{folder.name}.compare-{args.baseline}")
+    refuse_other_pages(out / name for name in FILES)
     compare = {"hf": compare_hf, "trl": compare_trl}[args.baseline]
     report = compare(resolve_date(config, folder), out=out, num_steps=args.steps, say=print)
     words = ["compare", args.config, *args.overrides, "--baseline", args.baseline, "--steps", str(args.steps)]

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.config_words import with_older_words
-from jaxsft.files import check_space, write_error
+from jaxsft.files import check_space, set_aside, write_error
 from jaxsft.hf import load_generation_config
 from jaxsft.seal import SEAL, problem_of, remove_sealed, seal
 from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
@@ -292,10 +292,7 @@ def _put_away(folder: pathlib.Path, say: Callable[[str], None]) -> None:
     elif not any(old.iterdir()):
         old.rmdir()
     if old.exists():
-        number = 1
-        while (beside := folder.with_name(f"{folder.name}.before-{number}")).exists():
-            number += 1
-        old.rename(beside)
+        beside = set_aside(old, name=folder.name)
         names = ", ".join(sorted(each.name for each in beside.iterdir())[:5])
         say(
             f"{folder} held files that this program did not write, or that were changed: they are in {beside} ({names})"

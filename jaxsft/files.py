@@ -64,20 +64,33 @@ def aside_of(path: Path) -> Any:
     return path.parent / f".{path.name}.jaxsft-part"
 
 
-def refuse_others(path: Path, mark: bytes) -> None:
-    """Refuses to write over a file that is not ours: one that does not hold `mark` in its first 4 KiB.
+def refuse_others(path: Path, *marks: bytes) -> None:
+    """Refuses to write over a file that is not ours: one that holds none of `marks` in its first 4 KiB.
+
+    A link is somebody's, wherever it leads, and would be replaced.
 
     Raises:
         ConfigError: there is such a file, or something that is no file.
     """
-    if not path.exists():
+    is_link = "://" not in os.fspath(path) and os.path.islink(path)
+    if not (is_link or path.exists()):
         return
     begin = b""
-    if path.is_file():
+    if not is_link and path.is_file():
         with path.open("rb") as file:
             begin = file.read(4096)
-    if mark not in begin:
+    if not any(mark in begin for mark in marks):
         raise ConfigError(f"{path}: exists and was not written by jaxsft; move it away, or write elsewhere")
+
+
+def set_aside(path: Path, suffix: str = "before", *, name: str | None = None) -> Any:
+    """Renames what is in the way to `NAME.SUFFIX-N`, of the first N that is free; returns the new path."""
+    number = 1
+    while (aside := path.with_name(f"{name or path.name}.{suffix}-{number}")).exists():
+        number += 1
+    with writing(aside):
+        path.rename(aside)
+    return aside
 
 
 @contextlib.contextmanager

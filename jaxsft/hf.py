@@ -15,9 +15,13 @@ from typing import Any
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
+from jaxsft.foreign import MOST_CONFIG_BYTES, check_folder, check_tokenizer_files, read_regular
 from jaxsft.gguf.model import is_gguf, open_gguf
 from jaxsft.gguf.tokenizer import load_gguf_tokenizer
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.bounds import layer_problems, problems_of
+from jaxsft.model.families import FAMILIES
+from jaxsft.model.fields import refusal
 from jaxsft.weights.mxfp4 import is_mxfp4, unpacked
 from jaxsft.weights.stored import Stored, load_json, open_folder
 
@@ -33,7 +37,10 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
         ConfigError: there is no such folder, and the hub does not give one.
     """
     folder = pathlib.Path(path).expanduser()
-    if folder.is_dir() or (folder.exists() and is_gguf(path)):
+    if folder.is_dir():
+        check_folder(folder)
+        return folder
+    if folder.exists() and is_gguf(path):
         return folder
     if folder.exists():
         raise ConfigError(f"{path}: a file, but a model is a folder with config.json")
@@ -45,22 +52,32 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     # Some have the same weights once more: in folders, or under the names of their first authors.
     others = ["*/*", "consolidated*"]
     try:
-        found = huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns=others)
-        return pathlib.Path(found)
+        found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns=others))
     except Exception as error:  # The hub's client raises many kinds, of three libraries.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: no such folder here, and the hub gave no model of that name: {reason}") from None
+    check_folder(found)
+    return found
 
 
 def load_hf_config(folder: pathlib.Path) -> dict[str, Any]:
     """The folder's `config.json`, or what it would say of a GGUF model.
 
     Raises:
-        ConfigError: there is none, or it is not a JSON object.
+        ConfigError: there is none, it is not a JSON object, or a number in it cannot be meant.
     """
     if is_gguf(str(folder)):
         return open_gguf(folder)[1]
-    return load_json(folder / "config.json")
+    hf_config = load_json(folder / "config.json")
+    _check_numbers(hf_config)
+    return hf_config
+
+
+def _check_numbers(hf_config: dict[str, Any]) -> None:
+    """transformers, asked for a tokenizer, may build as many layer types as a config.json says."""
+    is_known = hf_config.get("model_type") in list(FAMILIES)
+    if problems := problems_of(hf_config) if is_known else layer_problems(hf_config):
+        raise refusal(problems)
 
 
 def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
@@ -80,7 +97,7 @@ def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
 def load_generation_config(folder: pathlib.Path) -> dict[str, Any]:
     """The folder's `generation_config.json`; empty where there is none."""
     path = folder / "generation_config.json"
-    return load_json(path) if path.exists() else {}
+    return load_json(path) if path.exists() or path.is_symlink() else {}
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Any:
@@ -107,14 +124,22 @@ def load_tokenizer_and_own_template(path: str, chat_template: str | None) -> tup
         else:
             import transformers
 
+            check_tokenizer_files(folder)
+            if (folder / "config.json").is_file():
+                _check_numbers(load_json(folder / "config.json"))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ConfigError:
         raise
-    except Exception as error:  # transformers raises whatever its parsers raise.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises whatever its parsers raise, and a panic of Rust is one too.
         raise ConfigError(f"{folder}: no tokenizer could be loaded: {type(error).__name__}: {error}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"{folder}: {type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed")
     own_template = tokenizer.chat_template
+    templates = list(own_template.values()) if isinstance(own_template, dict) else [own_template]
+    if wrong := [each for each in templates if not (each is None or isinstance(each, str))]:
+        raise ConfigError(f"{folder}: the chat template is a {type(wrong[0]).__name__}, expected a text")
     if isinstance(own_template, dict):  # several by name; they are looked through, not chosen from
         own_template = "\n".join(own_template.values())
     if chat_template is not None:
@@ -133,7 +158,7 @@ def read_chat_template(name: str) -> str:
         return template_text(name)
     try:
         # Not as text, which would change the ends of its lines: an export has it as it is.
-        return pathlib.Path(name).expanduser().read_bytes().decode()
+        return read_regular(pathlib.Path(name).expanduser(), most=MOST_CONFIG_BYTES).decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

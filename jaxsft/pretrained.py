@@ -3,12 +3,15 @@
 Commands that only look at data (`preview`) stop at the tokenizer; none of them reads a weight before it must.
 """
 
+import math
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -240,7 +243,12 @@ def _vocabulary_notes(
 
 
 def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
-    """The parameters to begin with, each shard on its device: read from the folder, or drawn from `seed`."""
+    """The parameters to begin with, each shard on its device: read from the folder, or drawn from `seed`.
+
+    Raises:
+        ConfigError: what is stored is not the model, or the sizes in config.json are beyond the devices' memory.
+    """
+    check_memory(pretrained.model.params, mesh)
     if pretrained.stored is None:
         return random_params(pretrained.make_decoder, mesh, seed=seed)
     abstract = pretrained.model.params
@@ -254,6 +262,27 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
         mean_rows=pretrained.new_ids,
         untied=pretrained.is_untied,
     )
+
+
+def check_memory(params: Any, mesh: Mesh) -> None:
+    """Refuses parameters that cannot lie on the devices, however they are cut: nobody's model, or another machine's.
+
+    Raises:
+        ConfigError: with the bytes that they need and those that there are.
+    """
+    needed = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    device = mesh.local_mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu":  # whose devices share the host's memory
+        hosts = len({each.process_index for each in mesh.devices.flat})
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * hosts
+    else:
+        there = limit * mesh.size if limit is not None else needed
+    if needed > there:
+        raise ConfigError(
+            f"the model's config.json: its sizes make parameters of {needed:,} bytes, but all devices have {there:,}; "
+            "check its sizes, or train on more devices"
+        )
 
 
 def export_model(

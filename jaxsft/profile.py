@@ -15,6 +15,8 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
+from jaxsft.files import refuse_others, write_whole
+from jaxsft.pages import refuse_other_pages, write_page
 
 SKIPPED_STEPS = 3
 """Steps of a start that are not traced: the first compiles, and the next ones may still wait for data."""
@@ -56,12 +58,20 @@ class Shares(NamedTuple):
     """Seconds of each instruction, with its name."""
 
 
-def check_profile(log: LogConfig, num_steps: int) -> None:
-    """Refuses a profile for which a whole run is too short.
+STEP, SUMMARY = "step.hlo.txt", "summary.txt"
+STEP_MARK = b"// jaxsft: the compiled step\n"
+"""A comment to HLO."""
+OLDER_STEP_MARK = b"HloModule jit_train_step,"
+
+
+def check_profile(log: LogConfig, num_steps: int, folder: epath.Path) -> None:
+    """Refuses a profile for which a whole run is too short, or whose files others have in its folder.
 
     Raises:
-        ConfigError: says how many steps it has, and how many there would have to be.
+        ConfigError: says how many steps it has, and how many there would have to be; or which file is not ours.
     """
+    if log.profile_steps is not None:
+        _refuse_others(_own_folder(folder))
     if log.profile_steps is not None and SKIPPED_STEPS + log.profile_steps > num_steps:
         raise ConfigError(
             f"log.profile_steps: {log.profile_steps} steps after the first {SKIPPED_STEPS} are more than the run's"
@@ -84,7 +94,7 @@ class Profiler:
             num_steps: of the whole run.
             say: is told the summary.
         """
-        self._folder = folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
+        self._folder = _own_folder(folder)
         self._say = say
         self._begin = self._end = -1
         self._traced: Any = None
@@ -115,17 +125,18 @@ class Profiler:
         if done != self._end or self._traced is None:
             return
         jax.block_until_ready(state)
-        self.close()
         try:
+            self.close()
             text = compiled()
-            (self._folder / "step.hlo.txt").write_text(text)
+            _refuse_others(self._folder)
+            write_whole(self._folder / STEP, STEP_MARK.decode() + text)
             summary = describe(
                 read_trace(newest_trace(self._folder), text), first=self._begin, num_steps=self._end - self._begin
             )
-        except Exception as error:  # other makers' traces: their shape may be new, and training must go on
+            write_page(self._folder / SUMMARY, f"jaxsft: summary of a profile\n{summary}")
+        except Exception as error:  # other makers' traces: their shape may be new; and no profile is worth a run
             self._say(f"WARNING: no summary of the trace in {self._folder}: {type(error).__name__}: {error}")
             return
-        (self._folder / "summary.txt").write_text(summary)
         self._say(summary.split("\n\n")[0])
         self._say(f"trace and summary: {self._folder}")
 
@@ -135,6 +146,15 @@ class Profiler:
             self._traced.__exit__(None, None, None)
             self._traced = None
             jax.profiler.stop_trace()
+
+
+def _own_folder(folder: epath.Path) -> epath.Path:
+    return folder / f"process_{jax.process_index()}" if jax.process_count() > 1 else folder
+
+
+def _refuse_others(folder: epath.Path) -> None:
+    refuse_others(folder / STEP, STEP_MARK, OLDER_STEP_MARK)
+    refuse_other_pages([folder / SUMMARY])
 
 
 def newest_trace(folder: epath.Path) -> epath.Path:
@@ -153,7 +173,7 @@ def read_trace(path: epath.Path, hlo: str) -> list[Shares]:
         ValueError: the stretch, or any operation of a device, is not in the trace.
     """
     instructions = read_instructions(hlo)
-    module = re.match(r"HloModule ([\w.\-]+)", hlo)
+    module = re.search(r"^HloModule ([\w.\-]+)", hlo, re.MULTILINE)
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     stretches = [event for plane in planes for line in plane.lines for event in line.events if event.name == TRACED]
     if not stretches:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
 from jaxsft.config import ConfigError
-from jaxsft.files import Lock, WriteError, aside_of, write_whole, writing
+from jaxsft.files import Lock, WriteError, aside_of, set_aside, write_whole, writing
 from jaxsft.seal import read_object
 from jaxsft.writers import last_step
 
@@ -173,12 +173,9 @@ def _evidence(folder: epath.Path) -> list[str]:
 
 def _move_aside(folder: epath.Path, lock: Lock, say: Callable[[str], None]) -> Lock:
     """Renames a run that is there; returns the lock of the new, empty folder."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
-        number += 1
     lock.release()
-    with writing(aside):
-        folder.rename(aside)
+    aside = set_aside(folder)
+    with writing(folder):
         folder.mkdir()
     say(f"--restart: the run that was in {folder} is in {aside} now")
     fresh = Lock(folder / LOCK)

@@ -95,7 +95,7 @@ def train(config: Config, *, restart: bool = False) -> int:
     encoder = make_encoder(config, tokenizer)
     loader = make_loader(config, tokenizer, encoder, say=console.say)
     num_steps = config.train.steps or loader.num_steps(config.train.epochs)
-    check_profile(config.log, num_steps)
+    check_profile(config.log, num_steps, folder / "profile")
     frozen: Any = nnx.State({})
     examiner = make_examiner(config, tokenizer, encoder, pretrained, mesh, trained=loader, say=console.say)
     with contextlib.ExitStack() as closing:
@@ -256,7 +256,7 @@ def train(config: Config, *, restart: bool = False) -> int:
         console.say(f"exporting to {folder / 'export'}")
         export_model(pretrained, tokenizer, state.params, folder / "export", say=console.say)
         if jax.process_index() == 0:
-            console.say(f"loss curve: {plot_run(folder)}")
+            console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     console.say(f"model, ready for transformers: {folder / 'export'}")
     if totals.skipped_steps:
         console.say(f"WARNING: {totals.skipped_steps:.0f} steps were skipped, as their loss or gradient was not finite")

@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
-from jaxsft.files import write_whole, writing
+from jaxsft.files import set_aside, write_whole, writing
 from jaxsft.metrics import Totals, from_json_line, to_json_line
 
 SPEED = {
@@ -72,11 +72,11 @@ class MetricsFile:
             if step and sealed and self.state() != sealed and not problems:
                 problems = ["its lines are not those that were there when this step was saved"]
             if problems:
-                aside = _put_aside(path, content)
+                aside = set_aside(path, "damaged")
                 say(f"{path} is damaged, the rest is kept, and the file as it was in {aside.name}: {problems[0]}")
         elif jax.process_index() == 0 and step and sealed and sealed["bytes"]:
             say(f"{path} is gone: the lines up to step {step} are lost; the counts go on from the checkpoint")
-        if jax.process_index() == 0 and self._content() != content:
+        if jax.process_index() == 0 and (self._content() != content or not path.exists()):
             write_whole(path, self._content())
 
     def state(self) -> dict[str, int]:
@@ -161,14 +161,6 @@ def _parse_lines(content: bytes) -> tuple[list[tuple[int, str]], list[str], bool
         else:
             lines.append((found["step"], text))
     return lines, problems, bool(rest)
-
-
-def _put_aside(path: epath.Path, content: bytes) -> epath.Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    write_whole(aside, content)
-    return aside
 
 
 class Writer(Protocol):

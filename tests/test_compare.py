@@ -1,17 +1,20 @@
 """`compare --baseline hf`: two right runs agree, and a fault planted in one of them is found where it is."""
 
 import json
+import pathlib
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from jaxsft import files
 from jaxsft.cli import main
 from jaxsft.compare.checks import _of_tensors
 from jaxsft.compare.child import check_packages, run_child
-from jaxsft.compare.child import exchange as new_exchange
-from jaxsft.compare.hf import make_report, write_request
+from jaxsft.compare.exchange import exchange as new_exchange
+from jaxsft.compare.hf import make_report, write_model, write_request
 from jaxsft.config import ConfigError, load_config
 
 torch = pytest.importorskip("torch", reason="the baseline is PyTorch")
@@ -152,17 +155,27 @@ def test_what_the_baseline_does_not_do_is_refused_all_at_once(tiny_config, tmp_p
         write_request(load_config(tiny_config, overrides), tmp_path, num_steps=0)
 
 
+def test_what_two_programs_write_must_fit_before_they_begin(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    for write in (lambda: write_request(load_config(tiny_config), tmp_path, 1),
+                  lambda: write_model(load_config(tiny_config), tmp_path / "model")):  # fmt: skip
+        with pytest.raises(files.WriteError, match=r"No space left on device \([\d,]{5,} bytes needed, 1,000 "):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_number_that_is_none_is_named_and_fails():
     check = _of_tensors("gradients", {"a": 1e-9, "b": float("nan")}, 1e-3)
     assert check.where == "b" and check.passed is False
 
 
 def test_the_exchange_goes_with_its_process_and_a_failed_child_leaves_its_words(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    stale = tmp_path / f".run.compare-hf.exchange-{dead.pid}-x"
-    stale.mkdir()
     out = tmp_path / "run.compare-hf"
+    code = "import sys, os; from pathlib import Path; from jaxsft.compare.exchange import exchange\n"
+    code += "with exchange(Path(sys.argv[1])) as folder: print(folder); sys.stdout.flush(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
+    stale = pathlib.Path(killed.stdout.strip())
+    assert killed.returncode == -9 and stale.is_dir() and stale.parent == tmp_path
     with (
         pytest.raises(ConfigError, match=r"exit code 1; the end of its output:\n.*No module named"),
         new_exchange(out) as folder,

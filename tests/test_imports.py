@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
 LAYERS = [
-    {"config", "batch", "files", "mesh", "seal"},
+    {"config", "batch", "files", "foreign", "mesh", "pages", "seal"},
     {"data", "model", "loss", "metrics"},
     {
         "hf",

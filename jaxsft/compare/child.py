@@ -4,23 +4,23 @@ Each of the two runs has a process, so that neither shares memory, threads or im
 """
 
 import concurrent.futures
-import contextlib
 import importlib.metadata
 import multiprocessing
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxsft.compare.exchange import NO_ROOM
 from jaxsft.config import ConfigError
+from jaxsft.files import write_error, writing
 
 LINES_SHOWN = 25
+OUTPUT_OF = "jaxsft: output of "
 SECONDS_BETWEEN_NEWS = 30.0
 
 NEEDED = {"torch": "2.4", "accelerate": "1.1"}
@@ -50,37 +50,6 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
-@contextlib.contextmanager
-def exchange(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `out` for what two programs exchange; it goes when they are done, as do those of killed ones.
-
-    What a child that failed had printed is kept in `out`.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.exchange-"
-    for left in out.parent.glob(f"{prefix}*"):
-        if not _is_running(int(left.name.removeprefix(prefix).split("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{prefix}{os.getpid()}-") as scratch:
-        try:
-            yield pathlib.Path(scratch)
-        except ConfigError:
-            for log in pathlib.Path(scratch).rglob("*.txt"):
-                out.mkdir(exist_ok=True)
-                shutil.copy(log, out)
-            raise
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def call_apart(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a process of its own, which ends with it and so gives its memory and accelerator back."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -98,10 +67,13 @@ def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], 
 
     Raises:
         ConfigError: it failed; with the last lines of its output.
+        WriteError: it failed for want of room.
     """
     path = folder / log
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    with path.open("wb") as out:
+    with writing(path), path.open("wb") as out:
+        out.write(f"{OUTPUT_OF}{module}\n".encode())  # by which the file is known again
+        out.flush()
         process = subprocess.Popen([sys.executable, "-m", module, str(folder)], stdout=out, stderr=out, env=environment)
     told = time.monotonic()
     try:
@@ -118,7 +90,10 @@ def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], 
         how = f"exit code {process.returncode}"
         if process.returncode < 0:
             how = f"signal {-process.returncode}" + ", probably for want of memory" * (process.returncode == -9)
-        shown = "\n".join(f"  {line}" for line in _last_lines(path, LINES_SHOWN))
+        lines = _last_lines(path, LINES_SHOWN)
+        if found := next((line for line in reversed(lines) if NO_ROOM.search(line)), None):
+            raise write_error(folder, f"{module}: {found.strip()}")
+        shown = "\n".join(f"  {line}" for line in lines)
         raise ConfigError(f"{module} ended with {how}; the end of its output:\n{shown}")
 
 
@@ -126,4 +101,5 @@ def _last_lines(path: pathlib.Path, count: int) -> list[str]:
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - 16384, 0))
         text = file.read().decode(errors="replace")
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip()][-count:]
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip() and not line.startswith(OUTPUT_OF)]
+    return lines[-count:]

@@ -5,19 +5,23 @@ process of its own, and `checks.py` holds what they leave against each other.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from jaxsft.compare.checks import check_runs, verdict
-from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, run_child
+from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
+from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.data.loader import Loader
+from jaxsft.files import check_space
 from jaxsft.mesh import make_mesh
 from jaxsft.metrics import from_json_line
 from jaxsft.optim import warmup_steps
-from jaxsft.pretrained import compute_dtype, export_model, load_params, open_model, open_tokenizer
+from jaxsft.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.report.columns import figures_of
 from jaxsft.report.records import Report, Run
 from jaxsft.train import check_batch, make_encoder, make_loader
@@ -41,7 +45,7 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
     check_packages(NEEDED)
     _check_comparable(config, num_steps)
     title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
-    with exchange(out) as folder:
+    with exchange(out, say) as folder:
         say(f"writing the weights and the rows for both, into {folder} for the time being")
         call_apart(write_request, config, folder, num_steps)
         say("transformers trains")
@@ -56,11 +60,14 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 
     Raises:
         ConfigError: the config asks for what the baseline does not do.
+        WriteError: there is no room for what the two programs write.
     """
     _check_comparable(config, num_steps)
     mesh = make_mesh(config.mesh)
     tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
+    # The weights, and of each program the gradients and the parameters after the first and the last step.
+    check_space(folder, 7 * _num_bytes(pretrained))
     loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
     assert isinstance(loader, Loader)
     schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
@@ -98,9 +105,15 @@ def write_model(config: Config, folder: pathlib.Path) -> None:
     """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
     tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
     pretrained = open_model(config.model, tokenizer)
+    check_space(folder, _num_bytes(pretrained))
     # Ours reads the source; what we export must be the same model to transformers.
     exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))
     export_model(exported, tokenizer, load_params(pretrained, make_mesh(config.mesh), seed=config.seed), folder)
+
+
+def _num_bytes(pretrained: Pretrained) -> int:
+    """Of all parameters in float32, in which they are exchanged."""
+    return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pretrained.model.params))
 
 
 def _check_comparable(config: Config, num_steps: int) -> None:

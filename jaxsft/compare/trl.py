@@ -16,7 +16,8 @@ from flax import nnx
 
 from jaxsft.batch import Example
 from jaxsft.compare import tokens
-from jaxsft.compare.child import NEEDED, call_apart, check_packages, exchange, run_child
+from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
+from jaxsft.compare.exchange import exchange
 from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
@@ -56,7 +57,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     items = [item for s in config.data.train for item in read_items(config.data, s, encoder, limit=MOST_ROWS)]
     schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
     num_steps = min(num_steps, schedule_steps)
-    with exchange(out) as folder:
+    with exchange(out, say) as folder:
         rows = trl_rows(items, config)
         say(f"{len(rows.lines):,} rows go to TRL as {rows.shape}")
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in rows.lines]

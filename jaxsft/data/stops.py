@@ -26,7 +26,7 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
     added = tokenizer.added_tokens_decoder
     for ids in configured:
         # With a tokenizer that is not the model's own, its ids mean other tokens, words even.
-        stops += [id for id in (ids if isinstance(ids, list) else [ids]) if id in added]
+        stops += [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and id in added]
     known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
     return [*known, *_template_stops(tokenizer, known)]
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.config import ConfigError
+from jaxsft.foreign import open_regular
 
 VERSIONS = (2, 3)
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -24,6 +25,15 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's number of a type of metadata -> that of `struct`; 8 is a string, 9 an array."""
+
+MOST_HEADER_BYTES, MOST_ITEMS, MOST_NAME_BYTES = 1 << 27, 1 << 24, 1 << 16
+"""Of all that stands before the tensors (a large vocabulary has some 15 MB), of an array there, and of a name."""
+MOST_TENSORS, MOST_KEYS = 1 << 20, 1 << 16
+MOST_PARTS = 999
+"""Files of one model."""
+MOST_SIZE = 2**48
+"""No dim of a tensor and no place in a file reaches it."""
+MOST_ALIGNMENT = 1 << 20
 
 BYTES_AT_ONCE = 1 << 16
 """Quantised bytes that are dequantised together: gguf works in groups of 16 rows, however short they are."""
@@ -86,7 +96,8 @@ def read_gguf(path: pathlib.Path) -> GGUFFile:
     """
     parts = _parts(path)
     if missing := [str(part) for part in parts if not part.exists()]:
-        raise ConfigError(f"{path}: one of {len(parts)} files of a model, of which are missing: {', '.join(missing)}")
+        named = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+        raise ConfigError(f"{path}: one of {len(parts)} files of a model, of which are missing: {named}")
     files = [_read_file(part) for part in parts]
     metadata = files[0].metadata
     tensors: dict[str, GGUFTensor] = {}
@@ -95,20 +106,24 @@ def read_gguf(path: pathlib.Path) -> GGUFFile:
         if (own, count) != (number, len(files)):
             raise ConfigError(
                 f"{file.path}: part {number + 1} of {len(files)} of a model by its name, but by its metadata "
-                f"split.no is {own!r} and split.count {count!r}"
+                f"split.no is {str(own)[:60]!r} and split.count {str(count)[:60]!r}"
             )
         if twice := tensors.keys() & file.tensors.keys():
-            raise ConfigError(f"{file.path}: {', '.join(sorted(twice))}: also in another file of the model")
+            raise ConfigError(f"{file.path}: {', '.join(sorted(twice)[:5])}: also in another file of the model")
         tensors |= file.tensors
     expected = metadata.get("split.tensors.count", len(tensors))
     if expected != len(tensors):
-        raise ConfigError(f"{path}: {len(tensors)} tensors in {len(files)} files, but {expected} are announced")
+        raise ConfigError(
+            f"{path}: {len(tensors)} tensors in {len(files)} files, but {str(expected)[:60]} are announced"
+        )
     return GGUFFile(path, metadata, tensors)
 
 
 def _parts(path: pathlib.Path) -> list[pathlib.Path]:
     if match := PART.fullmatch(path.name):
         name, count = match[1], int(match[3])
+        if not 1 <= int(match[2]) <= count <= MOST_PARTS:
+            raise ConfigError(f"{path}: a part {int(match[2])} of {count} by its name; expected at most {MOST_PARTS}")
         return [path.with_name(f"{name}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
     return [path]
 
@@ -123,6 +138,8 @@ class _Cursor:
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
             raise ValueError(f"truncated or corrupt: its header asks for more than its {len(self.data)} bytes")
+        if count > MOST_HEADER_BYTES - self.at:
+            raise ValueError(f"corrupt: its header has more than {MOST_HEADER_BYTES:,} bytes")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -130,8 +147,11 @@ class _Cursor:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def name(self) -> str:
+        size = self.unpack("Q")
+        if size > MOST_NAME_BYTES:
+            raise ValueError(f"truncated or corrupt: a key or the name of a tensor has {size:,} bytes")
         try:
-            return self.take(self.unpack("Q")).decode("utf-8")
+            return self.take(size).decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError("corrupt: a key or the name of a tensor is no UTF-8") from None
 
@@ -144,6 +164,8 @@ class _Cursor:
             return self.text()
         if kind == 9:
             kind, count = self.unpack("I"), self.unpack("Q")
+            if count > MOST_ITEMS:
+                raise ValueError(f"truncated or corrupt: an array of {count:,} values, expected at most {MOST_ITEMS:,}")
             if kind == 8:
                 return [self.text() for _ in range(count)]
             if kind in SCALARS:
@@ -156,7 +178,7 @@ class _Cursor:
 
 def _read_file(path: pathlib.Path) -> GGUFFile:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(8)
             if start.startswith(b"version "):
                 raise ValueError("a Git LFS pointer, not the file itself (run `git lfs pull`)")
@@ -171,6 +193,8 @@ def _read_file(path: pathlib.Path) -> GGUFFile:
                 return _read_content(path, data)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except ConfigError:
+        raise
     except (OSError, ValueError, OverflowError, MemoryError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -179,33 +203,40 @@ def _read_content(path: pathlib.Path, data: mmap.mmap) -> GGUFFile:
     cursor = _Cursor(data)
     cursor.take(8)
     num_tensors, num_keys = cursor.unpack("Q"), cursor.unpack("Q")
+    if num_tensors > MOST_TENSORS or num_keys > MOST_KEYS:
+        raise ValueError(f"truncated or corrupt: {num_tensors:,} tensors and {num_keys:,} keys by its header")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.name()
         if key in metadata:
-            raise ValueError(f"corrupt: {key} stands twice in its metadata")
+            raise ValueError(f"corrupt: {key[:100]} stands twice in its metadata")
         metadata[key] = cursor.value(cursor.unpack("I"))
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(num_tensors):
         name, num_dims = cursor.name(), cursor.unpack("I")
         if name in entries or not 1 <= num_dims <= 4:
-            raise ValueError(f"corrupt: tensor {name!r} has {num_dims} dims, or stands twice")
+            raise ValueError(f"corrupt: tensor {name[:100]!r} has {num_dims} dims, or stands twice")
         shape = tuple(reversed([cursor.unpack("Q") for _ in range(num_dims)]))
-        entries[name] = (shape, cursor.unpack("I"), cursor.unpack("Q"))
+        number, offset = cursor.unpack("I"), cursor.unpack("Q")
+        if max(*shape, offset) >= MOST_SIZE:
+            raise ValueError(f"corrupt: tensor {name[:100]!r} {list(shape)} begins at {offset}, beyond any file")
+        entries[name] = (shape, number, offset)
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"corrupt: general.alignment is {alignment}, no power of two")
+    if type(alignment) is not int or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+        raise ValueError(f"corrupt: general.alignment is {str(alignment)[:60]}, no power of two up to {MOST_ALIGNMENT}")
     begin = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
     problems = []
     for name, (shape, number, offset) in entries.items():
-        kind = tensor_types().get(number)
+        kind, label = tensor_types().get(number), name[:100]
         if kind is None:
-            problems.append(f"{name} is in a format of numbers that is not read ({_type_name(number)})")
+            problems.append(f"{label} is in a format of numbers that is not read ({_type_name(number)})")
         elif 0 in shape or shape[-1] % kind.block_size:
-            problems.append(f"corrupt: {name} {list(shape)} is no whole number of blocks of {kind.name}")
+            problems.append(f"corrupt: {label} {list(shape)} is no whole number of blocks of {kind.name}")
         elif begin + offset + math.prod(shape) // kind.block_size * kind.block_bytes > len(data):
-            problems.append(f"truncated: {len(data)} bytes, but {name} begins at {begin + offset} and ends beyond them")
+            problems.append(
+                f"truncated: {len(data)} bytes, but {label} begins at {begin + offset} and ends beyond them"
+            )
         else:
             tensors[name] = GGUFTensor(path, name, kind, shape, begin + offset)
     if problems:

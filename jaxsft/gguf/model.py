@@ -50,6 +50,9 @@ NAMES = {
 FUSED = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
 """Where several weights of ours lie in one tensor of Hugging Face's, they lie in one of GGUF's, by this name."""
 
+MOST_STACKED = 2**14
+"""Experts or heads whose tensors are stacked in one."""
+
 # Tensors.
 
 
@@ -141,6 +144,7 @@ def _hf_tensors(file: GGUFFile, family: ModuleType, meaning: Meaning) -> tuple[d
     tensors: dict[str, StoredTensor] = {}
     together: dict[str, list[GGUFTensor]] = {}
     left = dict.fromkeys(file.tensors)
+    problems = []
     names = [name for name, _ in family.WEIGHTS.values()]
     for path, (hf_name, _) in family.WEIGHTS.items():
         module = path.removesuffix(".weight").removesuffix(".bias")
@@ -160,21 +164,36 @@ def _hf_tensors(file: GGUFFile, family: ModuleType, meaning: Meaning) -> tuple[d
             if "experts" in module and "{e}" not in hf_name:
                 together.setdefault(hf_name.format(l=layer), []).append(source)
                 continue
+            if _stack_letter(hf_name) and not (len(source.shape) > 1 and source.shape[0] <= MOST_STACKED):
+                problems.append(
+                    f"{stored} {list(source.shape)}: expected 2 to 4 dims, the first at most {MOST_STACKED}"
+                )
+                continue
             for part, tensor in _parts_of(source, hf_name):
                 tensors[hf_name.format(l=layer, **part)] = _undone(tensor, module, meaning)
-    tensors |= {name: StackedExperts(tuple(sources)) for name, sources in together.items()}
+    for name, sources in together.items():
+        shapes = {source.shape for source in sources}
+        if len(shapes) > 1 or len(sources[0].shape) not in (2, 3):
+            named = ", ".join(f"{source.name} {list(source.shape)}" for source in sources)
+            problems.append(f"{named}: expected equal shapes of 2 or 3 dims")
+        else:
+            tensors[name] = StackedExperts(tuple(sources))
     model_type = meaning.config["model_type"]
     unknown = [f"{name} {list(file.tensors[name].shape)}" for name in left if name not in ROPE_TENSORS]
-    return tensors, [f"{name}: no weight of a {model_type} that is known" for name in unknown]
+    return tensors, problems + [f"{name[:100]}: no weight of a {model_type} that is known" for name in unknown]
+
+
+def _stack_letter(hf_name: str) -> str | None:
+    """The dim of ours whose indices have tensors of their own in Hugging Face's files, and are stacked in GGUF's."""
+    return next((letter for letter in ("e", "n", "k") if f"{{{letter}}}" in hf_name), None)
 
 
 def _parts_of(source: GGUFTensor, hf_name: str) -> Iterator[tuple[dict[str, int], HFTensor]]:
     """Each of the tensors that are stacked in one: those of the experts, or of the heads."""
-    letters = [letter for letter in ("e", "n", "k") if f"{{{letter}}}" in hf_name]
-    if not letters:
+    letter = _stack_letter(hf_name)
+    if letter is None:
         yield {}, HFTensor(source, source.shape)
         return
-    (letter,) = letters
     shape = source.shape[1:]
     for number in range(source.shape[0]):
         yield {letter: number}, HFTensor(source, shape, first_row=number * math.prod(shape[:-1]))

@@ -8,10 +8,11 @@ for those the original tokenizer is needed.
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxsft.config import ConfigError
-from jaxsft.gguf.file import read_gguf
+from jaxsft.foreign import check_tokenizer_files
+from jaxsft.gguf.file import GGUFFile, read_gguf
 from jaxsft.gguf.model import gguf_file
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -62,34 +63,70 @@ def load_gguf_tokenizer(path: str | pathlib.Path) -> Any:
     import transformers
 
     place = gguf_file(path)
-    metadata = read_gguf(place).metadata
+    file = read_gguf(place)
+    metadata, vocabulary = file.metadata, read_vocabulary(file)
     if (place.parent / "tokenizer.json").exists():
         tokenizer = _load_beside(place.parent)
-        _check_tokens(tokenizer, metadata, where=f"{place.parent / 'tokenizer.json'}")
+        _check_tokens(tokenizer, vocabulary, where=f"{place.parent / 'tokenizer.json'}")
     else:
         special = {}
-        tokens = metadata.get("tokenizer.ggml.tokens", [])
+        tokens = vocabulary.tokens
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if isinstance(id, int) and 0 <= id < len(tokens):
+            if type(id) is int and 0 <= id < len(tokens):
                 special[f"{name}_token"] = tokens[id]
-        backend = _byte_level(place, metadata)
+        backend = _byte_level(place, metadata, vocabulary)
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
         )
-        _check_tokens(tokenizer, metadata, where=f"{place}: the tokenizer made of its metadata")
-    tokenizer.chat_template = tokenizer.chat_template or metadata.get("tokenizer.chat_template")
+        _check_tokens(tokenizer, vocabulary, where=f"{place}: the tokenizer made of its metadata")
+    template = metadata.get("tokenizer.chat_template")
+    if not (template is None or isinstance(template, str)):
+        raise ConfigError(f"{place}: tokenizer.chat_template is a {type(template).__name__}, expected a text")
+    tokenizer.chat_template = tokenizer.chat_template or template
     return tokenizer
+
+
+class Vocabulary(NamedTuple):
+    """What a GGUF's metadata says of its tokens; empty where it says nothing."""
+
+    tokens: list[str]
+    types: list[int]
+    """One for each of `tokens`, or none at all."""
+    merges: list[str] | None
+
+
+def read_vocabulary(file: GGUFFile) -> Vocabulary:
+    """The tokens of a GGUF model.
+
+    Raises:
+        ConfigError: they are no lists of texts and numbers, or not as many of each.
+    """
+    given = {key: file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")}
+    for key, kind in (("tokens", str), ("token_type", int), ("merges", str)):
+        value = given[key]
+        if value is not None and not (isinstance(value, list) and all(type(each) is kind for each in value)):
+            what = {str: "texts", int: "whole numbers"}[kind]
+            raise ConfigError(f"{file.path}: tokenizer.ggml.{key}: {str(value)[:60]}, expected a list of {what}")
+    tokens, types = given["tokens"] or [], given["token_type"] or []
+    if types and len(types) != len(tokens):
+        raise ConfigError(
+            f"{file.path}: tokenizer.ggml.token_type has {len(types)} entries, but there are {len(tokens)} tokens"
+        )
+    return Vocabulary(tokens, types, given["merges"])
 
 
 def _load_beside(folder: pathlib.Path) -> Any:
     import transformers
 
+    check_tokenizer_files(folder)
     try:
         if (folder / "tokenizer_config.json").exists():
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    except Exception as error:  # transformers raises whatever its parsers raise.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # transformers raises whatever its parsers raise, and a panic of Rust is one too.
         raise ConfigError(f"{folder}: no tokenizer could be loaded: {type(error).__name__}: {error}") from None
 
 
@@ -103,15 +140,15 @@ def check_gguf_tokens(tokenizer: Any, path: str | pathlib.Path, *, where: str, a
     Raises:
         ConfigError: with the first id that differs, and both tokens.
     """
-    _check_tokens(tokenizer, read_gguf(gguf_file(path)).metadata, where=where, added=added)
+    _check_tokens(tokenizer, read_vocabulary(read_gguf(gguf_file(path))), where=where, added=added)
 
 
-def _check_tokens(tokenizer: Any, metadata: dict[str, Any], *, where: str, added: Sequence[str] = ()) -> None:
+def _check_tokens(tokenizer: Any, vocabulary: Vocabulary, *, where: str, added: Sequence[str] = ()) -> None:
     """llama.cpp's converter writes SentencePiece's space as itself in some tokens; ids of no token are passed over."""
     given = {id: token for token, id in tokenizer.get_vocab().items() if token not in added}
-    types = metadata.get("tokenizer.ggml.token_type")
-    for id, token in enumerate(metadata.get("tokenizer.ggml.tokens", [])):
-        unused = types is not None and types[id] == UNUSED or token.startswith("[PAD")
+    types = vocabulary.types
+    for id, token in enumerate(vocabulary.tokens):
+        unused = bool(types) and types[id] == UNUSED or token.startswith("[PAD")
         theirs = given.get(id)
         if unused or theirs is not None and theirs.replace("▁", " ") == token.replace("▁", " "):
             continue
@@ -119,21 +156,20 @@ def _check_tokens(tokenizer: Any, metadata: dict[str, Any], *, where: str, added
         raise ConfigError(f"{where}: is not the GGUF's: token {id} is {token!r} in the GGUF, but the tokenizer {found}")
 
 
-def _byte_level(path: pathlib.Path, metadata: dict[str, Any]) -> Any:
+def _byte_level(path: pathlib.Path, metadata: dict[str, Any], vocabulary: Vocabulary) -> Any:
     """A `tokenizers.Tokenizer` of a vocabulary of bytes, as tokenizer.json would give it."""
     import tokenizers
 
     remedy = "give the tokenizer of the original model as model.tokenizer, or put its tokenizer.json beside the file"
     kind, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ConfigError(
             f"{path}: from a tokenizer of model {kind!r} and pre {pre!r} none can be made exactly (of model 'gpt2' and "
             f"pre {known} one can); {remedy}"
         )
-    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-    types = metadata.get("tokenizer.ggml.token_type")
-    if not tokens or merges is None or types is None or len(types) != len(tokens):
+    tokens, types, merges = vocabulary
+    if not tokens or merges is None or not types:
         raise ConfigError(f"{path}: tokenizer.ggml.tokens, token_type or merges is missing; {remedy}")
     rules = PRE_TOKENIZERS[pre]
     used = [(id, token) for id, token in enumerate(tokens) if types[id] != UNUSED]
@@ -152,7 +188,7 @@ def _byte_level(path: pathlib.Path, metadata: dict[str, Any]) -> Any:
         if types[id] in (CONTROL, USER_DEFINED)
     ]
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    bos = bos if isinstance(bos, int) and 0 <= bos < len(tokens) else -1
+    bos = bos if type(bos) is int and 0 <= bos < len(tokens) else -1
     begins = metadata.get("tokenizer.ggml.add_bos_token") is True and bos >= 0
     model = {
         "type": "BPE",
@@ -180,7 +216,9 @@ def _byte_level(path: pathlib.Path, metadata: dict[str, Any]) -> Any:
     }
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library raises Exception itself
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and what a panic of Rust becomes
         raise ConfigError(f"{path}: the tokenizer in its metadata is corrupt: {error}") from None
 
 

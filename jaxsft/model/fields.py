@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxsft.config import ConfigError
 from jaxsft.model.architecture import LayerKind
+from jaxsft.model.bounds import problems_of
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 from jaxsft.model.rope import Rope
 
@@ -100,7 +101,7 @@ class Fields:
         """Brings a config.json of a known model_type to its canonical form.
 
         Raises:
-            ConfigError: transformers refuses it, or it lacks a size.
+            ConfigError: transformers refuses it, it lacks a size, or a number cannot be meant.
         """
         import transformers
 
@@ -109,11 +110,7 @@ class Fields:
         needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         keys = {config_class.attribute_map.get(key, key): key for key in needed}
         given = {key: raw.get(key, raw.get(alias)) for key, alias in keys.items()}
-        problems = [
-            f"{key}: missing" if size is None else f"{key}: {size!r}; expected a whole number of at least 1"
-            for key, size in given.items()
-            if type(size) is not int or size < 1
-        ]
+        problems = [f"{key}: missing" for key, size in given.items() if size is None] + problems_of(raw)
         if problems:
             raise refusal(problems)
         level = logging.getLogger("transformers").level
@@ -121,7 +118,7 @@ class Fields:
         try:
             config = config_class.from_dict(copy.deepcopy(raw))
         except Exception as error:  # it raises whatever its validators raise
-            raise refusal([" ".join(str(error).split())]) from None
+            raise refusal([f"transformers refuses it: {' '.join(str(error).split())[:1000]}"]) from None
         finally:
             logging.getLogger("transformers").setLevel(level)
         self._values = {key: value for key, value in config.to_dict().items() if key not in HARMLESS}
@@ -148,6 +145,14 @@ class Fields:
         """The value of a field if the model's own config class has it. If not, transformers computes nothing with it:
         the field stays unread, and is refused where it asks for something."""
         return self(key) if key in self._declared else None
+
+    def number(self, key: str) -> Any:
+        """The value of a field that is a number and must be there."""
+        value = self(key)
+        if value is None:
+            self.problem(f"{key}: missing")
+            return 1
+        return value
 
     def problem(self, text: str) -> None:
         """Notes what cannot be computed; `finish` reports all of it together."""
@@ -178,19 +183,19 @@ class Fields:
         return dict(
             vocab_size=self("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=self("intermediate_size"),
+            intermediate_size=self.number("intermediate_size"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_position=self("max_position_embeddings"),
+            max_position=self.number("max_position_embeddings"),
             tie_embeddings=bool(self("tie_word_embeddings")),
-            initializer_range=self("initializer_range"),
+            initializer_range=self.number("initializer_range"),
             notes=self.notes,
         )
 
     def rms_norm(self, **kind: Any) -> NormKind:
         """The RMS norm with the config's eps."""
-        return NormKind(self("rms_norm_eps"), **kind)
+        return NormKind(self.number("rms_norm_eps"), **kind)
 
     def rope(self, layer_type: str | None = None, *, interleaved: bool = False, partial: bool = False) -> Rope:
         """The rope of all layers, or that of one layer type where `rope_parameters` has one for each.

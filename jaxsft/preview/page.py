@@ -15,14 +15,20 @@ from typing import Any
 
 from etils import epath
 
+from jaxsft.pages import GENERATOR, write_page
 from jaxsft.preview.pieces import visible
 from jaxsft.preview.records import Loss, Preview, as_json
 from jaxsft.preview.reports import Fact, facts, headline, row_heading, source_facts
 
 
 def write_html(preview: Preview, path: str | os.PathLike[str]) -> None:
-    """Writes the page; `path` may be gs:// and the like."""
-    epath.Path(path).write_bytes(make_html(preview).encode())
+    """Writes the page; `path` may be gs:// and the like.
+
+    Raises:
+        ConfigError: a page of this name is there that is not ours.
+        WriteError: it cannot be written.
+    """
+    write_page(epath.Path(path), make_html(preview))
 
 
 def make_html(preview: Preview) -> str:
@@ -39,6 +45,7 @@ def make_html(preview: Preview) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">

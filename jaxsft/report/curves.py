@@ -4,6 +4,7 @@ In: `Run`s. Out: `Panel`s, which `svg.py` draws for the page and `plot` as a pic
 `smoothed`; what cannot be shown is counted in a panel's notes.
 """
 
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from etils import epath
 
+from jaxsft.pages import MAKER, write_page
 from jaxsft.report.records import Run
 
 Axis = Literal["step", "tokens"]
@@ -196,9 +198,10 @@ def plot(panels: Sequence[Panel], path: epath.Path, *, title: str) -> None:
         figure.legend(handles=handles, loc="upper left", bbox_to_anchor=place, ncols=4, frameon=False)
         figure.suptitle(title, x=0.015, y=1 - 0.1 / size[1], ha="left", va="top", fontsize=11, fontweight="bold")
         figure.tight_layout(rect=(0, 0, 1, 1 - head / size[1]))
-        with path.open("wb") as file:
-            figure.savefig(file, dpi=130, format="png", facecolor="white")
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=130, format="png", facecolor="white", metadata={"Software": MAKER})
         pyplot.close(figure)
+    write_page(path, drawn.getvalue())
 
 
 def _plot_panel(axes: Any, panel: Panel) -> None:

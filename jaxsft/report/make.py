@@ -11,6 +11,7 @@ from etils import epath
 
 import jaxsft
 from jaxsft.config import ConfigError
+from jaxsft.pages import refuse_other_pages
 from jaxsft.report.columns import as_run, check_columns
 from jaxsft.report.curves import Axis, unaligned
 from jaxsft.report.page import FILES, write_report
@@ -112,3 +113,4 @@ def _check_folder(place: epath.Path) -> None:
     if others := sorted(each.name for each in place.iterdir() if each.name not in FILES):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         raise ConfigError(f"--out {place}: holds more than a report ({shown}); name a new folder with --out")
+    refuse_other_pages(place / name for name in FILES)

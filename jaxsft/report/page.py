@@ -12,6 +12,7 @@ from importlib import resources
 
 from etils import epath
 
+from jaxsft.pages import GENERATOR, make_folder, refuse_other_pages, write_page
 from jaxsft.preview.page import escape, source_hash
 from jaxsft.report.curves import Axis, default_window, make_panels, plot, unaligned
 from jaxsft.report.records import Report, as_json
@@ -41,15 +42,21 @@ def write_report(
         folder: made where it is not there; what else is in it stays.
         by: how the picture's curves are aligned, and the page's at first.
         smooth: window of the smoothing in steps, 0 is none; None takes a fiftieth of the run where lines are many.
+
+    Raises:
+        ConfigError: a file of such a name is there that is not ours.
+        WriteError: one cannot be written.
     """
     place = epath.Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    refuse_other_pages(place / name for name in FILES)
+    make_folder(place)
     window = default_window(report.runs) if smooth is None else smooth
-    (place / "report.json").write_text(json.dumps(as_json(report), ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(as_json(report), ensure_ascii=False, allow_nan=False)
+    write_page(place / "report.json", text + "\n")
     panels = make_panels(report.runs, by=by, smooth=window, with_differences=report.passed is not None)
     if panels:
         plot(panels, place / "curves.png", title=report.title)
-    (place / "report.html").write_bytes(make_html(report, by=by, smooth=window).encode())
+    write_page(place / "report.html", make_html(report, by=by, smooth=window))
     return pathlib.Path(folder) / "report.html"
 
 
@@ -76,6 +83,7 @@ def make_html(report: Report, *, by: Axis = "step", smooth: float = 0) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">

@@ -1,16 +1,30 @@
 """The picture of one run: `loss.png` beside its `metrics.jsonl`."""
 
+import io
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
+from jaxsft.config import ConfigError
+from jaxsft.files import set_aside
+from jaxsft.pages import MAKER, write_page
 from jaxsft.writers import read_metrics
 
+PICTURE = "loss.png"
 INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
 
 
-def plot_run(folder: epath.Path) -> epath.Path:
-    """Draws `loss.png` of a run folder: training and held-out loss by step and, where measured, exact match."""
+def plot_run(folder: epath.Path, *, say: Callable[[str], None] = lambda text: None) -> epath.Path:
+    """Draws `loss.png` of a run folder: training and held-out loss by step and, where measured, exact match.
+
+    Args:
+        folder: of the run.
+        say: is told where another picture of this name went.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # there may be no screen
@@ -45,10 +59,15 @@ def plot_run(folder: epath.Path) -> epath.Path:
         axis.tick_params(colors=INK)
     figure.suptitle(folder.name, color=INK)
     figure.tight_layout()
-    path = folder / "loss.png"
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=120, format="png")
+    path = folder / PICTURE
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png", metadata={"Software": MAKER})
     pyplot.close(figure)
+    try:
+        write_page(path, drawn.getvalue())
+    except ConfigError:  # A damaged picture must not keep a run from ending.
+        say(f"{path} is not a picture of ours: renamed to {set_aside(path).name}")
+        write_page(path, drawn.getvalue())
     return path
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxsft.data.strict import DataError
+from jaxsft.pages import MADE_BY
 
 JSON_VERSION = 1
 """Changes when a field changes its meaning or goes."""
@@ -87,7 +88,7 @@ class Report(NamedTuple):
 
 def as_json(report: Report) -> dict[str, Any]:
     """The report for machines; numbers that JSON cannot hold become null."""
-    return {"version": JSON_VERSION} | _plain(report)
+    return MADE_BY | {"version": JSON_VERSION} | _plain(report)
 
 
 def from_json(data: Any) -> Report:

@@ -5,8 +5,8 @@ Whether these are the tensors that a model needs is `load.py`'s question. Only h
 tensor are read by those who ask for them. A model in another format (`gguf/model.py`) is a `Stored` too.
 """
 
+import collections
 import json
-import math
 import os
 import pathlib
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsft.config import ConfigError
+from jaxsft.foreign import MOST_CONFIG_BYTES, MOST_JSON_BYTES, open_regular, read_object, read_regular
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -32,6 +33,8 @@ DTYPE_BITS: dict[str, int] = {
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PAGE_BYTES = 4096
+MOST_NUMBER = 2**64
+"""No size or count in a header reaches it: the safetensors library holds them in 64 bits."""
 
 
 class StoredTensor(Protocol):
@@ -150,7 +153,7 @@ def open_folder(folder: pathlib.Path) -> Stored:
         if single is None:
             return Stored(folder, {}, tuple(problems))
         return Stored(folder, dict(single[1]), tuple(problems), (single[0],))
-    if not (folder / INDEX_FILE).exists():
+    if not ((folder / INDEX_FILE).exists() or (folder / INDEX_FILE).is_symlink()):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         hint = ""
         if pickles:
@@ -159,14 +162,14 @@ def open_folder(folder: pathlib.Path) -> Stored:
                 "(transformers' save_pretrained writes them as safetensors)"
             )
         return Stored(folder, {}, (f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}",))
-    places = load_json(folder / INDEX_FILE).get("weight_map")
+    places = load_json(folder / INDEX_FILE, most=MOST_JSON_BYTES).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         return Stored(folder, {}, (f"{folder / INDEX_FILE}: weight_map is not a mapping of tensor names to files",))
     tensors: dict[str, StoredTensor] = {}
     files = []
     for name in sorted(set(places.values())):
-        if pathlib.PurePath(name).name != name or name == "..":
-            problems.append(f"{folder / INDEX_FILE}: names {name!r}, which is not a file of this folder")
+        if not is_plain_name(name):
+            problems.append(f"{folder / INDEX_FILE}: names {name[:100]!r}, which is not a file of this folder")
         elif found := _read_header(folder / name, problems):
             file, held = found
             files.append(file)
@@ -176,14 +179,20 @@ def open_folder(folder: pathlib.Path) -> Stored:
                 if places[tensor] != name:
                     problems.append(f"{folder / name}: holds {tensor}, which {INDEX_FILE} places in {places[tensor]}")
             tensors |= held
-    return Stored(folder, tensors, tuple(problems), tuple(files), (folder / INDEX_FILE).read_bytes())
+    index_file = read_regular(folder / INDEX_FILE, most=MOST_JSON_BYTES)
+    return Stored(folder, tensors, tuple(problems), tuple(files), index_file)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file of the folder itself: "model-1.safetensors", not "../model.safetensors"."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", os.sep} and name.isprintable()
 
 
 def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, dict[str, SafeTensor]] | None:
     """A file's tensors: 8 bytes of header length, the header in JSON, then the bytes of the tensors."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             begin = 8 + int.from_bytes(start, "little")
             if size == 0:
@@ -194,10 +203,19 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, d
                 raise ValueError("a web page, not the file itself (was its download refused?)")
             if size < 8 or begin > size:
                 raise ValueError("truncated, or not a safetensors file")
+            if begin - 8 > MOST_JSON_BYTES:
+                raise ValueError(f"a header of {begin - 8:,} bytes; safetensors have at most {MOST_JSON_BYTES:,}")
             text = file.read(begin - 8)
-        header = json.loads(text)
+        if not text.startswith(b"{"):
+            raise ValueError("corrupt header, or not a safetensors file")
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_twins)
         metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(each, str) for each in metadata.values()):
+            raise ValueError("corrupt header: __metadata__ is not a mapping of texts to texts")
         tensors = {name: _stored(path, name, entry, begin) for name, entry in header.items()}
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
     except FileNotFoundError:
         problems.append(f"{path}: no such file")
         return None
@@ -207,7 +225,10 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, d
     except json.JSONDecodeError as error:
         problems.append(f"{path}: corrupt header: {error}")
         return None
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
+    except RecursionError:
+        problems.append(f"{path}: corrupt header: nested too deeply")
+        return None
+    except (OSError, ValueError, MemoryError) as error:
         problems.append(f"{path}: {error}")
         return None
     except (KeyError, TypeError, AttributeError):
@@ -231,29 +252,39 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, d
     return StoredFile(path.name, start + text, metadata, tuple(in_order)), tensors
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"corrupt header: {twin[:100]!r} stands twice in it")
+    return found
+
+
 def _stored(path: pathlib.Path, name: str, entry: dict[str, Any], begin: int) -> SafeTensor:
-    word, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    if any(type(size) is not int or size < 0 for size in (*shape, first, last)):
-        raise ValueError(f"corrupt header: {name} {list(shape)} from byte {first} to {last}")
-    if word not in DTYPE_BITS:
-        raise ValueError(f"corrupt header: {name} has dtype {word!r}, which safetensors do not know")
-    if (last - first) * 8 != -(-math.prod(shape) * DTYPE_BITS[word] // 8) * 8:
-        raise ValueError(f"corrupt header: {name} {list(shape)} {word} has {last - first} bytes")
+    word, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if len(offsets) != 2:
+        raise ValueError(f"corrupt header: {name[:100]} has {len(offsets)} data_offsets")
+    first, last = offsets
+    label = f"{name[:100]} [{', '.join(str(size)[:20] for size in shape[:8])}{', ...' * (len(shape) > 8)}]"
+    if any(type(size) is not int or not 0 <= size < MOST_NUMBER for size in (*shape, first, last)):
+        raise ValueError(f"corrupt header: {label} from byte {str(first)[:20]} to {str(last)[:20]}")
+    if not isinstance(word, str) or word not in DTYPE_BITS:
+        raise ValueError(f"corrupt header: {name[:100]} has dtype {str(word)[:20]!r}, which safetensors do not know")
+    count = 1
+    for size in shape:
+        count *= size
+        # A product of thousands of sizes would take for ever.
+        if count * DTYPE_BITS[word] >= MOST_NUMBER:
+            raise ValueError(f"corrupt header: {label} has more numbers than any file holds")
+    if (last - first) * 8 != -(-count * DTYPE_BITS[word] // 8) * 8:
+        raise ValueError(f"corrupt header: {label} {word} has {last - first} bytes")
     return SafeTensor(path, word, shape, begin + first, last - first)
 
 
-def load_json(path: pathlib.Path) -> dict[str, Any]:
+def load_json(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
     """A file that holds one JSON object.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not, or is no regular file of at most `most` bytes, or nested too deeply.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
+    return read_object(path, most=most)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxsft.config import ConfigError
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.bounds import shown, size_problems
 from jaxsft.model.families import (
     cohere,
     cohere2,
@@ -71,12 +72,15 @@ def family(hf_config: dict[str, Any]) -> ModuleType:
         ConfigError: the model_type is missing or not known.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         text = hf_config.get("text_config")
         part = text.get("model_type") if isinstance(text, dict) else None
-        hint = f" (a model of text and more; its text part alone, model_type {part!r}, is known)" * (part in FAMILIES)
+        is_known = isinstance(part, str) and part in FAMILIES
+        hint = f" (a model of text and more; its text part alone, model_type {part!r}, is known)" * is_known
         known = ", ".join(FAMILIES)
-        raise ConfigError(f"the model's config.json: model_type {model_type!r} is not known{hint}; known are {known}")
+        raise ConfigError(
+            f"the model's config.json: model_type {shown(model_type)} is not known{hint}; known are {known}"
+        )
     return FAMILIES[model_type]
 
 
@@ -91,7 +95,13 @@ def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
     fields = Fields(hf_config)
     try:
         config = module.decoder_config(fields)
-    except (ArithmeticError, TypeError) as error:  # a zero to divide by, a list where a number is expected
+        problems = size_problems(config)
+    except (ArithmeticError, TypeError, ValueError, AttributeError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        # A zero to divide by, a list where a number is expected.
         raise refusal([f"a value makes no sense: {error}"]) from None
+    for problem in problems:
+        fields.problem(problem)
     fields.finish()
     return config
