@@ -15,6 +15,7 @@ from typing import Any
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
+from jaxsft.files import at_home
 from jaxsft.gguf.model import is_gguf, open_gguf
 from jaxsft.gguf.tokenizer import load_gguf_tokenizer
 from jaxsft.model.architecture import DecoderConfig
@@ -32,7 +33,7 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     Raises:
         ConfigError: there is no such folder, and the hub does not give one.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = at_home(path, "model.path")
     if folder.is_dir() or (folder.exists() and is_gguf(path)):
         return folder
     if folder.exists():
@@ -131,9 +132,12 @@ def read_chat_template(name: str) -> str:
     """
     if name in NAMED_TEMPLATES:
         return template_text(name)
+    path = at_home(name, "data.chat_template")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("a folder, or something else that is no file")
         # Not as text, which would change the ends of its lines: an export has it as it is.
-        return pathlib.Path(name).expanduser().read_bytes().decode()
+        return path.read_bytes().decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -20,6 +20,7 @@ from jaxsft.data import splits
 from jaxsft.data.columns import row_reader, without_nulls
 from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, lost
 from jaxsft.data.strict import BadRow, DataError
+from jaxsft.files import at_home
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
 
@@ -90,7 +91,7 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     Raises:
         DataError: as `source_files`.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     root = path
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and _kind(file) and file.name not in _METADATA]
@@ -184,7 +185,7 @@ def is_hub(source: str) -> bool:
         DataError: neither a file nor a hub dataset could have such a name.
     """
     try:
-        exists = Path(source).expanduser().exists()
+        exists = at_home(source).exists()
     except OSError:  # A name too long for a file.
         exists = False
     local = exists or re.search(r"[*?]", source) or source.startswith((".", "/", "~"))
