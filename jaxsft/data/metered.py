@@ -21,7 +21,7 @@ from jaxsft.data.strict import DataError
 STEP = 256
 """What a round of a loop costs, and a call: it takes about as long as making a text of so many characters."""
 _BASE, _PER_MESSAGE, _PER_CHARACTER = 2**26, 2**20, 1024
-_ELEMENT = 8
+_ELEMENT = 32
 """What an element of a list costs, and a part of a text with a source of its own."""
 _UNSIZED = frozenset([bool, int, float, type(None)])
 _LARGEST_INTEGER = 2**20
@@ -146,7 +146,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif kind in _UNSIZED:
             return value
         elif kind is self.text_class:  # One that knows its sources.
-            self.left -= len(value) + 4 * _ELEMENT * len(value._runs)
+            self.left -= len(value) + _ELEMENT * len(value._runs)
         else:
             try:
                 self.left -= _ELEMENT * len(value)
@@ -309,7 +309,7 @@ def _replace_cost(meter: Metered, value: Any, *rest: Any) -> int:
     if len(rest) < 2 or not isinstance(rest[0], str | bytes):
         return _product(meter, value, *rest)
     try:
-        return _size(value) + value.count(rest[0]) * _size(rest[1])
+        return _size(value) + value.count(rest[0]) * (_size(rest[1]) + 4 * _ELEMENT)
     except (TypeError, AttributeError):  # The call says what is wrong.
         return 0
 

@@ -295,7 +295,9 @@ def _read_parquet(path: Path, compression: str) -> Records:
                 for parse in parse_rows(read_row, batch):
                     number += 1
                     yield number, parse
-    except (pyarrow.ArrowException, OSError, MemoryError, RecursionError) as error:
+    except DataError:
+        raise
+    except _DAMAGED as error:
         raise DataError(f"{path}: not readable as Parquet after row {number}: {_reason(error)}") from None
 
 
@@ -307,8 +309,8 @@ def _check_parquet(path: Path, metadata: Any, size: int) -> None:
             packed, whole = chunk.total_compressed_size, chunk.total_uncompressed_size
             if whole > max(MOST_INFLATED, MOST_RATIO * size) or packed > size:
                 raise DataError(
-                    f"{path}: not readable as Parquet: of row group {group + 1}, column {chunk.path_in_schema!r} is said "
-                    f"to have {packed:,} bytes, {whole:,} without compression; the file has {size:,}"
+                    f"{path}: not readable as Parquet: column {chunk.path_in_schema!r} of row group {group + 1} is "
+                    f"said to have {packed:,} bytes, {whole:,} without compression; the file has {size:,}"
                 )
 
 
@@ -324,11 +326,33 @@ def _read_arrow(path: Path, compression: str) -> Records:
             read_row = row_reader(opened.schema)
             batches = map(opened.get_batch, range(opened.num_record_batches)) if is_indexed else opened
             for batch in batches:
+                _check_arrow(batch)
                 for parse in parse_rows(read_row, batch):
                     number += 1
                     yield number, parse
-    except (pyarrow.ArrowException, OSError, MemoryError, RecursionError) as error:
+    except DataError:
+        raise
+    except _DAMAGED as error:
         raise DataError(f"{path}: not readable as Arrow after row {number}: {_reason(error)}") from None
+
+
+def _check_arrow(batch: Any) -> None:
+    """Refuses columns whose offsets lead out of the file: nothing else would, and they would be read wherever they lead.
+
+    Bytes that are no text are those of a row, and make only that one bad.
+    """
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+
+
+# What pyarrow raises of a damaged file; its own errors are some of these.
+_DAMAGED = (OSError, MemoryError, RecursionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError)
 
 
 def _reason(error: BaseException) -> str:

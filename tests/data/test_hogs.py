@@ -33,7 +33,7 @@ HOGS = {
     "loops that are filtered": "{% for a in range(9999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     "loops over filters": "{% for a in range(99999)|map('string') %}{% for b in range(99999)|map('string') %}"
     "{% endfor %}{% endfor %}",
-    "recursive loop": "{% for x in [1, 1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
+    "recursive loop": "{% for x in [1, 1] recursive %}{{ loop([1, 1]) if loop.depth < 60 }}{% endfor %}",
     "recursive macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "product": "{{ 'x' * 10 ** 9 }}",
     "product of the content": "{{ 10 ** 9 * m.content }}",
@@ -44,8 +44,8 @@ HOGS = {
     "doubled by nesting": DOUBLED.replace("S", "[1]").replace("N", "[ns.s, ns.s]"),
     "doubled, as JSON": DOUBLED.replace("S", "[1]").replace("N", "[ns.s, ns.s]").replace("ns.s }}", "ns.s|tojson }}"),
     "doubled by replace": DOUBLED.replace("S", "m.content").replace("N", "ns.s.replace('H', 'HH')"),
-    "doubled by a block": "{% set ns = namespace(s=m.content) %}{% for i in range(60) %}{% set ns.s %}{{ ns.s }}{{ ns.s }}"
-    "{% endset %}{% endfor %}",
+    "doubled by a block": "{% set ns = namespace(s=m.content) %}{% for i in range(60) %}"
+    "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}",
     "squared": "{% set ns = namespace(n=9) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "power": "{{ (m.content|length) ** (10 ** 9) }}",
     "join": "{{ range(99999)|join('x' * 99999) }}",
@@ -98,7 +98,7 @@ def test_a_row_on_which_a_template_hogs_is_stopped_in_seconds_and_others_pass(na
         begin = time.process_time()
         with pytest.raises(TemplateHogs, match="far more with this conversation than its length allows"):
             render(hogged, 2)
-        assert time.process_time() - begin < 30
+        assert time.process_time() - begin < 20
     assert template.render(fine, 2).endswith("fine<|im_end|>\n"), "and nothing stays behind"
 
 
@@ -119,9 +119,7 @@ def hogging(make_tokenizer, tmp_path):
 
 def test_a_row_that_makes_the_template_hog_is_a_bad_row_with_a_code_of_its_own(hogging):
     config, encoder = hogging()
-    with pytest.raises(
-        DataError, match=r"rows\.jsonl:301: template-hogs: the chat template of tiny: the template does"
-    ):
+    with pytest.raises(DataError, match=r"rows\.jsonl:301: template-hogs: the chat template of tiny: "):
         prepare(config, config.train[0], encoder, tokenizer_files_key="t")
     config, encoder = hogging(on_bad_row="skip")
     report = prepare(config, config.train[0], encoder, tokenizer_files_key="t").report
@@ -191,7 +189,7 @@ def test_a_template_that_hogs_on_another_day_than_that_of_the_run_is_stopped_bef
         "m.content|trim + '<|im_end|>\\n' %}{% endfor %}{{ ns.t }}",
         "{% for m in messages %}{% for other in messages[:loop.index] %}{% endfor %}<|im_start|>{{ m.role }}\n"
         "{% for c in m.content %}{{ c }}{% endfor %}<|im_end|>\n{% endfor %}",
-        "{% for i in range(messages|length) %}{% set m = messages[i] %}{% for line in m.content.split(' ') %}{% endfor %}"
+        "{% for i in range(messages|length) %}{% set m = messages[i] %}{% for w in m.content.split(' ') %}{% endfor %}"
         "{{ '<|im_start|>%s\n' % m.role + m.content|replace('  ', ' ') }}<|im_end|>\n{% endfor %}",
     ],
     ids=["plain", "added up", "letter by letter, and all messages for each", "by words"],
