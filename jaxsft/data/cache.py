@@ -137,7 +137,12 @@ def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     lock = Lock(made / LOCK)
     with writing(made):
         made.mkdir()
-        lock.acquire()
+        try:
+            lock.acquire()
+        except BaseException:
+            _remove(made)
+            lock.release()
+            raise
     try:
         yield made
     finally:

@@ -65,7 +65,7 @@ class _Generator(CodeGenerator):
         self.write("))" if frame.eval_ctx.volatile or frame.eval_ctx.autoescape else ")")
 
     @optimizeconst
-    def visit_Add(self, node: jinja2.nodes.Add, frame: Frame) -> None:
+    def visit_Add(self, node: jinja2.nodes.BinExpr, frame: Frame) -> None:
         is_counted = self._counted.get(id(node)) is node
         self._counted |= {id(side): side for side in (node.left, node.right)}
         self.write("(" if is_counted else "environment.made(")
@@ -112,7 +112,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _Generator
     # Also so that no product of constants is made when a template is compiled.
     intercepted_binops = frozenset(["*", "**", "%"])
-    text_class: type = str
+    text_class: Any = str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -124,7 +124,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {
             name: filter if name in _SMALL else self._metered(name, filter) for name, filter in self.filters.items()
         } | {"_looped": _looped}
-        is_in = self.tests["in"]
+        is_in: Any = self.tests["in"]
         self.tests = self.tests | {"in": lambda value, seq: is_in(value, self.walked(seq))}
         self.globals["lipsum"] = self._lipsum
 
@@ -156,7 +156,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
             raise self.hogs()
         return value
 
-    def text(self, value: Any) -> str:
+    def text(self, value: Any) -> Any:
         """What `{{ value }}` prints."""
         if type(value) is self.text_class:
             self.left -= len(value)
@@ -198,7 +198,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """All parts one after the other."""
         return "".join(parts)
 
-    def concat(self, parts: Any) -> str:  # type: ignore[override]
+    def concat(self, parts: Any) -> str:
         parts = list(parts)
         if sum(map(len, parts)) > self.left:
             raise self.hogs()

@@ -107,16 +107,16 @@ def _element(path: Path, text: str, at: int, line: int) -> tuple[int, Parse]:
         line = text.count("\n", 0, error.pos) + 1
         raise lost(path, line, "bad-json", f"not readable as JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        end = _end_of(text, at)
-        if end is None:
+        close = _end_of(text, at)
+        if close is None:
             raise lost(path, line, "too-deep", f"{TOO_DEEP}, and this element has no end") from None
-        return end, functools.partial(_refuse, "too-deep", TOO_DEEP)
+        return close, functools.partial(_refuse, "too-deep", TOO_DEEP)
     except ValueError:
         # Not acceptable: what is wrong with it is said when it is parsed, if it has an end.
-        end = _end_of(text, at)
-        if end is None:
+        close = _end_of(text, at)
+        if close is None:
             raise lost(path, line, "bad-json", "not readable as JSON: an element that has no end") from None
-        return end, functools.partial(_parse_element, text[at:end])
+        return close, functools.partial(_parse_element, text[at:close])
 
 
 def _end_of(text: str, at: int) -> int | None:
@@ -337,7 +337,7 @@ def _read_arrow(path: Path, compression: str) -> Records:
 
 
 def _check_arrow(batch: Any) -> None:
-    """Refuses columns whose offsets lead out of the file: nothing else would, and they would be read wherever they lead.
+    """Refuses columns whose offsets lead out of the file: nothing else would, and all there would be read.
 
     Bytes that are no text are those of a row, and make only that one bad.
     """

@@ -184,7 +184,7 @@ class ChatTemplate:
     ) -> str:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         try:
-            template = _compiled(self._sources[name], self._today, kind, threading.get_ident())
+            template = _compiled(self._sources[name], self._today, kind, threading.get_ident())  # type: ignore[arg-type]
             template.environment.left = allowance  # type: ignore[attr-defined]
             return template.render(
                 **self._variables
