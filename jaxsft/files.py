@@ -13,6 +13,8 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +36,55 @@ class WriteError(OSError):
     """Something could not be written; what was there before is untouched. Its text is shown as it is."""
 
     exit_code = 74
+
+
+def at_home(path: str | os.PathLike[str], key: str = "") -> pathlib.Path:
+    """A path that a user gave, with `~` and `~name` at its beginning as the folders that they stand for.
+
+    Args:
+        path: as it was given.
+        key: of the config, for the error.
+
+    Raises:
+        ConfigError: nobody knows that folder: HOME is not set and the user is in no list, or there is no such user.
+    """
+    text = os.fspath(path)
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        start = text.split("/")[0]
+        remedy = "set HOME, or give the path in full" if start == "~" else "give the path in full"
+        raise ConfigError(f"{f'{key}: ' * bool(key)}{text}: the folder of {start} is not known; {remedy}") from None
+
+
+def user_cache(say: Callable[[str], None] = lambda text: None) -> pathlib.Path:
+    """The folder of this program in the user's cache; where the user has no home, a private one among temporary files.
+
+    Args:
+        say: is told where that is.
+
+    Raises:
+        ConfigError: there is such a private folder, and it is somebody else's.
+        WriteError: it cannot be made.
+    """
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(folder) / "jaxsft"
+    with contextlib.suppress(ConfigError):
+        return at_home("~") / ".cache" / "jaxsft"
+    private = pathlib.Path(tempfile.gettempdir()) / f"jaxsft-{os.getuid()}"
+    with writing(private), contextlib.suppress(FileExistsError):
+        private.mkdir(mode=0o700)
+    found = private.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"{private}: not a folder that only this user writes into; give another as data.cache")
+    if private not in _TOLD:
+        _TOLD.add(private)
+        say(f"{private}: prepared data go there, since HOME is not set; set HOME or data.cache to keep them elsewhere")
+    return private
+
+
+_TOLD: set[pathlib.Path] = set()
+"""Private folders that this process has spoken of."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -184,6 +235,28 @@ class Lock:
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
         self._thread.start()
 
+    def acquire_from_dead(self, unchanged: bytes | None = None) -> bool:
+        """Takes the lock of an owner that is known to be dead, and waits for nothing; whether it has it.
+
+        Args:
+            unchanged: what the file held at least `dead_seconds` ago, where somebody looked: an owner on another host
+                that has not written since is dead.
+        """
+        try:
+            if not self._is_local or not stat.S_ISREG(os.lstat(self._path).st_mode):
+                return False
+            if self._read() is None and self._path.read_bytes() != unchanged:
+                return False  # Perhaps its owner is about to write into it.
+            is_alone = self._lock_file()
+            found, content = self._read(), self._path.read_bytes()
+        except (OSError, ConfigError):
+            self._close()
+            return False
+        if content == unchanged or (is_alone and found is not None and found.get("boot") == _boot()):
+            return True
+        self._close()
+        return False
+
     def check(self) -> None:
         """To be called before something is written.
 
@@ -196,6 +269,7 @@ class Lock:
     def release(self) -> None:
         """Gives the lock back, if it is held."""
         if self._thread is None:
+            self._close()
             return
         self._stop.set()
         self._thread.join()

@@ -15,6 +15,7 @@ from typing import Any
 from jaxsft.config import ConfigError
 from jaxsft.data.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.data.probe import check_template
+from jaxsft.files import at_home
 from jaxsft.foreign import MOST_CONFIG_BYTES, check_folder, check_tokenizer_files, read_regular
 from jaxsft.gguf.model import is_gguf, open_gguf
 from jaxsft.gguf.tokenizer import load_gguf_tokenizer
@@ -36,7 +37,7 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     Raises:
         ConfigError: there is no such folder, and the hub does not give one.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = at_home(path, "model.path")
     if folder.is_dir():
         check_folder(folder)
         return folder
@@ -156,9 +157,10 @@ def read_chat_template(name: str) -> str:
     """
     if name in NAMED_TEMPLATES:
         return template_text(name)
+    path = at_home(name, "data.chat_template")
     try:
         # Not as text, which would change the ends of its lines: an export has it as it is.
-        return read_regular(pathlib.Path(name).expanduser(), most=MOST_CONFIG_BYTES).decode()
+        return read_regular(path, most=MOST_CONFIG_BYTES).decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -33,7 +33,7 @@ from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.export import export_problem
-from jaxsft.files import write_whole
+from jaxsft.files import at_home, write_whole
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import (
     Diverged,
@@ -284,7 +284,7 @@ def run_folder(config: Config) -> epath.Path:
     assert config.run_dir is not None, "load_config fills it in"
     if "://" in config.run_dir:
         raise ConfigError(f"run_dir: {config.run_dir}: only folders that are mounted on the hosts can be used so far")
-    return epath.Path(config.run_dir).expanduser().resolve()
+    return epath.Path(at_home(config.run_dir, "run_dir")).resolve()
 
 
 def resolve_date(config: Config, folder: epath.Path | None) -> Config:

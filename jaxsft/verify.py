@@ -7,6 +7,7 @@ from etils import epath
 
 from jaxsft.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
 from jaxsft.config import ConfigError
+from jaxsft.files import at_home
 from jaxsft.run_folder import FINGERPRINT
 from jaxsft.seal import SEAL, UNFINISHED, problem_of, read_object, read_seal, read_sealed_object
 from jaxsft.writers import metrics_problem
@@ -30,7 +31,7 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
     Raises:
         ConfigError: the path is neither a run folder nor an export.
     """
-    folder = epath.Path(path).expanduser()
+    folder = epath.Path(at_home(path))
     if (folder / SEAL).exists() or (folder / "config.json").exists():
         findings = [_sealed(folder, folder.name, problem_of(folder))]
     elif (folder / "checkpoints").exists() or (folder / FINGERPRINT).exists():

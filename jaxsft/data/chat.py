@@ -19,6 +19,7 @@ from jaxsft.data.flags import OURS
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
 from jaxsft.data.habits import fitted
 from jaxsft.data.invariant import Given, check_weights
+from jaxsft.data.metered import TemplateHogs
 from jaxsft.data.parts import character_weights, token_weights
 from jaxsft.data.provenance import TEMPLATE, UNKNOWN
 from jaxsft.data.starts import MaskError
@@ -169,6 +170,8 @@ class ChatEncoder:
             text = self._template.render(traceable, len(messages), prompt=True)
         except TemplateError as error:
             raise self._refused(error) from error
+        except TemplateHogs as error:
+            raise self._stopped(error) from error
         trust, _ = self._characters(text.runs, traceable.sources, messages)
         (tokens,) = self._text_encoder.encode([text], [trust])
         if isinstance(tokens, ControlError):
@@ -277,6 +280,9 @@ class ChatEncoder:
             found[0].counts.update(dropped_exchanges=num_dropped, dropped_exchange_tokens=before - after)
         return found
 
+    def _stopped(self, error: TemplateHogs) -> MaskError:
+        return MaskError(f"{template_name(self._tokenizer)}: {error}", "template-hogs")
+
     def _refused(self, error: TemplateError) -> MaskError:
         return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
 
@@ -290,6 +296,8 @@ class ChatEncoder:
             return self._drawn(conversation)
         except TemplateError as error:
             raise self._refused(error) from error
+        except TemplateHogs as error:
+            raise self._stopped(error) from error
 
     def _drawn(self, conversation: Conversation) -> "list[_Drawn]":
         if self._finder is None:
@@ -349,8 +357,15 @@ class ChatEncoder:
         return conversation._replace(messages=messages), num_stripped
 
     def _compare(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], views: Sequence[View]) -> None:
-        """Our text is transformers' text; else the mask would be of another conversation."""
+        """Our text is transformers' text; else the mask would be of another conversation.
+
+        Transformers renders without any limit, so only what we have rendered before, with the same day.
+        """
         for layout in {id(layout): layout for view in views for layout in view.renders}.values():
+            ours: str = layout.text
+            if self._clock is not None:  # Theirs is of today.
+                traceable = number_sources(messages, tools, kwargs)
+                ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
             try:
                 theirs = self._tokenizer.apply_chat_template(
                     messages[: layout.num_messages],
@@ -361,10 +376,6 @@ class ChatEncoder:
                 )
             except Exception as error:  # A template may raise anything.
                 raise self._refused(TemplateError(" ".join(str(error).split())[:300])) from error
-            ours: str = layout.text
-            if self._clock is not None:  # Theirs is of today.
-                traceable = number_sources(messages, tools, kwargs)
-                ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
             if theirs != ours:
                 raise MaskError(f"{template_name(self._tokenizer)}: rendered otherwise here than by transformers")
 

@@ -10,11 +10,20 @@ left out; JSON is decoded, and its nulls stay; a string that only looks like JSO
 row has its text, and (`AsWritten` of `strict.py`) of objects and lists that are not spaced as `datasets` writes them.
 """
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxsft.data.strict import BadRow, ListAsWritten, ObjectAsWritten, bad_utf8, parse_json
+from jaxsft.data.strict import (
+    MAX_ROW_BYTES,
+    TOO_DEEP,
+    BadRow,
+    ListAsWritten,
+    ObjectAsWritten,
+    bad_utf8,
+    parse_json,
+)
 
 Read = Callable[[Any], Any]
 """Makes the value that was written of the one that Arrow gives."""
@@ -37,6 +46,8 @@ def row_reader(schema: Any) -> Callable[[Any, int], dict[str, Any]]:
             (row,) = table.slice(index, 1).to_pylist()
         except UnicodeDecodeError as error:
             raise bad_utf8(error.object[error.start], error.start) from None
+        except RecursionError:
+            raise BadRow("too-deep", TOO_DEEP) from None
         fields = {}
         for name, value in row.items():
             if value is not None:
@@ -47,6 +58,23 @@ def row_reader(schema: Any) -> Callable[[Any, int], dict[str, Any]]:
         return fields
 
     return read_row
+
+
+def parse_rows(read_row: Callable[[Any, int], dict[str, Any]], table: Any) -> Iterator[Callable[[], dict[str, Any]]]:
+    """What gives each row of a table, when it is wanted.
+
+    The functions raise BadRow: as `row_reader` says, and for a row that is too large.
+    """
+    has_large = table.nbytes > MAX_ROW_BYTES
+    for index in range(table.num_rows):
+        if has_large and table.slice(index, 1).nbytes > MAX_ROW_BYTES:
+            yield _refuse_large
+        else:
+            yield functools.partial(read_row, table, index)
+
+
+def _refuse_large() -> dict[str, Any]:
+    raise BadRow("row-too-large", f"a row of more than {MAX_ROW_BYTES // 2**20} MiB")
 
 
 def without_nulls(value: Any) -> Any:
@@ -60,7 +88,7 @@ def _features(schema: Any) -> dict[str, Any]:
     """The types that `datasets` noted, which know of JSON where the Arrow type was lost on the way."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 

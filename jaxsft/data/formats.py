@@ -17,7 +17,7 @@ from jaxsft.data.messages import AS_USUAL, READ_KEYS, Message, Spelling
 from jaxsft.data.readings import FORMATS, PREFERENCE, Format, says
 from jaxsft.data.roles import ALIASES, check_role
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows, read_rows
-from jaxsft.data.strict import BadRow, short
+from jaxsft.data.strict import TOO_DEEP, BadRow, short
 
 __all__ = [
     "FORMATS", "SAMPLE", "Chosen", "Conversation", "Document", "Item", "Message", "Problem", "Tokenised",
@@ -177,6 +177,8 @@ def convert(
             _check_trained(item, trained_roles)
     except BadRow as bad:
         return Problem(bad.code, row.origin, str(bad))
+    except RecursionError:  # JSON in the text of JSON, each of which is not too deep alone.
+        return Problem("too-deep", row.origin, TOO_DEEP)
     return [item._replace(origin=row.origin) for item in items]
 
 
@@ -338,21 +340,21 @@ def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], 
     whose = ALIASES.get(mask.lower()) if isinstance(mask, str) and "mask" not in spelling.ignored else "user"
     if is_chat and whose not in ("user", "system"):
         raise BadRow("unknown-flag", f"mask: {short(mask)} is not to be trained; use data.train_on, and ignore_keys")
+    counts: set[int] = set()
+    for item in items:
+        if isinstance(item, Conversation):
+            counts |= {len(item.messages), sum(message["role"] == "assistant" for message in item.messages)}
     for name, values in fields.items():
         if not isinstance(values, list) or name in (*known.columns, *known.optional, *spelling.ignored):
             continue
-        if not all(isinstance(value, bool | int | float) for value in values):
+        if len(values) not in counts or not all(isinstance(value, bool | int | float) for value in values):
             continue
-        for item in items:
-            if not isinstance(item, Conversation) or not could_be_flag(values):
-                continue
-            answers = [message for message in item.messages if message["role"] == "assistant"]
-            if len(values) in (len(item.messages), len(answers)):
-                raise BadRow(
-                    "unknown-flag",
-                    f"the column {name!r} ({short(values)}) could say which turns are trained, and is not read; name "
-                    "it in data.ignore_keys, or give each turn its `weight`",
-                )
+        if could_be_flag(values):
+            raise BadRow(
+                "unknown-flag",
+                f"the column {name!r} ({short(values)}) could say which turns are trained, and is not read; name it in "
+                "data.ignore_keys, or give each turn its `weight`",
+            )
 
 
 def _check_trained(item: Item, trained_roles: Collection[str] | None) -> None:

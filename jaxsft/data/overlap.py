@@ -5,13 +5,13 @@ from or by their content, token for token; it is an error unless the config allo
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.data.prepare import Prepared
 from jaxsft.data.sources import DataError, is_hub, source_files
+from jaxsft.files import at_home
 
 _SAMPLES = 8
 """Tokens of an example that are compared first: few examples agree in them and differ elsewhere."""
@@ -100,5 +100,5 @@ def _places(source: SourceConfig, *, held_out: bool) -> set[str]:
 
 def _place(name: str) -> str:
     """A file by where it is, a hub dataset by its name."""
-    path = Path(name).expanduser()
+    path = at_home(name)
     return str(path.resolve()) if path.exists() else name

@@ -2,22 +2,17 @@
 
 In: one source of the config, and the encoder. Out: `Prepared`, from the cache where an equal one is there and whole.
 
-    KEY/tokens.bin, loss_weights.bin, writers.bin, offsets.bin, origins.bin     see `Prepared`
-    KEY/report.json     what was read, kept, dropped and cut
-    KEY/seal.json       size and CRC-32 of every other file; written last
-
-Rows are never all in memory: they go through in chunks, on several processes where there are many.
+Rows are never all in memory: they go through in chunks, on several processes where there are many. Where the files
+stand is `cache.py`'s.
 """
 
 import contextlib
 import hashlib
+import io
 import json
-import os
 import pathlib
 import re
-import shutil
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -28,22 +23,15 @@ import numpy as np
 
 from jaxsft.batch import Example
 from jaxsft.config import DataConfig, SourceConfig
-from jaxsft.data import formats
+from jaxsft.data import cache, formats
 from jaxsft.data.chat import ChatEncoder
 from jaxsft.data.messages import Spelling
 from jaxsft.data.named_templates import NAMED_TEMPLATES
 from jaxsft.data.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
 from jaxsft.data.sources import DataError, Problem, Row, bad_rows, choose_files, is_hub, read_rows, source_digest
 from jaxsft.data.workers import CHUNK, Workers
+from jaxsft.files import writing
 
-REPORT, SEAL = "report.json", "seal.json"
-ARRAYS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "tokens": (np.int32, (-1,)),
-    "loss_weights": (np.float32, (-1,)),
-    "writers": (np.uint8, (-1,)),
-    "offsets": (np.int64, (-1,)),
-    "origins": (np.int64, (-1, 3)),
-}
 SAY_EVERY = 10.0
 """Seconds between two words on how far the work is."""
 
@@ -109,6 +97,8 @@ def prepare(
 
     Raises:
         DataError: anything wrong with the rows, or none is left.
+        ConfigError: what stands where the prepared data belong is somebody else's.
+        WriteError: they cannot be written.
     """
     described = {
         "source": source_digest(source.path, held_out=is_held_out(config, source)),
@@ -133,27 +123,20 @@ def prepare(
         "versions": {package: metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")},
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    folder = _cache_folder(config) / key
-    prepared = _load(folder, key)
-    if prepared is not None:
-        return prepared
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and then renamed, so that a folder of that name is always whole.
-    for left in folder.parent.glob(".*-*"):  # Of preparations that were killed, a day ago or longer.
-        with contextlib.suppress(OSError):  # Whoever builds it may be done just now.
-            if time.time() - left.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(left, ignore_errors=True)
-    building = folder.with_name(f".{key[:16]}-{uuid.uuid4().hex}")
-    building.mkdir()
-    try:
+    folder = cache.folder(config.cache, say) / key
+    found = cache.load(folder)
+    if found is not None:
+        return Prepared(key, **found.arrays, report=found.report)
+    cache.claim(folder.parent)
+    cache.check_replaceable(folder, say)
+    with cache.building(folder) as building:
         _build(building, config, source, encoder, limit, fingerprint, say)
-        prepared = _load(building, key)
-        assert prepared is not None, "whole, for it was just written"
-        _put_in_place(building, folder, key)
-        # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
-        return _load(folder, key) or prepared
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        found = cache.load(building)
+        assert found is not None, "whole, for it was just written"
+        cache.put_in_place(building, folder)
+    # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
+    found = cache.load(folder) or found
+    return Prepared(key, **found.arrays, report=found.report)
 
 
 class Opened(NamedTuple):
@@ -299,14 +282,18 @@ def _build(
     crc = 0
     begin = said = time.perf_counter()
     with contextlib.closing(workers), contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _FLAT}
+        with writing(folder):
+            # Without buffers, which would be written once more when they are closed.
+            files = {name: stack.enter_context((folder / f"{name}.bin").open("wb", buffering=0)) for name in _FLAT}
         for portion in workers.map((0, chunk) for chunk in chunks(opened.rows)):
             origin_rows.append(origins.rows(portion, tally.items))
             tally.add(portion)
             lengths.append(portion.lengths)
             encoded_lengths.append(portion.encoded_lengths)
-            for name, file in files.items():
-                file.write(getattr(portion, name).tobytes())
+            flat = {name: getattr(portion, name).tobytes() for name in _FLAT}
+            with writing(folder, sum(map(len, flat.values()))):
+                for name, file in files.items():
+                    _write_all(file, flat[name])
             # Example by example, so that it does not depend on how rows are cut into portions.
             for tokens, weights in _examples(portion):
                 crc = zlib.crc32(weights.tobytes(), zlib.crc32(tokens.tobytes(), crc))
@@ -318,75 +305,28 @@ def _build(
     report = opened.described | tally.report()
     if not tally.examples:
         raise nothing_left(source.path, report, config.seq_len, int(all_lengths.min()) if len(all_lengths) else 0)
-    np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64).tofile(folder / "offsets.bin")
-    np.concatenate(origin_rows).tofile(folder / "origins.bin")
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     report |= {
         "files": list(origins.files),
         "length_percentiles": percentiles(all_lengths),
         "fingerprint": fingerprint | {"examples": f"{crc:08x}"},
-        "bytes": {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS},
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    seal = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
-    (folder / SEAL).write_text(json.dumps(seal, indent=1), encoding="utf-8")
+    cache.finish(folder, offsets, np.concatenate(origin_rows), report)
 
 
 _FLAT = ("tokens", "loss_weights", "writers")
+
+
+def _write_all(file: io.FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _examples(portion: Portion) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     ends = np.cumsum(portion.lengths)
     for start, end in zip(ends - portion.lengths, ends, strict=True):
         yield portion.tokens[start:end], portion.loss_weights[start:end]
-
-
-def _checksum(path: pathlib.Path) -> list[int]:
-    """Size and CRC-32 of a file."""
-    if not path.stat().st_size:
-        return [0, 0]
-    content = np.memmap(path, np.uint8, "r")
-    return [len(content), zlib.crc32(content)]
-
-
-def _cache_folder(config: DataConfig) -> pathlib.Path:
-    if config.cache is not None:
-        return pathlib.Path(config.cache).expanduser()
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxsft"
-
-
-def _load(folder: pathlib.Path, key: str) -> Prepared | None:
-    """The prepared data in a folder; None unless it is whole, to the byte."""
-    try:
-        seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        if seal.keys() != {REPORT, *(f"{name}.bin" for name in ARRAYS)}:
-            return None
-        if any(_checksum(folder / name) != sealed for name, sealed in seal.items()):
-            return None
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        arrays = {
-            name: np.memmap(folder / f"{name}.bin", dtype, "r").reshape(shape)
-            for name, (dtype, shape) in ARRAYS.items()
-        }
-        return Prepared(key, **arrays, report=report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _put_in_place(building: pathlib.Path, folder: pathlib.Path, key: str) -> None:
-    """Renames; of several processes that prepare the same, the first one's work stays."""
-    try:
-        building.rename(folder)
-        return
-    except OSError:
-        if _load(folder, key) is not None:
-            return
-    # What stands there is damaged. Another process may be about to replace it as well.
-    damaged = building.with_name(f"{building.name}-damaged")
-    with contextlib.suppress(OSError):
-        folder.rename(damaged)
-    shutil.rmtree(damaged, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        building.rename(folder)
 
 
 def prepared_in_memory(portions: Sequence[Portion], report: dict[str, Any]) -> Prepared:

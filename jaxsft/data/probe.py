@@ -1,5 +1,6 @@
 """A chat template in a process of its own: whether it is a program that ends, in little memory, before it is used."""
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -7,8 +8,10 @@ import sys
 from typing import Any
 
 import jinja2
+import jinja2.nodes
 
-from jaxsft.data.template import ChatTemplate, TemplateError, number_sources
+from jaxsft.data.metered import Metered, TemplateHogs
+from jaxsft.data.template import EXTENSIONS, ChatTemplate, TemplateError, number_sources
 
 _SECONDS, _BYTES = 10, 2**30
 
@@ -85,18 +88,41 @@ def _probe() -> None:
     except (ImportError, ValueError, OSError):
         pass  # Not on this system; the time limit of the parent remains.
     task = json.loads(sys.stdin.read())
+    if _has_huge_constant(task["source"]):
+        print("computes a constant of millions of characters or digits")
+        return
     template = ChatTemplate(task["source"], task["variables"])
     for probe in _PROBES:
         for prompt in (False, True):
             conversation = number_sources(probe["messages"], probe.get("tools"), {})
             try:
                 template.render(conversation, len(probe["messages"]), prompt=prompt)
+            except TemplateHogs:
+                print("takes far more time or memory than any template should: its loops hardly end, or its texts do")
+                return
             except TemplateError as error:
                 if isinstance(error.__cause__, MemoryError):
                     raise
                 if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                     print(f"is not Jinja: line {error.__cause__.lineno}: {error.__cause__.message}")
                     return
+
+
+class _Folding(Metered):
+    """Computes constants when a template is compiled, as Jinja does it for transformers, whatever rows may follow."""
+
+    intercepted_binops = frozenset()
+
+
+def _has_huge_constant(source: str) -> bool:
+    environment = _Folding(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
+    environment.meter()
+    # Jinja computes with these, and takes any error for a constant that has to wait. This process is only for that.
+    for operator in ("*", "**", "%"):
+        jinja2.nodes._binop_to_func[operator] = functools.partial(environment.call_binop, None, operator)
+    with contextlib.suppress(jinja2.TemplateError):  # Said of the first render.
+        environment.from_string(source)
+    return environment.left < 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from jaxsft.data.columns import row_reader
+from jaxsft.data.columns import parse_rows, row_reader
 from jaxsft.data.strict import (
     DECODER,
     MAX_ROW_BYTES,
@@ -28,6 +28,7 @@ from jaxsft.data.strict import (
     bad_utf8,
     check_utf8,
     check_value,
+    first_repeated,
     parse_json,
 )
 
@@ -67,7 +68,7 @@ def _read_json(path: Path, compression: str) -> Records:
             yield from _read_jsonl(path, compression)
             return
         # Bytes that are no UTF-8 survive as half surrogates, so that the element that holds them can be named.
-        text = (head + file.read()).removeprefix(_BOM).decode(errors="surrogateescape")
+        text = (head + _rest(path, file)).removeprefix(_BOM).decode(errors="surrogateescape")
     at = _skip_space(text, 0)
     if at == len(text):
         return
@@ -106,11 +107,26 @@ def _element(path: Path, text: str, at: int, line: int) -> tuple[int, Parse]:
         line = text.count("\n", 0, error.pos) + 1
         raise lost(path, line, "bad-json", f"not readable as JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise lost(path, line, "too-deep", TOO_DEEP) from None
+        close = _end_of(text, at)
+        if close is None:
+            raise lost(path, line, "too-deep", f"{TOO_DEEP}, and this element has no end") from None
+        return close, functools.partial(_refuse, "too-deep", TOO_DEEP)
     except ValueError:
-        # Well-formed but not acceptable: find its end with a decoder that takes everything.
-        end = json.JSONDecoder(parse_int=float).raw_decode(text, at)[1]
-        return end, functools.partial(_parse_element, text[at:end])
+        # Not acceptable: what is wrong with it is said when it is parsed, if it has an end.
+        close = _end_of(text, at)
+        if close is None:
+            raise lost(path, line, "bad-json", "not readable as JSON: an element that has no end") from None
+        return close, functools.partial(_parse_element, text[at:close])
+
+
+def _end_of(text: str, at: int) -> int | None:
+    """Where the object or list that starts at `at` is closed, by its brackets alone; None where it is not."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, at):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found.group(), 0)
+        if depth == 0:
+            return found.end()
+    return None
 
 
 def _parse_element(text: str, value: Any = None) -> dict[str, Any]:
@@ -124,17 +140,26 @@ def _parse_element(text: str, value: Any = None) -> dict[str, Any]:
 
 
 def _read_csv(path: Path, compression: str) -> Records:
-    csv.field_size_limit(2**31 - 1)  # The default refuses cells of more than 131,072 characters.
+    csv.field_size_limit(MAX_ROW_BYTES)  # The default refuses cells of more than 131,072 characters.
     lines = _text_lines(path, compression)
     first = next(lines, (0, ""))[1]
     # Excel may say in a line of its own what it writes between cells.
     said = re.fullmatch(r"sep=(.)\r?\n?", first)
     delimiter = said[1] if said else _delimiter(first)
-    texts = itertools.chain([] if said else [first], (line for _, line in lines))
-    reader = csv.reader(texts, strict=True, delimiter=delimiter)
+    size = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for line in itertools.chain([] if said else [first], (line for _, line in lines)):
+            size += len(line)
+            if size > MAX_ROW_BYTES:
+                raise lost(path, start, "row-too-large", f"a record of more than {MAX_ROW_BYTES // 2**20} MiB")
+            yield line
+
+    reader = csv.reader(texts(), strict=True, delimiter=delimiter)
     header: list[str] | None = None
     while True:
-        start = reader.line_num + 1 + bool(said)
+        start, size = reader.line_num + 1 + bool(said), 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -180,11 +205,8 @@ def _read_tsv(path: Path, compression: str) -> Records:
             continue
         cells = [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
         if '"' in line:
-            taken, whole = [(start, line)], _quoted_cells(line)
-            while whole == [] and len(taken) < _MAX_JOINED and (following := _peek(ahead, lines, len(taken) - 1)):
-                taken.append(following)
-                if '"' in following[1]:
-                    whole = _quoted_cells("".join(text for _, text in taken))
+            taken = [(start, line)]
+            whole = _quoted_cells(_joined(taken, ahead, lines))
             width = len(header or whole or ())
             rows_alone = len(taken) > 1 and all(text.count("\t") + 1 == width for _, text in taken)
             if whole and len(whole) == width and not rows_alone:
@@ -198,6 +220,20 @@ def _read_tsv(path: Path, compression: str) -> Records:
         yield start, functools.partial(_parse_cells, header, cells)
 
 
+def _joined(
+    taken: list[tuple[int, str]], ahead: collections.deque[tuple[int, str]], lines: Iterator[tuple[int, str]]
+) -> Iterator[str]:
+    """The lines that a record may go on over, as far as they are wanted; each is added to `taken`, and stays ahead."""
+    yield taken[0][1]
+    size = len(taken[0][1])
+    while len(taken) < _MAX_JOINED and (following := _peek(ahead, lines, len(taken) - 1)):
+        size += len(following[1])
+        if size > MAX_ROW_BYTES:
+            return
+        taken.append(following)
+        yield following[1]
+
+
 def _peek(
     ahead: collections.deque[tuple[int, str]], lines: Iterator[tuple[int, str]], at: int
 ) -> tuple[int, str] | None:
@@ -206,13 +242,12 @@ def _peek(
     return ahead[at] if at < len(ahead) else None
 
 
-def _quoted_cells(text: str) -> list[str] | None:
-    """The cells of one record by the rules of quoting; [] if a quoted cell is still open, None if they are broken."""
+def _quoted_cells(lines: Iterator[str]) -> list[str] | None:
+    """The cells of one record by the rules of quoting, of as many lines as it takes; None if they are broken."""
     try:
-        records = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
-    except csv.Error as error:
-        return [] if "end of data" in str(error) else None
-    return records[0] if len(records) == 1 else None
+        return next(csv.reader(lines, delimiter="\t", strict=True))
+    except (csv.Error, StopIteration):
+        return None
 
 
 def _unquoted(cell: str) -> str:
@@ -225,9 +260,9 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     """The names of the columns: the first line, or "1", "2", ... where that is a row already (no name is so long)."""
     if any(len(cell) > 60 or len(cell.split()) > 6 for cell in cells):
         return [str(number) for number in range(1, len(cells) + 1)]
-    repeated = sorted({name for name in cells if cells.count(name) > 1})
-    if repeated:
-        raise DataError(f"{path}:1: column {repeated[0]!r} is given twice in the header")
+    repeated = first_repeated(cells)
+    if repeated is not None:
+        raise DataError(f"{path}:1: column {repeated!r} is given twice in the header")
     return cells
 
 
@@ -254,13 +289,29 @@ def _read_parquet(path: Path, compression: str) -> Records:
     number = 0
     try:
         with _open(path, compression) as stream, pyarrow.parquet.ParquetFile(stream, **_parquet_options()) as file:
+            _check_parquet(path, file.metadata, _size(stream))
             read_row = row_reader(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
-                for index in range(batch.num_rows):
+                for parse in parse_rows(read_row, batch):
                     number += 1
-                    yield number, functools.partial(read_row, batch, index)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet after row {number}: {error}") from None
+                    yield number, parse
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise DataError(f"{path}: not readable as Parquet after row {number}: {_reason(error)}") from None
+
+
+def _check_parquet(path: Path, metadata: Any, size: int) -> None:
+    """Refuses a file that says of itself that it becomes far more than it holds."""
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            packed, whole = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if whole > max(MOST_INFLATED, MOST_RATIO * size) or packed > size:
+                raise DataError(
+                    f"{path}: not readable as Parquet: column {chunk.path_in_schema!r} of row group {group + 1} is "
+                    f"said to have {packed:,} bytes, {whole:,} without compression; the file has {size:,}"
+                )
 
 
 def _read_arrow(path: Path, compression: str) -> Records:
@@ -275,11 +326,40 @@ def _read_arrow(path: Path, compression: str) -> Records:
             read_row = row_reader(opened.schema)
             batches = map(opened.get_batch, range(opened.num_record_batches)) if is_indexed else opened
             for batch in batches:
-                for index in range(batch.num_rows):
+                _check_arrow(batch)
+                for parse in parse_rows(read_row, batch):
                     number += 1
-                    yield number, functools.partial(read_row, batch, index)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Arrow after row {number}: {error}") from None
+                    yield number, parse
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise DataError(f"{path}: not readable as Arrow after row {number}: {_reason(error)}") from None
+
+
+def _check_arrow(batch: Any) -> None:
+    """Refuses columns whose offsets lead out of the file: nothing else would, and all there would be read.
+
+    Bytes that are no text are those of a row, and make only that one bad.
+    """
+    import pyarrow
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+
+
+# What pyarrow raises of a damaged file; its own errors are some of these.
+_DAMAGED = (OSError, MemoryError, RecursionError, ValueError, KeyError, IndexError, TypeError, NotImplementedError)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, RecursionError):
+        return TOO_DEEP
+    return " ".join(str(error).split()) or "there is not enough memory for it"
 
 
 READERS: dict[str, Callable[[Path, str], Records]] = {
@@ -293,7 +373,15 @@ READERS: dict[str, Callable[[Path, str], Records]] = {
 }
 COMPRESSIONS = (".gz", ".zst")
 
+MOST_WHOLE = 16 * 2**30
+"""Bytes of a file that has to be read as a whole."""
+MOST_INFLATED, MOST_RATIO = 2**30, 100
+"""What a compressed file may become: so many bytes, or so many times its size, whichever is more."""
+MOST_SKIPPED_BYTES = 16 * MAX_ROW_BYTES
+"""Of a line that is too large to be a row: of longer ones, nobody looks for the end."""
 _MAX_JOINED = 100
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)
+"""Brackets of JSON, and strings, in which they mean nothing."""
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -309,8 +397,40 @@ def _open(path: Path, compression: str) -> IO[bytes]:
     return path.open("rb")
 
 
+def _size(file: IO[bytes]) -> int:
+    """Bytes of an open file, without compression."""
+    at = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(at)
+    return size
+
+
+def _rest(path: Path, file: IO[bytes]) -> bytes:
+    """The rest of a file, all at once.
+
+    Raises:
+        DataError: more than any memory holds, or far more than the compressed file has.
+    """
+    size = path.stat().st_size
+    most = min(MOST_WHOLE, max(MOST_INFLATED, MOST_RATIO * size))
+    parts, length = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        length += len(part)
+        if length > most:
+            raise DataError(
+                f"{path}: becomes more than {most:,} bytes, too many to be read at once ({size:,} in the file); give "
+                "it as .jsonl, one object per line"
+            )
+    return b"".join(parts)
+
+
 def _lines(path: Path, compression: str) -> Iterator[tuple[int, bytes]]:
-    """Lines from 1, cut at newlines only; of a line that is too long only the first MAX_ROW_BYTES + 1 bytes."""
+    """Lines from 1, cut at newlines only; of a line that is too long only the first MAX_ROW_BYTES + 1 bytes.
+
+    Raises:
+        DataError: a line without an end in sight.
+    """
     with _open(path, compression) as file:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
@@ -318,8 +438,13 @@ def _lines(path: Path, compression: str) -> Iterator[tuple[int, bytes]]:
             if number == 1 and line.startswith(_UTF16):
                 raise lost(path, 1, "bad-utf8", "this is UTF-16; save the file as UTF-8")
             yield number, line.removeprefix(_BOM) if number == 1 else line
+            length = len(line)
             while len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
                 line = file.readline(MAX_ROW_BYTES + 1)
+                length += len(line)
+                if length > MOST_SKIPPED_BYTES:
+                    reason = f"a line of more than {MOST_SKIPPED_BYTES // 2**20} MiB"
+                    raise lost(path, number, "row-too-large", reason)
 
 
 def _text_lines(path: Path, compression: str) -> Iterator[tuple[int, str]]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.data import splits
-from jaxsft.data.columns import row_reader, without_nulls
+from jaxsft.data.columns import parse_rows, row_reader, without_nulls
 from jaxsft.data.readers import COMPRESSIONS, READERS, Parse, lost
 from jaxsft.data.strict import BadRow, DataError
+from jaxsft.files import at_home
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
 
@@ -90,19 +91,19 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     Raises:
         DataError: as `source_files`.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     root = path
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and _kind(file) and file.name not in _METADATA]
+        found = [file for file in path.rglob("*") if not file.is_dir() and _kind(file) and file.name not in _METADATA]
         found = [file for file in found if not _CACHED.fullmatch(file.name)]
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not found:
             raise DataError(f"{source}: no data files in this folder (looked for {_kinds()})")
-    elif path.is_file():
+    elif path.exists():
         found, root = [path], path.parent
     elif re.search(r"[*?\[]", source):
         anchor = Path(path.anchor)
-        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
+        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if not file.is_dir()]
         # What the pattern itself spells out says nothing about one file rather than another.
         fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
         root = Path(*fixed)
@@ -110,6 +111,8 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
             raise DataError(f"{source}: no file fits this pattern")
     else:
         raise DataError(f"{source}: no such file or folder")
+    if odd := [str(file) for file in found if not file.is_file()]:
+        raise DataError(f"{', '.join(odd[:10])}: not a regular file (a pipe, a device, or a link to nothing)")
     unknown = [str(file) for file in found if not _kind(file)]
     if unknown:
         raise DataError(f"{', '.join(unknown[:10])}: not a known kind of data file (known: {_kinds()})")
@@ -184,7 +187,7 @@ def is_hub(source: str) -> bool:
         DataError: neither a file nor a hub dataset could have such a name.
     """
     try:
-        exists = Path(source).expanduser().exists()
+        exists = at_home(source).exists()
     except OSError:  # A name too long for a file.
         exists = False
     local = exists or re.search(r"[*?]", source) or source.startswith((".", "/", "~"))
@@ -227,9 +230,7 @@ def _parse_hub(dataset: Any) -> Iterator[Parse]:
             yield functools.partial(without_nulls, fields)
         return
     for table in dataset.with_format("arrow").iter(batch_size=_HUB_BATCH):
-        read_row = row_reader(table.schema)
-        for index in range(table.num_rows):
-            yield functools.partial(read_row, table, index)
+        yield from parse_rows(row_reader(table.schema), table)
 
 
 _HUB_BATCH = 256

@@ -35,11 +35,16 @@ from jaxsft.data.portions import Tally, added_counts, merged_descriptions, nothi
 from jaxsft.data.prepare import code_key, digest, input_heading, no_rows, open_source, prepared_in_memory
 from jaxsft.data.sources import Problem, Row, is_hub, read_rows, source_files
 from jaxsft.data.workers import CHUNK, Task, Workers
+from jaxsft.files import write_whole, writing
 
 KEPT_WINDOWS = 3
 """For who reads ahead, and who looks back."""
 LEAST_ROWS = 1000
 """The share of bad rows is that of at least so many rows: a stream's first window may be small."""
+
+
+_NOTHING: dict[str, Any] = {"rows": 0, "bad_rows": {}, "dropped": {}, "cut": {}}
+"""The counts of a stream that has not begun."""
 
 
 class _Start(NamedTuple):
@@ -87,8 +92,7 @@ class StreamLoader:
         self._readers: list[tuple[list[int], Iterator[Row | Problem]] | None] = [None] * len(opened)
         self.fingerprint = _fingerprint(config, encoder, tokenizer_files_key)
         """What must be equal for a run to be continued."""
-        none: dict[str, Any] = {"rows": 0, "bad_rows": {}, "dropped": {}, "cut": {}}
-        self._starts = [_Start(0, [[0, 0] for _ in opened], none)]
+        self._starts = [_Start(0, [[0, 0] for _ in opened], _NOTHING)]
         self._row_crcs: dict[int, np.ndarray] = {}
         # One thread makes all windows, one after the other; the lock is for who asks for them.
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
@@ -104,14 +108,17 @@ class StreamLoader:
         Args:
             path: the file, which need not exist; its folder must.
             is_writer: of several processes, the one that writes.
+
+        Raises:
+            WriteError: it cannot be written, now or when a window is made.
         """
         key = digest([self.fingerprint, self._seed, code_key(), metadata.version("tokenizers")])
         lines = _whole_lines(path)
         if lines[:1] == [key]:
-            self._starts = [_Start(*line) for line in lines[1:]] or self._starts
+            self._starts = _starts(lines[1:], len(self._readers)) or self._starts
         if is_writer:
             self._index = path
-            path.write_text("".join(map(_sealed, [key, *self._starts])))
+            write_whole(path, "".join(map(_sealed, [key, *self._starts])))
 
     @property
     def dataset(self) -> Dataset:
@@ -259,8 +266,9 @@ class StreamLoader:
         if number + 1 == len(self._starts):
             self._starts.append(next_start)
             if self._index is not None:
-                with self._index.open("a") as file:
-                    file.write(_sealed(next_start))
+                line = _sealed(next_start)
+                with writing(self._index, len(line)), self._index.open("a") as file:
+                    file.write(line)
         return window
 
     def _tasks(self, window: int, cursors: list[list[int]]) -> Iterator[Task]:
@@ -334,10 +342,30 @@ def _sealed(value: Any) -> str:
 def _whole_lines(path: pathlib.Path) -> list[Any]:
     """The lines of an index up to the first that is damaged, such as one that was being written when it was cut off."""
     lines: list[Any] = []
-    with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text().splitlines(keepends=True):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if not path.is_file():  # Reading a pipe would not end.
+            return lines
+        for line in path.read_bytes().split(b"\n")[:-1]:
             value = json.loads(line[9:])
-            if _sealed(value) != line:
+            if _sealed(value).encode() != line + b"\n":
                 break
             lines.append(value)
     return lines
+
+
+def _starts(lines: list[Any], num_sources: int) -> list[_Start]:
+    """Where windows begin, as far as the lines say that."""
+    starts: list[_Start] = []
+    for line in lines:
+        match line:
+            case [int(first_row), list(cursors), dict(counts)]:
+                pairs = [cursor for cursor in cursors if isinstance(cursor, list) and len(cursor) == 2]
+                are_numbers = all(type(number) is int and number >= 0 for pair in pairs for number in pair)
+                if len(pairs) != len(cursors) or len(cursors) != num_sources or not are_numbers:
+                    break
+                if counts.keys() != _NOTHING.keys() or first_row < (starts[-1].first_row if starts else 0):
+                    break
+                starts.append(_Start(first_row, cursors, counts))
+            case _:
+                break
+    return starts if starts and starts[0] == _Start(0, [[0, 0]] * num_sources, _NOTHING) else []

@@ -6,6 +6,7 @@ hold, no half of a surrogate pair, no endless nesting.
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -147,10 +148,15 @@ def _is_unicode(value: Any) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        repeated = first_repeated([name for name, _ in pairs])
         raise BadRow("duplicate-key", f"key {repeated!r} is given twice in one object")
     return fields
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before; None where each is given once."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _refuse_constant(name: str) -> Any:

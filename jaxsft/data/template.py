@@ -8,16 +8,16 @@ the same text is not assumed: `chat.py` compares them. A template is someone els
 import datetime
 import functools
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
-from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 from markupsafe import soft_str
 
+from jaxsft.data.metered import Metered, TemplateHogs, allowance
 from jaxsft.data.provenance import (
     Traced,
     TracedMarkup,
@@ -67,6 +67,8 @@ class Traceable(NamedTuple):
     sources: list[Source]
     plain: tuple[list[Message], list[Any] | None, dict[str, Any]]
     """Messages, tools and variables without provenance."""
+    allowance: int
+    """What a render of it may cost."""
 
 
 def number_sources(
@@ -109,6 +111,7 @@ def number_sources(
         {key: trace_values(value, numbered(KWARGS, key)) for key, value in template_kwargs.items()},
         sources,
         (plain, tools, dict(template_kwargs)),
+        allowance(len(messages), sum([len(source.text) for source in sources])),
     )
 
 
@@ -155,8 +158,9 @@ class ChatTemplate:
 
         Raises:
             TemplateError: the template refuses them.
+            TemplateHogs: it would take far more time or memory than a conversation of this size should.
         """
-        given = conversation.messages, conversation.tools, conversation.template_kwargs
+        given = conversation.messages, conversation.tools, conversation.template_kwargs, conversation.allowance
         try:
             return trace_plain(self._render(_Traced, *given, num_messages, prompt))
         except TemplateError:
@@ -166,19 +170,30 @@ class ChatTemplate:
 
     def render_plain(self, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> str:
         """The same text without provenance, in less time."""
-        return self._render(_Plain, *conversation.plain, num_messages, prompt)
+        return self._render(_Plain, *conversation.plain, conversation.allowance, num_messages, prompt)
 
     def _render(
-        self, kind: type, messages: list[Message], tools: Any, kwargs: dict[str, Any], num_messages: int, prompt: bool
+        self,
+        kind: type[Metered],
+        messages: list[Message],
+        tools: Any,
+        kwargs: dict[str, Any],
+        allowance: int,
+        num_messages: int,
+        prompt: bool,
     ) -> str:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         try:
-            return _compiled(self._sources[name], self._today, kind).render(
+            template = _compiled(self._sources[name], self._today, kind, threading.get_ident())  # type: ignore[arg-type]
+            template.environment.left = allowance  # type: ignore[attr-defined]
+            return template.render(
                 **self._variables
                 | {"messages": messages[:num_messages], "tools": tools}
                 | {"documents": None, "add_generation_prompt": prompt}
                 | kwargs
             )
+        except TemplateHogs:
+            raise
         except Exception as error:  # A template may raise anything.
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, jinja2.TemplateError) else str(error)
             raise TemplateError(" ".join(_OUR_CLASSES.sub(_their_name, reason).split())[:300]) from error
@@ -195,8 +210,9 @@ def _their_name(found: re.Match[str]) -> str:
 
 
 @functools.lru_cache(maxsize=128)
-def _compiled(source: str, today: datetime.date | None, kind: type) -> jinja2.Template:
-    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+def _compiled(source: str, today: datetime.date | None, kind: type[Metered], thread: int) -> jinja2.Template:
+    """For one thread, since its environment counts what the render costs."""
+    environment = kind(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
 
     def strftime_now(format: str) -> str:
         now = datetime.datetime.now() if today is None else datetime.datetime.combine(today, datetime.time())
@@ -208,12 +224,13 @@ def _compiled(source: str, today: datetime.date | None, kind: type) -> jinja2.Te
         "dict": _Dict(),
         "namespace": _Namespace,
     }
+    environment.meter()
     template = environment.from_string(source)
     template.globals = dict(template.globals)  # Read in every render, which a chain of maps makes slow.
     return template
 
 
-class _Plain(jinja2.sandbox.ImmutableSandboxedEnvironment):
+class _Plain(Metered):
     """transformers' environment."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -225,6 +242,12 @@ class _Plain(jinja2.sandbox.ImmutableSandboxedEnvironment):
         # What templates do most, `message.role`, without asking for an attribute that no dict has.
         if type(obj) is dict and attribute not in _OF_DICTS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        # What was found to be safe before, of objects of this class; but `format` is replaced by Jinja's own.
+        if self._judged.get((type(obj), attribute)) and attribute not in _FORMATS:
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                pass
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -238,30 +261,19 @@ class _Plain(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 _OF_DICTS = frozenset(dir(dict))
+_FORMATS = frozenset(["format", "format_map"])
 _MOST_JUDGED = 1000
 """Names may come from the rows, so that they have no end."""
-
-
-class _Generator(CodeGenerator):
-    """Code in which `~` joins as the environment does, and not as plain text."""
-
-    @optimizeconst
-    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:
-        self.write("concat(map(str, (")
-        for each in node.nodes:
-            self.visit(each, frame)
-            self.write(", ")
-        self.write(")))")
 
 
 class _Traced(_Plain):
     """The same, but strings keep their provenance on the way through."""
 
-    code_generator_class = _Generator
-    concat = staticmethod(join)
+    join = staticmethod(join)
+    text_class = Traced
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, finalize=_finalize, **kwargs)
+        super().__init__(*args, **kwargs)
         self.filters = {name: _followed(filter) for name, filter in (self.filters | _FILTERS).items()}
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -273,16 +285,13 @@ class _Traced(_Plain):
         is_lost = type(result) is str and holds_traced([owner, *args, *kwargs.values()])
         return unknown(result) if is_lost else result
 
-    intercepted_binops = frozenset(["%"])
+    def spelling(self, value: Any) -> str:
+        # `str` of lists and dicts would lose the provenance.
+        return dump_python(value) if holds_traced(value) else str(value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         result = super().call_binop(context, operator, left, right)
         return unknown(result) if type(result) is str and holds_traced([left, right]) else result
-
-
-def _finalize(value: Any) -> Any:
-    """What `{{ value }}` prints: `str` of it, which for lists and dicts would lose the provenance."""
-    return dump_python(value) if not isinstance(value, str) and holds_traced(value) else value
 
 
 def _followed(filter: Any) -> Any:
@@ -309,6 +318,9 @@ class _Generation(jinja2.ext.Extension):
     def _mark(self, caller: Any) -> str:
         text = caller()
         return text.marked(GENERATED) if isinstance(text, Traced) else text
+
+
+EXTENSIONS: list[Any] = [_Generation, jinja2.ext.loopcontrols]
 
 
 def _raise_exception(message: str) -> None:

@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from jaxsft.config import ConfigError
+from jaxsft.files import at_home
 from jaxsft.gguf.config import Meaning, read_config
 from jaxsft.gguf.file import PART, GGUFFile, GGUFTensor, read_gguf
 from jaxsft.gguf.metadata import ROPE_TENSORS, Config
@@ -216,7 +217,7 @@ def _undone(tensor: HFTensor, module: str, meaning: Meaning) -> HFTensor:
 
 def is_gguf(path: str) -> bool:
     """Whether a `model.path` is a .gguf file, or a folder whose only weights are .gguf files."""
-    place = pathlib.Path(path).expanduser()
+    place = at_home(path, "model.path")
     if place.suffix == ".gguf":
         return True
     return place.is_dir() and any(place.glob("*.gguf")) and not any(place.glob("*.safetensors*"))
@@ -228,7 +229,7 @@ def gguf_file(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
         ConfigError: there is none, or the folder holds several.
     """
-    place = pathlib.Path(path).expanduser()
+    place = at_home(path, "model.path")
     if not place.is_dir():
         if not place.exists():
             raise ConfigError(f"{place}: no such file")

@@ -37,7 +37,8 @@ def setting(tmp_path, make_tokenizer):
     def run(limit=None, key="t", **options):
         return prepare(*parts(**options), tokenizer_files_key=key, limit=limit)
 
-    run.source, run.cache, run.tokenizer, run.parts, run.folder = source, tmp_path / "cache", tokenizer, parts, tmp_path
+    run.source, run.tokenizer, run.parts, run.folder = source, tokenizer, parts, tmp_path
+    run.cache = tmp_path / "cache" / "jaxsft-prepared"
     return run
 
 
@@ -108,7 +109,7 @@ def test_bad_rows_are_all_listed_or_skipped_and_counted_but_never_more_than_1_pe
         setting()
     assert "rows.jsonl:600: " in str(error.value) and "2 bad rows" in str(error.value)
     assert error.value.exit_code == 65
-    assert os.listdir(setting.cache) == []
+    assert os.listdir(setting.cache) == ["jaxsft.txt"]
     report = setting(on_bad_row="skip").report
     assert report["rows"] == 600 and report["examples"] == 598
     assert sum(report["bad_rows"].values()) == 2 and report["bad_rows"]["bad-json"] == 1
@@ -188,16 +189,23 @@ def test_a_damaged_cache_is_built_anew(setting):
     damages += [
         lambda: (folder / "report.json").write_text('{"rows": '),
         lambda: (folder / "seal.json").write_text("{}"),
-        lambda: (folder / "seal.json").write_text("[]"),
+        *[
+            lambda text=text: (folder / "seal.json").write_bytes(text)
+            for text in (b"[]", b"7", b"", b"null", b"\xff\0\xfe", b"[" * 100_000, b'{"a":' * 100_000, b" " * 10**6)
+        ],
         lambda: shutil.rmtree(folder),
         lambda: [path.unlink() for path in folder.iterdir()],
     ]
     for damage in damages:
         damage()
-        again = setting()
+        there = folder.exists()
+        said = []
+        config, source, encoder = setting.parts()
+        again = prepare(config, source, encoder, tokenizer_files_key="t", say=said.append)
+        assert len(said) == there and all(f"{folder}: prepared data that are damaged" in line for line in said)
         np.testing.assert_array_equal(again.tokens, expected)
         assert again.report == report
-        assert os.listdir(setting.cache) == [first.key]
+        assert sorted(os.listdir(setting.cache)) == sorted([first.key, "jaxsft.txt"])
 
 
 def test_several_at_once_prepare_the_same(setting):
@@ -209,7 +217,7 @@ def test_several_at_once_prepare_the_same(setting):
         thread.join()
     assert len(results) == 4 and len({prepared.key for prepared in results}) == 1
     assert all(np.array_equal(prepared.tokens, results[0].tokens) for prepared in results)
-    assert os.listdir(setting.cache) == [results[0].key]
+    assert sorted(os.listdir(setting.cache)) == sorted([results[0].key, "jaxsft.txt"])
 
 
 def test_the_limit_takes_the_first_rows(setting):
@@ -220,7 +228,7 @@ def test_bad_data_leaves_nothing_behind(setting):
     write(setting.source, [{"question": "Q", "answer": ""}])
     with pytest.raises(DataError, match="rows.jsonl:1: .*answer"):
         setting()
-    assert os.listdir(setting.cache) == []
+    assert os.listdir(setting.cache) == ["jaxsft.txt"]
 
 
 def test_columns_of_other_names_are_read_and_those_that_are_not_are_named(setting):
@@ -348,12 +356,3 @@ def test_rows_that_say_so_are_not_trained_and_not_bad(setting):
     write(setting.source, rows[1:3])
     with pytest.raises(DataError, match="no example is left of 2 rows"):
         setting()
-
-
-def test_what_a_killed_preparation_left_goes_after_a_day(setting):
-    old, new = setting.cache / ".0123-abcd", setting.cache / ".4567-ef01"
-    for folder in (old, new):
-        folder.mkdir(parents=True)
-    os.utime(old, (time.time() - 25 * 3600,) * 2)
-    setting()
-    assert not old.exists() and new.exists()

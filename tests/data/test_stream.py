@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from jaxsft.data import stream as stream_module
 from jaxsft.data.chat import ChatEncoder, stop_ids
 from jaxsft.data.sources import DataError, read_rows
 from jaxsft.data.stream import StreamLoader
+from jaxsft.files import WriteError
 
 NUM_ROWS = 50
 
@@ -149,15 +151,44 @@ def test_an_index_that_is_cut_off_or_of_another_stream_does_no_harm(make):
         "".join(lines[:3]) + "{}",
         "".join(lines[:4]) + "garbage\n",
         whole.replace("16", "17"),
+        " \n\n",
+        "[]\n",
+        sealed(json.loads(lines[0][9:])) + sealed([]),
+        sealed(json.loads(lines[0][9:])) + sealed([0, [[0, 0]], []]) + lines[2],
+        "".join(lines[:3]) + sealed([5, [[0]], {}]),
+        lines[0] + lines[3],
+        "".join(lines[:4]) + "\0" * 4096,
+        "".join(lines[:4]) + "00000000 " + "[" * 100_000 + "\n",
+        b"\xff\xfe\0" * 100,
+        whole.encode() + b"\xff\n",
         (make.folder / "other.jsonl").read_text(),
     ):
-        index.write_text(text)
+        index.write_bytes(text if isinstance(text, bytes) else text.encode())
         again = indexed(make, index)
         for step in (19, 3):
             for leaf, whole_leaf in zip(again.batch(step), expected[step], strict=True):
                 np.testing.assert_array_equal(leaf, whole_leaf)
         again.close()
         assert index.read_text().startswith("".join(lines[:6])), "mended"
+
+
+def sealed(value):
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x} {text}\n"
+
+
+def test_an_index_that_cannot_be_written_is_one_clear_error(make, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match=r"file/stream\.jsonl: could not be written: Not a directory"):
+        make().use_index(tmp_path / "file" / "stream.jsonl", is_writer=True)
+    (tmp_path / "stream.jsonl").mkdir()
+    with pytest.raises(WriteError, match=r"stream\.jsonl: could not be written: Is a directory"):
+        make().use_index(tmp_path / "stream.jsonl", is_writer=True)
+    loader = indexed(make, tmp_path / "index.jsonl")
+    (tmp_path / "index.jsonl").unlink()
+    (tmp_path / "index.jsonl").mkdir()
+    with pytest.raises(WriteError, match=r"index\.jsonl: could not be written: Is a directory \(\d+ bytes needed"):
+        loader.batch(0)
 
 
 def test_sources_are_mixed_by_their_weights_and_each_goes_round_by_itself(make):
