@@ -145,7 +145,7 @@ class ChatEncoder:
         if within := [stop for stop in self._stop_texts if writes_within(habits, stop)]:
             notes.append(
                 f"the chat template writes {within[0]!r} between the reasoning and the rest of an answer, and it is a "
-                f"stop token: the model is trained to go on there, and no one who asks it may stop it after its reasoning"
+                f"stop token: the model is trained to go on there, and whoever asks may not stop it after its reasoning"
             )
         if self._clock is not None:
             notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")

@@ -203,7 +203,7 @@ def test_where_no_other_token_ends_answers_the_model_still_writes_all_of_it(make
     assert trained(THOUGHT, tokenizer) == [[f"{inner}{say}No.<|im_end|>"]]
     assert trained(THOUGHT_CALL, tokenizer) == [[inner + '[call]look{"at": "x"}<|im_end|>']]
     (note,) = [note for note in encoder_of(tokenizer).notes if "between the reasoning" in note]
-    assert "'<|im_end|>'" in note and "may stop it after its reasoning" in note
+    assert "'<|im_end|>'" in note and "may not stop it after its reasoning" in note
 
 
 def test_thoughts_that_are_only_shown_where_thinking_is_on_are_looked_for_too(make_tokenizer):
