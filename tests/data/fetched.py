@@ -37,8 +37,8 @@ UNDATED = "qwen2_5_vl, XiYanSQL-QwenCoder-2504, HuatuoGPT-o1-LLaMA-3.1, deepseek
 NUM_UNDATED = 6
 REFUSED = (
     "The refused ones are calls of Kimi K2.5 under ids that do not hold their names, which is all that its template "
-    "shows; greetings that call a tool before a prompt has named it (six templates of DeepSeek's kind); and calls without "
-    "words of GigaChat3-10B, which writes an empty answer, with its stop token, before them."
+    "shows; greetings that call a tool before a prompt has named it (six templates of DeepSeek's kind); and calls "
+    "without words of GigaChat3-10B, which writes an empty answer, with its stop token, before them."
 )
 
 
