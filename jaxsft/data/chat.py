@@ -17,7 +17,7 @@ from jaxsft.data.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, Tex
 from jaxsft.data.exchanges import without_oldest
 from jaxsft.data.flags import OURS
 from jaxsft.data.formats import Conversation, Document, Item, Message, Tokenised
-from jaxsft.data.habits import fitted
+from jaxsft.data.habits import fitted, writes_within
 from jaxsft.data.invariant import Given, check_weights
 from jaxsft.data.metered import TemplateHogs
 from jaxsft.data.parts import character_weights, token_weights
@@ -143,6 +143,11 @@ class ChatEncoder:
         if not self._finder.writes_stop:
             stop = self._finder.usual_stop or (self._stop_texts[0] if self._stop_texts else "none")
             notes.append(f"the chat template writes no stop token after an answer; {stop!r} is appended and trained")
+        if within := [stop for stop in self._stop_texts if writes_within(habits, stop)]:
+            notes.append(
+                f"the chat template writes {within[0]!r} between the reasoning and the rest of an answer, and it is a "
+                f"stop token: the model is trained to go on there, and whoever asks may not stop it after its reasoning"
+            )
         if self._clock is not None:
             notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")
         if habits.takes_blocks:

@@ -1,14 +1,15 @@
 """What a chat template does around every answer, and how it takes messages: learnt by rendering a few words."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxsft.data.formats import Message
 from jaxsft.data.layout import Layout
-from jaxsft.data.likeness import parting, whole_length
+from jaxsft.data.likeness import held, parting, whole_length
 from jaxsft.data.provenance import Traced
-from jaxsft.data.template import ChatTemplate, TemplateError, number_sources
+from jaxsft.data.template import REASONING, ChatTemplate, TemplateError, number_sources
 
 
 class Habits(NamedTuple):
@@ -28,10 +29,17 @@ class Habits(NamedTuple):
     """What it writes between an answer and the next question."""
     after_call: Traced
     """What it writes between a tool call and its result."""
+    within: tuple[str, ...]
+    """What it writes inside of an answer, between its reasoning and what follows that: words, or a call."""
     takes_blocks: frozenset[str]
     """Roles of which it shows only content that is a list of `{"type": "text", "text": ...}`."""
     takes_json_arguments: bool
     """It shows the arguments of a tool call only, or only as JSON, where they are a string."""
+
+
+def writes_within(habits: Habits, stop: str) -> bool:
+    """Whether a template writes the text of a stop token inside of one answer, between its reasoning and the rest."""
+    return bool(stop.strip()) and any(stop in text for text in habits.within)
 
 
 def fitted(messages: Sequence[Message], habits: Habits) -> list[Message]:
@@ -84,6 +92,8 @@ _TOOLS = [
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _RESULT: Message = {"role": "tool", "tool_call_id": "call00001", "name": "look_up", "content": "a plant"}
+_THINKING = {"enable_thinking": True, "thinking": True}
+"""What turns reasoning on where it is off by default."""
 _MORE: Message = {"role": "user", "content": "and more"}
 _SIDES: tuple[frozenset[str], ...] = (
     frozenset(), frozenset({"user", "assistant"}), frozenset({"user"}), frozenset({"assistant"}),
@@ -103,7 +113,7 @@ def habits_of(template: ChatTemplate, stops: Sequence[str] = ()) -> Habits:
         template: to render with.
         stops: texts of tokens that end an answer; what ends a message is no header.
     """
-    habits = Habits("", "", True, "", "", Traced(), Traced(), frozenset(), False)
+    habits = Habits("", "", True, "", "", Traced(), Traced(), (), frozenset(), False)
     for sides in _SIDES:
         found = _around_answer(template, habits._replace(takes_blocks=sides), stops)
         if found is not None:
@@ -116,7 +126,7 @@ def habits_of(template: ChatTemplate, stops: Sequence[str] = ()) -> Habits:
     for role, messages in _OTHERS.items():
         if _takes_blocks(template, habits, role, messages):
             habits = habits._replace(takes_blocks=habits.takes_blocks | {role})
-    return habits._replace(after_call=_after_call(template, habits))
+    return habits._replace(after_call=_after_call(template, habits), within=_within(template, habits))
 
 
 def _around_answer(template: ChatTemplate, habits: Habits, stops: Sequence[str]) -> Habits | None:
@@ -141,25 +151,18 @@ def _around_answer(template: ChatTemplate, habits: Habits, stops: Sequence[str])
         if is_asked:
             # Only as far as the prompt has it: an empty thinking block is the model's to write.
             added = _cut(prompt, whole_length(past.text, prompt), None)
-            header = _behind_stops(_held(added, _cut(gap, whole_length(tail, gap), None)), stops)
+            header = _behind_stops(held(added, _cut(gap, whole_length(tail, gap), None)), stops)
         else:
             header, is_asked = _unasked(template, habits, beginning, (gap, tail, between), stops)
         return habits._replace(
             header=header,
-            past_header=_held(header, _between(template, habits, beginning, [_ANSWER, _MORE, _ANSWER])),
+            past_header=held(header, _between(template, habits, beginning, [_ANSWER, _MORE, _ANSWER])),
             lead=gap.rpartition(header)[2] if header else "",
             ignores_prompt=not is_asked,
             after=_cut(shown.text, speech[1], None),
             between=between,
         )
     return None
-
-
-def _held(header: str, gap: str) -> str:
-    """As much of a header as stands in a text."""
-    begins = [at for at in range(len(gap)) if gap[at] == header[:1]]
-    found = max(begins, key=lambda at: parting(header, gap[at:]), default=0)
-    return gap[found : found + parting(header, gap[found:])]
 
 
 def _unasked(
@@ -223,6 +226,29 @@ def _after_call(template: ChatTemplate, habits: Habits) -> Traced:
         if found := _between(template, habits, [*beginning, _CALL], [_RESULT, _ANSWER]):
             return found
     return Traced()
+
+
+def _within(template: ChatTemplate, habits: Habits) -> tuple[str, ...]:
+    found: list[str] = []
+    for answer in (_ANSWER, _CALL):
+        for beginning, variables in itertools.product(_BEGINNINGS, ({}, _THINKING)):
+            messages = [*beginning, {**answer, REASONING: "a thought"}]
+            tools = _TOOLS if "tool_calls" in answer else None
+            traceable = number_sources(fitted(messages, habits), tools, variables)
+            try:
+                layout = Layout(template.render(traceable, len(messages)), traceable, len(messages))
+            except TemplateError:
+                continue
+            parts = layout.parts(len(beginning))
+            gaps = [
+                _cut(layout.text, end, start)
+                for (_, end, one), (start, _, other) in itertools.pairwise(parts)
+                if one.field == REASONING and other.field != REASONING
+            ]
+            if gaps:
+                found += gaps
+                break
+    return tuple(found)
 
 
 def _tail(template: ChatTemplate, habits: Habits, messages: list[Message]) -> str | None:

@@ -1,5 +1,7 @@
 """How far two texts say the same, in whole words and marks: `<|im_start|>` and `<|im_end|>` have nothing in common."""
 
+import re
+
 
 def common_length(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
@@ -62,3 +64,40 @@ def parting(tail: str, gap: str) -> int:
             here += 1
         else:
             return same
+
+
+def held(header: str, gap: str) -> str:
+    """As much of a header as stands in a text.
+
+    held("<|a|>model\\n<think>", "<|e|><|a|>model\\nYes") is "<|a|>model\\n"
+    """
+    begins = [at for at in range(len(gap)) if gap[at] == header[:1]]
+    found = max(begins, key=lambda at: parting(header, gap[at:]), default=0)
+    return gap[found : found + parting(header, gap[found:])]
+
+
+def similar_end(header: str, gap: str) -> int | None:
+    """Where in a text a header ends that is made like another one, with the same marks and any role's word.
+
+    As much of the other one as possible, a mark at least; None where there is none.
+
+    similar_end("<|a|>model\\n<think>", "<|e|><|a|>tool\\n{}") is 15
+    similar_end("model<|a|>", "<|e|>tool<|a|>{}")            is 14
+    """
+    pieces = [match.group() for match in _HEADER_PIECE.finditer(header)]
+    for size in range(len(pieces), 0, -1):
+        some = pieces[:size]
+        is_word = [piece[0] not in "<[" and not piece.isspace() for piece in some]
+        if not any(piece[0] in "<[" for piece in some):
+            break
+        # A word that no mark and no blank ends goes on to wherever the next mark is.
+        if all(is_word) or (is_word[-1] and size < len(pieces)) or (size < len(pieces) and not any(is_word)):
+            continue
+        pattern = "".join(_ANY_WORD if word else re.escape(piece) for piece, word in zip(some, is_word, strict=True))
+        if found := [match.end() for match in re.finditer(pattern, gap)]:
+            return found[-1]
+    return None
+
+
+_HEADER_PIECE = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\s+|[^\s<>\[\]](?:[^<>\[\]\n]*[^\s<>\[\]])?|.", re.DOTALL)
+_ANY_WORD = r"[^<>\[\]\n]+"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.data.control import Tokenizer
-from jaxsft.data.habits import habits_of
+from jaxsft.data.habits import Habits, habits_of, writes_within
 from jaxsft.data.probe import check_template
 from jaxsft.data.sources import DataError
 from jaxsft.data.template import ChatTemplate
@@ -19,6 +19,10 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
     The template's own is the added token that directly follows an answer in a rendered probe, such as `<|im_end|>` of
     ChatML on a base model whose eos is `<|endoftext|>`. All of them belong into the export's generation_config.
 
+    A token that the template also writes between the reasoning and the rest of one answer ends none, as long as there
+    is another one that does: a model that stopped there would never get to its answer. The tokenizer's eos stays, since
+    whoever asks a model stops at it anyway.
+
     Raises:
         DataError: the tokenizer's template is no program that can be run.
     """
@@ -28,7 +32,15 @@ def stop_ids(tokenizer: Tokenizer, configured: Sequence[int | list[int] | None] 
         # With a tokenizer that is not the model's own, its ids mean other tokens, words even.
         stops += [id for id in (ids if isinstance(ids, list) else [ids]) if type(id) is int and id in added]
     known = list(dict.fromkeys(int(stop) for stop in stops if stop is not None))
-    return [*known, *_template_stops(tokenizer, known)]
+    habits = _habits(tokenizer, known)
+    if habits is None:
+        return known
+    ends = _template_ends(tokenizer, habits)
+    within = {id for id in {*known, *ends} if writes_within(habits, token_text(tokenizer, id))}
+    ends = [end for end in ends if end not in within] or ends
+    # The template's own is added only where it ends no answer with one that is known.
+    found = known if set(ends) & set(known) else [*known, *ends[:1]]
+    return [id for id in found if id not in within or id == tokenizer.eos_token_id] or found
 
 
 def open_template(
@@ -69,25 +81,22 @@ def answer_end(tokenizer: Tokenizer, stops: Sequence[int]) -> int | None:
     Raises:
         DataError: as `stop_ids`.
     """
-    return next((end for end in _template_ends(tokenizer, stops) if end in stops), None)
+    habits = _habits(tokenizer, stops)
+    return next((end for end in _template_ends(tokenizer, habits) if end in stops), None) if habits else None
 
 
-def _template_stops(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
-    """The token by which the template ends an answer, unless it also ends it with one that is known: at most one."""
-    ends = _template_ends(tokenizer, known)
-    return [] if set(ends) & set(known) else ends[:1]
+def _habits(tokenizer: Tokenizer, known: Sequence[int]) -> Habits | None:
+    """What the template does in general, where `known` are stop tokens; None where there is none."""
+    template = open_template(tokenizer)
+    return None if template is None else habits_of(template, [token_text(tokenizer, id) for id in known])
 
 
-def _template_ends(tokenizer: Tokenizer, known: Sequence[int]) -> list[int]:
-    """The tokens by which the template ends an answer, in their order; `known` are stop tokens already.
+def _template_ends(tokenizer: Tokenizer, habits: Habits) -> list[int]:
+    """The tokens by which the template ends an answer, in their order.
 
     They are the added tokens that stand both after the last answer and between an answer and the next question. One
     that also stands between the header and the answer is no end: a model that stopped there would never answer.
     """
-    template = open_template(tokenizer)
-    if template is None:
-        return []
-    habits = habits_of(template, [token_text(tokenizer, id) for id in known])
     added = {token.content: int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
     after = pattern.findall(habits.after)

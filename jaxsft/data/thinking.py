@@ -11,6 +11,7 @@ from jaxsft.data.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS, within
 from jaxsft.data.formats import Conversation, Message
 from jaxsft.data.habits import Habits
 from jaxsft.data.layout import Layout
+from jaxsft.data.likeness import held
 from jaxsft.data.starts import MaskError
 from jaxsft.data.template import REASONING, Traceable
 
@@ -75,25 +76,42 @@ def check_thinking(index: int, shown: Layout, asked: Layout, habits: Habits, *, 
         habits: what the template does in general.
         name: of the template.
     """
-    begun = _begun(asked, habits)
+    text = str.__str__(asked.text)
+    tail = text[asked.data[-1][1] if asked.data else 0 :]
+    begun = _begun(tail, _before(shown, index), habits)
     for closing in _closings(shown, index):
-        if closing in begun:
+        # Some templates write the closing as a part of every header, even before a content that thinks.
+        if closing in begun or (closing == USUAL_TAGS[1] and closing in tail):
             raise ReasoningError(
                 f"message {index + 1} (assistant): it reasons, but with {name} and these template variables its prompt "
-                f"has closed the thought ({begun.strip()[-60:]!r}); turn thinking on, give rows without reasoning, or "
+                f"has closed the thought ({tail.strip()[-60:]!r}); turn thinking on, give rows without reasoning, or "
                 f"set data.reasoning to drop",
                 "reasoning",
             )
 
 
-def _begun(asked: Layout, habits: Habits) -> str:
-    """What the prompt begins of an answer, behind its header."""
-    text = str.__str__(asked.text)
-    tail = text[asked.data[-1][1] if asked.data else 0 :]
-    # The shorter first: where all prompts of a run close the thought, that closing looks like a part of the header.
-    for header in sorted((habits.header.strip(), habits.past_header.strip()), key=len):
-        if header and header in tail:
-            return tail.rpartition(header)[2]
+def _before(shown: Layout, index: int) -> str:
+    """What the template writes before the first word of an answer, behind what anybody else says."""
+    speech = shown.speech(index)
+    start = shown.others_before(index, speech[0]) if speech else 0
+    return str.__getitem__(shown.text, slice(start, speech[0])) if speech else ""
+
+
+def _begun(tail: str, before: str, habits: Habits) -> str:
+    """What the prompt begins of an answer, behind its header.
+
+    Where all prompts close the thought, the closing looks like a part of the header: that ends where the answer, as it
+    is shown, goes on otherwise.
+
+    Args:
+        tail: what the prompt ends with.
+        before: what stands before the answer as it is shown.
+        habits: what the template does in general.
+    """
+    for header in sorted((habits.header, habits.past_header), key=len):
+        same = (held(header, before) or header).strip()
+        if same and same in tail:
+            return tail.rpartition(same)[2]
     return tail
 
 

@@ -17,15 +17,16 @@ The characters themselves name the message they come from (`provenance.py`), so 
                                                                   ^^^^^^^^^^^^^^^      trained
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxsft.data.exchanges import last_exchange
 from jaxsft.data.formats import Conversation
-from jaxsft.data.habits import habits_of
+from jaxsft.data.habits import habits_of, writes_within
 from jaxsft.data.layout import Layout
-from jaxsft.data.likeness import whole_length
+from jaxsft.data.likeness import header_end, similar_end, whole_length
 from jaxsft.data.lost import check_answer, check_shown
 from jaxsft.data.provenance import TEMPLATE, Traced
 from jaxsft.data.starts import Begin, MaskError, Question, find_begin, make_question
@@ -100,6 +101,9 @@ class TurnFinder:
         self.habits = habits_of(template, longest_first)
         headers = {header for header in (self.habits.header, self.habits.past_header) if header.strip()}
         self.headers = sorted(headers, key=len, reverse=True)
+        ends = [text for text in longest_first if not writes_within(self.habits, text)]
+        self._part_end = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
+        """Stop tokens that end a part of a turn: not those that the template also writes behind reasoning."""
         self.closing = self.habits.after[: whole_length(self.habits.after, self.habits.between)]
         """What it writes after every answer, whatever comes next."""
         self.writes_stop = self.stop.search(self.habits.after) is not None
@@ -242,46 +246,24 @@ class TurnFinder:
         if speech is None and lead and str.startswith(shown.text, lead, begin.start):
             content_end += len(lead)  # An empty thought is all that an empty answer says.
         seen_only = () if self._train_reasoning else shown.reasoning(index)
-        seen_only += self._asked_within(traceable, index, shown)
+        seen_only += self._headers_within(index, shown)
         stop = self._find_stop(shown, content_end, index)
         turn = Turn(index, begin.seam, begin.start, content_end, stop, weight, seen_only, begin.found_by)
         return turn if stop else turn._replace(appended=self._other_stop(traceable, index, shown))
 
-    def _asked_within(self, traceable: Traceable, index: int, shown: Layout) -> tuple[tuple[int, int], ...]:
-        """Headers inside of a turn that the template would write if it were asked for a prompt there.
+    def _headers_within(self, index: int, shown: Layout) -> tuple[tuple[int, int], ...]:
+        """Headers inside of a turn that follow a stop token: the model ends there, and whoever goes on writes them.
 
-        A call after words may stand in a section with a header of its own. Where the words alone, and a prompt for what
-        follows them, give the same text, that header is the template's; else the model writes all of it.
+        A call after words may stand in a section of its own. Behind reasoning the model goes on by itself.
         """
-        header, parts = self.habits.header.strip(), shown.parts(index)
-        if len(parts) < 2 or not header:
-            return ()
         found: list[tuple[int, int]] = []
-        for (_, end, _), (start, _, _) in zip(parts, parts[1:], strict=False):
-            if header not in str.__getitem__(shown.text, slice(end, start)):
-                continue
-            before = {(each.field, each.call) for stop, _, each in parts if stop < start}
-            message = dict(traceable.plain[0][index])
-            for field in (REASONING, "thinking"):
-                if (REASONING, -1) not in before:
-                    message.pop(field, None)
-            if ("content", -1) not in before and "content" in message:
-                message["content"] = ""
-            calls = {call for field, call in before if field == "tool call"}
-            if "tool_calls" in message:
-                message["tool_calls"] = [call for at, call in enumerate(message["tool_calls"]) if at in calls]
-                if not message["tool_calls"]:
-                    del message["tool_calls"]
-            messages = [*traceable.plain[0][:index], message]
-            cut = traceable._replace(plain=(messages, *traceable.plain[1:]))
-            try:
-                prompt = self._template.render_plain(cut, index + 1, prompt=True)
-            except TemplateError:
-                continue
-            if end < len(prompt) <= start and shown.text.startswith(prompt):
-                stop = self.stop.search(shown.text, end, len(prompt))
-                begin = stop.end() if stop else shown.text.index(header, end)
-                found.append((begin, len(prompt)))
+        for (_, end, before), (start, _, _) in itertools.pairwise(shown.parts(index)):
+            stop = self._part_end.search(shown.text, end, start) if before.field != REASONING else None
+            if stop is not None:
+                gap = str.__getitem__(shown.text, slice(stop.end(), start))
+                length = next((at for header in self.headers if (at := _end_in(header, gap))), None)
+                if length:
+                    found.append((stop.end(), stop.end() + length))
         return tuple(found)
 
     def _other_stop(self, traceable: Traceable, index: int, shown: Layout) -> str | None:
@@ -385,3 +367,9 @@ class TurnFinder:
             return Layout(self._template.render(traceable, num_messages), traceable, num_messages)
         except TemplateError as error:
             raise MaskError(f"{self.name} refuses this conversation: {error}", "template-refuses") from error
+
+
+def _end_in(header: str, gap: str) -> int | None:
+    """Where in a text a header ends, or one like it of another role."""
+    at = gap.rfind(header.strip())
+    return header_end(header, gap, at) if at >= 0 else similar_end(header, gap)

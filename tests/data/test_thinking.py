@@ -68,6 +68,78 @@ def test_a_prompt_that_begins_a_thought_has_not_closed_it(make_tokenizer):
     assert trained(THINKING, make_tokenizer(opened), kwargs=OFF) == [["two and two\n</think>\n\n4<|im_end|>"]]
 
 
+CLOSED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ OPEN + (m.reasoning_content or '') + '\n' + CLOSE + '\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + OPEN + '\n' + CLOSE + '\n\n' }}{% endif %}"
+)
+"""All answers have a thought, and all prompts close an empty one: it looks like a part of the header."""
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<think>\n", "</think>"),
+        ("[THINK]", "[/THINK]"),
+        ("<|thought|>\n", "<|end_of_thought|>"),
+        ("Thought: ", "Answer:"),
+    ],
+)
+@pytest.mark.parametrize("is_later", [False, True])
+def test_a_thought_that_every_prompt_closes_contradicts_answers_that_reason(make_tokenizer, opening, closing, is_later):
+    template = CLOSED.replace("OPEN", repr(opening)).replace("CLOSE", repr(closing))
+    tokenizer = make_tokenizer(template)
+    before = [user("1+1?"), assistant("2")] if is_later else []
+    found = encoded([*before, *THINKING], tokenizer)
+    assert isinstance(found, MaskError) and found.code == "reasoning"
+    assert trained([*before, *THINKING], tokenizer, reasoning="drop")[0][-1] == "4<|im_end|>"
+    plain = [*before, user("2+2?"), assistant("4")]
+    assert trained(plain, tokenizer)[0][-1] == "4<|im_end|>"
+
+
+def test_a_thought_inside_the_content_contradicts_a_prompt_that_every_answer_s_thought_is_closed_in(make_tokenizer):
+    template = CLOSED.replace("OPEN", repr("<think>\n")).replace("CLOSE", repr("</think>"))
+    template = template.replace(
+        "{% if m.role == 'assistant' %}",
+        "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+        "{% set said = m.content.split('</think>')[-1] %}{% if m.role == 'assistant' %}",
+    )
+    template = template.replace("(m.reasoning_content or '')", "thought").replace("m.content + '<|im", "said + '<|im")
+    tokenizer = make_tokenizer(template)
+    inside = [user("2+2?"), assistant("<think>well</think>4")]
+    found = encoded(inside, tokenizer)
+    assert isinstance(found, MaskError) and found.code == "reasoning"
+    assert trained(inside, tokenizer, reasoning="drop") == [["4<|im_end|>"]]
+
+
+@pytest.mark.parametrize("closed", ["</think>", "<think></think>", "<think>\n\n</think>\n\n"])
+@pytest.mark.parametrize("unless", ["", " if not enable_thinking else '<think>'"])
+def test_a_header_with_the_closing_in_it_contradicts_a_content_that_thinks_as_it_stands(make_tokenizer, closed, unless):
+    mark = f"({closed!r}{unless})"
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (MARK if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' + MARK if add_generation_prompt }}"
+    ).replace("MARK", mark)
+    tokenizer = make_tokenizer(template)
+    inside = [user("2+2?"), assistant("<think>\nwell\n</think>\n\n4"), user("3?"), assistant("<think>hm</think>3")]
+    for kwargs in ({}, OFF):
+        found = encoded(inside, tokenizer, kwargs=kwargs)
+        assert isinstance(found, MaskError) and found.code == "reasoning"
+        assert trained(inside, tokenizer, kwargs=kwargs, reasoning="drop") == [["4<|im_end|>", "3<|im_end|>"]]
+
+
+def test_a_mark_that_ends_thoughts_and_questions_alike_closes_no_thought_in_a_prompt(make_tokenizer):
+    template = (
+        "{% for m in messages %}{% if m.reasoning_content %}"
+        "{{ '<|im_start|>assistant[channel]analysis\n' + m.reasoning_content + '<|im_end|>' }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + ('[channel]final\n' if m.role == 'assistant' else '\n') }}"
+        "{{ m.content + '<|im_end|>' }}"
+        "{% endfor %}{{ '<|im_start|>assistant' if add_generation_prompt }}"
+    )
+    assert "two and two" in trained(THINKING, make_tokenizer(template))[0][0]
+
+
 TAGS = [["<reasoning>", "</reasoning>"], ["[T]", "[/T]"]]
 
 
