@@ -63,7 +63,7 @@ with cache.building(place / ("f" * 64)) as made:
     left = place / f".building-ffffffffffffffff-{id}"
     if host is not None:
         owner = json.loads((left / "building.lock").read_text())
-        (left / "building.lock").write_text(json.dumps(owner | {"host": host}) + "\n")
+        (left / "building.lock").write_text(json.dumps(owner | {"host": host, "boot": "another"}) + "\n")
     return left
 
 
