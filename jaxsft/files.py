@@ -97,6 +97,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     aside = aside_of(path)
     with writing(path, len(data)):
         try:
+            aside.unlink(missing_ok=True)  # Of a write that was killed; a link goes, and not what it leads to.
             with aside.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -115,6 +116,32 @@ def aside_of(path: Path) -> Any:
     return path.parent / f".{path.name}.jaxsft-part"
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file, or a link to one: what can be read without waiting for anyone."""
+    if "://" in os.fspath(path):
+        return path.exists() and not path.is_dir()
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def read_file(path: Path, *, most: int = 2**26) -> bytes:
+    """A small file of ours.
+
+    Raises:
+        ValueError: it is no file, or larger than `most` bytes.
+        OSError: it is not there, or cannot be read.
+    """
+    if path.exists() and not is_file(path):
+        raise ValueError(f"{path.name} is no file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most:,} bytes")
+    return data
+
+
 def refuse_others(path: Path, *marks: bytes) -> None:
     """Refuses to write over a file that is not ours: one that holds none of `marks` in its first 4 KiB.
 
@@ -127,7 +154,7 @@ def refuse_others(path: Path, *marks: bytes) -> None:
     if not (is_link or path.exists()):
         return
     begin = b""
-    if not is_link and path.is_file():
+    if not is_link and is_file(path):
         with path.open("rb") as file:
             begin = file.read(4096)
     if not any(mark in begin for mark in marks):
@@ -216,6 +243,8 @@ class Lock:
             WriteError: its file cannot be written.
         """
         with writing(self._path):
+            if os.path.islink(self._path) or (self._path.exists() and not is_file(self._path)):
+                raise ConfigError(f"{self._path}: a lock is a file, and this is none; move it away")
             is_alone = self._lock_file()
             found = self._read()
             # The system that has just given the file to us would not, if it knew a living owner.
@@ -284,7 +313,7 @@ class Lock:
         if not self._is_local:
             return False
         while True:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
 from jaxsft.config import ConfigError
-from jaxsft.files import Lock, WriteError, aside_of, set_aside, write_whole, writing
+from jaxsft.files import Lock, WriteError, aside_of, read_file, set_aside, write_whole, writing
 from jaxsft.seal import read_object
 from jaxsft.writers import last_step
 
@@ -188,7 +188,7 @@ def template_date(folder: epath.Path) -> datetime.date | None:
     sealed = newest_run(folder / "checkpoints").get("config")
     texts = [sealed] if isinstance(sealed, str) else []
     with contextlib.suppress(OSError, ValueError):
-        texts.append((folder / "config.yaml").read_text(encoding="utf-8"))
+        texts.append(read_file(folder / "config.yaml").decode("utf-8"))
     for text in texts:
         with contextlib.suppress(yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
             return datetime.date.fromisoformat(str(yaml.safe_load(text)["data"]["template_date"]))

@@ -12,14 +12,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jaxsft.files import write_whole
+from jaxsft.files import is_file, read_file, write_whole
 
 SEAL = "seal.json"
 REMOVING = "removing.json"
 """What a seal is called once its folder is being removed."""
 UNFINISHED = "it was never finished"
-MOST_JSON = 2**26
-"""Bytes of the largest file of ours that is read as JSON."""
 CRC_READ_SIZE = 2**24
 
 
@@ -61,10 +59,9 @@ def read_object(path: epath.Path) -> dict[str, Any]:
         ValueError: it holds something else; says what.
         OSError: it cannot be read.
     """
-    if path.stat().length > MOST_JSON:
-        raise ValueError(f"{path.name} is too large: {path.stat().length:,} bytes")
+    data = read_file(path)
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {str(error)[:100]}") from None
     if not isinstance(found, dict):
@@ -120,7 +117,7 @@ def checksum(path: epath.Path) -> Entry:
         ValueError: it is no file, but a pipe, a device or a link to nothing.
         OSError: it cannot be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"{path.name} is no file")
     crc, size = 0, 0
     with path.open("rb") as file:
@@ -150,7 +147,7 @@ def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
         return
     for name, entry in entries.items():
         path = folder / name
-        is_ours = path.is_file() and path.stat().length == entry.size
+        is_ours = is_file(path) and path.stat().length == entry.size
         if is_ours and (not to_the_byte or checksum(path) == entry):
             path.unlink()
     (folder / REMOVING).unlink()

@@ -33,7 +33,7 @@ from jaxsft.data.stream import StreamLoader
 from jaxsft.data.strict import DataError
 from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.export import export_problem
-from jaxsft.files import at_home, write_whole
+from jaxsft.files import at_home, read_file, write_whole
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.metrics import (
     Diverged,
@@ -461,7 +461,7 @@ def _describe_run(
     path = folder / "config.yaml"
     if path.exists():
         try:
-            changes = config_changes(path.read_text(encoding="utf-8"), config)
+            changes = config_changes(read_file(path).decode("utf-8"), config)
         except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
             console.say(f"{path} is damaged, and written anew ({' '.join(str(error).split())[:80]})")
             changes = []

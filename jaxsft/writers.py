@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
-from jaxsft.files import set_aside, write_whole, writing
+from jaxsft.files import is_file, read_file, set_aside, write_whole, writing
 from jaxsft.metrics import Totals, from_json_line, to_json_line
 
 SPEED = {
@@ -62,6 +62,8 @@ class MetricsFile:
         self._lines: list[str] = []
         self.last_step = -1
         content = None
+        if jax.process_index() == 0 and path.exists() and not is_file(path):
+            say(f"{path} is no file: renamed to {set_aside(path, 'damaged').name}")
         if jax.process_index() == 0 and path.exists():
             content = path.read_bytes()
             lines, problems, torn = _parse_lines(content)
@@ -124,7 +126,7 @@ def metrics_problem(path: epath.Path, *, step: int, sealed: dict[str, Any] | Non
         step: of a checkpoint.
         sealed: what `MetricsFile.state` was when it was saved; None where that is not known.
     """
-    if not path.is_file():
+    if not is_file(path):
         return "it is not there" if sealed and sealed["bytes"] else None
     lines, problems, torn = _parse_lines(path.read_bytes())
     if problems:
@@ -140,7 +142,7 @@ def _state(content: bytes) -> dict[str, int]:
 
 def last_step(path: epath.Path) -> int:
     """Of the last line of a `metrics.jsonl`; -1 where there is none."""
-    return max((at for at, _ in _parse_lines(path.read_bytes())[0]), default=-1) if path.is_file() else -1
+    return max((at for at, _ in _parse_lines(path.read_bytes())[0]), default=-1) if is_file(path) else -1
 
 
 def _parse_lines(content: bytes) -> tuple[list[tuple[int, str]], list[str], bool]:
@@ -370,7 +372,7 @@ def run_id(folder: epath.Path) -> str:
     """What names a run where runs of many folders meet: drawn once, kept in the folder, gone with it."""
     path = folder / "run_id"
     with contextlib.suppress(FileNotFoundError):
-        found = path.read_bytes().strip()
+        found = read_file(path, most=100).strip() if is_file(path) or not path.exists() else b"no file"
         if re.fullmatch(rb"[0-9a-f]{8}", found):
             return found.decode()
         raise ConfigError(

@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
 from jaxsft import files
 from jaxsft.config import ConfigError
@@ -156,6 +157,25 @@ def test_a_lock_file_that_says_nothing_is_taken(tmp_path, content):
     lock = Lock(path)
     lock.acquire()
     lock.release()
+
+
+@pytest.mark.parametrize("kind", [pathlib.Path, epath.Path])
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("mine")])
+def test_what_is_no_file_is_no_lock_and_stays(tmp_path, make, kind):
+    (tmp_path / "mine").write_text("important")
+    make(tmp_path / "run.lock")
+    with pytest.raises(ConfigError, match="run.lock: a lock is a file"):
+        Lock(kind(tmp_path) / "run.lock").acquire()
+    assert (tmp_path / "mine").read_text() == "important" and (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("kind", [pathlib.Path, epath.Path])
+def test_what_a_link_leads_to_is_never_written_into(tmp_path, kind):
+    (tmp_path / "mine").write_text("important")
+    for name in (".page.jaxsft-part", "page"):
+        (tmp_path / name).symlink_to("mine")
+    write_whole(kind(tmp_path) / "page", "new")
+    assert (tmp_path / "page").read_text() == "new" and (tmp_path / "mine").read_text() == "important"
 
 
 def race(path, found):
