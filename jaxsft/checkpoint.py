@@ -15,6 +15,7 @@ import functools
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -75,6 +76,7 @@ class Checkpointer:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._at: int | None = None
+        self._making: epath.Path | None = None
         self._passed_over: dict[int, str] = {}
         self.progress: dict[str, Any] = {}
         """What `save` was given beside the state that was restored."""
@@ -113,6 +115,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 self._make_room(step)
                 target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
+                self._making = target
                 write_whole(target / META, json.dumps(meta, indent=1))
             _sync("checkpoint_folder")
             self._orbax.save(target / "state", leaves)
@@ -133,7 +136,7 @@ class Checkpointer:
 
     def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
         """The error of a save that failed, of which nothing is left that would take up room."""
-        if jax.process_index() == 0 and self._is_unfinished(target):
+        if self._making == target and not (target / SEAL).exists():
             with contextlib.suppress(OSError):
                 target.rmtree()
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -223,16 +226,17 @@ class Checkpointer:
                 if problem is None:
                     found = step
                     break
+                if problem is UNFINISHED and step == self._last_sealed():
+                    problem = f"it was finished, but its {SEAL} is gone"
                 self._passed_over[step] = problem
                 if problem is not UNFINISHED:
                     damaged[step] = problem
                 self._say(f"passed over checkpoint {step}: {problem}")
             if found < 0 and damaged:
                 found = ALL_DAMAGED
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                newest = read_object(self._folder.parent / PROGRESS)["sealed"]
-                if found >= 0 and newest > found and newest not in self._passed_over:
-                    self._say(f"checkpoint {newest}, which was finished, is not there any more")
+            newest = self._last_sealed()
+            if found >= 0 and newest is not None and newest > found and newest not in self._passed_over:
+                self._say(f"checkpoint {newest}, which was finished, is not there any more")
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(found))
         if found == ALL_DAMAGED:
@@ -265,16 +269,29 @@ class Checkpointer:
 
     def _is_unfinished(self, target: epath.Path) -> bool:
         """Whether a folder is a save of this run that was cut off: we write its meta.json before all else."""
-        if not target.is_dir() or (target / SEAL).exists():
+        if not target.is_dir() or os.path.islink(target) or (target / SEAL).exists():
             return False
-        if {child.name for child in target.iterdir()} <= {aside_of(target / META).name}:
+        names = {child.name for child in target.iterdir()}
+        if names <= {aside_of(target / META).name}:
             return True
+        ours = {META, "state", *(aside_of(target / name).name for name in (META, SEAL))}
+        if any(name not in ours and not name.startswith("state.orbax-checkpoint-tmp") for name in names):
+            return False  # Somebody else has put something into it.
+        if int(target.name) <= (self._last_sealed() or -1):
+            return False  # It was finished once.
         try:
             meta = read_object(target / META)
         except (OSError, ValueError):
             return False
         run, mine = meta.get("run"), self._run.get("fingerprint")
         return meta.get("step") == int(target.name) and isinstance(run, dict) and run.get("fingerprint") == mine
+
+    def _last_sealed(self) -> int | None:
+        """The newest step that was sealed, as far as anyone knows."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            sealed = read_object(self._folder.parent / PROGRESS)["sealed"]
+            return sealed if type(sealed) is int else None
+        return None
 
     def _eval_loss(self, step: int) -> float:
         try:

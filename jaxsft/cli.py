@@ -13,8 +13,9 @@ import pathlib
 import shlex
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError, config_keys, load_config
@@ -24,9 +25,28 @@ BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
 
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
-    from jaxsft.train import train
+    with _ending_at_once():
+        from jaxsft.train import train
 
     return train(_config(args), restart=args.restart)
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Ctrl-C while modules are imported, some of which would take the exception for one of their own, or show it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(BUG)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def preview_command(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.config_words import with_older_words
-from jaxsft.files import check_space, set_aside, write_error
+from jaxsft.files import check_space, is_file, set_aside, write_error
 from jaxsft.hf import load_generation_config
 from jaxsft.seal import SEAL, problem_of, remove_sealed, seal
 from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
@@ -35,6 +35,7 @@ __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "e
 
 UNFINISHED_MARK = "unfinished-export"
 """A file in a folder of ours that is being written, and may be removed."""
+MARK_TEXT = b"An export that jaxsft has not finished.\n"
 
 
 class ExportError(OSError):
@@ -109,14 +110,15 @@ def export_folder(
         name = export_dtype(hf_config, dtype)
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
-    aside = _partial(folder)
+    aside, is_begun = _partial(folder), False
     if writes:
         check_space(folder, _num_bytes(params, into, stored))
     with _alone(folder, say) if writes else contextlib.nullcontext():
         try:
             if writes:
                 aside.mkdir(parents=True)
-                (aside / UNFINISHED_MARK).touch()
+                is_begun = True
+                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
                 _save_tokenizer(aside, tokenizer)
                 source = pathlib.Path(source_folder) if source_folder else None
                 _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
@@ -139,7 +141,7 @@ def export_folder(
             reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
             raise ExportError(str(write_error(folder, reason))) from error
         finally:
-            if writes:
+            if writes and is_begun:
                 shutil.rmtree(aside, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
@@ -247,17 +249,26 @@ def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
             raise ExportError(f"{folder}: another export is being written there") from None
         except OSError:  # a filesystem without locks
             pass
-        left = _partial(folder)
-        if left.exists():
-            if not (left / UNFINISHED_MARK).exists() and not (left / SEAL).exists():
+        left, replaced = _partial(folder), _replaced(folder)
+        if (left / SEAL).exists() and not left.is_symlink():  # Killed before it was renamed.
+            remove_sealed(epath.Path(left), to_the_byte=True)
+        if left.exists() or left.is_symlink():
+            if left.is_symlink() or not _is_marked(left):
                 raise ExportError(f"{left}: is in the way and no unfinished export of jaxsft; move it away")
             shutil.rmtree(left)
-        if not folder.exists() and _replaced(folder).exists():
-            _replaced(folder).rename(folder)  # killed between the two renames
+        if replaced.is_symlink() or (replaced.exists() and not (replaced / "config.json").exists()):
+            raise ExportError(f"{replaced}: is in the way and no export of jaxsft; move it away")
+        if not folder.exists() and replaced.exists():
+            replaced.rename(folder)  # killed between the two renames
         _put_away(folder, say)
         yield
     finally:
         os.close(parent)
+
+
+def _is_marked(folder: pathlib.Path) -> bool:
+    mark = folder / UNFINISHED_MARK
+    return is_file(mark) and mark.read_bytes() == MARK_TEXT
 
 
 def _partial(folder: pathlib.Path) -> pathlib.Path:

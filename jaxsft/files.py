@@ -17,6 +17,7 @@ import stat
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -292,8 +293,14 @@ class Lock:
         Raises:
             WriteError: another process has taken this one for dead, and works in the folder now.
         """
-        if self._lost:
-            raise WriteError(f"{self._path}: taken over by {_describe(self._read() or {})}; this process stops")
+        found = self._read()
+        if self._lost or (found is not None and not self._is_mine()):
+            self._lost = True
+            raise WriteError(f"{self._path}: taken over by {_describe(found or {})}; this process stops")
+
+    def is_lock(self) -> bool:
+        """Whether the file is one of ours, or empty as one that was just made."""
+        return is_file(self._path) and (self._read() is not None or not read_file(self._path))
 
     def release(self) -> None:
         """Gives the lock back, if it is held."""
@@ -330,23 +337,34 @@ class Lock:
     def _watch(self, owner: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"{self._path}: held by {_describe(owner)}; waiting up to {self._dead_seconds:.0f} s to see if it is alive")
         until = time.monotonic() + self._dead_seconds
+        seen = str(owner)  # As text, since a number that is none would differ from itself.
         while time.monotonic() < until:
             time.sleep(min(1.0, self._dead_seconds / 20))
             now = self._read()
             if now is None:
                 return  # Given back.
-            if now != owner:
+            if str(now) != seen:
                 self._close()
                 raise self._refusal(now)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
             with contextlib.suppress(OSError):  # A disk that is away for a moment.
-                if self._read() is not None and not self._is_mine():
+                if not self._path.exists():
+                    self._make_again()
+                elif self._read() is not None and not self._is_mine():
                     self._lost = True
                     return
                 self._renewals += 1
                 self._write()
+
+    def _make_again(self) -> None:
+        """Somebody has removed the file; who comes now must find one, unless another one has come already."""
+        if self._fd is not None:
+            fresh = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before, self._fd = self._fd, fresh
+            os.close(before)
 
     def _write(self) -> None:
         text = json.dumps(self._owner | {"renewals": self._renewals}) + "\n"
@@ -380,7 +398,7 @@ class Lock:
 
 def _myself() -> dict[str, Any]:
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    me = {"pid": os.getpid(), "start": _start(os.getpid()), "since": since}
+    me = {"pid": os.getpid(), "start": _start(os.getpid()), "since": since, "id": uuid.uuid4().hex}
     return {"host": socket.gethostname(), "boot": _boot(), "container": _container()} | me
 
 
@@ -418,10 +436,10 @@ def _start(pid: Any) -> str | None:
     """When a process began, in the kernel's clock; None where there is none of that number."""
     try:
         return pathlib.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, TypeError, OverflowError):
         pass
     try:
         os.kill(int(pid), 0)
         return "running"
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return None

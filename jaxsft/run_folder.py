@@ -76,8 +76,10 @@ def _claim(folder: epath.Path, fingerprint: dict[str, Any], *, restart: bool, sa
             lock = _move_aside(folder, lock, say)
         saved = _saved_fingerprint(folder, say)
         if saved is None:
-            write_whole(folder / PROGRESS, json.dumps({"sealed": None}) + "\n")
             write_whole(path, json.dumps(fingerprint, indent=1) + "\n")
+        if not (folder / PROGRESS).exists() and not _evidence(folder):
+            write_whole(folder / PROGRESS, json.dumps({"sealed": None}) + "\n")
+        if saved is None:
             return lock
         fields = [name for name in {**saved, **fingerprint} if saved.get(name) != fingerprint.get(name)]
         if fields:
@@ -97,8 +99,9 @@ def _is_run(folder: epath.Path) -> bool:
     """Whether a folder is empty, or was made by a run."""
     if not folder.is_dir():
         return False
-    others = {child.name for child in folder.iterdir()} - {LOCK, aside_of(folder / FINGERPRINT).name, PROGRESS}
-    others -= {aside_of(folder / PROGRESS).name}
+    others = {child.name for child in folder.iterdir()} - {aside_of(folder / FINGERPRINT).name}
+    if LOCK in others and Lock(folder / LOCK).is_lock():
+        others.remove(LOCK)  # Of a start that was killed before it wrote anything else.
     return not others or FINGERPRINT in others or bool(newest_run(folder / "checkpoints"))
 
 

@@ -7,6 +7,7 @@ says, is known to be ours: nothing else is ever removed with the folder.
 """
 
 import json
+import os
 import zlib
 from typing import Any, NamedTuple
 
@@ -145,21 +146,20 @@ def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
         entries = read_seal(folder / REMOVING)
     except (OSError, ValueError):
         return
+    parents: dict[str, epath.Path] = {}
     for name, entry in entries.items():
         path = folder / name
-        is_ours = is_file(path) and path.stat().length == entry.size
+        above = [folder.joinpath(*name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
+        if any(os.path.islink(each) for each in above):
+            continue  # Whatever stands there now, we made no links.
+        parents |= {str(each): each for each in above}
+        is_ours = is_file(path) and not os.path.islink(path) and path.stat().length == entry.size
         if is_ours and (not to_the_byte or checksum(path) == entry):
             path.unlink()
     (folder / REMOVING).unlink()
-    _remove_empty(folder)
-
-
-def _remove_empty(folder: epath.Path) -> None:
-    for child in folder.iterdir():
-        if child.is_dir():
-            _remove_empty(child)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    for each in (*sorted(parents.values(), key=lambda each: -str(each).count("/")), folder):
+        if each.is_dir() and not any(each.iterdir()):
+            each.rmdir()
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+STOPPED = 75
+"""Exit code of a run that goes on when it is started again."""
 GRACE_SECONDS = 10.0
 """How long a second Ctrl-C waits for the main thread, which may be compiling, before it ends the process itself."""
 
@@ -27,6 +29,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received: str | None = None
+        self._can_save = False
         self._previous: dict[int, Any] = {}
         self._interrupted = threading.Event()
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
@@ -54,10 +57,25 @@ class StopSignal:
             self._wakeup[1].close()  # Which ends the thread.
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            self._interrupted.set()
-            raise KeyboardInterrupt
-        self._received = signal.Signals(number).name
+        again, self._received = self._received, signal.Signals(number).name
+        if not self._can_save or (again and number == signal.SIGINT):
+            self._end()
+
+    def can_save(self) -> None:
+        """From now on there is something to save: a first signal waits for `at`. Before, it ends all at once."""
+        if self._received is not None:  # And some library took the exception for one of its own.
+            self._end()
+        self._can_save = True
+
+    def _end(self) -> None:
+        self._interrupted.set()
+        if (
+            not self._can_save
+        ):  # Not by the thread, which the process may not wait for; not by print, in which this may come.
+            os.write(2, f"\n{self._received}: stopping; nothing was begun\n".encode())
+        if self._received == "SIGTERM":
+            raise SystemExit(STOPPED)  # Nothing is lost: whoever starts it again begins where this start did.
+        raise KeyboardInterrupt
 
     def _answer(self, reader: socket.socket) -> None:
         """Says what happens now, as soon as a signal has come."""
@@ -68,7 +86,7 @@ class StopSignal:
                 if not name:
                     continue
                 num_asked += 1
-                if num_asked == 1:
+                if num_asked == 1 and self._can_save:
                     again = "; again to stop without saving" if name == "SIGINT" else ""
                     print(f"\n{name}: {self.doing}{again}", file=sys.stderr, flush=True)
                 elif name == "SIGINT" and not self._interrupted.wait(GRACE_SECONDS):

@@ -62,12 +62,11 @@ from jaxsft.profile import Profiler, check_profile
 from jaxsft.report.picture import plot_run
 from jaxsft.run_folder import check_progress, claim_run_folder, template_date
 from jaxsft.step import abstract_state, init_state, make_train_step, non_finite, put_batch
-from jaxsft.stop import StopSignal
+from jaxsft.stop import STOPPED, StopSignal
 from jaxsft.summary import describe_lost, note_versions, start_summary
 from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
 
-DONE, STOPPED = 0, 75
-"""Exit codes; a run that was stopped continues when it is started again."""
+DONE = 0
 
 
 def train(config: Config, *, restart: bool = False) -> int:
@@ -82,6 +81,11 @@ def train(config: Config, *, restart: bool = False) -> int:
         SaveError, WriteError: a checkpoint or another file could not be written.
         Diverged: too many steps were skipped as their loss or gradient was not finite, or a parameter is not finite.
     """
+    with StopSignal() as stop:
+        return _train(config, stop, restart=restart)
+
+
+def _train(config: Config, stop: StopSignal, *, restart: bool) -> int:
     console = Console()
     folder = run_folder(config)
     config = resolve_date(config, None if restart else folder)
@@ -108,7 +112,7 @@ def train(config: Config, *, restart: bool = False) -> int:
         checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=run)
         closing.enter_context(contextlib.closing(checkpointer))
         closing.enter_context(contextlib.closing(console))
-        stop = closing.enter_context(StopSignal())
+        stop.can_save()
         if isinstance(loader, StreamLoader):
             loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
@@ -166,6 +170,8 @@ def train(config: Config, *, restart: bool = False) -> int:
         watch = Stopwatch()
 
         def write(line: dict[str, Any]) -> None:
+            if lock is not None:
+                lock.check()
             metrics_file.write(line)
             for writer in writers:
                 writer.write(line)
@@ -253,6 +259,8 @@ def train(config: Config, *, restart: bool = False) -> int:
 
         checkpointer.wait()
         stop.doing = "finishing the export"
+        if lock is not None:
+            lock.check()
         console.say(f"exporting to {folder / 'export'}")
         export_model(pretrained, tokenizer, state.params, folder / "export", say=console.say)
         if jax.process_index() == 0:

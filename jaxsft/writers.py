@@ -156,6 +156,8 @@ def _parse_lines(content: bytes) -> tuple[list[tuple[int, str]], list[str], bool
             found = from_json_line(text)
             if not isinstance(found, dict) or type(found.get("step")) is not int:
                 raise ValueError("no object with a step")
+            if other := [key for key, value in found.items() if not isinstance(value, int | float | None)]:
+                raise ValueError(f"{other[0]} is no number")
             if lines and found["step"] < lines[-1][0]:
                 raise ValueError(f"step {found['step']} after step {lines[-1][0]}")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -96,6 +96,7 @@ def test_when_all_are_damaged_nothing_is_continued_and_nothing_changed(tmp_path)
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     save_steps(tmp_path, {1: math.inf, 2: math.inf})
     (tmp_path / "checkpoints" / "2" / "seal.json").unlink()
+    (tmp_path / "progress.json").write_text('{"sealed": 1}')
     said = []
     assert int(make_checkpointer(tmp_path, said).restore(abstract(make_state(0)))["step"]) == 1
     assert said == ["passed over checkpoint 2: it was never finished"]
@@ -234,6 +235,7 @@ def test_what_was_half_saved_or_half_removed_is_cleared_away(tmp_path):
     save_steps(tmp_path, {1: math.inf, 2: math.inf, 3: math.inf}, keep=5)
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / "3" / "seal.json").unlink()  # killed while it was saved
+    (tmp_path / "progress.json").write_text('{"sealed": 2}')
     (checkpoints / "1" / "seal.json").rename(checkpoints / "1" / "removing.json")  # killed while it was removed
     (checkpoints / "1" / "meta.json").unlink()
     (checkpoints / "9").mkdir()  # killed before anything was in it
@@ -244,6 +246,34 @@ def test_what_was_half_saved_or_half_removed_is_cleared_away(tmp_path):
     checkpointer.tidy()
     checkpointer.close()
     assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "8.passed-over-1"]
+
+
+def test_a_checkpoint_that_lost_its_seal_or_holds_more_than_ours_is_not_removed(tmp_path):
+    save_steps(tmp_path, {1: math.inf, 2: math.inf, 3: math.inf}, keep=5)
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "3" / "seal.json").unlink()
+    (checkpoints / "2" / "seal.json").unlink()
+    (checkpoints / "2" / "notes.txt").write_text("mine")
+    said = []
+    checkpointer = make_checkpointer(tmp_path, said)
+    assert int(checkpointer.restore(abstract(make_state(0)))["step"]) == 1
+    assert said[0] == "passed over checkpoint 3: it was finished, but its seal.json is gone"
+    checkpointer.tidy()
+    checkpointer.close()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2.passed-over-1", "3.passed-over-1"]
+    assert (checkpoints / "2.passed-over-1" / "notes.txt").read_text() == "mine"
+
+
+def test_no_link_is_followed_when_an_old_checkpoint_is_removed(tmp_path):
+    project = tmp_path / "project"
+    for name in ("empty/inner", ".git/refs/tags"):
+        (project / name).mkdir(parents=True)
+    save_steps(tmp_path, {1: math.inf})
+    (tmp_path / "checkpoints" / "1" / "project").symlink_to(project)
+    (tmp_path / "checkpoints" / "1" / "mine").mkdir()
+    save_steps(tmp_path, {2: math.inf, 3: math.inf}, keep=1)
+    assert (project / "empty" / "inner").is_dir() and (project / ".git" / "refs" / "tags").is_dir()
+    assert sorted(path.name for path in (tmp_path / "checkpoints" / "1").iterdir()) == ["mine", "project"]
 
 
 def test_an_old_checkpoint_is_removed_without_what_somebody_put_into_it(tmp_path):
@@ -307,6 +337,7 @@ def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tm
 def test_sigterm_is_noticed_and_the_former_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
+        stop.can_save()
         assert stop.at(0) is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.at(1) == "SIGTERM"
@@ -317,6 +348,7 @@ ASK = """
 import os, signal, sys, time
 from jaxsft.stop import StopSignal
 with StopSignal() as stop:
+    stop.can_save()
     stop.at(11)
     print("ready", flush=True)
     sum(range(3 * 10**8))  # one call of C, in which Python runs no handler
@@ -344,6 +376,28 @@ def test_ctrl_c_is_answered_at_once_and_a_second_one_stops(repo):
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) != 0
     assert "KeyboardInterrupt" in process.stderr.read()
+
+
+EARLY = """
+import os, signal, sys
+from jaxsft.stop import StopSignal
+with StopSignal() as stop:
+    try:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    except BaseException:
+        if sys.argv[2] == "raised":
+            raise
+    stop.can_save()
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("way", ["raised", "taken by a library"])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_before_there_is_something_to_save_ends_the_run_whoever_takes_the_exception(repo, name, code, way):
+    done = subprocess.run([sys.executable, "-c", EARLY, name, way], cwd=repo, capture_output=True, text=True)
+    assert done.returncode in (code, -signal.SIGINT if name == "SIGINT" else code) and "went on" not in done.stdout
+    assert f"{name}: stopping; nothing was begun" in done.stderr
 
 
 SAVE_AND_LEAVE = """

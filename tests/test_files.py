@@ -150,6 +150,45 @@ def test_who_was_taken_for_dead_finds_out_before_it_writes(tmp_path, no_flock):
     assert json.loads(path.read_text())["host"] == "another", "the new owner's file stays"
 
 
+def test_a_lock_whose_file_was_removed_is_made_again_and_one_that_came_meanwhile_has_it(tmp_path):
+    path = tmp_path / "run.lock"
+    first = quick(path)
+    first.acquire()
+    path.unlink()
+    for _ in range(100):
+        time.sleep(0.05)
+        if path.exists():
+            break
+    first.check()
+    with pytest.raises(ConfigError, match="in use by process"):
+        quick(path).acquire()
+    slow = Lock(tmp_path / "slow.lock", renew_seconds=60)
+    slow.acquire()
+    (tmp_path / "slow.lock").unlink()
+    second = quick(tmp_path / "slow.lock")
+    second.acquire()
+    with pytest.raises(WriteError, match="taken over by process"):
+        slow.check()
+    slow.release()
+    second.check()
+    for lock in (first, second):
+        lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "[]", "null"])
+def test_a_lock_with_odd_numbers_is_taken_over(tmp_path, no_flock, number):
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps(foreign()).replace('"pid": 7', f'"pid": {number}'))
+    lock = quick(path)
+    lock.acquire()
+    lock.release()
+    path.write_text(json.dumps(files._myself() | {"pid": "x"}).replace('"x"', number))
+    lock = quick(path)
+    lock.acquire()
+    lock.release()
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\0", b"{", b"[" * 100_000, b"7", b"{}"])
 def test_a_lock_file_that_says_nothing_is_taken(tmp_path, content):
     path = tmp_path / "run.lock"

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxsft import hf
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.data.named_templates import template_text
-from jaxsft.export import TOKENIZER_FILES, ExportError, export_folder, export_problem
+from jaxsft.export import MARK_TEXT, TOKENIZER_FILES, ExportError, export_folder, export_problem
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families import decoder_config, family
@@ -274,7 +274,7 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     folder.rename(tmp_path / ".model.jaxsft-replaced")
     (tmp_path / ".model.jaxsft-partial").mkdir()
-    (tmp_path / ".model.jaxsft-partial" / "unfinished-export").touch()
+    (tmp_path / ".model.jaxsft-partial" / "unfinished-export").write_bytes(MARK_TEXT)
 
     class Broken:
         def save_pretrained(self, folder):
@@ -288,6 +288,7 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
     # Something else of that name is left alone.
     (tmp_path / ".model.jaxsft-partial").mkdir()
     (tmp_path / ".model.jaxsft-partial" / "mine").touch()
+    (tmp_path / ".model.jaxsft-partial" / "seal.json").write_text("{}")
     with pytest.raises(ExportError, match="is in the way and no unfinished export"):
         write(folder, state, hf.load_tokenizer(str(folder)))
     assert (tmp_path / ".model.jaxsft-partial" / "mine").exists()

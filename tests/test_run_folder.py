@@ -76,6 +76,24 @@ def test_a_folder_of_something_else_is_never_claimed_nor_moved(tmp_path, name):
     assert (tmp_path / name / "mine").read_text() == "important" and os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("name", ["progress.json", "run.lock"])
+def test_names_alone_make_no_run(tmp_path, name):
+    (tmp_path / name).write_text('{"chapter": 7}')
+    with pytest.raises(ConfigError, match="not a run of jaxsft"), claimed(epath.Path(tmp_path)):
+        pass
+    assert (tmp_path / name).read_text() == '{"chapter": 7}' and os.listdir(tmp_path) == [name]
+
+
+def test_a_start_that_was_killed_before_it_wrote_more_than_its_lock_is_begun_again(folder):
+    folder.mkdir()
+    (folder / "run.lock").write_text("")
+    begin(folder)
+    assert names(folder) == ["fingerprint.json", "progress.json"]
+    (folder / "progress.json").unlink()  # killed between the two
+    begin(folder)
+    assert names(folder) == ["fingerprint.json", "progress.json"]
+
+
 def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").write_text("important")
     with pytest.raises(ConfigError, match="not a run of jaxsft"), claimed(epath.Path(tmp_path / "run")):

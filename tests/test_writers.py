@@ -61,6 +61,8 @@ LINE = {"total_tokens": 1.0, "total_trained_tokens": 1.0, "skipped_steps": 0.0}
         lambda content: content + b"[" * 100_000 + b"\n",
         lambda content: content + b'{"loss": 1}\n',
         lambda content: content + b'{"step": "3"}\n',
+        lambda content: content + b'{"step": 2, "loss": "abc"}\n',
+        lambda content: content + b'{"step": 2, "eval_loss": [1]}\n',
         lambda content: content + content,
         lambda content: content[60:],
         lambda content: content.replace(b"1.0", b"9.0", 1),
