@@ -277,7 +277,8 @@ class Checkpointer:
         ours = {META, "state", *(aside_of(target / name).name for name in (META, SEAL))}
         if any(name not in ours and not name.startswith("state.orbax-checkpoint-tmp") for name in names):
             return False  # Somebody else has put something into it.
-        if int(target.name) <= (self._last_sealed() or -1):
+        last = self._last_sealed()
+        if last is not None and int(target.name) <= last:
             return False  # It was finished once.
         try:
             meta = read_object(target / META)

@@ -26,7 +26,7 @@ from jaxsft.config import ConfigError
 from jaxsft.config_words import with_older_words
 from jaxsft.files import check_space, is_file, set_aside, write_error
 from jaxsft.hf import load_generation_config
-from jaxsft.seal import SEAL, problem_of, remove_sealed, seal
+from jaxsft.seal import REMOVING, SEAL, finish_removing, problem_of, remove_sealed, seal
 from jaxsft.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.weights.save import dump_json, write_weights
 from jaxsft.weights.stored import DTYPES, Stored
@@ -134,8 +134,8 @@ def export_folder(
                 writes=writes,
             )
             if writes:
+                seal(epath.Path(aside), but=UNFINISHED_MARK)  # Which stands until then, for a kill meanwhile.
                 (aside / UNFINISHED_MARK).unlink()
-                seal(epath.Path(aside))
                 _rename_over(aside, folder, say)
         except OSError as error:
             reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
@@ -250,13 +250,18 @@ def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
         except OSError:  # a filesystem without locks
             pass
         left, replaced = _partial(folder), _replaced(folder)
+        was_going = (replaced / REMOVING).exists()
+        for each in (left, replaced):
+            if not each.is_symlink():  # Killed while it was removed.
+                finish_removing(epath.Path(each), to_the_byte=True)
         if (left / SEAL).exists() and not left.is_symlink():  # Killed before it was renamed.
             remove_sealed(epath.Path(left), to_the_byte=True)
         if left.exists() or left.is_symlink():
             if left.is_symlink() or not _is_marked(left):
                 raise ExportError(f"{left}: is in the way and no unfinished export of jaxsft; move it away")
             shutil.rmtree(left)
-        if replaced.is_symlink() or (replaced.exists() and not (replaced / "config.json").exists()):
+        is_ours = was_going or (replaced / "config.json").exists()
+        if replaced.is_symlink() or (replaced.exists() and not is_ours):
             raise ExportError(f"{replaced}: is in the way and no export of jaxsft; move it away")
         if not folder.exists() and replaced.exists():
             replaced.rename(folder)  # killed between the two renames

@@ -29,9 +29,10 @@ class Entry(NamedTuple):
     crc32: int
 
 
-def seal(folder: epath.Path) -> None:
-    """Seals a folder as it stands."""
-    write_whole(folder / SEAL, json.dumps({name: each._asdict() for name, each in checksums(folder).items()}, indent=1))
+def seal(folder: epath.Path, *, but: str | None = None) -> None:
+    """Seals a folder as it stands, but for a file that will be gone when it is finished."""
+    entries = {name: each._asdict() for name, each in checksums(folder).items() if name != but}
+    write_whole(folder / SEAL, json.dumps(entries, indent=1))
 
 
 def read_seal(path: epath.Path) -> dict[str, Entry]:

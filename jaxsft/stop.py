@@ -69,9 +69,8 @@ class StopSignal:
 
     def _end(self) -> None:
         self._interrupted.set()
-        if (
-            not self._can_save
-        ):  # Not by the thread, which the process may not wait for; not by print, in which this may come.
+        if not self._can_save:
+            # Not by the thread, for which the process may not wait, nor by print, in which the signal may come.
             os.write(2, f"\n{self._received}: stopping; nothing was begun\n".encode())
         if self._received == "SIGTERM":
             raise SystemExit(STOPPED)  # Nothing is lost: whoever starts it again begins where this start did.

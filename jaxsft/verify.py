@@ -1,5 +1,6 @@
 """Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxsft.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, new
 from jaxsft.config import ConfigError
 from jaxsft.files import at_home
 from jaxsft.run_folder import FINGERPRINT
-from jaxsft.seal import SEAL, UNFINISHED, problem_of, read_object, read_seal, read_sealed_object
+from jaxsft.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, read_seal, read_sealed_object
 from jaxsft.writers import metrics_problem
 
 SOUND, DAMAGED = 0, 1
@@ -57,17 +58,16 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
     if (folder / "export").exists():
         findings.append(_sealed(folder / "export", "export", problem_of(folder / "export")))
     findings.append(_file(folder / FINGERPRINT, _fingerprint_problem(folder)))
-    if (folder / PROGRESS).exists() or findings:
+    if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Versions before had none.
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))
     findings.append(_file(folder / "metrics.jsonl", _metrics_problem(folder)))
     return findings
 
 
 def _sealed(folder: epath.Path, name: str, problem: str | None) -> Finding:
-    try:
-        entries = read_seal(folder / SEAL).values()
-    except (OSError, ValueError):
-        entries = ()  # type: ignore[assignment]
+    entries: list[Entry] = []
+    with contextlib.suppress(OSError, ValueError):
+        entries = list(read_seal(folder / SEAL).values())
     return Finding(name, len(entries), sum(each.size for each in entries), problem)
 
 

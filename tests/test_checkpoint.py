@@ -264,6 +264,16 @@ def test_a_checkpoint_that_lost_its_seal_or_holds_more_than_ours_is_not_removed(
     assert (checkpoints / "2.passed-over-1" / "notes.txt").read_text() == "mine"
 
 
+def test_a_checkpoint_of_step_0_that_was_finished_is_not_removed_either(tmp_path):
+    save_steps(tmp_path, {0: math.inf})
+    (tmp_path / "checkpoints" / "0" / "seal.json").unlink()
+    checkpointer = make_checkpointer(tmp_path)
+    checkpointer.tidy()
+    checkpointer.save(0, make_state(0))
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "0.passed-over-1"]
+
+
 def test_no_link_is_followed_when_an_old_checkpoint_is_removed(tmp_path):
     project = tmp_path / "project"
     for name in ("empty/inner", ".git/refs/tags"):

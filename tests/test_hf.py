@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from jaxsft import hf
+from jaxsft import export, hf
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.data.named_templates import template_text
 from jaxsft.export import MARK_TEXT, TOKENIZER_FILES, ExportError, export_folder, export_problem
@@ -292,6 +292,39 @@ def test_two_exports_to_one_place_do_not_disturb_each_other_and_a_killed_one_is_
     with pytest.raises(ExportError, match="is in the way and no unfinished export"):
         write(folder, state, hf.load_tokenizer(str(folder)))
     assert (tmp_path / ".model.jaxsft-partial" / "mine").exists()
+
+
+KILLED_AT = ["sealed", "removing the earlier one", "removing an unfinished one"]
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_a_kill_at_the_end_of_an_export_keeps_no_later_one_from_being_written(
+    folder, state, tokenizer, tmp_path, moment
+):
+    left = {"removing the earlier one": ".model.jaxsft-replaced"}.get(moment, ".model.jaxsft-partial")
+    shutil.copytree(folder, tmp_path / left)
+    if moment == "sealed":
+        (tmp_path / left / "unfinished-export").write_bytes(MARK_TEXT)
+    else:
+        (tmp_path / left / "seal.json").rename(tmp_path / left / "removing.json")
+        (tmp_path / left / "config.json").unlink()
+    write(folder, state, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and export_problem(folder) is None
+
+
+def test_an_export_is_known_as_unfinished_until_it_is_sealed(folder, state, tokenizer, tmp_path, monkeypatch):
+    def killed(aside, **_):
+        assert (aside / "unfinished-export").read_bytes() == MARK_TEXT
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "seal", killed)
+    monkeypatch.setattr(export.shutil, "rmtree", lambda *_, **__: None)  # A kill leaves what is there.
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, state, tokenizer)
+    monkeypatch.undo()
+    assert (tmp_path / ".model.jaxsft-partial").exists()
+    write(folder, state, tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and export_problem(folder) is None
 
 
 def damage_truncate(folder):

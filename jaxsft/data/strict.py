@@ -156,7 +156,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def first_repeated(names: Iterable[str]) -> str | None:
     """The first name that was there before; None where each is given once."""
     seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _refuse_constant(name: str) -> Any:
