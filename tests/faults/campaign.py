@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
 def overrides_of(place: pathlib.Path, *more: str) -> list[str]:
     """A run in `place/run` that prepares its data in `place/cache`."""
-    return [f"run_dir={place}/run", f"data.cache={place}/cache", "log.every=5", "checkpoint.every=4", *more]
+    return [f"run_dir={place}/run", f"data.cache={place}/cache", "log.every=12", "checkpoint.every=4", *more]
 
 
 def result_of(run: pathlib.Path) -> dict[str, object]:
@@ -59,6 +59,12 @@ def result_of(run: pathlib.Path) -> dict[str, object]:
     arrays = {name: zlib.crc32(np.asarray(array).tobytes()) for name, array in state.items()}
     export = {path.name: zlib.crc32(path.read_bytes()) for path in (run / "export").iterdir()}
     return {"step": newest.name, "arrays": arrays, "metrics": metrics, "export": export}
+
+
+def has_open_window(run: pathlib.Path) -> bool:
+    """Whether the newest checkpoint holds steps that no line of metrics reports yet."""
+    newest = json.loads((run / "progress.json").read_text())["sealed"]
+    return bool(json.loads((run / "checkpoints" / str(newest) / "meta.json").read_text())["progress"]["window"])
 
 
 def difference(result: dict[str, object], expected: dict[str, object]) -> str:
