@@ -432,7 +432,7 @@ def test_a_template_that_is_no_jinja_or_never_ends_is_refused_before_it_is_used(
     with pytest.raises(ConfigError, match="template.jinja: the chat template is not Jinja: line 1"):
         hf.load_tokenizer(str(folder), str(template))
     template.write_text("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
-    with pytest.raises(ConfigError, match="template.jinja: the chat template (takes more than|does not end)"):
+    with pytest.raises(ConfigError, match="template.jinja: the chat template takes far more time or memory than any"):
         hf.load_tokenizer(str(folder), str(template))
 
 
