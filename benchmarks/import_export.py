@@ -167,14 +167,14 @@ def measure_transformers(folder: pathlib.Path, dtype: str, out: pathlib.Path) ->
 def measure_jaxsft(folder: pathlib.Path, dtype: str, out: pathlib.Path) -> dict[str, float]:
     import jax
 
-    from jaxsft import hf
     from jaxsft.config import MeshConfig
+    from jaxsft.folders import hf
+    from jaxsft.folders.weights import load as weights
+    from jaxsft.folders.weights.save import write_weights
     from jaxsft.mesh import make_mesh, shardings
+    from jaxsft.model.abstract import abstract_model
     from jaxsft.model.decoder import Decoder
-    from jaxsft.model.families import decoder_config, family
-    from jaxsft.step import abstract_model
-    from jaxsft.weights import load as weights
-    from jaxsft.weights.save import write_weights
+    from jaxsft.model.families.known import decoder_config, family
 
     mesh = make_mesh(MeshConfig())
 

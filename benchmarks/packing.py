@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from jaxsft.data.packing import plan
+from jaxsft.batches.packing import plan
 
 MEAN, SIGMA, SEQ_LEN = 300, 1.0, 2048
 

@@ -93,9 +93,9 @@ def write_rows(path: pathlib.Path, num_rows: int) -> None:
 
 
 def measure_ours(args: argparse.Namespace) -> dict[str, float]:
+    from jaxsft.batches.prepare import prepare
+    from jaxsft.chat.encoder import ChatEncoder, stop_ids
     from jaxsft.config import DataConfig
-    from jaxsft.data.chat import ChatEncoder, stop_ids
-    from jaxsft.data.prepare import prepare
 
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as cache:

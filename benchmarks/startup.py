@@ -87,14 +87,15 @@ def start_ours(args: argparse.Namespace) -> dict[str, float]:
 
     jax.config.update("jax_compilation_cache_dir", args.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    from jaxsft import hf
     from jaxsft.batch import Batch
     from jaxsft.config import MeshConfig, OptimConfig
+    from jaxsft.folders import hf
+    from jaxsft.folders.weights import load as weights
     from jaxsft.mesh import make_mesh, shardings
+    from jaxsft.model.abstract import abstract_model
     from jaxsft.model.decoder import Decoder
-    from jaxsft.model.families import decoder_config, family
-    from jaxsft.step import abstract_model, init_state, make_train_step, put_batch
-    from jaxsft.weights import load as weights
+    from jaxsft.model.families.known import decoder_config, family
+    from jaxsft.training.step import init_state, make_train_step, put_batch
 
     times["imports"] = time.perf_counter() - began
     at = time.perf_counter()

@@ -160,7 +160,7 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     import numpy as np
 
     from jaxsft.config import Config
-    from jaxsft.pretrained import open_tokenizer
+    from jaxsft.folders.pretrained import open_tokenizer
     from jaxsft.train import make_encoder, make_loader
 
     if settings["is_random"]:
@@ -248,15 +248,16 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
     import numpy as np
     from flax import nnx
 
-    from jaxsft import hf
     from jaxsft.batch import Batch
     from jaxsft.config import MeshConfig, ModelConfig, OptimConfig
+    from jaxsft.folders import hf
+    from jaxsft.folders.pretrained import compute_dtype
+    from jaxsft.folders.weights import load as weights
     from jaxsft.mesh import make_mesh, shardings
+    from jaxsft.model.abstract import abstract_model
     from jaxsft.model.decoder import Decoder
-    from jaxsft.model.families import decoder_config, family
-    from jaxsft.pretrained import compute_dtype
-    from jaxsft.step import abstract_model, init_state, make_train_step, put_batch
-    from jaxsft.weights import load as weights
+    from jaxsft.model.families.known import decoder_config, family
+    from jaxsft.training.step import init_state, make_train_step, put_batch
 
     path = pathlib.Path(settings["model"])
     hf_config = hf.load_hf_config(path)

@@ -1,7 +1,7 @@
 """The two records that flow through the program: one tokenised example, and one batch of packed rows.
 
-Everything here is plain data. Who makes an `Example` is `data/chat.py`; who makes a `Batch` is `data/loader.py`; who
-consumes one is `step.py`.
+Everything here is plain data. Who makes an `Example` is `chat/encoder.py`; who makes a `Batch` is `batches/loader.py`;
+who consumes one is `training/step.py`.
 """
 
 from typing import Any, NamedTuple

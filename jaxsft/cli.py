@@ -51,7 +51,7 @@ def _ending_at_once() -> Iterator[None]:
 
 def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
-    from jaxsft.pages import make_folder, refuse_other_pages
+    from jaxsft.disk.pages import make_folder, refuse_other_pages
     from jaxsft.preview.make import make_preview
     from jaxsft.preview.page import write_html
     from jaxsft.preview.records import as_json
@@ -89,10 +89,8 @@ def preview_command(args: argparse.Namespace) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
-    from jaxsft.checkpoint import Checkpointer
-    from jaxsft.evaluate import describe
+    from jaxsft.answers.evaluate import describe
     from jaxsft.mesh import make_mesh
-    from jaxsft.step import abstract_state
     from jaxsft.train import (
         load_params,
         make_encoder,
@@ -102,6 +100,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
         resolve_date,
         run_folder,
     )
+    from jaxsft.training.checkpoint import Checkpointer
+    from jaxsft.training.step import abstract_state
 
     config = _config(args)
     config = resolve_date(config, run_folder(config))
@@ -125,8 +125,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 def chat_command(args: argparse.Namespace) -> int:
     """talk to a model folder, such as the export of a run"""
-    from jaxsft.converse import converse
-    from jaxsft.generate import Sampling
+    from jaxsft.answers.converse import converse
+    from jaxsft.answers.generate import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     converse(args.model_dir, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens)
@@ -137,7 +137,7 @@ def compare_command(args: argparse.Namespace) -> int:
     """train the first steps of a run in PyTorch too, and show on one page where the two part, if they do"""
     from jaxsft.compare.hf import compare_hf
     from jaxsft.compare.trl import compare_trl
-    from jaxsft.pages import refuse_other_pages
+    from jaxsft.disk.pages import refuse_other_pages
     from jaxsft.report.page import FILES, write_report
     from jaxsft.train import resolve_date, run_folder
 
@@ -191,7 +191,7 @@ def report_command(args: argparse.Namespace) -> int:
 
 def verify_command(args: argparse.Namespace) -> int:
     """check everything that a run or an export sealed, to the byte; changes nothing"""
-    from jaxsft.verify import verify
+    from jaxsft.training.verify import verify
 
     return verify(args.path, say=print)
 

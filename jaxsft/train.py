@@ -1,7 +1,8 @@
 """A whole run on one page: prepare, start or continue, train, evaluate, export.
 
 `train(config)` reads top to bottom in the order in which things happen. Everything exact lives below it: which tokens
-are trained in `data/`, what a step computes in `step.py`, what a checkpoint promises in `checkpoint.py`.
+are trained in `chat/`, what a step computes in `training/step.py`, what a checkpoint promises in
+`training/checkpoint.py`.
 """
 
 import contextlib
@@ -21,21 +22,33 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxsft.answers.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
 from jaxsft.batch import Batch
-from jaxsft.checkpoint import Checkpointer, sealed_steps
+from jaxsft.batches.loader import Loader, prefetch
+from jaxsft.batches.mixture import Dataset, check_weights, make_dataset
+from jaxsft.batches.overlap import check_overlap
+from jaxsft.batches.prepare import prepare, read_items
+from jaxsft.batches.stream import StreamLoader
+from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dump_config
-from jaxsft.data.chat import ChatEncoder
-from jaxsft.data.loader import Loader, prefetch
-from jaxsft.data.mixture import Dataset, check_weights, make_dataset
-from jaxsft.data.overlap import check_overlap
-from jaxsft.data.prepare import prepare, read_items
-from jaxsft.data.stream import StreamLoader
-from jaxsft.data.strict import DataError
-from jaxsft.evaluate import Examiner, HeldOut, describe, describe_questions, make_questions
-from jaxsft.export import export_problem
-from jaxsft.files import at_home, read_file, write_whole
+from jaxsft.disk.writing import at_home, read_file, write_whole
+from jaxsft.folders.export import export_problem
+from jaxsft.folders.pretrained import (
+    OpenTokenizer,
+    Pretrained,
+    check_positions,
+    export_model,
+    load_params,
+    open_model,
+    open_tokenizer,
+)
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.metrics import (
+from jaxsft.preview.make import make_preview
+from jaxsft.preview.page import write_html
+from jaxsft.report.picture import plot_run
+from jaxsft.rows.strict import DataError
+from jaxsft.training.checkpoint import Checkpointer, sealed_steps
+from jaxsft.training.metrics import (
     Diverged,
     SkipWatch,
     Speedometer,
@@ -47,24 +60,12 @@ from jaxsft.metrics import (
     matmul_params,
     summarise,
 )
-from jaxsft.pretrained import (
-    OpenTokenizer,
-    Pretrained,
-    check_positions,
-    export_model,
-    load_params,
-    open_model,
-    open_tokenizer,
-)
-from jaxsft.preview.make import make_preview
-from jaxsft.preview.page import write_html
-from jaxsft.profile import Profiler, check_profile
-from jaxsft.report.picture import plot_run
-from jaxsft.run_folder import check_progress, claim_run_folder, template_date
-from jaxsft.step import abstract_state, init_state, make_train_step, non_finite, put_batch
-from jaxsft.stop import STOPPED, StopSignal
-from jaxsft.summary import describe_lost, note_versions, start_summary
-from jaxsft.writers import Console, MetricsFile, check_writers, open_writers
+from jaxsft.training.profile import Profiler, check_profile
+from jaxsft.training.run_folder import check_progress, claim_run_folder, template_date
+from jaxsft.training.step import abstract_state, init_state, make_train_step, non_finite, put_batch
+from jaxsft.training.stop import STOPPED, StopSignal
+from jaxsft.training.summary import describe_lost, note_versions, start_summary
+from jaxsft.training.writers import Console, MetricsFile, check_writers, open_writers
 
 DONE = 0
 

@@ -22,6 +22,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "helpers"))  # What tests of several folders share.
+
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))
 
@@ -82,6 +84,14 @@ def browse(tmp_path_factory):
         return done.stdout, done.stderr
 
     return browse
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """A real tokenizer small enough to read: one token per byte, a few merges, ChatML."""
+    import tiny_tokenizer
+
+    return tiny_tokenizer.make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from jaxsft import hf
+from jaxsft.batches import cache
 from jaxsft.config import ConfigError, DataConfig
-from jaxsft.data import cache
-from jaxsft.data.sources import is_hub, source_files
-from jaxsft.files import at_home, user_cache
+from jaxsft.disk.writing import at_home, user_cache
+from jaxsft.folders import hf
+from jaxsft.rows.sources import is_hub, source_files
 
 NOBODY = "~nosuchuserhere"
 
@@ -42,7 +42,7 @@ def test_a_user_in_no_list_without_a_home_gets_a_private_folder_and_is_told_once
     code = """
 import os, pathlib, sys
 from jaxsft.config import ConfigError
-from jaxsft.files import at_home, user_cache
+from jaxsft.disk.writing import at_home, user_cache
 os.setgid(54321); os.setuid(54321)
 print(user_cache(print)); print(user_cache(print))
 try:

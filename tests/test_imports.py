@@ -1,34 +1,27 @@
-"""The direction of imports: lower layers never import higher ones, and nothing imports in a circle."""
+"""The plan of the house: rooms stand in layers, lower ones never import higher ones, and nothing runs in a circle."""
 
 import ast
 import pathlib
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
+# From the ground up. Rooms of one layer may use each other, as far as no circle comes of it, but for those in `APART`.
 LAYERS = [
-    {"config", "batch", "files", "foreign", "mesh", "pages", "seal"},
-    {"data", "model", "loss", "metrics"},
-    {
-        "hf",
-        "export",
-        "weights",
-        "gguf",
-        "special_tokens",
-        "config_words",
-        "tokenizer_files",
-        "optim",
-        "step",
-    },
-    {"pretrained", "checkpoint", "generate", "evaluate", "preview", "report", "summary", "writers", "profile"},
-    {"run_folder", "stop", "verify"},
-    {"train", "converse"},
+    {"config", "batch", "mesh", "disk"},
+    {"rows"},
+    {"chat", "model"},
+    {"batches", "folders"},
+    {"training", "preview"},
+    {"answers", "report"},
+    {"train"},
     {"baseline", "compare"},
     {"cli"},
 ]
+APART = [("chat", "model")]
 
 
-def part(module):
-    """`jaxsft.data.chat` to `data`, `jaxsft.loss` to `loss`."""
+def room(module):
+    """`jaxsft.chat.encoder` to `chat`, `jaxsft.batch` to `batch`."""
     return module.split(".")[1] if "." in module else ""
 
 
@@ -56,38 +49,40 @@ def name_of(path):
 
 
 IMPORTS = {name_of(path): imports_of(path) for path in PACKAGE.rglob("*.py")}
+ARROWS = [(module, imported) for module, all_of_it in IMPORTS.items() for imported in all_of_it if room(module)]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
 
-def test_every_module_has_a_layer():
-    assert {part(module) for module in IMPORTS} - {""} == LAYER.keys()
+def circles(arrows):
+    """What is left of {name: names that it imports} when all that imports nothing is taken away, again and again."""
+    remaining = {name: {other for other in others if other in arrows} for name, others in arrows.items()}
+    while free := {name for name, others in remaining.items() if not others & remaining.keys()}:
+        remaining = {name: others for name, others in remaining.items() if name not in free}
+    return remaining
 
 
-def test_no_module_imports_a_higher_layer():
-    upward = [
-        f"{module} imports {imported}"
-        for module, imported_modules in IMPORTS.items()
-        for imported in imported_modules
-        if part(module) and LAYER[part(imported)] > LAYER[part(module)]
-    ]
-    assert not upward
+def test_every_room_has_a_layer():
+    assert {room(module) for module in IMPORTS} - {""} == LAYER.keys()
 
 
-def test_data_and_model_do_not_know_each_other():
-    between = [
-        f"{module} imports {imported}"
-        for module, imported_modules in IMPORTS.items()
-        for imported in imported_modules
-        if {part(module), part(imported)} == {"data", "model"}
-    ]
-    assert not between
+def test_no_room_imports_a_higher_layer():
+    assert not [(one, other) for one, other in ARROWS if LAYER[room(other)] > LAYER[room(one)]]
 
 
-def test_nothing_imports_in_a_circle():
-    remaining = {module: {m for m in imported if m in IMPORTS} for module, imported in IMPORTS.items()}
-    while free := {module for module, imported in remaining.items() if not imported & remaining.keys()}:
-        remaining = {module: imported for module, imported in remaining.items() if module not in free}
-    assert not remaining
+def test_chat_and_model_do_not_know_each_other():
+    assert not [(one, other) for one, other in ARROWS for pair in APART if {room(one), room(other)} == set(pair)]
+
+
+def test_neither_modules_nor_rooms_import_in_a_circle():
+    assert not circles(IMPORTS)
+    rooms = {name: {room(other) for one, other in ARROWS if room(one) == name} - {name} for name in LAYER}
+    assert not circles(rooms)
+
+
+def test_a_folder_itself_is_its_docstring_alone():
+    for path in PACKAGE.rglob("*/__init__.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) and len(tree.body) == 1, path
 
 
 def test_the_command_line_of_the_checkout_is_that_of_the_package():

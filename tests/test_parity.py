@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import evaluate, generate, hf
+from jaxsft.answers import evaluate, generate
+from jaxsft.answers.generate import GREEDY, PROMPT_MULTIPLE, Generator, Sampling, draw
+from jaxsft.batches.loader import Loader
+from jaxsft.batches.mixture import Dataset, make_dataset
+from jaxsft.batches.prepare import prepare
+from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimConfig
-from jaxsft.data.chat import ChatEncoder
-from jaxsft.data.formats import load_items
-from jaxsft.data.loader import Loader
-from jaxsft.data.mixture import Dataset, make_dataset
-from jaxsft.data.prepare import prepare
-from jaxsft.generate import GREEDY, PROMPT_MULTIPLE, Generator, Sampling, draw
+from jaxsft.folders import hf
+from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.mesh import check_divisible, make_mesh
-from jaxsft.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
-from jaxsft.step import init_state, make_eval_step, make_train_step, put_batch
+from jaxsft.rows.formats import load_items
+from jaxsft.training.step import init_state, make_eval_step, make_train_step, put_batch
 
 torch = pytest.importorskip("torch", reason="the oracle is PyTorch")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers")

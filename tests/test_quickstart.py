@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+from jaxsft.answers.evaluate import make_questions
+from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import load_config
-from jaxsft.data.chat import ChatEncoder
-from jaxsft.data.formats import load_items
-from jaxsft.evaluate import make_questions
-from jaxsft.pretrained import open_tokenizer
+from jaxsft.folders.pretrained import open_tokenizer
+from jaxsft.rows.formats import load_items
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import json
 
 import jax
 
+from jaxsft.answers.generate import Generator
 from jaxsft.config import MeshConfig, ModelConfig
-from jaxsft.generate import Generator
+from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
-from jaxsft.pretrained import load_params, open_model, open_tokenizer
 
 NUM_PROMPTS, NEW_TOKENS = 20, 48
 

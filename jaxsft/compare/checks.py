@@ -13,8 +13,8 @@ import numpy as np
 import safetensors
 
 from jaxsft.batch import Batch
-from jaxsft.metrics import from_json_line
 from jaxsft.report.records import Check
+from jaxsft.training.metrics import from_json_line
 
 TOLERANCES = {
     "float32": {

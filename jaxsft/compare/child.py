@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxsft.compare.exchange import NO_ROOM
 from jaxsft.config import ConfigError
-from jaxsft.files import write_error, writing
+from jaxsft.disk.writing import write_error, writing
 
 LINES_SHOWN = 25
 OUTPUT_OF = "jaxsft: output of "

@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from jaxsft.config import ConfigError
-from jaxsft.files import Lock, WriteError, write_error, write_whole, writing
-from jaxsft.pages import MADE_BY, make_folder, refuse_other_pages, write_page
+from jaxsft.disk.locks import Lock
+from jaxsft.disk.pages import MADE_BY, make_folder, refuse_other_pages, write_page
+from jaxsft.disk.writing import WriteError, write_error, write_whole, writing
 
 LOCK, NOTE = "owner.lock", "exchange.json"
 LOGS = {"log.txt": "log.txt", "ours.txt": "ours.txt"}

@@ -12,19 +12,19 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxsft.batches.loader import Loader
 from jaxsft.compare.checks import check_runs, verdict
 from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError, dump_config
-from jaxsft.data.loader import Loader
-from jaxsft.files import check_space
+from jaxsft.disk.writing import check_space
+from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
-from jaxsft.metrics import from_json_line
-from jaxsft.optim import warmup_steps
-from jaxsft.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.report.columns import figures_of
 from jaxsft.report.records import Report, Run
 from jaxsft.train import check_batch, make_encoder, make_loader
+from jaxsft.training.metrics import from_json_line
+from jaxsft.training.optim import warmup_steps
 
 MOST_LOOKED_AT, MOST_LOGITS = 256, 2**26
 """Positions of one row whose residual stream and logits are compared, and numbers in their logits."""

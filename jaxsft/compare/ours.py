@@ -22,12 +22,12 @@ from safetensors.numpy import save_file
 
 from jaxsft.batch import Batch
 from jaxsft.config import Config, load_config
+from jaxsft.folders.pretrained import Pretrained, load_params, open_model, open_tokenizer
+from jaxsft.folders.weights.save import write_weights
 from jaxsft.mesh import ROW_AXES, make_mesh
-from jaxsft.metrics import Totals, memory_gib, summarise, to_json_line
-from jaxsft.pretrained import Pretrained, load_params, open_model, open_tokenizer
-from jaxsft.step import divisor, init_state, make_train_step, put_batch, split_microbatches, summed_gradients
 from jaxsft.train import make_encoder, make_loader
-from jaxsft.weights.save import write_weights
+from jaxsft.training.metrics import Totals, memory_gib, summarise, to_json_line
+from jaxsft.training.step import divisor, init_state, make_train_step, put_batch, split_microbatches, summed_gradients
 
 NOTHING: Any = nnx.State({})
 MAX_FILE_BYTES = 5 * 10**9

@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx
 
 from jaxsft.batch import Example
+from jaxsft.batches.loader import Loader, make_batch
+from jaxsft.batches.prepare import read_items
 from jaxsft.compare import tokens
 from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
@@ -22,13 +24,11 @@ from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError, dump_config
-from jaxsft.data.loader import Loader, make_batch
-from jaxsft.data.prepare import read_items
+from jaxsft.folders.pretrained import compute_dtype, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
-from jaxsft.pretrained import compute_dtype, load_params, open_model, open_tokenizer
 from jaxsft.report.records import Report, Run
-from jaxsft.step import make_eval_step, put_batch
 from jaxsft.train import make_encoder, make_loader
+from jaxsft.training.step import make_eval_step, put_batch
 
 NEEDED_FOR_TRL = NEEDED | {"trl": "1.16"}
 MOST_ROWS = 20_000

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsft.batches.lengths import fit_length
+from jaxsft.chat.encoder import WRITERS, ChatEncoder, Encoded, MaskError
 from jaxsft.compare import tokens
 from jaxsft.config import Config, ConfigError
-from jaxsft.data.chat import WRITERS, ChatEncoder, Encoded, MaskError
-from jaxsft.data.formats import Conversation, Document, Item, Message
-from jaxsft.data.lengths import fit_length
-from jaxsft.optim import warmup_steps
-from jaxsft.pretrained import OpenTokenizer
+from jaxsft.folders.pretrained import OpenTokenizer
+from jaxsft.rows.formats import Conversation, Document, Item, Message
+from jaxsft.training.optim import warmup_steps
 
 MESSAGES, PROMPTS, TEXTS = "messages", "prompt_completion", "text"
 CHUNK = 500

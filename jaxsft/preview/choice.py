@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.data.chat import WRITERS
-from jaxsft.data.control import Tokenizer
-from jaxsft.data.loader import Loader
-from jaxsft.data.mixture import Dataset
-from jaxsft.data.prepare import Prepared
-from jaxsft.data.stream import StreamLoader
+from jaxsft.batches.loader import Loader
+from jaxsft.batches.mixture import Dataset
+from jaxsft.batches.prepare import Prepared
+from jaxsft.batches.stream import StreamLoader
+from jaxsft.chat.control import Tokenizer
+from jaxsft.chat.encoder import WRITERS
 
 MOST_ROWS = 50_000
 """Rows of the first epoch that are looked through."""

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxsft.batch import Batch
-from jaxsft.data.control import Tokenizer
-from jaxsft.data.loader import Loader
-from jaxsft.data.mixture import Dataset
-from jaxsft.data.portions import merged_reports
-from jaxsft.data.stream import StreamLoader
+from jaxsft.batches.loader import Loader
+from jaxsft.batches.mixture import Dataset
+from jaxsft.batches.portions import merged_reports
+from jaxsft.batches.stream import StreamLoader
+from jaxsft.chat.control import Tokenizer
 from jaxsft.preview import reports
 from jaxsft.preview.choice import Choice, choose, ends_in_stop
 from jaxsft.preview.pieces import injections, make_pieces

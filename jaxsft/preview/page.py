@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxsft.pages import GENERATOR, write_page
+from jaxsft.disk.pages import GENERATOR, write_page
 from jaxsft.preview.pieces import visible
 from jaxsft.preview.records import Loss, Preview, as_json
 from jaxsft.preview.reports import Fact, facts, headline, row_heading, source_facts

@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxsft.data.chat import WRITERS
-from jaxsft.data.control import Tokenizer
+from jaxsft.chat.control import Tokenizer
+from jaxsft.chat.encoder import WRITERS
 
 
 class Piece(NamedTuple):

@@ -5,7 +5,7 @@ The fields are the machine-readable preview, see `as_json`: their names stay.
 
 from typing import Any, NamedTuple
 
-from jaxsft.data.chat import WRITERS
+from jaxsft.chat.encoder import WRITERS
 from jaxsft.preview.pieces import Injection, Piece
 
 JSON_VERSION = 1

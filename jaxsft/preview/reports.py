@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.data import lengths
-from jaxsft.data.mixture import Dataset
-from jaxsft.data.turns import FOUND_BY
+from jaxsft.batches import lengths
+from jaxsft.batches.mixture import Dataset
+from jaxsft.chat.turns import FOUND_BY
 from jaxsft.preview.records import Bar, Count, Longest, Loss, Preview, Source
 
 MEANINGS = {

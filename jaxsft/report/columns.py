@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxsft.config import ConfigError
-from jaxsft.data.strict import DataError
 from jaxsft.report.records import Run
+from jaxsft.rows.strict import DataError
 
 
 class Table(NamedTuple):

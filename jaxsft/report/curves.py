@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxsft.pages import MAKER, write_page
+from jaxsft.disk.pages import MAKER, write_page
 from jaxsft.report.records import Run
 
 Axis = Literal["step", "tokens"]

@@ -11,7 +11,7 @@ from etils import epath
 
 import jaxsft
 from jaxsft.config import ConfigError
-from jaxsft.pages import refuse_other_pages
+from jaxsft.disk.pages import refuse_other_pages
 from jaxsft.report.columns import as_run, check_columns
 from jaxsft.report.curves import Axis, unaligned
 from jaxsft.report.page import FILES, write_report

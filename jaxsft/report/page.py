@@ -12,7 +12,7 @@ from importlib import resources
 
 from etils import epath
 
-from jaxsft.pages import GENERATOR, make_folder, refuse_other_pages, write_page
+from jaxsft.disk.pages import GENERATOR, make_folder, refuse_other_pages, write_page
 from jaxsft.preview.page import escape, source_hash
 from jaxsft.report.curves import Axis, default_window, make_panels, plot, unaligned
 from jaxsft.report.records import Report, as_json

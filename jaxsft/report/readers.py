@@ -12,12 +12,12 @@ import yaml
 from etils import epath
 
 from jaxsft.config import ConfigError
-from jaxsft.data.strict import DataError
-from jaxsft.metrics import from_json_line
 from jaxsft.report.caveats import TENSORBOARD, WHOLE_TIME, trainer_caveats
 from jaxsft.report.columns import Table, as_run, check_columns
 from jaxsft.report.records import Run, from_json
 from jaxsft.report.tables import read_csv
+from jaxsft.rows.strict import DataError
+from jaxsft.training.metrics import from_json_line
 
 EXPECTED = (
     "a run folder of ours or its metrics.jsonl, a report.json, trainer_state.json or a folder of transformers' Trainer "

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxsft.data.strict import DataError
-from jaxsft.pages import MADE_BY
+from jaxsft.disk.pages import MADE_BY
+from jaxsft.rows.strict import DataError
 
 JSON_VERSION = 1
 """Changes when a field changes its meaning or goes."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from jaxsft.data.strict import DataError
 from jaxsft.report.caveats import BUCKETS, LOGGED, MEANING, SAMPLED, trainer_caveats
 from jaxsft.report.columns import Table
+from jaxsft.rows.strict import DataError
 
 
 def read_csv(path: epath.Path) -> list[Table]:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxsft.cli import main
-from jaxsft.writers import SPEED
+from jaxsft.training.writers import SPEED
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 STOPPED = 75

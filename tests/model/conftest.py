@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxsft import hf
-from jaxsft.export import export_folder
-from jaxsft.generate import Generator
-from jaxsft.loss import next_token_loss
+from jaxsft.answers.generate import Generator
+from jaxsft.folders import hf
+from jaxsft.folders.export import export_folder
+from jaxsft.folders.weights import load as weights
 from jaxsft.mesh import shardings
+from jaxsft.model.abstract import Model, abstract_model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.families import decoder_config, family
-from jaxsft.step import Model, abstract_model
-from jaxsft.weights import load as weights
+from jaxsft.model.families.known import decoder_config, family
+from jaxsft.training.loss import next_token_loss
 
 TINY = pathlib.Path(__file__).parent / "tiny"
 """The config.json's of tiny models; a file is a variant of a family."""
@@ -223,7 +223,7 @@ class Ours:
 
 
 class NoTokenizer:
-    """Weights are what these tests look at; `tests/test_hf.py` exports a real tokenizer."""
+    """Weights are what these tests look at; `tests/folders/test_hf.py` exports a real tokenizer."""
 
     bos_token_id = pad_token_id = None
 

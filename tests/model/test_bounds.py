@@ -9,7 +9,7 @@ import pytest
 
 from jaxsft.config import ConfigError
 from jaxsft.model.bounds import NUMBERS, ROPE_NUMBERS
-from jaxsft.model.families import FAMILIES, decoder_config
+from jaxsft.model.families.known import FAMILIES, decoder_config
 
 pytest.importorskip("transformers")
 

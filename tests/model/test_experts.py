@@ -11,7 +11,7 @@ from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.dispatch import block_of, make_plan
 from jaxsft.model.experts import MixtureMLP, RouterSums, Routing, router_losses
-from jaxsft.model.families import decoder_config
+from jaxsft.model.families.known import decoder_config
 
 SIZES = {"l": 1, "d": 16, "e": 8, "f": 12}
 ROUTING = Routing(num_experts=8, top_k=3, normalise=True, router_bias=True)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh
-from jaxsft.model.families import FAMILIES
+from jaxsft.model.families.known import FAMILIES
 
 TINY = {path.stem: path for path in sorted((pathlib.Path(__file__).parent / "tiny").glob("*.json"))}
 

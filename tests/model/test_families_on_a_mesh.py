@@ -6,7 +6,7 @@ import pytest
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh
-from jaxsft.model.families import FAMILIES
+from jaxsft.model.families.known import FAMILIES
 
 NAMES = sorted(path.stem for path in (pathlib.Path(__file__).parent / "tiny").glob("*.json"))
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsft.config import ConfigError
-from jaxsft.model.families import decoder_config
+from jaxsft.model.families.known import decoder_config
 
 pytest.importorskip("transformers")
 

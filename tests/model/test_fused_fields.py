@@ -14,12 +14,12 @@ import pytest
 from flax import nnx
 
 from jaxsft.config import ConfigError
+from jaxsft.folders.weights import load as weights
+from jaxsft.folders.weights.layout import join
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.families import decoder_config, family
 from jaxsft.model.families.gpt_oss import clamped_swiglu
+from jaxsft.model.families.known import decoder_config, family
 from jaxsft.model.layers import ACTIVATIONS, NormKind, gated
-from jaxsft.weights import load as weights
-from jaxsft.weights.layout import join
 
 pytest.importorskip("transformers")
 

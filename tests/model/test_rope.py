@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsft.model.families import decoder_config
+from jaxsft.model.families.known import decoder_config
 from jaxsft.model.rope import Rope, example_lengths, rope_frequencies, rotate, rotation
 
 SCALINGS = [

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from jaxsft.config import ConfigError
-from jaxsft.data.strict import DataError
 from jaxsft.report.columns import KEYS, figures_of, our_key
 from jaxsft.report.make import read_all
 from jaxsft.report.readers import read_run, read_runs
+from jaxsft.rows.strict import DataError
 
 LINES = [
     {"step": 1, "loss": 3.5, "tokens": 100, "trained_tokens": 40, "total_tokens": 100, "total_trained_tokens": 40,

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from jaxsft.data.strict import DataError
 from jaxsft.report.page import make_html, write_report
 from jaxsft.report.records import Check, Report, Run, TokenDifference, as_json, from_json
+from jaxsft.rows.strict import DataError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202e\"'&"
 

@@ -1,0 +1,696 @@
+"""Conversation and tokenizer to examples: the tokens of the chat template, and a weight on what the model must produce.
+
+`turns.py` says which characters are trained, `control.py` which tokens they are; here both meet. For every conversation
+the text is compared with what transformers renders, so that nothing rests on our rendering being right.
+"""
+
+import datetime
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsft.batch import Example
+from jaxsft.chat.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.chat.exchanges import without_oldest
+from jaxsft.chat.habits import fitted, writes_within
+from jaxsft.chat.invariant import Given, check_weights
+from jaxsft.chat.metered import TemplateHogs
+from jaxsft.chat.parts import character_weights, token_weights
+from jaxsft.chat.provenance import TEMPLATE, UNKNOWN
+from jaxsft.chat.starts import MaskError
+from jaxsft.chat.stops import open_template, stop_ids, template_name, token_text
+from jaxsft.chat.template import GENERATED, Source, TemplateError, Traceable, number_sources
+from jaxsft.chat.thinking import ReasoningError, read_tags, without_reasoning
+from jaxsft.chat.turns import Turn, TurnFinder, View
+from jaxsft.config import DataConfig
+from jaxsft.rows.flags import OURS
+from jaxsft.rows.formats import Conversation, Document, Item, Message, Tokenised
+
+WRITERS = ("template", "system", "user", "assistant", "tool", "other")
+"""Who wrote the characters of a token."""
+
+TRUSTED_ROLES = (
+    "system", "developer", "user", "assistant", "tool",
+    "environment", "function", "human", "ipython", "model", "observation",
+)  # fmt: skip
+"""Role words that may be part of a control token, as in `<|user|>`; another one can only be text."""
+
+
+class Encoded(NamedTuple):
+    """One example with what the report says about it."""
+
+    example: Example
+    writers: np.ndarray
+    """uint8 [T]: who wrote the last character of each token, an index into `WRITERS`."""
+    turn_ends: np.ndarray
+    """int32 [turns]: for each trained turn, the index after its stop token; ascending."""
+    is_text: bool
+    """Plain text, all of it trained."""
+    origin: str
+    """Of the row."""
+    counts: dict[str, int]
+    """What adds up over all examples, by name; only what is not zero."""
+
+
+class TrainedTurn(NamedTuple):
+    """A turn of the assistant as it is trained, taken apart: `prompt + answer` is how an example begins."""
+
+    message: int
+    """Of the conversation, from 0."""
+    prompt: list[int]
+    """All that stands before what is trained: what the model is given when it is asked."""
+    answer: list[int]
+    """What the model must produce then, the stop token last. Where parts of the turn are not trained (reasoning), what
+    follows the last of them."""
+    own_prompt: list[int] | None
+    """What the chat template gives when it is asked for a prompt; None where it refuses. It differs where the template
+    ignores add_generation_prompt, where the conversation lacks the end of the prompt, where that end and the beginning
+    of the answer share a token, or where reasoning is seen only."""
+
+
+class ChatEncoder:
+    """Conversations to examples, for one tokenizer and one set of options; picklable."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, stops: Sequence[int]) -> None:
+        """
+        Args:
+            tokenizer: a fast one, with its chat template.
+            config: the data section.
+            stops: what `stop_ids` says.
+
+        Raises:
+            DataError: the tokenizer is not fast, or its template is no program that can be run.
+        """
+        self.tokenizer, self.stops = tokenizer, frozenset(map(int, stops))
+        self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
+        self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
+        self._is_stop[self._stops] = True
+        self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
+        self._train_reasoning, self._keeps_reasoning = config.train_reasoning, config.reasoning == "error"
+        self._reasoning_tags = [(opening, closing) for opening, closing in config.reasoning_tags]
+        self._stop_texts = [token_text(tokenizer, id) for id in stops]
+        self._text_encoder = TextEncoder(tokenizer, stops=stops, policy=config.control_tokens)
+        self._trusted_roles = {*TRUSTED_ROLES, *(role for source in _sources(config) for role in source.roles.values())}
+        today = datetime.date.fromisoformat(config.template_date) if config.template_date else None
+        self._template = open_template(tokenizer, today=today, template_kwargs=config.chat_template_kwargs)
+        self._clock = None
+        if self._template is not None and self._template.asks_for_date:
+            self._clock = open_template(tokenizer, template_kwargs=config.chat_template_kwargs)
+        self._finder = None
+        if self._template is not None:
+            self._finder = TurnFinder(
+                self._template,
+                stop_texts=self._stop_texts,
+                train_on=config.train_on,
+                train_reasoning=config.train_reasoning,
+                unroll=config.unroll,
+                name=template_name(tokenizer),
+            )
+        self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
+        self._every_stop = config.train_stop == "every"
+        self._around: tuple[list[int], list[int]] | None = None
+        self._closing = self._finder.closing if self._finder is not None else ""
+        self.template_keys = _keys_read(tokenizer.chat_template)
+        """Keys that the template may read of a message."""
+        self.notes = self._make_notes(config)
+        self.settings = {
+            "chat_template": tokenizer.chat_template,
+            "chat_template_kwargs": config.chat_template_kwargs,
+            "template_date": config.template_date if self._clock else None,
+            "stops": list(map(int, stops)),
+            "train_on": config.train_on,
+            "train_reasoning": config.train_reasoning,
+            "reasoning": config.reasoning,
+            "reasoning_tags": config.reasoning_tags,
+            "train_stop": config.train_stop,
+            "unroll": config.unroll,
+            "control_tokens": config.control_tokens,
+            "trusted_roles": sorted(self._trusted_roles - {*TRUSTED_ROLES}),
+        }
+
+    def _make_notes(self, config: DataConfig) -> list[str]:
+        """What a user should know about the template, in sentences."""
+        if self._finder is None:
+            return []
+        habits, notes = self._finder.habits, []
+        if habits.ignores_prompt and habits.header.strip():
+            notes.append(
+                f"the chat template ignores add_generation_prompt; its header {habits.header!r} is not trained and "
+                f"must be given to the model by whoever asks it"
+            )
+        if not self._finder.writes_stop:
+            stop = self._finder.usual_stop or (self._stop_texts[0] if self._stop_texts else "none")
+            notes.append(f"the chat template writes no stop token after an answer; {stop!r} is appended and trained")
+        if within := [stop for stop in self._stop_texts if writes_within(habits, stop)]:
+            notes.append(
+                f"the chat template writes {within[0]!r} between the reasoning and the rest of an answer, and it is a "
+                f"stop token: the model is trained to go on there, and whoever asks may not stop it after its reasoning"
+            )
+        if self._clock is not None:
+            notes.append(f"the chat template asks for the date; it sees {config.template_date or 'that of today'}")
+        if habits.takes_blocks:
+            notes.append("the chat template takes content as a list of text blocks, and is given that")
+        if habits.takes_json_arguments:
+            notes.append("the chat template takes the arguments of tool calls as JSON text, and is given that")
+        return notes
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Tokens of the prompt that asks for the next assistant turn, as the training has it.
+
+        Raises:
+            MaskError: no chat template, or the template refuses the messages.
+        """
+        if self._finder is None or self._template is None:
+            raise _no_template(self._tokenizer)
+        traceable = number_sources(fitted(_shown(messages), self._finder.habits), tools, template_kwargs or {})
+        try:
+            text = self._template.render(traceable, len(messages), prompt=True)
+        except TemplateError as error:
+            raise self._refused(error) from error
+        except TemplateHogs as error:
+            raise self._stopped(error) from error
+        trust, _ = self._characters(text.runs, traceable.sources, messages)
+        (tokens,) = self._text_encoder.encode([text], [trust])
+        if isinstance(tokens, ControlError):
+            raise MaskError(str(tokens), "control-token")
+        return tokens.ids.tolist()
+
+    def trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
+        """The turns of the assistant that `encode` trains, in order, each as the model is asked for it.
+
+        Where every token is trained (`train_on: all`), those that stand in the example as they were said.
+
+        Raises:
+            MaskError: as `encode` has it, or no turn of the assistant is trained.
+        """
+        drawn = self._draw(conversation)
+        found = self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn])
+        encoded = self._weigh_all(conversation.origin, drawn, found)
+        if drawn[0].view.turns[0].found_by == "all":
+            whole = encoded[0].example.tokens.tolist()
+            turns = self.trained_turns(conversation._replace(train_on="assistant"))
+            return [turn for turn in turns if whole[: len(turn.prompt) + len(turn.answer)] == turn.prompt + turn.answer]
+        conversation, _ = self._without_stops(conversation)
+        turns = []
+        for each, (example, _, turn_ends, *_) in zip(drawn, encoded, strict=True):
+            for turn, before, end in zip(each.view.turns, [0, *turn_ends], turn_ends, strict=False):
+                # Where the stop token is not trained, no answer can be expected to end.
+                if conversation.messages[turn.message]["role"] == "assistant" and example.loss_weights[end - 1] > 0:
+                    seen = np.flatnonzero(example.loss_weights[before:end] == 0)
+                    start = int(before + seen[-1] + 1) if len(seen) else int(before)
+                    prompt, answer = example.tokens[:start].tolist(), example.tokens[start:end].tolist()
+                    own_prompt = self._own_prompt(conversation, turn.message)
+                    turns.append(TrainedTurn(turn.message, prompt, answer, own_prompt))
+        if not turns:
+            raise MaskError("no turn of the assistant is trained", "nothing-trained")
+        return sorted(turns, key=lambda turn: turn.message)
+
+    def _own_prompt(self, conversation: Conversation, message: int) -> list[int] | None:
+        """What the template gives before a message when it is asked for a prompt; None where it refuses."""
+        before, tools = conversation.messages[:message], conversation.tools
+        try:
+            return self.prompt(before, tools=tools, template_kwargs=conversation.template_kwargs)
+        except MaskError:
+            return None
+
+    def encode(self, items: Sequence[Item]) -> list[list[Encoded] | MaskError]:
+        """The examples of each item, several where a conversation is unrolled; or why it has none.
+
+        Texts are tokenised all at once, which is where a tokenizer is fast: give some hundred items at a time.
+        """
+        results: list[list[Encoded] | MaskError] = []
+        conversations: list[tuple[int, list[_Drawn]]] = []
+        documents: list[tuple[int, Document]] = []
+        for item in items:
+            results.append([])
+            try:
+                if isinstance(item, Conversation):
+                    conversations.append((len(results) - 1, self._draw(item)))
+                elif isinstance(item, Document):
+                    documents.append((len(results) - 1, item))
+                else:
+                    results[-1] = [self._tokenised(item)]
+            except MaskError as error:
+                results[-1] = error
+        drawn = [each for _, views in conversations for each in views]
+        tokens = iter(self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn]))
+        for index, views in conversations:
+            found = [next(tokens) for _ in views]
+            try:
+                results[index] = self._fitting(items[index], self._weigh_all(items[index].origin, views, found))
+            except MaskError as error:
+                results[index] = error
+        for index, segmented in [each for each in documents if each[1].trained is not None]:
+            try:
+                results[index] = [self._segmented(segmented)]
+            except MaskError as error:
+                results[index] = error
+        documents = [each for each in documents if each[1].trained is None]
+        texts = [document.text for _, document in documents]
+        read = self._tokenizer(texts, **_BARE)["input_ids"] if texts else []
+        for (index, document), ids in zip(documents, read, strict=True):
+            try:
+                results[index] = [self._document(document, ids)]
+            except MaskError as error:
+                results[index] = error
+        return results
+
+    def _fitting(self, item: Item, encoded: list[Encoded]) -> list[Encoded]:
+        """Under `data.overlong: drop_oldest`, the examples of as many of the last exchanges as are short enough."""
+        if self._most_tokens is None:
+            return encoded
+        shorter, num_dropped, found = item, 0, encoded
+        while max(len(each.example.tokens) for each in found) > self._most_tokens:
+            assert isinstance(shorter, Conversation), "it was encoded as one"
+            without = without_oldest(shorter)
+            if without is None:
+                return encoded  # One exchange alone is too long.
+            shorter, num_dropped = without, num_dropped + 1
+            try:
+                views = self._draw(shorter)
+                texts, trusts = [each.view.text for each in views], [each.trust for each in views]
+                found = self._weigh_all(item.origin, views, self._text_encoder.encode(texts, trusts))
+            except MaskError:
+                return encoded  # Nothing that is trained is left, or the template refuses it.
+        if num_dropped:
+            before, after = (sum(len(each.example.tokens) for each in some) for some in (encoded, found))
+            found[0].counts.update(dropped_exchanges=num_dropped, dropped_exchange_tokens=before - after)
+        return found
+
+    def _stopped(self, error: TemplateHogs) -> MaskError:
+        return MaskError(f"{template_name(self._tokenizer)}: {error}", "template-hogs")
+
+    def _refused(self, error: TemplateError) -> MaskError:
+        return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
+
+    def _draw(self, conversation: Conversation) -> "list[_Drawn]":
+        """The texts of a conversation, with the trust and the writer of each character.
+
+        Raises:
+            MaskError: it cannot be masked, or the template refuses it.
+        """
+        try:
+            return self._drawn(conversation)
+        except TemplateError as error:
+            raise self._refused(error) from error
+        except TemplateHogs as error:
+            raise self._stopped(error) from error
+
+    def _drawn(self, conversation: Conversation) -> "list[_Drawn]":
+        if self._finder is None:
+            raise _no_template(self._tokenizer)
+        kwargs = conversation.template_kwargs
+        conversation, num_stripped = self._without_stops(conversation)
+        if self._reasoning_tags:
+            apart = [read_tags(message, self._reasoning_tags) for message in conversation.messages]
+            conversation = conversation._replace(messages=apart)
+        num_thoughtless = 0
+        try:
+            messages, traceable, views, left_out = self._views(conversation)
+        except ReasoningError:
+            if self._keeps_reasoning:
+                raise
+            conversation, num_thoughtless = without_reasoning(conversation, self._reasoning_tags)
+            messages, traceable, views, left_out = self._views(conversation)
+        self._compare(messages, conversation.tools, kwargs, views)
+        answers = frozenset(at for at, each in enumerate(conversation.messages) if each["role"] == "assistant")
+        last_message = max(turn.message for view in views for turn in view.turns)
+        changed = {
+            "left_out_turns": left_out,
+            "stripped_stops": num_stripped,
+            "dropped_reasoning": num_thoughtless,
+        }
+        drawn: list[_Drawn] = []
+        for view in views:
+            trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
+            counts = {} if drawn else changed
+            is_whole = view.turns[0].found_by == "all"
+            parts = character_weights(view.text, traceable.sources, conversation.messages, of_turns=is_whole)
+            drawn.append(_Drawn(view, trust, writers, counts, parts, traceable.sources, answers, last_message))
+        return drawn
+
+    def _views(self, conversation: Conversation) -> tuple[list[Message], Traceable, list[View], int]:
+        """The messages as the template takes them, their strings, the examples, and how many turns were left out."""
+        assert self._finder is not None, "there is a template"
+        messages = fitted(_shown(conversation.messages), self._finder.habits)
+        traceable = number_sources(messages, conversation.tools, conversation.template_kwargs)
+        return messages, traceable, *self._finder.views(conversation, traceable)
+
+    def _without_stops(self, conversation: Conversation) -> tuple[Conversation, int]:
+        """Some data end their answers with the text of a stop token (T0's with `<|endoftext|>`).
+
+        The template writes that token itself; as ordinary text, the model would learn to spell it before it stops.
+        """
+        messages, num_stripped = [], 0
+        for message in conversation.messages:
+            content = message.get("content")
+            if message["role"] == "assistant" and isinstance(content, str):
+                stripped = content.rstrip()
+                text = next((text for text in self._stop_texts if stripped.endswith(text)), None)
+                if text is not None and self._policy == "split":
+                    message = {**message, "content": stripped.removesuffix(text)}
+                    num_stripped += 1
+            messages.append(message)
+        return conversation._replace(messages=messages), num_stripped
+
+    def _compare(self, messages: list[Message], tools: Any, kwargs: dict[str, Any], views: Sequence[View]) -> None:
+        """Our text is transformers' text; else the mask would be of another conversation.
+
+        Transformers renders without any limit, so only what we have rendered before, with the same day.
+        """
+        for layout in {id(layout): layout for view in views for layout in view.renders}.values():
+            ours: str = layout.text
+            if self._clock is not None:  # Theirs is of today.
+                traceable = number_sources(messages, tools, kwargs)
+                ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
+            try:
+                theirs = self._tokenizer.apply_chat_template(
+                    messages[: layout.num_messages],
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=layout.is_prompt,
+                    **self._template_kwargs | kwargs,
+                )
+            except Exception as error:  # A template may raise anything.
+                raise self._refused(TemplateError(" ".join(str(error).split())[:300])) from error
+            if theirs != ours:
+                raise MaskError(f"{template_name(self._tokenizer)}: rendered otherwise here than by transformers")
+
+    def _characters(
+        self, runs: Iterable[tuple[int, int, int]], sources: Sequence[Source], messages: Sequence[Message]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Trust and writer of each character, uint8 each."""
+        known = {TEMPLATE: (bytes([TRUSTED]), b"\0"), UNKNOWN: (bytes([UNTRUSTED]), bytes([WRITERS.index("other")]))}
+        trusts, writers = [], []
+        for length, marked, _ in runs:
+            source = marked & ~GENERATED
+            if source not in known:
+                trust, writer = self._standing(sources[source - 1], messages)
+                known[source] = bytes([trust]), bytes([writer])
+            trust_byte, writer_byte = known[source]
+            trusts.append(trust_byte * length)
+            writers.append(writer_byte * length)
+        return np.frombuffer(b"".join(trusts), np.uint8), np.frombuffer(b"".join(writers), np.uint8)
+
+    def _standing(self, source: Source, messages: Sequence[Message]) -> tuple[int, int]:
+        """How far text of the data is trusted, and who wrote it."""
+        if source.message < 0:
+            return UNTRUSTED, WRITERS.index("tool" if source.field == "tools" else "other")
+        if source.field == "role" and source.text in self._trusted_roles:
+            return TRUSTED, 0  # One of a few known words.
+        role = messages[source.message]["role"]
+        writer = {"developer": "system"}.get(role, role)
+        number = WRITERS.index(writer) if writer in WRITERS else WRITERS.index("other")
+        is_answer = role == "assistant" and source.field != "role"
+        return ASSISTANT if is_answer else UNTRUSTED, number
+
+    def _weigh_all(
+        self, origin: str, views: "Sequence[_Drawn]", found: Sequence[Tokens | ControlError]
+    ) -> list[Encoded]:
+        encoded = []
+        for each, tokens in zip(views, found, strict=True):
+            if isinstance(tokens, ControlError):
+                raise MaskError(str(tokens), "control-token")
+            encoded.append(self._weigh(origin, each, tokens))
+        lengths = [len(each.example.tokens) for each in encoded]
+        if repeated := sum(lengths) - max(lengths):
+            encoded[-1].counts["repeated_tokens"] = repeated
+        return encoded
+
+    def _weigh(self, origin: str, drawn: "_Drawn", tokens: Tokens) -> Encoded:
+        """Characters to tokens: a token is trained if it shares a character with a span.
+
+        Tokens that share one character (the bytes of an emoji) are trained together.
+        """
+        ids, starts, ends = tokens.ids, tokens.starts, tokens.ends
+        self._check_ids(ids)
+        weights = np.zeros(len(ids), np.float32)
+        counts = drawn.counts | {"split_control_tokens": tokens.num_split}
+        counts["unrolled_examples"] = int(drawn.view.is_unrolled)
+        turn_ends = []
+        appended = False
+        of_parts, greatest = (None, None) if drawn.parts is None else token_weights(drawn.parts, starts, ends)
+        for turn in drawn.view.turns:
+            last = self._last_token(turn, tokens, drawn.view)
+            appended |= last is None
+            end = len(ids) if last is None else last + 1
+            inside = (ends > turn.start) | ((starts == ends) & (starts >= turn.start))
+            inside[end:] = False
+            for start, stop in turn.seen_only:
+                inside &= ~((starts >= start) & (ends <= stop))
+            weights[inside] = turn.weight if of_parts is None else turn.weight * of_parts[inside]
+            if of_parts is not None and turn.found_by != "all":
+                self._check_parts(turn, of_parts[inside], last is not None)
+                if turn.stop is not None and turn.stop[0] < turn.stop[1] and last is not None:
+                    weights[last] = turn.weight  # It is the turn's, and of none of its parts.
+                counts["straddling_parts"] = counts.get("straddling_parts", 0) + int(
+                    np.sum(inside & (of_parts < greatest))
+                )
+            if (
+                last is not None
+                and turn.stop is not None
+                and turn.stop[0] < turn.stop[1]
+                and not self._ends(drawn, turn)
+            ):
+                weights[last] = 0
+            counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
+                np.sum(inside & (starts < turn.start))
+            )
+            name = f"turns_by_{turn.found_by}"
+            counts[name] = counts.get(name, 0) + 1
+            turn_ends.append(end)
+        if drawn.view.turns[0].found_by == "all":
+            weights[:] = drawn.view.turns[0].weight * (1 if of_parts is None else of_parts)
+        writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
+        if appended:
+            counts["appended_stops"] = 1
+            turn = drawn.view.turns[-1]
+            after = str.__getitem__(drawn.view.text, slice(turn.content_end, None))
+            if after.strip() and turn.found_by != "all" and drawn.view.layout.ends_with(turn.message) == "content":
+                # Words after an answer, but for those that close it, are not the model's: the stop token goes before.
+                closing = self._closing if after.startswith(self._closing) else ""
+                kept = int(np.searchsorted(starts, turn.content_end + len(closing)))
+                ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
+                turn_ends[-1] = kept
+            stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
+            ids = np.append(ids, np.int32(stop))
+            weights = np.append(weights, np.float32(turn.weight if self._ends(drawn, turn) else 0))
+            writers = np.append(writers, np.uint8(0))
+            turn_ends[-1] += 1
+        self._check(drawn, tokens, weights)
+        counts = {name: count for name, count in counts.items() if count}
+        return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
+
+    def _check_parts(self, turn: Turn, of_parts: np.ndarray, has_stop: bool) -> None:
+        """Of a turn with parts, something is trained before its stop token."""
+        said = of_parts[: len(of_parts) - has_stop]
+        if len(said) and not said.any():
+            raise MaskError(
+                f"message {turn.message + 1}: {template_name(self._tokenizer)} shows nothing of the parts that are to "
+                "be trained, or no token lies in them alone",
+                "field-absent",
+            )
+
+    def _ends(self, drawn: "_Drawn", turn: Turn) -> bool:
+        """Whether the stop token of a turn is trained."""
+        return self._every_stop or turn.message == drawn.last_message
+
+    def _check(self, drawn: "_Drawn", tokens: Tokens, weights: np.ndarray) -> None:
+        """What was found out about an example, against what is known of it without that."""
+        turns, finder = drawn.view.turns, self._finder
+        assert finder is not None, "it found them"
+        if turns[0].found_by == "all":
+            return
+        given = Given(
+            drawn.view.layout,
+            drawn.sources,
+            frozenset(turn.message for turn in turns),
+            drawn.answers,
+            drawn.view.prompts,
+            finder.headers,
+            finder.stop,
+            not self._train_reasoning,
+        )
+        count = min(len(weights), len(tokens.starts))
+        check_weights(given, tokens.starts[:count], tokens.ends[:count], weights[:count], name=finder.name)
+
+    def _last_token(self, turn: Turn, tokens: Tokens, view: View) -> int | None:
+        """Index of the last trained token of a turn: its stop token; None where that must be appended."""
+        if turn.stop is None:
+            if turn is not view.turns[-1] or view.layout.next_other(turn.content_end, turn.message) < len(view.text):
+                raise MaskError(
+                    f"message {turn.message + 1}: no stop token follows it, and other messages do", "no-stop"
+                )
+            if not len(self._stops):
+                raise MaskError("there is no stop token, so the model would never learn to stop", "no-stop")
+            return None
+        start, end = turn.stop
+        if start == end:  # Of another role, and not ended by one.
+            return int(np.searchsorted(tokens.starts, end)) - 1
+        (found,) = np.nonzero(self._is_stop[tokens.ids] & (tokens.starts <= start) & (tokens.ends >= end))
+        if not len(found):
+            raise MaskError(
+                f"message {turn.message + 1}: the stop token {view.text[start:end]!r} that follows it is not one token "
+                f"of {self._tokenizer.name_or_path or 'the tokenizer'}",
+                "no-stop",
+            )
+        return int(found[0])
+
+    def _document(self, document: Document, ids: list[int]) -> Encoded:
+        """Plain text may hold control tokens of its own, such as a conversation that was rendered before."""
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise MaskError(
+                f"the tokenizer {self._tokenizer.name_or_path} has no eos token, so a text would have no end", "no-stop"
+            )
+        ids = self._enclosed(ids)
+        tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
+        self._check_ids(tokens)
+        control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
+        return Encoded(
+            Example(tokens, np.full(len(tokens), document.weight, np.float32)),
+            np.full(len(tokens), WRITERS.index("other"), np.uint8),
+            np.array([len(tokens)], np.int32),
+            True,
+            document.origin,
+            {"control_tokens_in_text": control} if control else {},
+        )
+
+    def _enclosed(self, ids: list[int]) -> list[int]:
+        """Tokens with what the tokenizer writes around a text, such as BOS, unless the text has that already."""
+        if self._around is None:
+            bare = self._tokenizer("a", **_BARE)["input_ids"]
+            whole = self._tokenizer("a", **_BARE | {"add_special_tokens": True})["input_ids"]
+            at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
+            self._around = whole[:at], whole[at + len(bare) :]
+        before, after = self._around
+        has_before = has_after = False
+        if before and before[0] in ids:
+            at = ids.index(before[0])  # Blanks may precede it.
+            has_before = ids[at : at + len(before)] == before and not self._tokenizer.decode(ids[:at]).strip()
+        if after:
+            has_after = ids[-len(after) :] == after
+        return [*([] if has_before else before), *ids, *([] if has_after else after)]
+
+    def _segmented(self, document: Document) -> Encoded:
+        """Text with parts that are trained, as it stands: what begins and ends a turn is in it."""
+        assert document.trained is not None
+        (tokens,) = self._text_encoder.encode([document.text], [np.full(len(document.text), TRUSTED, np.uint8)])
+        assert isinstance(tokens, Tokens), "all of it may act"
+        weights, ends, straddling = np.zeros(len(tokens.ids), np.float32), [], 0
+        for start, end in document.trained:
+            inside = (tokens.ends > start) & (tokens.starts < end)
+            if inside.any():  # Some tokenizers have no token for some characters.
+                weights[inside] = document.weight
+                straddling += int(np.sum(inside & ((tokens.starts < start) | (tokens.ends > end))))
+                ends.append(int(np.nonzero(inside)[0][-1]) + 1)
+        if not ends:
+            raise MaskError("no token of the trained segments is left", "nothing-trained")
+        counts = {
+            "straddling_tokens": straddling,
+            "tokenised_without_stop": int(not self._is_stop[tokens.ids[ends[-1] - 1]]),
+        }
+        return Encoded(
+            Example(tokens.ids, weights),
+            np.full(len(tokens.ids), WRITERS.index("other"), np.uint8),
+            np.array(sorted(set(ends)), np.int32),
+            False,
+            document.origin,
+            {name: count for name, count in counts.items() if count},
+        )
+
+    def _tokenised(self, item: Tokenised) -> Encoded:
+        """Tokens as the row has them; that a trained part of them ends without a stop token is counted."""
+        tokens, weights = np.array(item.tokens, np.int32), np.array(item.loss_weights, np.float32)
+        self._check_ids(tokens)
+        trained = weights > 0
+        is_end = trained & ~np.append(trained[1:], False)
+        ends = np.nonzero(is_end)[0] + 1
+        unstopped = int((is_end & ~self._is_stop[tokens]).any())
+        return Encoded(
+            Example(tokens, weights),
+            np.full(len(tokens), WRITERS.index("other"), np.uint8),
+            ends.astype(np.int32),
+            False,
+            item.origin,
+            {"tokenised_without_stop": unstopped} if unstopped else {},
+        )
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        size = self._text_encoder.vocabulary_size
+        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
+            bad = int(ids[(ids < 0) | (ids >= size)][0])
+            raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer.name_or_path}", "unknown-token")
+
+
+_BARE: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+
+
+class _Drawn(NamedTuple):
+    """A text, and of each of its characters the trust and the writer, uint8."""
+
+    view: View
+    trust: np.ndarray
+    writers: np.ndarray
+    counts: dict[str, int]
+    parts: np.ndarray | None
+    """float32: what the weight of the turn is multiplied by, where messages weigh parts of themselves."""
+    sources: Sequence[Source]
+    answers: frozenset[int]
+    """Messages of the assistant."""
+    last_message: int
+    """The last one that is trained, in this text or another one of the conversation."""
+
+
+def prompt_tokens(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Tokens of the prompt that asks for the next assistant turn, of today, for talking to a model.
+
+    Raises:
+        DataError: no chat template, or the template refuses the messages.
+    """
+    encoder = ChatEncoder(tokenizer, DataConfig.model_validate({"train": "-"}), stop_ids(tokenizer))
+    return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
+
+
+def _shown(messages: Sequence[Message]) -> list[Message]:
+    """Messages as templates get them: without what says how they are trained."""
+    return [
+        message if _OURS.isdisjoint(message) else {key: message[key] for key in message if key not in _OURS}
+        for message in messages
+    ]
+
+
+_OURS = frozenset(OURS)
+
+
+def _keys_read(template: Any) -> tuple[str, ...]:
+    """Names that a template takes of a message or of anything else: `m.prefix`, `m['prefix']`, `m.get('prefix')`."""
+    text = "\n".join(template.values()) if isinstance(template, dict) else template or ""
+    own = {"loop", *re.findall(r"(\w+)\s*=\s*namespace\(", text)}
+    found = {name for owner, name in re.findall(r"(\w+)\.(\w+)", text) if owner not in own}
+    found |= set(re.findall(r"(?:\[|get\()\s*['\"](\w+)['\"]", text))
+    return tuple(sorted(found))
+
+
+def _sources(config: DataConfig) -> list[Any]:
+    return [*config.train, *config.eval.values()]
+
+
+def _no_template(tokenizer: Tokenizer) -> MaskError:
+    return MaskError(
+        f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template", "no-template"
+    )

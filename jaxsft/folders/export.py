@@ -1,0 +1,315 @@
+"""The folder that a run ends with: weights, config, tokenizer and generation_config, as transformers opens them.
+
+What was not changed is as it came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or
+not there; what was there before stays until then, whatever fails. Of an earlier export, only what is known to be ours
+is removed: a file that somebody added or changed stays, in a folder beside.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from jaxsft.config import ConfigError
+from jaxsft.disk.seal import REMOVING, SEAL, finish_removing, problem_of, remove_sealed, seal
+from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
+from jaxsft.folders.config_words import with_older_words
+from jaxsft.folders.hf import load_generation_config
+from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
+from jaxsft.folders.weights.save import dump_json, write_weights
+from jaxsft.folders.weights.stored import DTYPES, Stored
+
+__all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
+
+UNFINISHED_MARK = "unfinished-export"
+"""A file in a folder of ours that is being written, and may be removed."""
+MARK_TEXT = b"An export that jaxsft has not finished.\n"
+
+
+class ExportError(OSError):
+    """The folder of an export could not be written; what was there before is untouched. Its text is shown as it is."""
+
+    exit_code = 74
+
+
+def export_dtype(hf_config: dict[str, Any], asked: str | None) -> str:
+    """Dtype of the exported weights: as asked, else as `config.json` says, else float32.
+
+    Raises:
+        ConfigError: safetensors that we write have no such dtype.
+    """
+    dtype = asked or hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    known = [each.name for each in DTYPES.values()]
+    if dtype not in known:
+        raise ConfigError(
+            f"config.json: dtype {dtype!r} cannot be exported; give one of {', '.join(known)} as model.export_dtype"
+        )
+    return dtype
+
+
+def export_folder(
+    folder: pathlib.Path,
+    params: nnx.State,
+    *,
+    family: ModuleType,
+    hf_config: dict[str, Any],
+    vocab_size: int,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    dtype: str | None = None,
+    stored: Stored | None = None,
+    source_folder: pathlib.Path | None = None,
+    tokenizer_folder: pathlib.Path | None = None,
+    max_shard_bytes: int = 50 * 10**9,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
+
+    Every process of the run must call this. Tensors are gathered one after the other, and process 0 writes each as it
+    comes, so no more than one is ever in host memory. The folder appears in one rename, complete or not at all, and
+    takes the place of an earlier export. config.json and generation_config.json are those of the source, to the byte if
+    nothing in them has to change; what only transformers 5 would read in config.json is there in the words of version
+    4, too.
+
+    Args:
+        params: the whole state of the model, Variables with axes.
+        hf_config: the model's `config.json`; written with the dtype and the stop ids of what is exported.
+        vocab_size: rows of the vocabulary; the tables of the state may have more.
+        stop_ids: every token id that ends an answer; generation_config.json and config.json name them all.
+        dtype: float32, bfloat16 or float16; left out: that of each tensor in `stored`, else what `hf_config` says, else
+            float32.
+        stored: what the weights were read from: its names, dtypes and split into files are kept.
+        source_folder: where the model came from; the other keys of its generation_config.json are kept.
+        tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
+        max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
+        say: is told where files went that stood in an earlier export and are not known to be ours.
+
+    Raises:
+        ConfigError: `folder` holds something else than an export, or is `source_folder`.
+        ExportError: it could not be written.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if source_folder is not None and folder.resolve() == pathlib.Path(source_folder).resolve():
+        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
+    into = None
+    if dtype is not None or stored is None or not stored.files:
+        name = export_dtype(hf_config, dtype)
+        into = next(each for each in DTYPES.values() if each.name == name)
+    writes = jax.process_index() == 0
+    aside, is_begun = _partial(folder), False
+    if writes:
+        check_space(folder, _num_bytes(params, into, stored))
+    with _alone(folder, say) if writes else contextlib.nullcontext():
+        try:
+            if writes:
+                aside.mkdir(parents=True)
+                is_begun = True
+                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+                _save_tokenizer(aside, tokenizer)
+                source = pathlib.Path(source_folder) if source_folder else None
+                _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+                settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
+            write_weights(
+                aside,
+                params,
+                family,
+                vocab_size=vocab_size,
+                dtype=into,
+                stored=stored,
+                max_shard_bytes=max_shard_bytes,
+                writes=writes,
+            )
+            if writes:
+                seal(epath.Path(aside), but=UNFINISHED_MARK)  # Which stands until then, for a kill meanwhile.
+                (aside / UNFINISHED_MARK).unlink()
+                _rename_over(aside, folder, say)
+        except OSError as error:
+            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
+            raise ExportError(str(write_error(folder, reason))) from error
+        finally:
+            if writes and is_begun:
+                shutil.rmtree(aside, ignore_errors=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export")
+
+
+def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
+    """Of the weights as they are written: all in one dtype, or each as it was stored."""
+    if into is None and stored is not None:
+        tensors = stored.tensors.values()
+        return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
+    itemsize = into.itemsize if into is not None else 4
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    """As transformers saves it.
+
+    Raises:
+        ExportError: it could not be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library has no kinds of errors
+        raise ExportError(f"the tokenizer could not be written: {error}") from error
+
+
+def _write_configs(
+    folder: pathlib.Path,
+    hf_config: dict[str, Any],
+    source: pathlib.Path | None,
+    *,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    dtype: np.dtype | None,
+) -> None:
+    """config.json and generation_config.json, those of `source` with only what differs."""
+    config = dict(hf_config)
+    if dtype is not None:
+        dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        config |= dict.fromkeys(dtype_keys, dtype.name)
+    config, _ = with_older_words(config)
+    _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
+    generation_config = load_generation_config(source) if source else {}
+    if changes := _new_ids(generation_config, tokenizer, stop_ids):
+        # With this mark, transformers would make the file anew from config.json.
+        generation_config.pop("_from_model_config", None)
+    if not generation_config:
+        known = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
+        changes = {key: hf_config.get(key) if id is None else id for key, id in known.items()} | changes
+        changes = {key: id for key, id in changes.items() if id is not None}
+    _write_config(folder / "generation_config.json", generation_config | changes, source)
+
+
+def _new_ids(config: dict[str, Any], tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """The special ids that a config has to say otherwise; bos and pad only where it speaks of them."""
+    ids: dict[str, Any] = {}
+    if set(_as_list(config.get("eos_token_id"))) != set(stop_ids):
+        ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
+    for key in ("bos_token_id", "pad_token_id"):
+        id = getattr(tokenizer, key)
+        if id is not None and config.get(key) not in (None, id):
+            ids[key] = id
+    return ids
+
+
+def _as_list(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Path | None) -> None:
+    """As the source's file of this name lays it out, and its very bytes where it says the same."""
+    before = source / path.name if source else None
+    if before is None or not before.is_file():
+        path.write_bytes(dump_json(dict(sorted(config.items()))))
+        return
+    text = before.read_bytes()
+    if json.loads(text) != config:
+        text = dump_json(config, indent=indent_of(text))
+    path.write_bytes(text)
+
+
+def export_problem(folder: pathlib.Path) -> str | None:
+    """What is wrong with an export that was written before, None when every file is as it was sealed."""
+    problem = None
+    if jax.process_index() == 0:
+        problem = problem_of(epath.Path(folder))
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
+        problem = problem or "process 0 found it damaged"
+    return problem
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keeps other exports to `folder` out, and makes good what one that was killed has left.
+
+    Raises:
+        ExportError: another one is being written, or what stands where it would be written is not ours.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExportError(f"{folder}: another export is being written there") from None
+        except OSError:  # a filesystem without locks
+            pass
+        left, replaced = _partial(folder), _replaced(folder)
+        was_going = (replaced / REMOVING).exists()
+        for each in (left, replaced):
+            if not each.is_symlink():  # Killed while it was removed.
+                finish_removing(epath.Path(each), to_the_byte=True)
+        if (left / SEAL).exists() and not left.is_symlink():  # Killed before it was renamed.
+            remove_sealed(epath.Path(left), to_the_byte=True)
+        if left.exists() or left.is_symlink():
+            if left.is_symlink() or not _is_marked(left):
+                raise ExportError(f"{left}: is in the way and no unfinished export of jaxsft; move it away")
+            shutil.rmtree(left)
+        is_ours = was_going or (replaced / "config.json").exists()
+        if replaced.is_symlink() or (replaced.exists() and not is_ours):
+            raise ExportError(f"{replaced}: is in the way and no export of jaxsft; move it away")
+        if not folder.exists() and replaced.exists():
+            replaced.rename(folder)  # killed between the two renames
+        _put_away(folder, say)
+        yield
+    finally:
+        os.close(parent)
+
+
+def _is_marked(folder: pathlib.Path) -> bool:
+    mark = folder / UNFINISHED_MARK
+    return is_file(mark) and mark.read_bytes() == MARK_TEXT
+
+
+def _partial(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.jaxsft-partial")
+
+
+def _replaced(folder: pathlib.Path) -> pathlib.Path:
+    return folder.with_name(f".{folder.name}.jaxsft-replaced")
+
+
+def _rename_over(new: pathlib.Path, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Puts `new` in the place of `folder`, which is put away only after that, and comes back if it fails."""
+    old = _replaced(folder)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    _put_away(folder, say)
+
+
+def _put_away(folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Removes what was written here before; what of it is not as we wrote it goes to a folder beside."""
+    old = _replaced(folder)
+    if not old.exists():
+        return
+    if (old / SEAL).exists():
+        remove_sealed(epath.Path(old), to_the_byte=True)
+    elif not any(old.iterdir()):
+        old.rmdir()
+    if old.exists():
+        beside = set_aside(old, name=folder.name)
+        names = ", ".join(sorted(each.name for each in beside.iterdir())[:5])
+        say(
+            f"{folder} held files that this program did not write, or that were changed: they are in {beside} ({names})"
+        )

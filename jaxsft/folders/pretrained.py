@@ -1,0 +1,310 @@
+"""A model folder, opened: tokenizer and stop tokens, the structure of the model, and its parameters on a mesh.
+
+Commands that only look at data (`preview`) stop at the tokenizer; none of them reads a weight before it must.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsft.chat.stops import answer_end, stop_ids
+from jaxsft.config import ConfigError, ModelConfig
+from jaxsft.folders import hf, special_tokens, tokenizer_files
+from jaxsft.folders.config_words import describe_older_words, with_older_words
+from jaxsft.folders.export import export_dtype, export_folder
+from jaxsft.folders.gguf.model import is_gguf
+from jaxsft.folders.gguf.model import notes as gguf_notes
+from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
+from jaxsft.folders.weights.load import check_weights
+from jaxsft.folders.weights.load import load_params as read_params
+from jaxsft.folders.weights.stored import Stored
+from jaxsft.mesh import shardings
+from jaxsft.model.abstract import Model, abstract_model, random_params
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.families.known import decoder_config as read_decoder_config
+from jaxsft.model.families.known import family as family_of
+
+
+class OpenTokenizer(NamedTuple):
+    """A tokenizer with all that the data layer asks about it."""
+
+    tokenizer: Any
+    key: str
+    """Changes when anything changes that determines the tokens."""
+    stops: Sequence[int]
+    """Ids that end an answer."""
+    added_tokens: tuple[str, ...] = ()
+    """Tokens that the chat template needs and the tokenizer lacked; the model's rows for them are new."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
+
+
+class Pretrained(NamedTuple):
+    """A model folder without its weights."""
+
+    folder: pathlib.Path
+    """Or the GGUF file."""
+    hf_config: dict[str, Any]
+    """As it is exported: what the folder says, with a vocabulary that has grown and embeddings that were untied."""
+    stored: Stored | None
+    """Where the weights lie; None where they are random."""
+    family: ModuleType
+    decoder_config: DecoderConfig
+    make_decoder: Callable[[nnx.Rngs], Decoder]
+    model: Model
+    config: ModelConfig
+    stored_vocab_size: int
+    """Rows of the vocabulary in the folder; `decoder_config` has more where added tokens ask for them."""
+    is_untied: bool = False
+    """The folder has one table as embedding and output projection, of which the model has two."""
+    new_ids: tuple[int, ...] = ()
+    """Ids of added tokens, whose rows begin as the mean of the folder's."""
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
+
+
+def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set_eos: bool = False) -> OpenTokenizer:
+    """The tokenizer of a model, and the ids that end its answers.
+
+    Args:
+        config: where it lies.
+        chat_template: a template of ours, or a file, in place of its own; what it needs is added to the tokenizer.
+        set_eos: make the token that ends an answer the eos token.
+
+    Raises:
+        ConfigError: no tokenizer there, one that is not that of a GGUF model, no stop token at all, so that the model
+            could never learn to stop, or none that could be the eos token.
+    """
+    folder = hf.model_folder(config.path, weights=False)
+    # Before the tokenizer, of which transformers would say that it is wrong if config.json is.
+    configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
+    place = hf.model_folder(config.tokenizer or config.path, weights=False)
+    tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
+    added: tuple[str, ...] = ()
+    notes: list[str] = []
+    if chat_template is not None:
+        added = special_tokens.add_missing_tokens(tokenizer, chat_template, own_template=own_template)
+        notes = special_tokens.describe_added(tokenizer, chat_template, added)
+        notes += tokenizer_files.describe_sentencepiece(place, added)
+    if config.tokenizer is not None and is_gguf(config.path):
+        check_gguf_tokens(tokenizer, config.path, where=config.tokenizer, added=added)
+    stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
+    if not stops:
+        raise ConfigError(
+            f"{config.tokenizer or config.path}: no stop token: the tokenizer has no eos_token, and neither "
+            "generation_config.json nor the chat template names one; set eos_token in tokenizer_config.json"
+        )
+    stop = answer_end(tokenizer, stops)
+    if set_eos:
+        note = special_tokens.set_eos(tokenizer, stop)
+        notes += [note] if note else []
+        # The first one is the tokenizer's; none is lost.
+        stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
+    notes += special_tokens.describe_stop(tokenizer, stop)
+    notes += tokenizer_files.describe_known_words(place)
+    return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
+
+
+def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
+    """The structure of a model; its weight files are compared with it, but not read, except for a few rows.
+
+    Where the tokenizer has got new tokens, they take the rows that the model has to spare; if these do not suffice, its
+    vocabulary grows by the rows that are missing. It then has exactly the tokenizer's rows, from which some programs
+    take their number; what fills the tables up in memory is in no file.
+
+    Raises:
+        ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
+            extra, misshapen or truncated.
+    """
+    folder = hf.model_folder(config.path, weights=config.weights == "pretrained")
+    stored, hf_config = hf.open_source(folder)
+    family = family_of(hf_config)
+    decoder_config = read_decoder_config(hf_config)
+    needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
+    added = tokenizer.added_tokens
+    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=added)
+    stored_vocab_size = decoder_config.vocab_size
+    new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
+    changes = _untied(config, decoder_config)
+    is_untied = bool(changes)
+    if max(new_ids, default=0) >= stored_vocab_size:
+        changes["vocab_size"] = max(new_ids) + 1
+    if changes:
+        hf_config = hf_config | changes
+        decoder_config = read_decoder_config(hf_config)
+    if config.export_dtype or config.weights == "random":
+        export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
+
+    def make_decoder(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(
+            decoder_config,
+            compute_dtype=compute_dtype(config),
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+
+    model = abstract_model(make_decoder)
+    notes += decoder_config.notes
+    notes += describe_older_words(hf_config, *with_older_words(hf_config))
+    if config.weights == "pretrained":
+        notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
+        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
+        vocab_size = decoder_config.vocab_size
+        notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
+    return Pretrained(
+        folder,
+        hf_config,
+        stored if config.weights == "pretrained" else None,
+        family,
+        decoder_config,
+        make_decoder,
+        model,
+        config,
+        stored_vocab_size=stored_vocab_size,
+        is_untied=is_untied,
+        new_ids=new_ids,
+        notes=tuple(notes),
+    )
+
+
+def compute_dtype(config: ModelConfig) -> str:
+    """Dtype of activations and matmuls: as given, or what suits the device."""
+    return config.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _untied(config: ModelConfig, decoder_config: DecoderConfig) -> dict[str, Any]:
+    """What `model.tie_embeddings` changes in config.json.
+
+    Raises:
+        ConfigError: it asks to tie two tables.
+    """
+    if config.tie_embeddings and not decoder_config.tie_embeddings:
+        raise ConfigError(
+            "model.tie_embeddings: true, but the model has an output projection of its own, which would be lost; "
+            "leave it out"
+        )
+    is_untied = config.tie_embeddings is False and decoder_config.tie_embeddings
+    return {"tie_word_embeddings": False} if is_untied else {}
+
+
+def check_positions(decoder_config: DecoderConfig, seq_len: int) -> None:
+    """Refuses rows that are longer than a model's table of positions; models without one only lose quality.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if decoder_config.learned_positions and seq_len > decoder_config.max_position:
+        raise ConfigError(
+            f"data.seq_len: {seq_len}, but the model has a table of {decoder_config.max_position} positions and knows "
+            "no others"
+        )
+
+
+def _vocabulary_notes(
+    stored: Stored,
+    family: ModuleType,
+    model: Model,
+    tokenizer: OpenTokenizer,
+    stored_vocab_size: int,
+    vocab_size: int,
+    new_ids: Sequence[int],
+) -> list[str]:
+    """What the user should know of the rows that the chat template's tokens have in the model."""
+    notes = []
+    if vocab_size > stored_vocab_size:
+        notes.append(
+            f"the model's vocabulary grows from {stored_vocab_size} to {vocab_size} rows, one for each of the "
+            "tokenizer's tokens; the new rows begin as the mean of the old ones"
+        )
+    elif new_ids:
+        notes.append(
+            f"the {len(new_ids)} added tokens take rows that the model had to spare, beginning as the mean of all rows"
+        )
+    old_ids = [*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)]
+    untrained = special_tokens.untrained_tokens(
+        stored,
+        family,
+        model.params,
+        tokenizer=tokenizer.tokenizer,
+        ids=[id for id in old_ids if id not in new_ids],
+    )
+    return notes + special_tokens.describe_untrained(tokenizer.tokenizer, untrained)
+
+
+def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
+    """The parameters to begin with, each shard on its device: read from the folder, or drawn from `seed`.
+
+    Raises:
+        ConfigError: what is stored is not the model, or the sizes in config.json are beyond the devices' memory.
+    """
+    check_memory(pretrained.model.params, mesh)
+    if pretrained.stored is None:
+        return random_params(pretrained.make_decoder, mesh, seed=seed)
+    abstract = pretrained.model.params
+    return read_params(
+        pretrained.stored,
+        pretrained.family,
+        abstract=abstract,
+        shardings=shardings(mesh, abstract),
+        vocab_size=pretrained.decoder_config.vocab_size,
+        stored_vocab_size=pretrained.stored_vocab_size,
+        mean_rows=pretrained.new_ids,
+        untied=pretrained.is_untied,
+    )
+
+
+def check_memory(params: Any, mesh: Mesh) -> None:
+    """Refuses parameters that cannot lie on the devices, however they are cut: nobody's model, or another machine's.
+
+    Raises:
+        ConfigError: with the bytes that they need and those that there are.
+    """
+    needed = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(params))
+    device = mesh.local_mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu":  # whose devices share the host's memory
+        hosts = len({each.process_index for each in mesh.devices.flat})
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * hosts
+    else:
+        there = limit * mesh.size if limit is not None else needed
+    if needed > there:
+        raise ConfigError(
+            f"the model's config.json: its sizes make parameters of {needed:,} bytes, but all devices have {there:,}; "
+            "check its sizes, or train on more devices"
+        )
+
+
+def export_model(
+    pretrained: Pretrained,
+    tokenizer: OpenTokenizer,
+    params: Any,
+    folder: pathlib.Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Writes the model as a folder that transformers opens; `say` is told what of an earlier one was not ours."""
+    export_folder(
+        folder,
+        params,
+        family=pretrained.family,
+        hf_config=pretrained.hf_config,
+        vocab_size=pretrained.decoder_config.vocab_size,
+        tokenizer=tokenizer.tokenizer,
+        stop_ids=tokenizer.stops,
+        dtype=pretrained.config.export_dtype,
+        stored=pretrained.stored,
+        source_folder=pretrained.folder,
+        tokenizer_folder=hf.model_folder(pretrained.config.tokenizer or pretrained.config.path, weights=False),
+        say=say,
+    )

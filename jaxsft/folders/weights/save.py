@@ -1,0 +1,313 @@
+"""Weights from a mesh into safetensors: the tensors, dtypes and files that they came from, or those of transformers.
+
+In: the state of a `Decoder`, and the `Stored` that it was read from, if it was. Out: files that are equal to the byte
+where nothing was trained. Each tensor is put together from the weights that lie in it, gathered and written before the
+next, so that no more than one is ever in host memory.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from jaxsft.config import ConfigError
+from jaxsft.folders.weights.copying import copy
+from jaxsft.folders.weights.layout import Box, Weight, join
+from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
+
+COPY_BYTES = GATHER_BYTES = 1 << 24
+
+
+class Part(NamedTuple):
+    """One weight of ours, or one index of its split dims, as a part of a tensor."""
+
+    weight: Weight
+    variable: nnx.Variable
+    at: tuple[int, ...]
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    word: str
+    """Its dtype, as safetensors calls it."""
+    shape: tuple[int, ...]
+    source: tuple[Part, ...] | SafeTensor
+    """What it is put together from; a tensor that is no weight of the model is copied."""
+
+    @property
+    def num_bytes(self) -> int:
+        if isinstance(self.source, SafeTensor):
+            return self.source.num_bytes
+        return math.prod(self.shape) * DTYPES[self.word].itemsize
+
+
+class File(NamedTuple):
+    """A file to be written."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    """By name, in the order of the file."""
+    header: bytes
+
+
+def write_weights(
+    folder: pathlib.Path,
+    params: nnx.State,
+    family: ModuleType,
+    *,
+    vocab_size: int,
+    dtype: np.dtype | None,
+    stored: Stored | None = None,
+    max_shard_bytes: int,
+    writes: bool,
+) -> None:
+    """Writes the safetensors files, and an index if there is more than one.
+
+    Every process must call this; those that do not write help to gather.
+
+    Args:
+        folder: where to.
+        params: the state of the model, Variables with axes.
+        family: the module of its family.
+        vocab_size: rows of the vocabulary that are written.
+        dtype: of all tensors; left out: as `stored`.
+        stored: what the model was read from: names, dtypes, and what lies in which file are the same again. Left out,
+            or not of safetensors: files such as transformers' save_pretrained writes.
+        max_shard_bytes: largest file, where `stored` does not say what lies where.
+        writes: whether this process is the one that writes.
+    """
+    tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
+    if stored is not None and stored.files:
+        _add_passed_over(tensors, family, stored)
+        files = _files_as_stored(tensors, stored)
+    else:
+        files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
+    for file in files:
+        with (folder / file.name).open("wb") if writes else contextlib.nullcontext() as out:
+            if out:
+                out.write(file.header)
+            for tensor in file.tensors.values():
+                _write(out, tensor)
+            if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
+                out.flush()
+                os.fsync(out.fileno())
+    if writes and (index := _index(files, tensors, stored)):
+        (folder / INDEX_FILE).write_bytes(index)
+
+
+def _tensors(
+    params: nnx.State, family: ModuleType, *, vocab_size: int, dtype: np.dtype | None, stored: Stored | None
+) -> dict[str, Tensor]:
+    """Every tensor of the model by name."""
+    known = stored.tensors if stored else {}
+    parts: dict[str, list[Part]] = {}
+    for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
+        for index in weight.indices():
+            parts.setdefault(weight.name(index), []).append(Part(weight, variable, index))
+    # A tensor that the files did not have is one of an output projection that was tied.
+    tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
+    tensors = {}
+    for name, each in parts.items():
+        into = dtype or known.get(name, *tables[:1]).dtype
+        assert into is not None, name
+        word = next(word for word, each in DTYPES.items() if each == into)
+        tensors[name] = Tensor(word, each[0].weight.file_shape, tuple(each))
+    return tensors
+
+
+def _add_passed_over(tensors: dict[str, Tensor], family: ModuleType, stored: Stored) -> None:
+    """Adds what is stored but is no weight of ours: an output projection tied to the embedding, buffers of torch."""
+    head = family.WEIGHTS["lm_head.weight"][0]
+    embedding = next(
+        tensor
+        for tensor in tensors.values()
+        if not isinstance(tensor.source, SafeTensor) and tensor.source[0].weight.path == "embed_tokens.weight"
+    )
+    for name, tensor in stored.tensors.items():
+        if name not in tensors and isinstance(tensor, SafeTensor):
+            tensors[name] = embedding if name == head else Tensor(tensor.word, tensor.shape, tensor)
+
+
+# What lies in which file.
+
+
+def _files_as_stored(tensors: dict[str, Tensor], stored: Stored) -> list[File]:
+    """The files that the model came in; a tensor that it did not have goes into the last."""
+    held = {name for file in stored.files for name in file.names}
+    new = tuple(name for name in tensors if name not in held)
+    files = []
+    for at, was in enumerate(stored.files):
+        names = was.names + (new if at == len(stored.files) - 1 else ())
+        inside = {name: tensors[name] for name in names}
+        is_same = names == was.names and all(_is_like(inside[name], stored, name) for name in names)
+        files.append(File(was.name, inside, was.header if is_same else _header(inside, was.metadata)))
+    return files
+
+
+def _is_like(tensor: Tensor, stored: Stored, name: str) -> bool:
+    was = stored.tensors[name]
+    return isinstance(was, SafeTensor) and (was.word, was.shape) == (tensor.word, tensor.shape)
+
+
+def _files_of_transformers(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[File]:
+    """Names in files, filled in order; a tensor larger than `max_shard_bytes` has a file to itself.
+
+    The order of the files is that of huggingface_hub's split_torch_state_dict_into_shards.
+    """
+    shards: list[list[str]] = []
+    current: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.num_bytes > max_shard_bytes:
+            shards.append([name])
+            continue
+        if sum(tensors[each].num_bytes for each in current) + tensor.num_bytes > max_shard_bytes:
+            shards.append(current)
+            current = []
+        current.append(name)
+    shards += [current] * bool(current)
+    files = []
+    for number, names in enumerate(shards, start=1):
+        name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        inside = {each: tensors[each] for each in names}
+        files.append(File(name, inside, _header(inside, {"format": "pt"})))
+    return files
+
+
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+    """The first bytes of a safetensors file, exactly as the safetensors library writes them."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.num_bytes
+        entries[name] = {"dtype": tensor.word, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _index(files: Sequence[File], tensors: dict[str, Tensor], stored: Stored | None) -> bytes | None:
+    """The index file; nothing where there is one file and there was no index before."""
+    was = stored.index_file if stored else None
+    if was is None and len(files) == 1:
+        return None
+    places = {name: file.name for file in files for name in file.tensors}
+    total_size = sum(tensor.num_bytes for tensor in tensors.values())
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    if stored is None or was is None:
+        metadata = {"total_parameters": num_parameters, "total_size": total_size}
+        return dump_json({"metadata": metadata, "weight_map": dict(sorted(places.items()))})
+    if all(name in stored.tensors and _is_like(tensors[name], stored, name) for name in places):
+        return was
+    index = json.loads(was)
+    known = index.get("metadata")
+    metadata = {**(known if isinstance(known, dict) else {}), "total_size": total_size}
+    if isinstance(metadata.get("total_parameters"), int):
+        before = sum(math.prod(tensor.shape) for tensor in stored.tensors.values())
+        metadata["total_parameters"] += num_parameters - before
+    weight_map = {name: places[name] for name in [*index["weight_map"], *places] if name in places}
+    return dump_json({**index, "metadata": metadata, "weight_map": weight_map})
+
+
+def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
+    """A JSON file as transformers lays it out; keys in their order."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+
+
+# The bytes of a tensor.
+
+
+def _write(out: BinaryIO | None, tensor: Tensor) -> None:
+    """Writes a tensor; without a file, it helps other processes to do so."""
+    if isinstance(tensor.source, SafeTensor):
+        for at in range(0, tensor.num_bytes, COPY_BYTES):
+            if out:
+                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
+        return
+    factors = tensor.source[0].weight.factors
+    num_rows = len(factors) - len(tensor.source[0].weight.dims[-1])
+    whole = np.empty([factor.size for factor in factors] if out else [], DTYPES[tensor.word])
+    for part in tensor.source:
+        assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
+        for box, values in _gather(part):
+            if out:
+                place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
+                source = part.weight.file_order(values)
+                # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
+                copy(place, source, num_rows)
+                if tensor.word == "F16" and np.any(np.isinf(place) & np.isfinite(source)):
+                    raise ConfigError(
+                        f"{part.weight.path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 "
+                        "or float32 (model.export_dtype)"
+                    )
+    if out:
+        out.write(whole.reshape(-1).view(np.uint8).data)
+
+
+def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
+    """A part of a tensor, as boxes of our dims that together are all of it; on every process.
+
+    No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
+    them gives as many of its indices at a time, and those of other processes travel.
+    """
+    weight, value = part.weight, part.variable.get_value()
+    layer, expert = part.at[:1], part.at[1:]
+    assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
+    shape = weight.shape[weight.split :]
+    local = value.sharding.shard_shape(value.shape)[len(layer)]
+    parts = value.shape[len(layer)] // local
+    step = local
+    if not value.is_fully_addressable:
+        step = max(1, GATHER_BYTES // (parts * math.prod(value.shape[len(layer) + 1 :]) * value.dtype.itemsize))
+    # One expert is one index of one shard.
+    starts = [expert[0] % local] if expert else range(0, local, step)
+    for start in starts:
+        size = 1 if expert else min(step, local - start)
+        chunk = _pick(value, layer, start, parts=parts, size=size)
+        for bounds, piece in _pieces(chunk).items():
+            for number in range(*bounds[0]):
+                if expert and number != expert[0] // local:
+                    continue
+                at = number * local + start
+                box = bounds[2:] if expert else ((at, at + size), *bounds[2:])
+                # The vocabulary of the state may be filled up.
+                box = tuple((first, min(last, most)) for (first, last), most in zip(box, shape, strict=True))
+                if all(first < last for first, last in box):
+                    values = np.asarray(piece).view(value.dtype)[number - bounds[0][0]]
+                    values = values[0] if expert else values
+                    yield box, values[tuple(slice(0, last - first) for first, last in box)]
+
+
+@functools.partial(jax.jit, static_argnames=("parts", "size"))
+def _pick(value: jax.Array, layer: tuple[int, ...], start: int, *, parts: int, size: int) -> jax.Array:
+    """[parts, size, ...]: from each of the parts that the first dim (of a layer) is cut into, some indices.
+
+    The bits of the numbers, which could change if they were added to zeros on the way.
+    """
+    bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+    for at in layer:
+        bits = jax.lax.dynamic_index_in_dim(bits, at, keepdims=False)
+    return jax.lax.dynamic_slice_in_dim(bits.reshape(parts, -1, *bits.shape[1:]), start, size, axis=1)
+
+
+def _pieces(chunk: jax.Array) -> dict[Box, Any]:
+    """The shards of an array, each once; where other processes hold some of them, all of it."""
+    if not chunk.is_fully_addressable:
+        return {tuple((0, size) for size in chunk.shape): multihost_utils.process_allgather(chunk, tiled=True)}
+    indices = [
+        tuple(each.indices(size)[:2] for each, size in zip(shard.index, chunk.shape, strict=True))
+        for shard in chunk.addressable_shards
+    ]
+    return {bounds: shard.data for bounds, shard in zip(indices, chunk.addressable_shards, strict=True)}

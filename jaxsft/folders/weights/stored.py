@@ -1,0 +1,290 @@
+"""The tensors that a model folder holds: which there are, where, and reading parts of them.
+
+In: a folder of safetensors, one file or several with an index. Out: a `Stored`, with all that is wrong about the files.
+Whether these are the tensors that a model needs is `load.py`'s question. Only headers are read here; the bytes of a
+tensor are read by those who ask for them. A model in another format (`folders/gguf/model.py`) is a `Stored` too.
+"""
+
+import collections
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxsft.config import ConfigError
+from jaxsft.disk.foreign import MOST_CONFIG_BYTES, MOST_JSON_BYTES, open_regular, read_object, read_regular
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+"""safetensors' word for a dtype -> numpy's, of those that weights may have."""
+
+DTYPE_BITS: dict[str, int] = {
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+"""Every dtype of safetensors to the bits of a number."""
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+PAGE_BYTES = 4096
+MOST_NUMBER = 2**64
+"""No size or count in a header reaches it: the safetensors library holds them in 64 bits."""
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file."""
+
+    @property
+    def file(self) -> pathlib.Path:
+        """Where it lies, for messages."""
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """Of what `read` gives; None where it holds no numbers that a weight may have."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the order of torch."""
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """A part of the tensor, seen as a matrix whose columns are its last dim and whose rows are all others.
+
+        Called by several threads at once, for some MB at a time. Nothing may stay in memory that is not given back;
+        what is given back is neither kept nor changed.
+
+        Args:
+            rows: start and stop are given, step is not; a tensor of one dim has one row.
+            columns: as `rows`.
+        """
+
+
+class SafeTensor(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    file: pathlib.Path
+    word: str
+    """Its dtype, as safetensors calls it."""
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+    num_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        return DTYPES.get(self.word)
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        assert self.dtype is not None, self
+        num_columns, itemsize = (self.shape or (1,))[-1], self.dtype.itemsize
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        row_bytes = num_columns * itemsize
+        at = self.offset + rows.start * row_bytes + columns.start * itemsize
+        with self.file.open("rb", buffering=0) as file:
+            if shape[1] == num_columns:
+                return _read_at(file.fileno(), at, shape[0] * row_bytes, self.file).view(self.dtype).reshape(shape)
+            if shape[1] * itemsize < PAGE_BYTES:
+                # Their pages are all read in any case: at once is faster.
+                whole = _read_at(file.fileno(), at, (shape[0] - 1) * row_bytes + shape[1] * itemsize, self.file)
+                strides = (row_bytes, itemsize)
+                return np.ndarray(shape, self.dtype, whole, strides=strides)
+            part = np.empty((shape[0], shape[1] * itemsize), np.uint8)
+            for number, row in enumerate(part):
+                _read_into(file.fileno(), at + number * row_bytes, row, self.file)
+            return part.view(self.dtype)
+
+    def read_bytes(self, at: int, count: int) -> np.ndarray:
+        """uint8 [count] from byte `at` of the tensor on."""
+        with self.file.open("rb", buffering=0) as file:
+            return _read_at(file.fileno(), self.offset + at, count, self.file)
+
+
+def _read_at(descriptor: int, at: int, count: int, path: pathlib.Path) -> np.ndarray:
+    return _read_into(descriptor, at, np.empty(count, np.uint8), path)
+
+
+def _read_into(descriptor: int, at: int, out: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    done = 0
+    while done < len(out):
+        # A map of the file would count its pages as memory of this process, and a file cut short would kill it.
+        count = os.preadv(descriptor, [out[done:].data], at + done)
+        if count == 0:
+            raise ConfigError(f"{path}: became shorter while it was read")
+        done += count
+    return out
+
+
+class StoredFile(NamedTuple):
+    """A safetensors file as it was written."""
+
+    name: str
+    header: bytes
+    """All that stands before the first tensor."""
+    metadata: dict[str, str] | None
+    names: tuple[str, ...]
+    """In the order of their bytes."""
+
+
+class Stored(NamedTuple):
+    """What a model is stored as."""
+
+    path: pathlib.Path
+    """The folder or file."""
+    tensors: dict[str, StoredTensor]
+    """By the names that the family's table has, with or without its prefix."""
+    problems: tuple[str, ...] = ()
+    """Why files could not be read; their tensors are missing in `tensors`."""
+    files: tuple[StoredFile, ...] = ()
+    """Where the tensors lie in safetensors; an export is split into files of these names again."""
+    index_file: bytes | None = None
+    """The index file, where there is one."""
+
+
+def open_folder(folder: pathlib.Path) -> Stored:
+    """Reads the headers of a folder's safetensors; what is wrong with the files is noted in `problems`."""
+    problems: list[str] = []
+    if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
+        single = _read_header(folder / SINGLE_FILE, problems)
+        if single is None:
+            return Stored(folder, {}, tuple(problems))
+        return Stored(folder, dict(single[1]), tuple(problems), (single[0],))
+    if not ((folder / INDEX_FILE).exists() or (folder / INDEX_FILE).is_symlink()):
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+        hint = ""
+        if pickles:
+            hint = (
+                f"; {', '.join(pickles[:3])}: pickled weights are not read, as opening them may run any program "
+                "(transformers' save_pretrained writes them as safetensors)"
+            )
+        return Stored(folder, {}, (f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}{hint}",))
+    places = load_json(folder / INDEX_FILE, most=MOST_JSON_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        return Stored(folder, {}, (f"{folder / INDEX_FILE}: weight_map is not a mapping of tensor names to files",))
+    tensors: dict[str, StoredTensor] = {}
+    files = []
+    for name in sorted(set(places.values())):
+        if not is_plain_name(name):
+            problems.append(f"{folder / INDEX_FILE}: names {name[:100]!r}, which is not a file of this folder")
+        elif found := _read_header(folder / name, problems):
+            file, held = found
+            files.append(file)
+            for absent in sorted({tensor for tensor, place in places.items() if place == name} - held.keys()):
+                problems.append(f"{folder / name}: lacks {absent}, which {INDEX_FILE} places there")
+            for tensor in held.keys() & places.keys():
+                if places[tensor] != name:
+                    problems.append(f"{folder / name}: holds {tensor}, which {INDEX_FILE} places in {places[tensor]}")
+            tensors |= held
+    index_file = read_regular(folder / INDEX_FILE, most=MOST_JSON_BYTES)
+    return Stored(folder, tensors, tuple(problems), tuple(files), index_file)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file of the folder itself: "model-1.safetensors", not "../model.safetensors"."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", os.sep} and name.isprintable()
+
+
+def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, dict[str, SafeTensor]] | None:
+    """A file's tensors: 8 bytes of header length, the header in JSON, then the bytes of the tensors."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            begin = 8 + int.from_bytes(start, "little")
+            if size == 0:
+                raise ValueError("an empty file")
+            if start.startswith(b"version "):
+                raise ValueError("a Git LFS pointer, not the file itself (run `git lfs pull`)")
+            if start.lstrip().lower().startswith((b"<!doct", b"<html", b"<?xml")):
+                raise ValueError("a web page, not the file itself (was its download refused?)")
+            if size < 8 or begin > size:
+                raise ValueError("truncated, or not a safetensors file")
+            if begin - 8 > MOST_JSON_BYTES:
+                raise ValueError(f"a header of {begin - 8:,} bytes; safetensors have at most {MOST_JSON_BYTES:,}")
+            text = file.read(begin - 8)
+        if not text.startswith(b"{"):
+            raise ValueError("corrupt header, or not a safetensors file")
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_twins)
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not all(isinstance(each, str) for each in metadata.values()):
+            raise ValueError("corrupt header: __metadata__ is not a mapping of texts to texts")
+        tensors = {name: _stored(path, name, entry, begin) for name, entry in header.items()}
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+    except FileNotFoundError:
+        problems.append(f"{path}: no such file")
+        return None
+    except UnicodeDecodeError:
+        problems.append(f"{path}: corrupt header, or not a safetensors file")
+        return None
+    except json.JSONDecodeError as error:
+        problems.append(f"{path}: corrupt header: {error}")
+        return None
+    except RecursionError:
+        problems.append(f"{path}: corrupt header: nested too deeply")
+        return None
+    except (OSError, ValueError, MemoryError) as error:
+        problems.append(f"{path}: {error}")
+        return None
+    except (KeyError, TypeError, AttributeError):
+        problems.append(f"{path}: corrupt header")
+        return None
+    in_order = sorted(tensors, key=lambda name: (tensors[name].offset, tensors[name].num_bytes))
+    end = begin
+    for name in in_order:
+        tensor = tensors[name]
+        if tensor.offset != end:
+            problems.append(f"{path}: corrupt header: {name} begins at byte {tensor.offset}, expected at {end}")
+            return None
+        end += tensor.num_bytes
+    if end > size:
+        first = next(name for name in in_order if tensors[name].offset + tensors[name].num_bytes > size)
+        problems.append(f"{path}: truncated: {size} bytes, but {first} and what follows needs {end}")
+        return None
+    if end < size:
+        problems.append(f"{path}: {size - end} bytes behind the last tensor, not a sound safetensors file")
+        return None
+    return StoredFile(path.name, start + text, metadata, tuple(in_order)), tensors
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twin, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"corrupt header: {twin[:100]!r} stands twice in it")
+    return found
+
+
+def _stored(path: pathlib.Path, name: str, entry: dict[str, Any], begin: int) -> SafeTensor:
+    word, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if len(offsets) != 2:
+        raise ValueError(f"corrupt header: {name[:100]} has {len(offsets)} data_offsets")
+    first, last = offsets
+    label = f"{name[:100]} [{', '.join(str(size)[:20] for size in shape[:8])}{', ...' * (len(shape) > 8)}]"
+    if any(type(size) is not int or not 0 <= size < MOST_NUMBER for size in (*shape, first, last)):
+        raise ValueError(f"corrupt header: {label} from byte {str(first)[:20]} to {str(last)[:20]}")
+    if not isinstance(word, str) or word not in DTYPE_BITS:
+        raise ValueError(f"corrupt header: {name[:100]} has dtype {str(word)[:20]!r}, which safetensors do not know")
+    count = 1
+    for size in shape:
+        count *= size
+        # A product of thousands of sizes would take for ever.
+        if count * DTYPE_BITS[word] >= MOST_NUMBER:
+            raise ValueError(f"corrupt header: {label} has more numbers than any file holds")
+    if (last - first) * 8 != -(-count * DTYPE_BITS[word] // 8) * 8:
+        raise ValueError(f"corrupt header: {label} {word} has {last - first} bytes")
+    return SafeTensor(path, word, shape, begin + first, last - first)
+
+
+def load_json(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        ConfigError: it does not, or is no regular file of at most `most` bytes, or nested too deeply.
+    """
+    return read_object(path, most=most)

@@ -1,0 +1,10 @@
+"""Rows: files, folders, globs and hub datasets become rows, and rows become conversations.
+
+In: what a source of the config names. Out: `Row`s with file and line, and of each an item (`items.py`): a conversation
+in the spelling of Hugging Face chat templates, plain text, or tokens; or the `Problem` that makes the row bad. Nothing
+here knows a tokenizer.
+
+To read: `sources.py` finds the files (`splits.py`), `readers.py` and `columns.py` read them, `strict.py` is JSON
+without guesses; `formats.py` asks which of the formats in `readings.py` a row has; `messages.py`, with `roles.py`,
+`blocks.py`, `calls.py` and `flags.py`, spells the turns; `trees.py` and `tokenised.py` are two formats of their own.
+"""

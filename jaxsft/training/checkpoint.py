@@ -1,0 +1,393 @@
+"""Sealed checkpoints of the train state: the one module that knows Orbax.
+
+    checkpoints/STEP/meta.json   what is known of the run at this step; written first: the mark of a folder of ours
+    checkpoints/STEP/state/      the arrays, as Orbax writes them
+    checkpoints/STEP/seal.json   see `seal.py`; written last
+    progress.json                the newest step that was sealed
+
+Checkpoint i holds the state before step i. Saving goes on in the background while training continues. Orbax itself
+notices neither flipped bytes nor an empty folder.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from jaxsft.config import CheckpointConfig, ConfigError
+from jaxsft.disk.seal import (
+    REMOVING,
+    SEAL,
+    UNFINISHED,
+    finish_removing,
+    problem_of,
+    read_object,
+    read_sealed_object,
+    remove_sealed,
+    seal,
+)
+from jaxsft.disk.writing import aside_of, check_space, set_aside, write_error, write_whole
+
+META, PROGRESS = "meta.json", "progress.json"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; what was saved before is untouched. Its text is shown as it is."""
+
+    exit_code = 74
+
+
+class Checkpointer:
+    """Saves and restores the state of one run.
+
+    Args:
+        folder: `checkpoints/` of the run, absolute or a bucket.
+        config: how many to keep.
+        say: where one-line notices go.
+        run: what is sealed with every checkpoint: the fingerprint and the config of the run; plain JSON.
+    """
+
+    def __init__(
+        self,
+        folder: epath.Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        *,
+        run: dict[str, Any] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._say = say
+        self._run = json.loads(json.dumps(run or {}))
+        self._orbax = ocp.StandardCheckpointer()
+        _quieten()
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._at: int | None = None
+        self._making: epath.Path | None = None
+        self._passed_over: dict[int, str] = {}
+        self.progress: dict[str, Any] = {}
+        """What `save` was given beside the state that was restored."""
+
+    def save(
+        self, step: int, state: Any, *, eval_loss: float = math.inf, progress: dict[str, Any] | None = None
+    ) -> None:
+        """Begins to save; returns when the state is copied and may be donated.
+
+        Args:
+            step: the step that the state is before.
+            state: pytree of arrays.
+            eval_loss: held-out loss of this state, infinity where it was not measured; decides which one is the best.
+            progress: what a continued run must know besides; plain JSON.
+
+        Raises:
+            SaveError: this or the previous save failed.
+            WriteError: it would not fit.
+        """
+        self.wait()
+        # Not a look at the disk: another process might see the seal sooner or later than this one.
+        if step == self._at:
+            return
+        target = self._folder / str(step)
+        leaves = _leaves_by_name(state)
+        meta = {
+            "step": step,
+            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
+            "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "run": self._run,
+            "progress": progress or {},
+        }
+        needed = sum(leaf.nbytes for leaf in leaves.values())
+        check_space(target, needed)
+        try:
+            if jax.process_index() == 0:
+                self._make_room(step)
+                target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
+                self._making = target
+                write_whole(target / META, json.dumps(meta, indent=1))
+            _sync("checkpoint_folder")
+            self._orbax.save(target / "state", leaves)
+        except (OSError, ValueError) as error:
+            raise self._failed(target, needed, error) from error
+        self._pending = self._thread.submit(self._finish, target, needed)
+        self._at = step
+
+    def _finish(self, target: epath.Path, needed: int) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                seal(target)
+                write_whole(self._folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
+                self._delete_old()
+        except Exception as error:
+            raise self._failed(target, needed, error) from error
+
+    def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
+        """The error of a save that failed, of which nothing is left that would take up room."""
+        if self._making == target and not (target / SEAL).exists():
+            with contextlib.suppress(OSError):
+                target.rmtree()
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        # Of what the library that Orbax writes with says, the part that the system said.
+        if found := re.search(r"([^:]+) \[os_error_code=", reason):
+            reason = found[1].strip()
+        return SaveError(str(write_error(target, reason[:200], needed)))
+
+    def wait(self) -> None:
+        """Returns when no save is under way.
+
+        Raises:
+            SaveError: the save that was under way failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the save under way: leaving Python without this would lose it.
+
+        Raises:
+            SaveError: that save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def restore(self, abstract: Any) -> Any | None:
+        """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
+
+        Args:
+            abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
+
+        Raises:
+            ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged.
+        """
+        step = self._newest_verified()
+        if step is None:
+            return None
+        target = self._folder / str(step)
+        try:
+            meta = read_object(target / META)
+            self._check_arrays(meta["arrays"], abstract)
+            leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever Orbax makes of files that are as they were sealed, and still no state
+            raise ConfigError(f"{target}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+        self._at = step
+        self.progress = meta.get("progress", {})
+        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
+
+    def tidy(self) -> None:
+        """Clears away what `restore` passed over; to be called by the process that holds the run folder.
+
+        What was half saved or half removed is removed, if it is known to be ours; anything else is renamed, so that its
+        step can be saved again when training comes back to it.
+        """
+        if jax.process_index() == 0 and self._folder.is_dir():
+            for child in self._folder.iterdir():
+                if child.is_dir() and (child / REMOVING).exists():
+                    finish_removing(child)
+            for step in all_steps(self._folder):
+                if step in self._passed_over or self._is_unfinished(self._folder / str(step)):
+                    self._make_room(step)
+        _sync("checkpoints_tidied")
+
+    def best_loss(self) -> float:
+        """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
+        return min((self._eval_loss(step) for step in sealed_steps(self._folder)), default=math.inf)
+
+    def newest_before(self, step: int) -> epath.Path | None:
+        """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
+        steps = [saved for saved in sealed_steps(self._folder) if saved < step]
+        return self._folder / str(steps[-1]) if steps else None
+
+    def _newest_verified(self) -> int | None:
+        """Process 0 looks and all processes follow, so that all restore the same step."""
+        found, damaged = NONE_FOUND, {}
+        if jax.process_index() == 0:
+            self._passed_over = {}
+            for step in reversed(all_steps(self._folder)):
+                problem = checkpoint_problem(self._folder / str(step))
+                if problem is None:
+                    found = step
+                    break
+                if problem is UNFINISHED and step == self._last_sealed():
+                    problem = f"it was finished, but its {SEAL} is gone"
+                self._passed_over[step] = problem
+                if problem is not UNFINISHED:
+                    damaged[step] = problem
+                self._say(f"passed over checkpoint {step}: {problem}")
+            if found < 0 and damaged:
+                found = ALL_DAMAGED
+            newest = self._last_sealed()
+            if found >= 0 and newest is not None and newest > found and newest not in self._passed_over:
+                self._say(f"checkpoint {newest}, which was finished, is not there any more")
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(found))
+        if found == ALL_DAMAGED:
+            listed = "".join(f"\n  checkpoint {step}: {problem}" for step, problem in damaged.items())
+            raise ConfigError(
+                f"{self._folder}: every finished checkpoint is damaged{listed}\n"
+                "nothing was changed; choose another run_dir, or start anew with --restart, which moves this run aside"
+            )
+        return found if found >= 0 else None
+
+    def _check_arrays(self, saved: dict[str, str], abstract: Any) -> None:
+        """Orbax would cast or fail obscurely where shapes or dtypes differ."""
+        arrays = {name: _describe(leaf) for name, leaf in _leaves_by_name(abstract).items()}
+        differing = [name for name in {**saved, **arrays} if saved.get(name) != arrays.get(name)]
+        if differing:
+            listed = "\n".join(f"  {n}: {saved.get(n)} then, {arrays.get(n)} now" for n in differing[:10])
+            raise ConfigError(
+                f"{self._folder.parent} holds a run of another model or optimizer; "
+                f"{len(differing)} arrays differ:\n{listed}\nchoose another run_dir"
+            )
+
+    def _make_room(self, step: int) -> None:
+        """Nothing stands in the way of a checkpoint of this step any more."""
+        target = self._folder / str(step)
+        if self._is_unfinished(target):
+            target.rmtree()
+        if not target.is_dir():  # A file there is somebody else's; saving will say that it is in the way.
+            return
+        self._say(f"{target}: renamed to {set_aside(target, 'passed-over').name}")
+
+    def _is_unfinished(self, target: epath.Path) -> bool:
+        """Whether a folder is a save of this run that was cut off: we write its meta.json before all else."""
+        if not target.is_dir() or os.path.islink(target) or (target / SEAL).exists():
+            return False
+        names = {child.name for child in target.iterdir()}
+        if names <= {aside_of(target / META).name}:
+            return True
+        ours = {META, "state", *(aside_of(target / name).name for name in (META, SEAL))}
+        if any(name not in ours and not name.startswith("state.orbax-checkpoint-tmp") for name in names):
+            return False  # Somebody else has put something into it.
+        last = self._last_sealed()
+        if last is not None and int(target.name) <= last:
+            return False  # It was finished once.
+        try:
+            meta = read_object(target / META)
+        except (OSError, ValueError):
+            return False
+        run, mine = meta.get("run"), self._run.get("fingerprint")
+        return meta.get("step") == int(target.name) and isinstance(run, dict) and run.get("fingerprint") == mine
+
+    def _last_sealed(self) -> int | None:
+        """The newest step that was sealed, as far as anyone knows."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            sealed = read_object(self._folder.parent / PROGRESS)["sealed"]
+            return sealed if type(sealed) is int else None
+        return None
+
+    def _eval_loss(self, step: int) -> float:
+        try:
+            loss = read_sealed_object(self._folder / str(step), META)["eval_loss"]
+            return math.inf if loss is None else float(loss)
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf  # damaged; not worth keeping as the best
+
+    def _delete_old(self) -> None:
+        """Keeps the newest and the best; runs after a seal, so that there is always a finished one."""
+        steps = sealed_steps(self._folder)
+        kept = set(steps[-self._config.keep :])
+        best = min(steps, key=self._eval_loss)
+        if math.isfinite(self._eval_loss(best)):
+            kept.add(best)
+        for step in steps:
+            if step not in kept:
+                remove_sealed(self._folder / str(step))
+
+
+NONE_FOUND, ALL_DAMAGED = -1, -2
+
+
+def all_steps(folder: epath.Path) -> list[int]:
+    """The steps of which `checkpoints/` has a folder, finished or not, ascending.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: a file, where a run has its folder of checkpoints; move it away")
+    # Only as we write them: `007` and `²` are digits too.
+    names = [child.name for child in folder.iterdir() if child.name.isascii() and child.name.isdecimal()]
+    return sorted(int(name) for name in names if name == str(int(name)))
+
+
+def sealed_steps(folder: epath.Path) -> list[int]:
+    """Those of them that were finished."""
+    return [step for step in all_steps(folder) if (folder / str(step) / SEAL).exists()]
+
+
+def checkpoint_problem(folder: epath.Path) -> str | None:
+    """What is wrong with a checkpoint, None when it is as it was sealed, and the one that its name says."""
+    if (problem := problem_of(folder)) is not None:
+        return problem
+    try:
+        meta = read_object(folder / META)
+    except (OSError, ValueError) as error:
+        return f"it cannot be read: {error}"
+    if not isinstance(meta.get("arrays"), dict) or type(meta.get("step")) is not int:
+        return f"its {META} does not say what it holds"
+    return None if meta["step"] == int(folder.name) else f"it is a copy of checkpoint {meta['step']}"
+
+
+def newest_run(folder: epath.Path) -> dict[str, Any]:
+    """What the newest checkpoint whose meta.json is as it was sealed says of its run; {} where there is none."""
+    if not folder.is_dir():
+        return {}
+    for step in reversed(sealed_steps(folder)):
+        try:
+            meta = read_sealed_object(folder / str(step), META)
+        except (OSError, ValueError):
+            continue
+        if meta.get("step") == step and isinstance(meta.get("run"), dict) and meta["run"]:
+            return meta["run"]
+    return {}
+
+
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree under their paths, a form that Orbax restores without knowing our types."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+@functools.cache
+def _quieten() -> None:
+    """Where a write fails, Orbax logs tracebacks, and the library that it writes with others still after that.
+
+    What they say is in the error that is raised; it is shown in one line.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

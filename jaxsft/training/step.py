@@ -1,0 +1,268 @@
+"""The train step and the evaluation step: pure functions of state and batch, compiled in one place.
+
+A step is `train_step(state, frozen, batch) -> (state, metrics)`: a scan over microbatches sums the gradients of
+the loss *sum* in float32, one division by the sum of all weights follows, then clipping and the optimizer. A loss or
+gradient that is not finite leaves parameters and optimizer as they were and is counted.
+"""
+
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxsft.batch import Batch
+from jaxsft.config import OptimConfig
+from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
+from jaxsft.model.abstract import Model
+from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.training.loss import LossSums, next_token_loss
+from jaxsft.training.metrics import StepMetrics
+from jaxsft.training.optim import make_optimizer, make_schedule
+
+ONE_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+"""What a step is compiled with for one CPU device: vectors of 512 bits where it has them (AVX-512), of which XLA by
+itself takes 256. Attention of one layer then takes 0.91 to 0.97 of the time."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes; `params` and moments are pytrees of `nnx.Param` with their `axes`."""
+
+    step: jax.Array
+    """int32 scalar: the number of steps done, which is also the position in the data."""
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """The state before step 0, of parameters that it takes over; moments are born sharded like their parameters."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(params, optim, mesh))
+    with jax.set_mesh(mesh):
+        init = functools.partial(_first_state, optim=optim)
+        return jax.jit(init, out_shardings=state_shardings, donate_argnums=0)(params)
+
+
+def _first_state(params: Any, *, optim: OptimConfig) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optim).init(params))
+
+
+def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, to restore a checkpoint into."""
+    state = jax.eval_shape(functools.partial(_first_state, optim=optim), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        shardings(mesh, state),
+    )
+
+
+def non_finite(params: Any) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity."""
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
+    names = [".".join(str(key.key) for key in path) for path, _ in leaves]
+    finite = jax.jit(lambda params: [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])(params)
+    return [name for name, is_finite in zip(names, jax.device_get(finite), strict=True) if not is_finite]
+
+
+def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: Mesh) -> Batch:
+    """A batch on the devices, leaves [B, T] = `shape`; each process builds only the rows that its devices hold.
+
+    Args:
+        rows_of: builds some rows of the batch on the host, leaves [rows, T]; asked once for each leaf and shard.
+        shape: rows of the whole batch, and their length.
+        mesh: where the rows go.
+    """
+
+    def part(index: tuple[slice, ...], field: str) -> np.ndarray:
+        rows, positions = index
+        return getattr(rows_of(rows), field)[:, positions]
+
+    def leaf(field: str) -> jax.Array:
+        return jax.make_array_from_callback(shape, batch_sharding(mesh), functools.partial(part, field=field))
+
+    return Batch(*map(leaf, Batch._fields))
+
+
+def forward_loss(graphdef: Any, params: Any, frozen: Any, batch: Batch) -> tuple[LossSums, RouterSums | None]:
+    """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers."""
+    model = nnx.merge(graphdef, params, frozen)
+    out = model(batch.tokens, batch.segment_ids, batch.positions)
+    sums = next_token_loss(out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits)
+    return sums, out.router
+
+
+def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
+    """Leaves [B, T] to [A, B / A, T]: row r goes to microbatch r mod A, so that no row leaves its device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = constrain(x.reshape(-1, num_microbatches, x.shape[1]), "b a t")
+        return constrain(x.swapaxes(0, 1), "a b t")
+
+    return jax.tree.map(split, batch)
+
+
+class Summed(NamedTuple):
+    """Sums over all microbatches of a step."""
+
+    gradients: Any
+    """float32: of the loss sum, and of what the routers' losses add to it."""
+    loss: LossSums
+    router: RouterSums | None
+    """None where the model is no mixture of experts."""
+
+
+@jax.named_scope("gradients")
+def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, *, optim: OptimConfig) -> Summed:
+    """Gradients and sums over all microbatches (leaves [A, B, T]).
+
+    The routers' losses are of all tokens of the step, however it is cut. They enter times the sum of all weights, by
+    which the gradients are divided later. Balance multiplies shares of choices by probabilities: where there are
+    several microbatches, a first forward pass counts the choices of all (a third more time, and exact).
+    """
+    num_tokens = jnp.maximum(jnp.sum(microbatches.segment_ids > 0, dtype=jnp.float32), 1.0)
+    weight_sum = divisor(microbatches.loss_weights.sum())
+    nothing_routed = _nothing_routed(nnx.merge(graphdef, params, frozen).config)
+    all_counts = None
+    if nothing_routed is not None and optim.router_balance > 0 and microbatches.tokens.shape[0] > 1:
+        all_counts = _all_counts(graphdef, params, frozen, microbatches, nothing_routed.counts)
+
+    def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[LossSums, RouterSums | None]]:
+        sums, router = forward_loss(graphdef, params, frozen, batch)
+        total = sums.loss_sum
+        if router is not None and (optim.router_balance > 0 or optim.router_z > 0):
+            counts = router.counts if all_counts is None else all_counts
+            balance, z = router_losses(router._replace(counts=counts), num_tokens)
+            total += weight_sum * (optim.router_balance * balance + optim.router_z * z)
+        return total, (sums, router)
+
+    def add(total: Any, batch: Batch) -> tuple[Any, None]:
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        # Cut like the parameters at once, so that no device sums up whole gradients.
+        return jax.tree.map(jnp.add, total, (constrain_params(gradients), *sums)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed
+    total, _ = jax.lax.scan(add, nothing, microbatches)
+    return Summed(*total)
+
+
+def _nothing_routed(config: DecoderConfig) -> RouterSums | None:
+    if config.routing is None:
+        return None
+    num_layers, num_experts = (config.sizes[letter] for letter in "le")
+    each = jnp.zeros((num_layers, num_experts), jnp.float32)
+    return RouterSums(each, each, jnp.zeros(num_layers, jnp.float32))
+
+
+def _all_counts(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, no_counts: jax.Array) -> jax.Array:
+    """Choices [L, E] of all microbatches."""
+
+    def add(counts: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
+        model = nnx.merge(graphdef, params, frozen)
+        return counts + model(batch.tokens, batch.segment_ids, batch.positions).router.counts, None
+
+    return jax.lax.scan(add, no_counts, microbatches)[0]
+
+
+def divisor(weight_sum: jax.Array) -> jax.Array:
+    """Without a trained token the gradient is 0, and must not become 0 / 0."""
+    return jnp.where(weight_sum > 0, weight_sum, 1.0)
+
+
+def make_train_step(
+    model: Model, frozen: Any, optim: OptimConfig, *, num_steps: int, num_microbatches: int, mesh: Mesh
+) -> Callable:
+    """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
+
+    Args:
+        model: structure of the decoder; its `params` are those trained.
+        frozen: abstract untouched parameters (an empty State when all are trained).
+        optim: schedule, optimizer and clipping.
+        num_steps: steps of the whole run, for the schedule.
+        num_microbatches: forward-backward passes that a batch is cut into.
+        mesh: where everything lives.
+    """
+    schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
+    config = nnx.merge(model.graphdef, model.params, frozen).config
+
+    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        microbatches = split_microbatches(batch, num_microbatches)
+        summed, sums, router = summed_gradients(model.graphdef, state.params, frozen, microbatches, optim=optim)
+        weight_sum = divisor(sums.weight_sum)
+        grad_norm = optax.tree.norm(summed) / weight_sum
+        factor = 1.0 / weight_sum
+        if optim.clip_norm is not None:
+            factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+
+        def gradients() -> Any:
+            # Of the mean, clipped. Made where they are used, so that they are not written out in between.
+            return jax.tree.map(lambda g: g * factor, summed)
+
+        learning_rate = schedule(state.step)
+        is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
+
+        # Parameters first, of which both branches say whether they moved, and then the moments: one after the other,
+        # each is written in place, where side by side the old moments would be copied. Of the two calls of the
+        # optimizer, the compiler leaves one half each.
+        def move(old: Any) -> tuple[Any, bool]:
+            directions, _ = optimizer.update(gradients(), state.opt_state, old)
+            new = jax.tree.map(
+                lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions
+            )
+            return new, True
+
+        params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
+        opt_state = jax.lax.cond(
+            moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
+        )
+        metrics = StepMetrics(
+            sums=sums,
+            tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
+            attention_pairs=attention_pairs(batch, config),
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            skipped=1.0 - is_finite,
+            router=router,
+        )
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model.params, optim, mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=ONE_CPU_OPTIONS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else None,
+    )
+
+
+def attention_pairs(batch: Batch, config: DecoderConfig) -> jax.Array:
+    """(query, key) pairs that attention looks at, of all layers: no more than a window of keys where there is one."""
+    num_keys = jnp.where(batch.segment_ids > 0, batch.positions + 1, 0)
+    windows = collections.Counter(kind.window for kind in config.layers)
+    pairs = jnp.zeros((), jnp.float32)
+    for window, num_layers in windows.items():
+        of_layer = num_keys if window is None else jnp.minimum(num_keys, window)
+        pairs += num_layers * jnp.sum(of_layer, dtype=jnp.float32)
+    return pairs
+
+
+def make_eval_step(model: Model, frozen: Any, mesh: Mesh) -> Callable:
+    """Compiles `(params, frozen, batch) -> LossSums`, batch leaves [B, T]; no gradients are computed."""
+
+    def eval_step(params: Any, frozen: Any, batch: Batch) -> LossSums:
+        return forward_loss(model.graphdef, params, frozen, batch)[0]
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(shardings(mesh, model.params), shardings(mesh, frozen), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
