@@ -160,8 +160,7 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     import numpy as np
 
     from jaxsft.config import Config
-    from jaxsft.folders.pretrained import open_tokenizer
-    from jaxsft.train import make_encoder, make_loader
+    from jaxsft.setup import Setup
 
     if settings["is_random"]:
         make_model(folder / "model")
@@ -171,9 +170,8 @@ def prepare(settings: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     model = {"path": settings["model"]}
     data = {"train": settings["data"], "seq_len": settings["seq_len"], "overlong": "truncate", "on_bad_row": "skip"}
     data |= {"cache": str(folder / "cache"), "template_date": "2024-01-01"}
-    config = Config.model_validate({"model": model, "data": data, "train": {"batch_size": settings["batch_size"]}})
-    tokenizer = open_tokenizer(config.model)
-    loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
+    tree = {"run_dir": str(folder / "run"), "model": model, "data": data}
+    loader = Setup(Config.model_validate(tree | {"train": {"batch_size": settings["batch_size"]}})).loader
     num_steps = settings["steps"] + 1
     batches = [loader.batch(step) for step in range(num_steps)]
     packed = {key: np.stack([getattr(batch, key) for batch in batches]) for key in batches[0]._fields}

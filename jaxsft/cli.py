@@ -56,25 +56,23 @@ def preview_command(args: argparse.Namespace) -> int:
     from jaxsft.preview.page import write_html
     from jaxsft.preview.records import as_json
     from jaxsft.preview.terminal import print_preview
-    from jaxsft.train import make_encoder, make_loader, open_tokenizer, resolve_date, run_folder
+    from jaxsft.setup import Setup
 
     # The JSON stands alone on stdout; whatever else there is to say goes to stderr.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        config = _config(args)
-        folder = run_folder(config)
+        setup = Setup(_config(args), say=print)
         # Beside the run folder, which belongs to `train`.
-        path = folder.parent / f"{folder.name}.preview.html"
+        path = setup.folder.parent / f"{setup.folder.name}.preview.html"
         if not args.json:
             refuse_other_pages([path])
-        config = resolve_date(config, folder)
-        tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-        with contextlib.closing(make_loader(config, tokenizer, make_encoder(config, tokenizer), say=print)) as loader:
+        tokenizer = setup.tokenizer
+        with contextlib.closing(setup.loader) as loader:
             preview = make_preview(
                 loader,
                 loader.dataset,
                 tokenizer.tokenizer,
                 stops=tokenizer.stops,
-                title=folder.name,
+                title=setup.folder.name,
                 notes=tokenizer.notes,
             )
     if args.json:
@@ -90,36 +88,24 @@ def preview_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
     from jaxsft.answers.evaluate import describe
-    from jaxsft.mesh import make_mesh
-    from jaxsft.train import (
-        load_params,
-        make_encoder,
-        make_examiner,
-        open_model,
-        open_tokenizer,
-        resolve_date,
-        run_folder,
-    )
+    from jaxsft.folders.pretrained import load_params
+    from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
     from jaxsft.training.step import abstract_state
 
-    config = _config(args)
-    config = resolve_date(config, run_folder(config))
-    mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    pretrained = open_model(config.model, tokenizer)
-    examiner = make_examiner(config, tokenizer, make_encoder(config, tokenizer), pretrained, mesh, say=print)
-    if examiner is None:
+    setup = Setup(_config(args), say=print)
+    config, mesh, folder = setup.config, setup.mesh, setup.folder
+    if setup.examiner is None:
         raise ConfigError("data.eval: required to evaluate, not given")
-    with contextlib.closing(Checkpointer(run_folder(config) / "checkpoints", config.checkpoint, print)) as checkpointer:
-        state = checkpointer.restore(abstract_state(pretrained.model.params, config.optim, mesh))
+    with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
+        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
     if state is None:
-        print(f"no checkpoint in {run_folder(config)}: evaluating {config.model.path} ({config.model.weights} weights)")
-        params = load_params(pretrained, mesh, seed=config.seed)
+        print(f"no checkpoint in {folder}: evaluating {config.model.path} ({config.model.weights} weights)")
+        params = load_params(setup.pretrained, mesh, seed=config.seed)
     else:
-        print(f"evaluating checkpoint {int(state.step)} of {run_folder(config)}")
+        print(f"evaluating checkpoint {int(state.step)} of {folder}")
         params = state.params
-    print(describe(examiner.examine(params)))
+    print(describe(setup.examiner.examine(params)))
     return 0
 
 
@@ -139,18 +125,18 @@ def compare_command(args: argparse.Namespace) -> int:
     from jaxsft.compare.trl import compare_trl
     from jaxsft.disk.pages import refuse_other_pages
     from jaxsft.report.page import FILES, write_report
-    from jaxsft.train import resolve_date, run_folder
+    from jaxsft.setup import Setup
 
     # The programs that are started want the accelerator for themselves.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
-    config = _config(args)
-    folder = run_folder(config)
+    setup = Setup(_config(args))
+    folder = setup.folder
     out = pathlib.Path(folder).with_name(f"{folder.name}.compare-{args.baseline}")
     refuse_other_pages(out / name for name in FILES)
     compare = {"hf": compare_hf, "trl": compare_trl}[args.baseline]
-    report = compare(resolve_date(config, folder), out=out, num_steps=args.steps, say=print)
+    report = compare(setup.config, out=out, num_steps=args.steps, say=print)
     words = ["compare", args.config, *args.overrides, "--baseline", args.baseline, "--steps", str(args.steps)]
     page = write_report(report._replace(command=f"python run.py {shlex.join(words)}"), out)
     for check in report.checks:

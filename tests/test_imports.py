@@ -13,6 +13,7 @@ LAYERS = [
     {"batches", "folders"},
     {"training", "preview"},
     {"answers", "report"},
+    {"setup"},
     {"train"},
     {"baseline", "compare"},
     {"cli"},

@@ -18,11 +18,10 @@ from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError, dump_config
 from jaxsft.disk.writing import check_space
-from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
-from jaxsft.mesh import make_mesh
+from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params
 from jaxsft.report.columns import figures_of
 from jaxsft.report.records import Report, Run
-from jaxsft.train import check_batch, make_encoder, make_loader
+from jaxsft.setup import Setup
 from jaxsft.training.metrics import from_json_line
 from jaxsft.training.optim import warmup_steps
 
@@ -63,20 +62,18 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
         WriteError: there is no room for what the two programs write.
     """
     _check_comparable(config, num_steps)
-    mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    pretrained = open_model(config.model, tokenizer)
+    setup = Setup(config)
+    pretrained = setup.pretrained
     # The weights, and of each program the gradients and the parameters after the first and the last step.
     check_space(folder, 7 * _num_bytes(pretrained))
-    loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
+    loader, schedule_steps = setup.loader, setup.num_steps
     assert isinstance(loader, Loader)
-    schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
     num_steps = min(num_steps, schedule_steps)
     row, positions = _looked_at(loader, pretrained.decoder_config.vocab_size)
     request = {
         "num_steps": num_steps,
         "schedule_steps": schedule_steps,
-        "num_microbatches": check_batch(config, pretrained, mesh),
+        "num_microbatches": setup.num_microbatches,
         "batch_size": config.train.batch_size,
         "seq_len": config.data.seq_len,
         "param_dtype": config.model.param_dtype,
@@ -103,12 +100,13 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 
 def write_model(config: Config, folder: pathlib.Path) -> None:
     """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
-    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    pretrained = open_model(config.model, tokenizer)
-    check_space(folder, _num_bytes(pretrained))
+    setup = Setup(config)
+    check_space(folder, _num_bytes(setup.pretrained))
     # Ours reads the source; what we export must be the same model to transformers.
-    exported = pretrained._replace(config=config.model.model_copy(update={"export_dtype": config.model.param_dtype}))
-    export_model(exported, tokenizer, load_params(pretrained, make_mesh(config.mesh), seed=config.seed), folder)
+    exported = setup.pretrained._replace(
+        config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
+    )
+    export_model(exported, setup.tokenizer, load_params(setup.pretrained, setup.mesh, seed=config.seed), folder)
 
 
 def _num_bytes(pretrained: Pretrained) -> int:

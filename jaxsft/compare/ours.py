@@ -22,12 +22,12 @@ from safetensors.numpy import save_file
 
 from jaxsft.batch import Batch
 from jaxsft.config import Config, load_config
-from jaxsft.folders.pretrained import Pretrained, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import Pretrained, load_params
 from jaxsft.folders.weights.save import write_weights
-from jaxsft.mesh import ROW_AXES, make_mesh
-from jaxsft.train import make_encoder, make_loader
+from jaxsft.mesh import ROW_AXES
+from jaxsft.setup import Setup
 from jaxsft.training.metrics import Totals, memory_gib, summarise, to_json_line
-from jaxsft.training.step import divisor, init_state, make_train_step, put_batch, split_microbatches, summed_gradients
+from jaxsft.training.step import divisor, init_state, make_train_step, split_microbatches, summed_gradients
 
 NOTHING: Any = nnx.State({})
 MAX_FILE_BYTES = 5 * 10**9
@@ -42,21 +42,16 @@ def main(folder: pathlib.Path) -> None:
     config = load_config(folder / "config.yaml")
     ours = folder / "ours"
     ours.mkdir(exist_ok=True)
-    mesh = make_mesh(config.mesh)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    pretrained = open_model(config.model, tokenizer)
-    loader = make_loader(config, tokenizer, make_encoder(config, tokenizer))
+    setup = Setup(config)
+    mesh, pretrained, loader = setup.mesh, setup.pretrained, setup.loader
     params = load_params(pretrained, mesh, seed=config.seed)
     num_microbatches, looks_inside = request["num_microbatches"], request["looks_inside"]
-
-    def batch_of(step: int) -> Batch:
-        return put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
 
     with jax.set_mesh(mesh):
         if looks_inside:
             look_inside(pretrained, params, loader.batch(0), request, ours)
             gradients = jax.jit(functools.partial(_gradients, pretrained, config, num_microbatches))
-            _write(pretrained, gradients(params, batch_of(0)), ours / "gradients")
+            _write(pretrained, gradients(params, setup.place_batch(0)), ours / "gradients")
         state = init_state(params, config.optim, mesh)
         train_step = make_train_step(
             pretrained.model,
@@ -70,7 +65,7 @@ def main(folder: pathlib.Path) -> None:
         totals, batches = Totals(), []
         with (ours / "metrics.jsonl").open("w") as metrics:
             for step in range(request["num_steps"]):
-                batch = batch_of(step)
+                batch = setup.place_batch(step)
                 if looks_inside:
                     batches.append(jax.device_get(batch))
                 at = time.perf_counter()

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxsft.batch import Example
 from jaxsft.batches.loader import Loader, make_batch
@@ -24,10 +23,9 @@ from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError, dump_config
-from jaxsft.folders.pretrained import compute_dtype, load_params, open_model, open_tokenizer
-from jaxsft.mesh import make_mesh
+from jaxsft.folders.pretrained import compute_dtype, load_params
 from jaxsft.report.records import Report, Run
-from jaxsft.train import make_encoder, make_loader
+from jaxsft.setup import Setup
 from jaxsft.training.step import make_eval_step, put_batch
 
 NEEDED_FOR_TRL = NEEDED | {"trl": "1.16"}
@@ -50,12 +48,11 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     """
     check_packages(NEEDED_FOR_TRL)
     _check(config)
-    tokenizer = open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    encoder = make_encoder(config, tokenizer)
-    loader = make_loader(config, tokenizer, encoder, say=say)
+    setup = Setup(config, say=say)
+    loader, encoder = setup.loader, setup.encoder
     assert isinstance(loader, Loader)
     items = [item for s in config.data.train for item in read_items(config.data, s, encoder, limit=MOST_ROWS)]
-    schedule_steps = config.train.steps or loader.num_steps(config.train.epochs)
+    schedule_steps = setup.num_steps
     num_steps = min(num_steps, schedule_steps)
     with exchange(out, say) as folder:
         rows = trl_rows(items, config)
@@ -68,8 +65,8 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
             say("jaxsft trains")
             runs.insert(0, _train_ours(config, folder, num_steps, schedule_steps, say))
         say("comparing")
-        habits = habits_of(tokenizer, config, rows.shape, found)
-        compared = prepared_rows(items, encoder, tokenizer, config, found)
+        habits = habits_of(setup.tokenizer, config, rows.shape, found)
+        compared = prepared_rows(items, encoder, setup.tokenizer, config, found)
         results = [tokens.compare(row, habits) for row in compared]
         losses = call_apart(_losses, config, found)
         reports = [source.report for source in loader.dataset.sources]
@@ -148,10 +145,8 @@ def _check(config: Config) -> None:
 
 def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
-    mesh = make_mesh(config.mesh)
-    pretrained = open_model(
-        config.model, open_tokenizer(config.model, config.data.chat_template, set_eos=config.data.set_eos)
-    )
+    setup = Setup(config)
+    mesh, pretrained = setup.mesh, setup.pretrained
     params = load_params(pretrained, mesh, seed=config.seed)
     examples = []
     for index in found.first["examples"]:
@@ -161,11 +156,10 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
     seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
     batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)
-    nothing: Any = nnx.State({})
-    eval_step = make_eval_step(pretrained.model, nothing, mesh)
+    eval_step = make_eval_step(pretrained.model, setup.frozen, mesh)
     placed = put_batch(lambda part: jax.tree.map(lambda leaf: leaf[part], batch), batch.tokens.shape, mesh)
     with jax.set_mesh(mesh):
-        sums = jax.device_get(eval_step(params, nothing, placed))
+        sums = jax.device_get(eval_step(params, setup.frozen, placed))
     return float(sums.loss_sum) / max(float(sums.weight_sum), 1.0), float(found.first["loss"])
 
 

@@ -67,7 +67,7 @@ class Checkpointer:
         *,
         run: dict[str, Any] | None = None,
     ) -> None:
-        self._folder = folder
+        self.folder = folder
         self._config = config
         self._say = say
         self._run = json.loads(json.dumps(run or {}))
@@ -100,7 +100,7 @@ class Checkpointer:
         # Not a look at the disk: another process might see the seal sooner or later than this one.
         if step == self._at:
             return
-        target = self._folder / str(step)
+        target = self.folder / str(step)
         leaves = _leaves_by_name(state)
         meta = {
             "step": step,
@@ -129,7 +129,7 @@ class Checkpointer:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 seal(target)
-                write_whole(self._folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
+                write_whole(self.folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
                 self._delete_old()
         except Exception as error:
             raise self._failed(target, needed, error) from error
@@ -179,7 +179,7 @@ class Checkpointer:
         step = self._newest_verified()
         if step is None:
             return None
-        target = self._folder / str(step)
+        target = self.folder / str(step)
         try:
             meta = read_object(target / META)
             self._check_arrays(meta["arrays"], abstract)
@@ -198,31 +198,31 @@ class Checkpointer:
         What was half saved or half removed is removed, if it is known to be ours; anything else is renamed, so that its
         step can be saved again when training comes back to it.
         """
-        if jax.process_index() == 0 and self._folder.is_dir():
-            for child in self._folder.iterdir():
+        if jax.process_index() == 0 and self.folder.is_dir():
+            for child in self.folder.iterdir():
                 if child.is_dir() and (child / REMOVING).exists():
                     finish_removing(child)
-            for step in all_steps(self._folder):
-                if step in self._passed_over or self._is_unfinished(self._folder / str(step)):
+            for step in all_steps(self.folder):
+                if step in self._passed_over or self._is_unfinished(self.folder / str(step)):
                     self._make_room(step)
         _sync("checkpoints_tidied")
 
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
-        return min((self._eval_loss(step) for step in sealed_steps(self._folder)), default=math.inf)
+        return min((self._eval_loss(step) for step in sealed_steps(self.folder)), default=math.inf)
 
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
-        steps = [saved for saved in sealed_steps(self._folder) if saved < step]
-        return self._folder / str(steps[-1]) if steps else None
+        steps = [saved for saved in sealed_steps(self.folder) if saved < step]
+        return self.folder / str(steps[-1]) if steps else None
 
     def _newest_verified(self) -> int | None:
         """Process 0 looks and all processes follow, so that all restore the same step."""
         found, damaged = NONE_FOUND, {}
         if jax.process_index() == 0:
             self._passed_over = {}
-            for step in reversed(all_steps(self._folder)):
-                problem = checkpoint_problem(self._folder / str(step))
+            for step in reversed(all_steps(self.folder)):
+                problem = checkpoint_problem(self.folder / str(step))
                 if problem is None:
                     found = step
                     break
@@ -242,7 +242,7 @@ class Checkpointer:
         if found == ALL_DAMAGED:
             listed = "".join(f"\n  checkpoint {step}: {problem}" for step, problem in damaged.items())
             raise ConfigError(
-                f"{self._folder}: every finished checkpoint is damaged{listed}\n"
+                f"{self.folder}: every finished checkpoint is damaged{listed}\n"
                 "nothing was changed; choose another run_dir, or start anew with --restart, which moves this run aside"
             )
         return found if found >= 0 else None
@@ -254,13 +254,13 @@ class Checkpointer:
         if differing:
             listed = "\n".join(f"  {n}: {saved.get(n)} then, {arrays.get(n)} now" for n in differing[:10])
             raise ConfigError(
-                f"{self._folder.parent} holds a run of another model or optimizer; "
+                f"{self.folder.parent} holds a run of another model or optimizer; "
                 f"{len(differing)} arrays differ:\n{listed}\nchoose another run_dir"
             )
 
     def _make_room(self, step: int) -> None:
         """Nothing stands in the way of a checkpoint of this step any more."""
-        target = self._folder / str(step)
+        target = self.folder / str(step)
         if self._is_unfinished(target):
             target.rmtree()
         if not target.is_dir():  # A file there is somebody else's; saving will say that it is in the way.
@@ -290,27 +290,27 @@ class Checkpointer:
     def _last_sealed(self) -> int | None:
         """The newest step that was sealed, as far as anyone knows."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            sealed = read_object(self._folder.parent / PROGRESS)["sealed"]
+            sealed = read_object(self.folder.parent / PROGRESS)["sealed"]
             return sealed if type(sealed) is int else None
         return None
 
     def _eval_loss(self, step: int) -> float:
         try:
-            loss = read_sealed_object(self._folder / str(step), META)["eval_loss"]
+            loss = read_sealed_object(self.folder / str(step), META)["eval_loss"]
             return math.inf if loss is None else float(loss)
         except (OSError, ValueError, KeyError, TypeError):
             return math.inf  # damaged; not worth keeping as the best
 
     def _delete_old(self) -> None:
         """Keeps the newest and the best; runs after a seal, so that there is always a finished one."""
-        steps = sealed_steps(self._folder)
+        steps = sealed_steps(self.folder)
         kept = set(steps[-self._config.keep :])
         best = min(steps, key=self._eval_loss)
         if math.isfinite(self._eval_loss(best)):
             kept.add(best)
         for step in steps:
             if step not in kept:
-                remove_sealed(self._folder / str(step))
+                remove_sealed(self.folder / str(step))
 
 
 NONE_FOUND, ALL_DAMAGED = -1, -2

@@ -4,12 +4,13 @@ In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers
 writes; docs/metrics.md explains every key.
 """
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -313,10 +314,15 @@ class Stopwatch:
         self._start, self._waited, self._busy = self._since, 0.0, 0.0
         return seconds, waited / seconds, busy / seconds
 
-    def leave_out(self, begin: float) -> None:
-        """Takes all since `begin` (a `time.perf_counter()`) out of this lap: evaluations, sample answers, saves."""
-        self._since = time.perf_counter()
-        self._start += self._since - begin
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is taken out of this lap: evaluations, sample answers, saves."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+            self._start += self._since - begin
 
     def _lost(self) -> float:
         """Seconds since this was last asked, 0 where a step is running."""
@@ -328,8 +334,10 @@ class Stopwatch:
 class Speedometer:
     """Tokens per second, MFU where the peak is known, and memory, of one run."""
 
-    def __init__(self, *, matmul_params: int, attention_width: int) -> None:
-        self._matmul_params, self._attention_width = matmul_params, attention_width
+    def __init__(self, params: Any, config: DecoderConfig) -> None:
+        """Of a model, by its parameters (Variables with `axes`, abstract or not)."""
+        self._matmul_params = matmul_params(params, config)
+        self._attention_width = config.num_heads * config.head_dim
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
 

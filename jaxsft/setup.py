@@ -1,0 +1,260 @@
+"""What a config asks for: tokenizer, model, data and mesh of a run, each opened when it is first asked for.
+
+In: a `Config`. Out: a `Setup`, which `train`, `preview`, `evaluate` and `compare` share; a command that asks for no
+model reads none. Every mistake of a user that can be known without the weights is found here.
+"""
+
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxsft.answers.evaluate import Examiner, HeldOut, describe_questions, make_questions
+from jaxsft.batch import Batch
+from jaxsft.batches.loader import Loader
+from jaxsft.batches.mixture import Dataset, check_weights, make_dataset
+from jaxsft.batches.overlap import check_overlap
+from jaxsft.batches.prepare import prepare, read_items
+from jaxsft.batches.stream import StreamLoader
+from jaxsft.chat.encoder import ChatEncoder
+from jaxsft.config import Config, ConfigError, SourceConfig
+from jaxsft.disk.writing import at_home
+from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, check_positions, open_model, open_tokenizer
+from jaxsft.mesh import check_divisible, make_mesh
+from jaxsft.rows.strict import DataError
+from jaxsft.training.run_folder import template_date
+from jaxsft.training.step import put_batch
+
+
+class Setup:
+    """The parts of a run, opened one by one as they are asked for, and then kept."""
+
+    def __init__(
+        self, config: Config, *, restart: bool = False, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            config: of the run.
+            restart: the run that is in its folder is of no account.
+            say: is told how far a long preparation is, and what is odd about held-out rows.
+
+        Raises:
+            ConfigError: `run_dir` cannot be a run folder.
+        """
+        self.folder = run_folder(config)
+        self.config = _with_date(config, None if restart else self.folder)
+        """With the day that templates see."""
+        self._say = say
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """Raises ConfigError where the devices cannot be cut so."""
+        return make_mesh(self.config.mesh)
+
+    @functools.cached_property
+    def tokenizer(self) -> OpenTokenizer:
+        """Raises ConfigError, see `open_tokenizer`."""
+        data = self.config.data
+        return open_tokenizer(self.config.model, data.chat_template, set_eos=data.set_eos)
+
+    @functools.cached_property
+    def encoder(self) -> ChatEncoder:
+        """What makes examples of rows, trained and held-out ones alike.
+
+        Raises:
+            DataError: the chat template cannot be trained on; says why, and what would help.
+        """
+        return ChatEncoder(self.tokenizer.tokenizer, self.config.data, self.tokenizer.stops)
+
+    @functools.cached_property
+    def pretrained(self) -> Pretrained:
+        """The model without its weights. Raises ConfigError, see `open_model`."""
+        return open_model(self.config.model, self.tokenizer)
+
+    @functools.cached_property
+    def loader(self) -> Loader | StreamLoader:
+        """The batches of the run, prepared or streamed.
+
+        Raises:
+            DataError, ConfigError: the training rows are not usable.
+        """
+        config = self.config
+        if config.data.stream:
+            return StreamLoader(
+                config.data,
+                self.encoder,
+                tokenizer_files_key=self.tokenizer.key,
+                batch_size=config.train.batch_size,
+                seed=config.seed,
+            )
+        check_weights(config.data.train)  # before all of it is prepared
+        return Loader(
+            self.prepared(config.data.train),
+            seq_len=config.data.seq_len,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            packing=config.data.packing,
+        )
+
+    @functools.cached_property
+    def num_steps(self) -> int:
+        """Of the whole run."""
+        return self.config.train.steps or self.loader.num_steps(self.config.train.epochs)
+
+    @functools.cached_property
+    def num_microbatches(self) -> int:
+        """Forward-backward passes of a step.
+
+        Raises:
+            ConfigError: the mesh does not divide the batch or the model, or keys do not fit the model.
+        """
+        config, decoder_config = self.config, self.pretrained.decoder_config
+        rows = config.train.microbatch_size or config.train.batch_size
+        key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
+        check_positions(decoder_config, config.data.seq_len)
+        router_losses = [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]
+        if router_losses and decoder_config.routing is None:
+            keys = ", ".join(f"optim.{key}" for key in router_losses)
+            raise ConfigError(f"{keys}: no effect on {config.model.path}, which is no mixture of experts")
+        sizes = {f"{key} (b)": rows, "data.seq_len (t)": config.data.seq_len}
+        check_divisible(self.mesh, self.pretrained.model.params, sizes)
+        return config.train.batch_size // rows
+
+    @functools.cached_property
+    def examiner(self) -> Examiner | None:
+        """What examines the states of this run on each set of `data.eval`; None where there is none.
+
+        Raises:
+            DataError: the held-out rows are not usable.
+        """
+        sets = [self._held_out(name, source) for name, source in self.config.data.eval.items()]
+        if not sets:
+            return None
+        model, frozen = self.pretrained.model, self.frozen
+        return Examiner(
+            self.config.eval, model=model, frozen=frozen, mesh=self.mesh, sets=sets, tokenizer=self.tokenizer
+        )
+
+    @property
+    def frozen(self) -> Any:
+        """Parameters that are not trained: none."""
+        return nnx.State({})
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a run to be continued: the data in its order, and the model."""
+        model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()
+        return self.loader.fingerprint | {
+            "seed": self.config.seed,
+            "data.packing": self.config.data.packing,
+            "train.batch_size": self.config.train.batch_size,
+            "model.weights": self.config.model.weights,
+            "model: config.json": hashlib.sha256(model).hexdigest()[:16],
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of tokenizer, model and sources before the first step, in sentences."""
+        loader, sets = self.loader, self.examiner.sets if self.examiner else ()
+        trained = loader.described if isinstance(loader, StreamLoader) else [s.report for s in loader.dataset.sources]
+        held_out = [source.report for each in sets for source in each.loader.dataset.sources]
+        of_sources = [note for report in (*trained, *held_out) for note in report["notes"]]
+        return [*self.tokenizer.notes, *self.pretrained.notes, *self.encoder.notes, *of_sources]
+
+    def check_overlap(self) -> None:
+        """Looks for held-out rows that are trained as well.
+
+        Raises:
+            DataError: there are some.
+        """
+        sources = None if isinstance(self.loader, StreamLoader) else self.loader.dataset.sources
+        for name, loader, _ in self.examiner.sets if self.examiner else ():
+            check_overlap(self.config.data, name, loader.dataset.sources, sources, say=self._say)
+
+    def prepared(self, sources: Sequence[SourceConfig], *, limit: int | None = None) -> Dataset:
+        """Some sources of the config as one dataset, each with at most `limit` rows.
+
+        Raises:
+            DataError, ConfigError: rows are not usable.
+        """
+        data, key = self.config.data, self.tokenizer.key
+        prepared = [
+            prepare(data, source, self.encoder, tokenizer_files_key=key, limit=limit, say=self._say)
+            for source in sources
+        ]
+        return make_dataset(prepared, sources, ends=data.mixture_ends)
+
+    def place_batch(self, step: int) -> Batch:
+        """The batch of a step on the devices, leaves [B, T]; each process builds only the rows that its devices hold.
+
+        Raises:
+            DataError: a row has an id without an embedding, which would be taken for another one.
+        """
+        vocab_size = self.pretrained.decoder_config.vocab_size
+
+        def rows_of(rows: slice) -> Batch:
+            batch = self.loader.batch(step, rows)
+            if batch.tokens.size and (largest := int(batch.tokens.max())) >= vocab_size:
+                raise DataError(
+                    f"step {step}: a row has token {largest}, but the model knows ids 0 to {vocab_size - 1}"
+                )
+            return batch
+
+        return put_batch(rows_of, self.loader.shape, self.mesh)
+
+    def _held_out(self, name: str, source: SourceConfig) -> HeldOut:
+        config, encoder = self.config, self.encoder
+        limit = config.eval.examples
+        loader = Loader(
+            self.prepared([source], limit=limit),
+            seq_len=config.data.seq_len,
+            batch_size=config.train.microbatch_size or config.train.batch_size,
+            seed=config.seed,
+            packing=config.data.packing,
+            shuffle=False,
+        )
+        num_questions = None if config.eval.exact_match else config.eval.samples
+        items = read_items(config.data, source, encoder, limit=limit) if num_questions != 0 else []
+        notes: list[str] = []
+        questions = make_questions(
+            items, encoder, ask=config.eval.ask, most=num_questions, seq_len=config.data.seq_len, say=notes.append
+        )
+        if config.eval.exact_match:
+            notes += describe_questions(questions, encoder, max_new_tokens=config.eval.max_new_tokens)
+        for note in notes:
+            self._say(f"held-out {name}: {note}")
+        return HeldOut(name, loader, questions)
+
+
+def run_folder(config: Config) -> epath.Path:
+    """The folder of a run, absolute.
+
+    Raises:
+        ConfigError: it is not given, or a bucket, which cannot hold an export yet.
+    """
+    if config.run_dir is None:
+        raise ConfigError("run_dir: required, not given")
+    if "://" in config.run_dir:
+        raise ConfigError(f"run_dir: {config.run_dir}: only folders that are mounted on the hosts can be used so far")
+    return epath.Path(at_home(config.run_dir, "run_dir")).resolve()
+
+
+def _with_date(config: Config, folder: epath.Path | None) -> Config:
+    """The config with the day that templates see: that on which the run in `folder` began, else today, for all."""
+    if config.data.template_date is not None:
+        return config
+    began = template_date(folder) if folder is not None else None
+    today = began or datetime.date.today()
+    if jax.process_count() > 1:  # it may be midnight between two of them
+        today = datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(today.toordinal())))
+    data = config.data.model_copy(update={"template_date": today.isoformat()})
+    return config.model_copy(update={"data": data})
