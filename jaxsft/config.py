@@ -4,12 +4,13 @@ In: a YAML file and overrides. Out: one validated `Config`, or one `ConfigError`
 elsewhere takes its own section; only `train.py` and `run.py` see the whole.
 """
 
+import copy
 import datetime
 import difflib
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -341,7 +342,7 @@ class LogConfig(Section):
 
 class Config(Section):
     run_dir: str | None = None
-    """Folder of the run; left out: `runs/` and the name of the config file."""
+    """Folder of the run; left out: `runs/` and the name of the config file, where the config is one."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of packing, order of rows, and random weights."""
     model: ModelConfig
@@ -389,23 +390,18 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies overrides such as `optim.learning_rate=1e-4`, and validates.
+def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, or takes a dict; applies overrides such as `optim.learning_rate=1e-4`, and validates.
+
+    Args:
+        source: path of the file, or what one would hold.
+        overrides: `key=value`, the value as in YAML.
 
     Raises:
         ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
     """
-    path = pathlib.Path(path)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, but this file holds a {type(tree).__name__}")
+    path = "config" if isinstance(source, Mapping) else pathlib.Path(source)
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(pathlib.Path(source))
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
     try:
         config = Config.model_validate(tree)
@@ -416,9 +412,23 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Conf
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
-    if config.run_dir is None:
+    if config.run_dir is None and isinstance(path, pathlib.Path):
         config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
     return config
+
+
+def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, but this file holds a {type(tree).__name__}")
+    return tree
 
 
 def dump_config(config: Config) -> str:

@@ -50,10 +50,24 @@ class Setup:
         Raises:
             ConfigError: `run_dir` cannot be a run folder.
         """
-        self.folder = run_folder(config)
-        self.config = _with_date(config, None if restart else self.folder)
-        """With the day that templates see."""
         self._say = say
+        self.config = config
+        self.config = _with_date(config, None if restart or config.run_dir is None else self.folder)
+        """With the day that templates see."""
+
+    @functools.cached_property
+    def folder(self) -> epath.Path:
+        """The folder of the run, absolute.
+
+        Raises:
+            ConfigError: it is not given, or a bucket, which cannot hold an export yet.
+        """
+        run_dir = self.config.run_dir
+        if run_dir is None:
+            raise ConfigError("run_dir: required for a run whose config is no file, not given")
+        if "://" in run_dir:
+            raise ConfigError(f"run_dir: {run_dir}: only folders that are mounted on the hosts can be used so far")
+        return epath.Path(at_home(run_dir, "run_dir")).resolve()
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -233,19 +247,6 @@ class Setup:
         for note in notes:
             self._say(f"held-out {name}: {note}")
         return HeldOut(name, loader, questions)
-
-
-def run_folder(config: Config) -> epath.Path:
-    """The folder of a run, absolute.
-
-    Raises:
-        ConfigError: it is not given, or a bucket, which cannot hold an export yet.
-    """
-    if config.run_dir is None:
-        raise ConfigError("run_dir: required, not given")
-    if "://" in config.run_dir:
-        raise ConfigError(f"run_dir: {config.run_dir}: only folders that are mounted on the hosts can be used so far")
-    return epath.Path(at_home(config.run_dir, "run_dir")).resolve()
 
 
 def _with_date(config: Config, folder: epath.Path | None) -> Config:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import sys
+import types
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -312,3 +313,13 @@ def _compiled(train_step: Any, state: TrainState, frozen: Any, batch: Batch, mes
     """The text of the program that a step runs, compiled already."""
     with jax.set_mesh(mesh):
         return train_step.lower(state, frozen, batch).compile().as_text()
+
+
+class _Page(types.ModuleType):
+    """`jaxsft.train` names this module as well as its function: who calls the one means the other."""
+
+    def __call__(self, config: Config, *, restart: bool = False) -> int:
+        return train(config, restart=restart)
+
+
+sys.modules[__name__].__class__ = _Page

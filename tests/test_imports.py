@@ -15,7 +15,7 @@ LAYERS = [
     {"answers", "report"},
     {"setup"},
     {"train"},
-    {"baseline", "compare"},
+    {"api", "baseline", "compare"},
     {"cli"},
 ]
 APART = [("chat", "model")]
