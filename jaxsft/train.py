@@ -4,6 +4,7 @@
 trained in `chat/`, what a step computes in `training/step.py`, what a checkpoint promises in `training/checkpoint.py`.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -44,7 +45,7 @@ DONE = 0
 
 def train(config: Config, *, restart: bool = False) -> int:
     """Trains, or continues, the run that a config describes; returns the exit code. See `run` for all else."""
-    *_, last = run(config, restart=restart)
+    (last,) = collections.deque(run(config, restart=restart), maxlen=1)
     return STOPPED if isinstance(last, Stopped) else DONE
 
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxsft.cli import main
 from jaxsft.config import load_config
-from jaxsft.train import train
+from jaxsft.train import Due, due_after, train
 
 EXACT = ("loss", "accuracy", "grad_norm", "learning_rate", "total_tokens", "rows_crc")
 
@@ -570,3 +570,13 @@ def test_the_parameters_said_are_those_of_the_model_without_what_fills_up_its_vo
     assert train(load_config(repo / "configs" / "quickstart.yaml", [*overrides, "eval.examples=8"])) == 0
     assert "362,112 random parameters in float32, and 15,360 that fill up its vocabulary" in capsys.readouterr().out
     assert "A model of 362,112 parameters" in (repo / "README.md").read_text()
+
+
+def test_what_is_due_after_a_step_is_what_the_config_says_and_all_of_it_at_the_end(tiny_config):
+    keys = ["checkpoint.every=4", "eval.every=6", "log.every=5", "train.steps=13"]
+    config = load_config(tiny_config, keys)
+    found = {done: tuple(due_after(done, 13, config)) for done in range(1, 14)}
+    report, evaluate, save = ({done for done, due in found.items() if due[at]} for at in range(3))
+    assert (report, evaluate, save) == ({4, 5, 6, 8, 10, 12, 13}, {6, 12, 13}, {4, 8, 12, 13})
+    config = load_config(tiny_config, ["checkpoint.every=100", "log.every=100"])
+    assert [due_after(done, 3, config) for done in (1, 3)] == [Due(False, False, False), Due(True, True, True)]
