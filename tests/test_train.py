@@ -146,6 +146,26 @@ def test_verify_of_neither_a_run_nor_an_export_is_one_error(tmp_path, capsys):
         assert capsys.readouterr().err == f"error: {path}: neither the folder of a run nor an export\n"
 
 
+def test_verify_of_the_model_of_another_program_says_that_nothing_was_sealed(tiny_model, capsys):
+    assert main(["verify", str(tiny_model)]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"error: {tiny_model}: a model without seal.json: another program wrote it")
+        and error.count("\n") == 1
+    )
+
+
+def test_verify_names_what_was_set_aside(whole_run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    for name in ("export.before-1", "metrics.jsonl.damaged-2", "checkpoints/8.passed-over-1", "mine.txt"):
+        (folder / name).mkdir()
+    assert main(["verify", str(folder)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not looked at: ")]
+    names = [line.split()[3].strip(",") for line in told]
+    assert names == ["checkpoints/8.passed-over-1", "export.before-1", "metrics.jsonl.damaged-2"]
+
+
 def test_a_run_whose_checkpoints_are_gone_is_refused_until_it_is_begun_anew_on_purpose(
     whole_run, tiny_config, tmp_path, capsys
 ):

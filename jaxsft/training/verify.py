@@ -1,6 +1,7 @@
 """Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from etils import epath
 from jaxsft.config import ConfigError
 from jaxsft.disk.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, read_seal, read_sealed_object
 from jaxsft.disk.writing import at_home
+from jaxsft.folders.export import UNFINISHED_MARK
 from jaxsft.training.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
 from jaxsft.training.run_folder import FINGERPRINT
 from jaxsft.training.writers import metrics_problem
@@ -33,6 +35,11 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
         ConfigError: the path is neither a run folder nor an export.
     """
     folder = epath.Path(at_home(path))
+    if (folder / "config.json").exists() and not (folder / SEAL).exists() and not (folder / UNFINISHED_MARK).exists():
+        raise ConfigError(
+            f"{path}: a model without {SEAL}: another program wrote it, or a version of jaxsft before there were "
+            "seals, so that nothing says what it should hold"
+        )
     if (folder / SEAL).exists() or (folder / "config.json").exists():
         findings = [_sealed(folder, folder.name, problem_of(folder))]
     elif (folder / "checkpoints").exists() or (folder / FINGERPRINT).exists():
@@ -44,6 +51,8 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
         size = f"{each.num_files:>6,} files {each.num_bytes:>18,} bytes"
         say(f"{each.name:<{width}}  {size}  {'whole' if each.problem is None else 'DAMAGED: ' + each.problem}")
     damaged = [each for each in findings if each.problem is not None]
+    for aside in _set_aside(folder):
+        say(f"not looked at: {aside}, which was set aside; remove it if it is of no use any more")
     say(f"{len(findings) - len(damaged)} of {len(findings)} are whole")
     return DAMAGED if damaged else SOUND
 
@@ -62,6 +71,13 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))
     findings.append(_file(folder / "metrics.jsonl", _metrics_problem(folder)))
     return findings
+
+
+def _set_aside(folder: epath.Path) -> list[str]:
+    """What starts of this run have renamed, as it was damaged or in the way."""
+    places = [place for place in (folder, folder / "checkpoints") if place.is_dir()]
+    names = [str(each.relative_to(folder)) for place in places for each in place.iterdir()]
+    return sorted(name for name in names if re.search(r"\.(before|damaged|passed-over)-[0-9]+$", name))
 
 
 def _sealed(folder: epath.Path, name: str, problem: str | None) -> Finding:
