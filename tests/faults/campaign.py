@@ -142,14 +142,18 @@ def damage_trial(
 # In processes of their own.
 
 
-def start(config: pathlib.Path, overrides: list[str], *, most_bytes: int | None = None) -> subprocess.Popen:
-    """The command as a user starts it; with `most_bytes`, no file may grow larger, as on a disk that is full."""
-    command = [sys.executable, "run.py", "train", str(config), *overrides]
+def start(
+    config: pathlib.Path, overrides: list[str], *, most_bytes: int | None = None, script: str | None = None
+) -> subprocess.Popen:
+    """The command as a user starts it, or a script in its place.
+
+    With `most_bytes`, no file may grow larger, as on a disk that is full.
+    """
     if most_bytes is not None:
         limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))"
         ignore = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
         script = f"import resource, signal, sys; {ignore}; {limit}; from jaxsft.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", script, *command[2:]]
+    command = [sys.executable, *(["run.py"] if script is None else ["-c", script]), "train", str(config), *overrides]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     return subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

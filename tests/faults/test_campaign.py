@@ -10,7 +10,6 @@ import os
 import pathlib
 import random
 import shutil
-import signal
 import time
 
 import jax
@@ -38,20 +37,31 @@ def calm(tiny_config, tmp_path_factory):
     return place, campaign.result_of(place / "run"), time.monotonic() - begin
 
 
+STOP_AT = """
+import os, signal, sys
+from jaxsft.cli import main
+from jaxsft.training.stop import StopSignal
+
+at = StopSignal.at
+
+def at_seven(self, step):
+    if step == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return at(self, step)
+
+StopSignal.at = at_seven
+sys.exit(main())
+"""
+
+
 @pytest.fixture(scope="module")
 def stopped(tiny_config, tmp_path_factory):
-    """A run that was stopped between two lines of its metrics, and has two checkpoints."""
-    for _ in range(6):
-        place = tmp_path_factory.mktemp("stopped")
-        process = campaign.start(tiny_config, campaign.overrides_of(place))
-        path = place / "run" / "progress.json"
-        while process.poll() is None and not (path.exists() and '"sealed": 4' in path.read_text()):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
-        code, err = campaign.finish(process)
-        if code == campaign.STOPPED and campaign.has_open_window(place / "run"):
-            return place
-    raise AssertionError(f"never stopped between two lines: exit code {code}: {err}")
+    """A run that got SIGTERM between two lines of its metrics, and has two checkpoints."""
+    place = tmp_path_factory.mktemp("stopped")
+    code, err = campaign.finish(campaign.start(tiny_config, campaign.overrides_of(place), script=STOP_AT))
+    assert code == campaign.STOPPED and campaign.has_open_window(place / "run"), f"exit code {code}: {err}"
+    assert sorted(each.name for each in (place / "run" / "checkpoints").iterdir()) == ["4", "7"]
+    return place
 
 
 def report(outcomes, begin):
