@@ -30,7 +30,8 @@ from jaxsft.batches.overlap import check_overlap
 from jaxsft.batches.prepare import prepare, read_items
 from jaxsft.batches.stream import StreamLoader
 from jaxsft.chat.encoder import ChatEncoder
-from jaxsft.config import Config, ConfigError, SourceConfig, config_changes, dump_config
+from jaxsft.config import Config, ConfigError, SourceConfig
+from jaxsft.config_files import config_changes, dump_config
 from jaxsft.disk.writing import at_home, read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import (

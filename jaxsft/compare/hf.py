@@ -16,7 +16,8 @@ from jaxsft.batches.loader import Loader
 from jaxsft.compare.checks import check_runs, verdict
 from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
-from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.config import Config, ConfigError
+from jaxsft.config_files import dump_config
 from jaxsft.disk.writing import check_space
 from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh

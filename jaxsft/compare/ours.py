@@ -21,7 +21,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxsft.batch import Batch
-from jaxsft.config import Config, load_config
+from jaxsft.config import Config
+from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import Pretrained, load_params, open_model, open_tokenizer
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.mesh import ROW_AXES, make_mesh

@@ -23,7 +23,8 @@ from jaxsft.compare.exchange import exchange
 from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
-from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.config import Config, ConfigError
+from jaxsft.config_files import dump_config
 from jaxsft.folders.pretrained import compute_dtype, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.report.records import Report, Run

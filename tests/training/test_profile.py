@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 from jaxsft.train import train
 from jaxsft.training.profile import (
     KINDS,
