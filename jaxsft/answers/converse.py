@@ -9,7 +9,7 @@ from jaxsft.chat.encoder import prompt_tokens
 from jaxsft.config import MeshConfig, ModelConfig
 from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 from jaxsft.rows.sources import DataError
 
 

@@ -23,7 +23,8 @@ from jaxsft.chat.stops import token_text
 from jaxsft.config import EvalConfig
 from jaxsft.folders.pretrained import OpenTokenizer
 from jaxsft.model.abstract import Model
-from jaxsft.rows.formats import Conversation, Item, Message
+from jaxsft.rows.items import Conversation, Item
+from jaxsft.rows.messages import Message
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import divide
 from jaxsft.training.step import make_eval_step, put_batch

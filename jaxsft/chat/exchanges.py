@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from jaxsft.rows.formats import Conversation, Message
+from jaxsft.rows.items import Conversation
+from jaxsft.rows.messages import Message
 
 STAYS = ("system", "developer")
 """Roles whose text holds for the whole conversation."""

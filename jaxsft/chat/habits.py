@@ -9,7 +9,7 @@ from jaxsft.chat.layout import Layout
 from jaxsft.chat.likeness import held, parting, whole_length
 from jaxsft.chat.provenance import Traced
 from jaxsft.chat.template import REASONING, ChatTemplate, TemplateError, number_sources
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 
 
 class Habits(NamedTuple):

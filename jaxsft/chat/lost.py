@@ -7,7 +7,7 @@ from jaxsft.chat.layout import SPEECH, Layout
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import REASONING, TOOLS, Source, Traceable
 from jaxsft.chat.thinking import ReasoningError
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 
 def check_shown(conversation: Conversation, traceable: Traceable, layouts: Sequence[Layout], *, name: str) -> None:

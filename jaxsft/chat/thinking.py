@@ -13,7 +13,8 @@ from jaxsft.chat.likeness import held
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import REASONING, Traceable
 from jaxsft.rows.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS, within
-from jaxsft.rows.formats import Conversation, Message
+from jaxsft.rows.items import Conversation
+from jaxsft.rows.messages import Message
 
 USUAL_TAGS = ("<think>", "</think>")
 """What templates themselves take for reasoning in a content."""

@@ -31,7 +31,7 @@ from jaxsft.chat.provenance import TEMPLATE, Traced
 from jaxsft.chat.starts import Begin, MaskError, Question, find_begin, make_question
 from jaxsft.chat.template import GENERATED, REASONING, ChatTemplate, TemplateError, Traceable
 from jaxsft.chat.thinking import check_thinking, thinks
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 
 class Turn(NamedTuple):

@@ -20,7 +20,7 @@ from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.load import read_rows, vocabulary_tables
 from jaxsft.folders.weights.stored import Stored
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 
 # Adding.
 

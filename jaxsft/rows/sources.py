@@ -1,8 +1,8 @@
 """Where rows come from: files, folders, globs and hub datasets become rows, lossless, each with its file and line.
 
 In: one path of the config. Out: `Row`s in a fixed order, and a `Problem` in the place of each row that cannot be read.
-What a row means is left to `formats.py`. Files are read by `readers.py` and not by `datasets`, whose schema merging
-adds null keys and whose errors name neither file nor line.
+What a row means is left to `formats.py`. Files are read by our own readers (`READERS`) and not by `datasets`, whose
+schema merging adds null keys and whose errors name neither file nor line.
 """
 
 import collections
@@ -12,17 +12,32 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.disk.writing import at_home
 from jaxsft.rows import splits
+from jaxsft.rows.arrow_files import read_arrow, read_parquet
 from jaxsft.rows.columns import parse_rows, row_reader, without_nulls
-from jaxsft.rows.readers import COMPRESSIONS, READERS, Parse, lost
+from jaxsft.rows.csv_files import read_csv, read_tsv
+from jaxsft.rows.files import COMPRESSIONS, Parse, Records, lost
+from jaxsft.rows.json_files import read_json, read_jsonl
 from jaxsft.rows.strict import BadRow, DataError
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
+
+
+READERS: dict[str, Callable[[Path, str], Records]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
+"""What reads a file, by the end of its name; (path, how it is compressed) -> records."""
 
 
 class Row(NamedTuple):
