@@ -49,6 +49,7 @@ from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.rows.strict import DataError
 from jaxsft.training.checkpoint import Checkpointer, sealed_steps
+from jaxsft.training.console import Console
 from jaxsft.training.metrics import (
     Diverged,
     SkipWatch,
@@ -61,12 +62,13 @@ from jaxsft.training.metrics import (
     matmul_params,
     summarise,
 )
+from jaxsft.training.metrics_file import MetricsFile
 from jaxsft.training.profile import Profiler, check_profile
 from jaxsft.training.run_folder import check_progress, claim_run_folder, template_date
 from jaxsft.training.step import abstract_state, init_state, make_train_step, non_finite, put_batch
 from jaxsft.training.stop import STOPPED, StopSignal
 from jaxsft.training.summary import describe_lost, note_versions, start_summary
-from jaxsft.training.writers import Console, MetricsFile, check_writers, open_writers
+from jaxsft.training.writers import check_writers, open_writers
 
 DONE = 0
 

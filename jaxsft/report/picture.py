@@ -9,7 +9,7 @@ from etils import epath
 from jaxsft.config import ConfigError
 from jaxsft.disk.pages import MAKER, write_page
 from jaxsft.disk.writing import set_aside
-from jaxsft.training.writers import read_metrics
+from jaxsft.training.metrics_file import read_metrics
 
 PICTURE = "loss.png"
 INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"

@@ -1,7 +1,7 @@
 """What a run measures: the sums of its steps, FLOPs and MFU, speed, what the host costs, and when too little is finite.
 
-In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, which `writers.py` shows and
-writes; docs/metrics.md explains every key.
+In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, for `metrics_file.py`,
+`console.py` and `writers.py`; docs/metrics.md explains every key.
 """
 
 import json

@@ -23,7 +23,7 @@ from jaxsft.disk.locks import Lock
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import WriteError, aside_of, read_file, set_aside, write_whole, writing
 from jaxsft.training.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
-from jaxsft.training.writers import last_step
+from jaxsft.training.metrics_file import last_step
 
 FINGERPRINT, LOCK = "fingerprint.json", "run.lock"
 

@@ -10,8 +10,8 @@ from jaxsft.config import ConfigError
 from jaxsft.disk.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, read_seal, read_sealed_object
 from jaxsft.disk.writing import at_home
 from jaxsft.training.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
+from jaxsft.training.metrics_file import metrics_problem
 from jaxsft.training.run_folder import FINGERPRINT
-from jaxsft.training.writers import metrics_problem
 
 SOUND, DAMAGED = 0, 1
 

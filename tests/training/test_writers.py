@@ -11,17 +11,8 @@ from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
 from jaxsft.training.metrics import Totals
-from jaxsft.training.writers import (
-    Guarded,
-    MetricsFile,
-    TensorBoard,
-    check_writers,
-    metrics_problem,
-    open_writers,
-    read_metrics,
-    run_id,
-    tagged,
-)
+from jaxsft.training.metrics_file import MetricsFile, metrics_problem, read_metrics
+from jaxsft.training.writers import Guarded, TensorBoard, check_writers, open_writers, run_id, tagged
 
 
 def line(step, **values):
@@ -140,7 +131,8 @@ def logged(tmp_path_factory):
 import json, os, sys
 from etils import epath
 from jaxsft.config import LogConfig
-from jaxsft.training.writers import MetricsFile, check_writers, open_writers
+from jaxsft.training.metrics_file import MetricsFile
+from jaxsft.training.writers import check_writers, open_writers
 folder, step, lines, is_killed = json.loads(sys.argv[1])
 log = LogConfig(to=["tensorboard", "wandb", "trackio"], project="test")
 check_writers(log)
