@@ -101,50 +101,40 @@ def export_folder(
         ExportError: it could not be written.
     """
     folder = pathlib.Path(folder).absolute()
-    if source_folder is not None and folder.resolve() == pathlib.Path(source_folder).resolve():
-        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
+    source = pathlib.Path(source_folder) if source_folder else None
+    _check_target(folder, source)
     into = None
     if dtype is not None or stored is None or not stored.files:
         name = export_dtype(hf_config, dtype)
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
-    aside, is_begun = _partial(folder), False
     if writes:
         check_space(folder, _num_bytes(params, into, stored))
-    with _alone(folder, say) if writes else contextlib.nullcontext():
-        try:
-            if writes:
-                aside.mkdir(parents=True)
-                is_begun = True
-                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
-                _save_tokenizer(aside, tokenizer)
-                source = pathlib.Path(source_folder) if source_folder else None
-                _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
-                settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
-            write_weights(
-                aside,
-                params,
-                family,
-                vocab_size=vocab_size,
-                dtype=into,
-                stored=stored,
-                max_shard_bytes=max_shard_bytes,
-                writes=writes,
-            )
-            if writes:
-                seal(epath.Path(aside), but=UNFINISHED_MARK)  # Which stands until then, for a kill meanwhile.
-                (aside / UNFINISHED_MARK).unlink()
-                _rename_over(aside, folder, say)
-        except OSError as error:
-            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
-            raise ExportError(str(write_error(folder, reason))) from error
-        finally:
-            if writes and is_begun:
-                shutil.rmtree(aside, ignore_errors=True)
+    with _whole_or_not_there(folder, say, writes=writes) as aside:
+        if writes:
+            _save_tokenizer(aside, tokenizer)
+            _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+            settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
+        write_weights(
+            aside,
+            params,
+            family,
+            vocab_size=vocab_size,
+            dtype=into,
+            stored=stored,
+            max_shard_bytes=max_shard_bytes,
+            writes=writes,
+        )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
+
+
+def _check_target(folder: pathlib.Path, source: pathlib.Path | None) -> None:
+    """Refuses a folder in whose place no export may come."""
+    if source is not None and folder.resolve() == source.resolve():
+        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
 
 
 def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
@@ -231,6 +221,36 @@ def export_problem(folder: pathlib.Path) -> str | None:
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
         problem = problem or "process 0 found it damaged"
     return problem
+
+
+@contextlib.contextmanager
+def _whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writes: bool) -> Iterator[pathlib.Path]:
+    """A folder to write to, which takes the place of `folder` if nothing fails, and is removed if something does.
+
+    Only the process that `writes` makes and renames it; the others get its path.
+
+    Raises:
+        ExportError: what failed.
+    """
+    aside, is_begun = _partial(folder), False
+    with _alone(folder, say) if writes else contextlib.nullcontext():
+        try:
+            if writes:
+                aside.mkdir(parents=True)
+                is_begun = True
+                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+            yield aside
+            if writes:
+                # The mark stays until the folder is sealed, so that one whose export was killed is known as ours.
+                seal(epath.Path(aside), but=UNFINISHED_MARK)
+                (aside / UNFINISHED_MARK).unlink()
+                _rename_over(aside, folder, say)
+        except OSError as error:
+            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
+            raise ExportError(str(write_error(folder, reason))) from error
+        finally:
+            if is_begun:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from jaxsft.folders.export import export_dtype, export_folder
 from jaxsft.folders.gguf.model import is_gguf
 from jaxsft.folders.gguf.model import notes as gguf_notes
 from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
-from jaxsft.folders.weights.load import check_weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.load import load_params as read_params
 from jaxsft.folders.weights.stored import Stored
 from jaxsft.mesh import shardings
@@ -130,36 +130,23 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     family = family_of(hf_config)
     decoder_config = read_decoder_config(hf_config)
     needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
-    added = tokenizer.added_tokens
-    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=added)
+    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=tokenizer.added_tokens)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
-    changes = _untied(config, decoder_config)
-    is_untied = bool(changes)
-    if max(new_ids, default=0) >= stored_vocab_size:
-        changes["vocab_size"] = max(new_ids) + 1
-    if changes:
+    untied = _untied(config, decoder_config)
+    grown = {"vocab_size": max(new_ids) + 1} if max(new_ids, default=0) >= stored_vocab_size else {}
+    if changes := untied | grown:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
-
-    def make_decoder(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(
-            decoder_config,
-            compute_dtype=compute_dtype(config),
-            param_dtype=config.param_dtype,
-            remat=config.remat,
-            unroll=config.unroll,
-            rngs=rngs,
-        )
-
+    make_decoder = _decoder_maker(config, decoder_config)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
-        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
+        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=bool(untied))
         vocab_size = decoder_config.vocab_size
         notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
@@ -172,10 +159,26 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         model,
         config,
         stored_vocab_size=stored_vocab_size,
-        is_untied=is_untied,
+        is_untied=bool(untied),
         new_ids=new_ids,
         notes=tuple(notes),
     )
+
+
+def _decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callable[[nnx.Rngs], Decoder]:
+    """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for."""
+
+    def make_decoder(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(
+            decoder_config,
+            compute_dtype=compute_dtype(config),
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+
+    return make_decoder
 
 
 def compute_dtype(config: ModelConfig) -> str:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import ConfigError
-from jaxsft.folders.weights.load import read_rows, vocabulary_tables
+from jaxsft.folders.weights.check import read_rows, vocabulary_tables
 from jaxsft.folders.weights.stored import Stored
 from jaxsft.rows.messages import Message
 

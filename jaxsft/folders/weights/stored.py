@@ -33,6 +33,8 @@ DTYPE_BITS: dict[str, int] = {
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PAGE_BYTES = 4096
+BLOCK_BYTES = 1 << 24
+"""Read at once by a thread."""
 MOST_NUMBER = 2**64
 """No size or count in a header reaches it: the safetensors library holds them in 64 bits."""
 
