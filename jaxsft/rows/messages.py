@@ -143,21 +143,8 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
 
     Keys that are not known are added to `unknown`, with their values.
     """
-    if isinstance(turn, str):
-        turn = inner_json(turn, "wrong-type", f"{where}: expected an object with role and content; ")
-    if not isinstance(turn, dict):
-        raise BadRow("wrong-type", f"{where}: expected an object with role and content, got {kind_of(turn)}")
-    # A null says that the key is not there, in columnar files and for transformers alike.
-    message = {key: value for key, value in turn.items() if value is not None}
-    if spelling.keys:
-        message = _renamed(message, spelling.keys, where)
-    for key in spelling.ignored:
-        message.pop(key, None)
-    theirs = message.pop("from", None)
-    role = read_role(message.pop("role", theirs), where, spelling.roles)
-    message = {"role": role, **message}
-    if "content" not in message and "value" in message:
-        message["content"] = message.pop("value")
+    message = _with_role(turn, where, spelling)
+    role = message["role"]
     where = f"{where} ({role})"
     if len(message) == 2 and type(message.get("content")) is str and role != CALLER:  # As most turns are.
         check_text(message["content"], f"{where}: content")
@@ -210,6 +197,26 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
         return results, False
     _check_not_empty(message, where)
     return [*results, message], False
+
+
+def _with_role(turn: Any, where: str, spelling: Spelling) -> Message:
+    """A turn as a message with our names of `role` and `content`; its other keys are as they were."""
+    if isinstance(turn, str):
+        turn = inner_json(turn, "wrong-type", f"{where}: expected an object with role and content; ")
+    if not isinstance(turn, dict):
+        raise BadRow("wrong-type", f"{where}: expected an object with role and content, got {kind_of(turn)}")
+    # A null says that the key is not there, in columnar files and for transformers alike.
+    message = {key: value for key, value in turn.items() if value is not None}
+    if spelling.keys:
+        message = _renamed(message, spelling.keys, where)
+    for key in spelling.ignored:
+        message.pop(key, None)
+    theirs = message.pop("from", None)
+    role = read_role(message.pop("role", theirs), where, spelling.roles)
+    message = {"role": role, **message}
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    return message
 
 
 def _renamed(message: Message, keys: Mapping[str, str], where: str) -> Message:
