@@ -1,4 +1,7 @@
-"""Talking to a model folder in the terminal."""
+"""Talking to a model folder in the terminal.
+
+In: a model folder, and lines that the user types. Out: the model's answers, token by token.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator

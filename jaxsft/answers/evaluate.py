@@ -173,7 +173,7 @@ def describe_questions(questions: Sequence[Question], encoder: ChatEncoder, *, m
 
 def as_text(tokens: Sequence[int], tokenizer: Any) -> str:
     """Tokens as the text that is compared and shown: control tokens are in it, blanks around it are not."""
-    # Cleaning up would take blanks before commas away, and make two texts one.
+    # Cleaning up would remove blanks before commas, so that different texts would look equal.
     text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.strip()
 

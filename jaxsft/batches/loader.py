@@ -45,7 +45,8 @@ class Loader:
         self._seq_len, self._batch_size, self._seed, self._shuffle = seq_len, batch_size, seed, shuffle
         self._is_same_each_epoch = dataset.is_same_each_epoch
         self._planned: tuple[_Epoch, ...] = ()
-        # Rows of the epochs that were looked at so far, in all: those of epoch e are the numbers from [e] to [e + 1].
+        # For the epochs that were looked at so far, the number of their first row: epoch e has the rows from [e] to [e
+        # + 1] - 1.
         self._row_bounds = [0]
         self._step_bounds = [0]
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -200,7 +201,7 @@ class Loader:
 
 
 def derived_seed(*parts: int) -> int:
-    """One number from several, as different as theirs."""
+    """One number made of several; other numbers give another one."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 

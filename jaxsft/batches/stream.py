@@ -38,7 +38,7 @@ from jaxsft.disk.writing import write_whole, writing
 from jaxsft.rows.sources import Problem, Row, is_hub, read_rows, source_files
 
 KEPT_WINDOWS = 3
-"""For who reads ahead, and who looks back."""
+"""Windows kept in memory: batches are made ahead of training, and the steps trained last are looked at again."""
 LEAST_ROWS = 1000
 """The share of bad rows is that of at least so many rows: a stream's first window may be small."""
 

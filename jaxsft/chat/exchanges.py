@@ -1,4 +1,7 @@
-"""Exchanges of a conversation: a question, or several in a row, and all that follows up to the next one."""
+"""Exchanges of a conversation: a question, or several in a row, and all that follows up to the next one.
+
+In: a conversation. Out: where its last exchange begins, or the conversation without its oldest one.
+"""
 
 from collections.abc import Sequence
 

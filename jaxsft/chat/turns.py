@@ -39,7 +39,7 @@ class Turn(NamedTuple):
 
     message: int
     seam: int
-    """Where its prompt ends, but for a header that the prompt lacks."""
+    """Where the text of its prompt ends; a header that the prompt lacks comes behind it."""
     start: int
     content_end: int
     stop: tuple[int, int] | None
@@ -148,7 +148,7 @@ class TurnFinder:
             turn = self._turn(traceable, question, weight)
             is_alone = turn.stop is None or turn.found_by == "moved" or self._unroll == "always"
             if shown is full and is_alone and not is_last:
-                # Without what comes after it.
+                # Rendered again without the messages after it.
                 shown = self._shown(traceable, index, None)
                 turn = self._turn(traceable, self._question(traceable, index, prompt, shown), weight)
             check_answer(traceable, index, shown, with_reasoning=self._train_reasoning, name=self.name)

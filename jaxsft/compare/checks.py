@@ -66,7 +66,7 @@ def check_runs(folder: pathlib.Path, *, compute_dtype: str) -> list[Check]:
         _check_curve("loss", our_lines, their_lines, tolerances, name="loss of every step"),
         _check_curve("grad_norm", our_lines, their_lines, tolerances, name="gradient norm of every step"),
     ]
-    if last > 1:  # else the last step is the first
+    if last > 1:  # with one step, the last step is the first
         checks += [
             _check_update(
                 "update of all steps", "params_last", ours, theirs, start, tolerances["total update"], num_steps=last

@@ -1,8 +1,9 @@
 """The folder that a run ends with: weights, config, tokenizer and generation_config, as transformers opens them.
 
-What was not changed is as it came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or
-not there; what was there before stays until then, whatever fails. Of an earlier export, only what is known to be ours
-is removed: a file that somebody added or changed stays, in a folder beside.
+In: the state of a model, its tokenizer and the folder that it came from. Out: a folder. What was not changed is as it
+came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or not there; what was there
+before stays until then, whatever fails. Of an earlier export, only what is known to be ours is removed: a file that
+somebody added or changed stays, in a folder beside.
 """
 
 import contextlib
@@ -138,7 +139,7 @@ def _check_target(folder: pathlib.Path, source: pathlib.Path | None) -> None:
 
 
 def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
-    """Of the weights as they are written: all in one dtype, or each as it was stored."""
+    """Bytes of the weights as they are written: all in one dtype, or each in that in which it was stored."""
     if into is None and stored is not None:
         tensors = stored.tensors.values()
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
@@ -154,7 +155,7 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the Rust library has no kinds of errors
+    except Exception as error:  # the Rust library raises plain Exceptions
         raise ExportError(f"the tokenizer could not be written: {error}") from error
 
 
@@ -176,7 +177,7 @@ def _write_configs(
     _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
     generation_config = load_generation_config(source) if source else {}
     if changes := _new_ids(generation_config, tokenizer, stop_ids):
-        # With this mark, transformers would make the file anew from config.json.
+        # With this key, transformers would write the file anew from config.json.
         generation_config.pop("_from_model_config", None)
     if not generation_config:
         known = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
@@ -186,7 +187,7 @@ def _write_configs(
 
 
 def _new_ids(config: dict[str, Any], tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """The special ids that a config has to say otherwise; bos and pad only where it speaks of them."""
+    """The special ids that differ from those in a config; bos and pad only where the config has them."""
     ids: dict[str, Any] = {}
     if set(_as_list(config.get("eos_token_id"))) != set(stop_ids):
         ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
@@ -202,7 +203,7 @@ def _as_list(ids: Any) -> list[int]:
 
 
 def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Path | None) -> None:
-    """As the source's file of this name lays it out, and its very bytes where it says the same."""
+    """Writes a config in the layout of the source's file of this name, and as its very bytes where nothing differs."""
     before = source / path.name if source else None
     if before is None or not before.is_file():
         path.write_bytes(dump_json(dict(sorted(config.items()))))
@@ -255,7 +256,7 @@ def _whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, wri
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other exports to `folder` out, and makes good what one that was killed has left.
+    """Keeps other exports to `folder` out, and finishes or removes what a killed export has left.
 
     Raises:
         ExportError: another one is being written, or what stands where it would be written is not ours.
@@ -272,9 +273,9 @@ def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
         left, replaced = _partial(folder), _replaced(folder)
         was_going = (replaced / REMOVING).exists()
         for each in (left, replaced):
-            if not each.is_symlink():  # Killed while it was removed.
+            if not each.is_symlink():  # a removal that was cut off
                 finish_removing(epath.Path(each), to_the_byte=True)
-        if (left / SEAL).exists() and not left.is_symlink():  # Killed before it was renamed.
+        if (left / SEAL).exists() and not left.is_symlink():  # killed before the rename
             remove_sealed(epath.Path(left), to_the_byte=True)
         if left.exists() or left.is_symlink():
             if left.is_symlink() or not _is_marked(left):
@@ -319,7 +320,7 @@ def _rename_over(new: pathlib.Path, folder: pathlib.Path, say: Callable[[str], N
 
 
 def _put_away(folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Removes what was written here before; what of it is not as we wrote it goes to a folder beside."""
+    """Removes the export that stood here before; files of it that are not as we wrote them go to a folder beside."""
     old = _replaced(folder)
     if not old.exists():
         return

@@ -1,6 +1,7 @@
 """A model folder, opened: tokenizer and stop tokens, the structure of the model, and its parameters on a mesh.
 
-Commands that only look at data (`preview`) stop at the tokenizer; none of them reads a weight before it must.
+In: the `model` section. Out: an `OpenTokenizer`, a `Pretrained` (the model without its weights), and parameters.
+Commands that only look at data (`preview`) stop at the tokenizer; no weight is read before it is needed.
 """
 
 import math
@@ -85,7 +86,7 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
             could never learn to stop, or none that could be the eos token.
     """
     folder = hf.model_folder(config.path, weights=False)
-    # Before the tokenizer, of which transformers would say that it is wrong if config.json is.
+    # Read before the tokenizer: where config.json is wrong, transformers would say that the tokenizer is.
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     place = hf.model_folder(config.tokenizer or config.path, weights=False)
     tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
@@ -107,7 +108,7 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
     if set_eos:
         note = special_tokens.set_eos(tokenizer, stop)
         notes += [note] if note else []
-        # The first one is the tokenizer's; none is lost.
+        # The tokenizer's own comes first, and no stop token is lost.
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
     notes += special_tokens.describe_stop(tokenizer, stop)
     notes += tokenizer_files.describe_known_words(place)
@@ -139,7 +140,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
-        export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
+        export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
     make_decoder = _decoder_maker(config, decoder_config)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes

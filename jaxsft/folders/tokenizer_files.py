@@ -125,8 +125,8 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
         if not is_same:
             _add(folder, before, tokenizer)
         is_same = not _use_known_words(folder) and is_same
-        # Where more of it is new than its tokens, or its class reads tokenizer.json in a way of its own, the files are
-        # those that transformers saved; as few of them as will do.
+        # If more than tokens is new in the tokenizer, or its class reads tokenizer.json in a way of its own, the files
+        # are those that transformers saved, as few of them as are needed.
         for name in () if is_same else ("tokenizer.json", "tokenizer_config.json"):
             if _is_read_as(folder, tokenizer):
                 break

@@ -1,4 +1,8 @@
-"""What a decoder computes, as data: one record that families fill in and `decoder.py` reads."""
+"""What a decoder computes, as data: one record that families fill in and `decoder.py` reads.
+
+In: what a family read from a `config.json`. Out: a `DecoderConfig`. Nothing here is computed, and nothing knows Hugging
+Face's names.
+"""
 
 import dataclasses
 from collections.abc import Callable

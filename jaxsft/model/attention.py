@@ -152,12 +152,13 @@ def _in_blocks(
         # The gradients of keys and values are added up over the blocks in the dtype that enters the loop.
         keys = [*(x.astype(jnp.float32) for x in keys[:2]), *keys[2:]]
 
-    # Recomputed in the backward pass, which so keeps no probabilities.
+    # Computed again in the backward pass, so that no probabilities are kept for it.
     @jax.checkpoint
     def block(start: jax.Array | int, queries: list[jax.Array]) -> jax.Array:
         seen = [*(x.astype(dtype) for x in keys[:2]), *keys[2:]]
         if reach is not None:
-            # Where fewer keys than `reach` lie before a block, later ones are there, and not allowed.
+            # Where fewer than `reach` keys lie before a block, the slice holds later ones too, which no query is
+            # allowed to see.
             first = jnp.maximum(start + block_size - reach, 0)
             seen = [jax.lax.dynamic_slice_in_dim(x, first, min(reach, length), axis=1) for x in seen]
         return dense(*queries, *seen)
@@ -197,7 +198,8 @@ def _dense(
     allowed = rule.allowed((q_segment_ids, kv_segment_ids), (q_positions, kv_positions))
     q_btkgh = q.reshape(batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim)
     einsum = functools.partial(jnp.einsum, precision=precision(q.dtype))
-    # In the order that a matmul gives them: XLA on CPU would turn [B, K, G, T, S] around, as large as they are.
+    # The dims are in the order in which a matmul gives them: for [B, K, G, T, S], XLA on CPU would transpose all
+    # scores.
     scores = rule.scores(einsum("btkgh,bskh->bktgs", q_btkgh, k, preferred_element_type=jnp.float32))
     # A finite floor: -inf - -inf would be NaN. exp of it is exactly 0, in the gradients as well.
     scores = jnp.where(allowed[:, None, :, None], scores, jnp.finfo(jnp.float32).min)

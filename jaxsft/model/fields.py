@@ -174,7 +174,7 @@ class Fields:
     def _rope_fields(self, layer_type: str | None) -> "_RopeFields":
         """The dict of rope parameters of all layers, or of one layer type where each has its own."""
         parameters, where = dict(self("rope_parameters")), "rope_parameters"
-        # transformers looks for this one above the layer types, wherever it stands.
+        # transformers reads `truncate` from the outer dict only, even where each layer type has a dict of its own.
         truncate = parameters.get("truncate", True)
         if layer_type is not None and layer_type in parameters:
             for key in parameters.keys() - LAYER_TYPES - {"truncate"}:

@@ -173,7 +173,8 @@ class Logits:
     soft_cap: float | None = None
 
     def __call__(self, products: jax.Array, *, first_id: jax.Array | int = 0) -> jax.Array:
-        """Logits of float32 products [..., V], whose first column is token `first_id`; the lowest float where none."""
+        """Logits of float32 products [..., V], whose column 0 is token `first_id`; the lowest float where there is no
+        token."""
         logits = products * self.scale if self.scale != 1.0 else products
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)

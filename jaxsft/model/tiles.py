@@ -102,7 +102,7 @@ def _forward(rule: Rule, tile: int, *arrays: Any) -> tuple[jax.Array, Any]:
     totals = _over_tiles(rule, tile, positions, add, (jnp.zeros(q_tiles.shape, jnp.float32), maximum, total))
     out, maximum, total = totals
     out = _ungrouped(out / total[..., None]).astype(q.dtype)
-    # Kept by remat, both: so it runs no loop again.
+    # Remat keeps both, so that it runs no loop again.
     out, log_total = (checkpoint_name(x, SAVED_NAME) for x in (out, maximum + jnp.log(total)))
     return out, (*arrays, out, log_total)
 
@@ -210,7 +210,7 @@ def _over_tiles(rule: Rule, tile: int, positions: jax.Array, add: Callable[[Tile
             return totals
 
         if needed.size == 1:
-            # Of a loop over this one, XLA would make the matmuls beforehand, needed or not.
+            # XLA would move the matmuls out of a loop over a single tile, and compute them whether needed or not.
             of_this = functools.partial(of_kind, 0)
             totals = jax.lax.cond(needed.reshape(()), of_this, lambda totals: totals, totals)
         else:

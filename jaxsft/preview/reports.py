@@ -1,4 +1,8 @@
-"""What became of the rows, from the reports of prepared sources: numbers, and what they mean in a sentence."""
+"""What became of the rows, from the reports of prepared sources: numbers, and what they mean in a sentence.
+
+In: a dataset with the reports of its sources. Out: records for the preview (`records.py`), and lines of facts for the
+terminal and the page.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

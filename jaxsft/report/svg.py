@@ -87,7 +87,7 @@ class _Place:
     def y(self, value: float) -> float:
         low, high = self._y
         share = ((math.log10(value) if self._is_log else value) - low) / (high - low)
-        # What lies above the top runs out of the picture, but no further than a line needs to look so.
+        # Values above the top are drawn a little outside of the picture, so that the line leaves it.
         return HEIGHT - BOTTOM - min(share, 1.5) * (HEIGHT - TOP - BOTTOM)
 
 

@@ -103,5 +103,5 @@ def _of_chart(
 
 
 def _meaning(columns: Sequence[str]) -> tuple[str, ...]:
-    """Trainer is known by the name that it gives its steps."""
+    """Columns of transformers' Trainer are recognised by the name that it gives its steps."""
     return trainer_caveats(columns, logging_steps=None) if "train/global_step" in columns else (MEANING,)

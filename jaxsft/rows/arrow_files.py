@@ -35,7 +35,7 @@ def read_parquet(path: Path, compression: str) -> Records:
 
 
 def _parquet_options() -> dict[str, Any]:
-    """So that JSON has its type also in files that were not written by Arrow, where this pyarrow can tell."""
+    """Options by which JSON columns have their type also in files of other writers; older pyarrow has none."""
     import pyarrow.parquet
 
     name = "arrow_extensions_enabled"
@@ -78,9 +78,9 @@ def read_arrow(path: Path, compression: str) -> Records:
 
 
 def _check_arrow(batch: Any) -> None:
-    """Refuses columns whose offsets lead out of the file: nothing else would, and all there would be read.
+    """Refuses columns whose offsets point outside of the file; pyarrow itself would read whatever memory is there.
 
-    Bytes that are no text are those of a row, and make only that one bad.
+    Bytes that are not UTF-8 pass here: they make only their own row bad, when it is parsed.
     """
     import pyarrow
 

@@ -61,7 +61,7 @@ def _delimiter(header: str) -> str:
     """What stands between the names of a header: a comma, unless it has none and another does."""
     plain = re.sub(r'"[^"]*"', "quoted", header)
     other = max(";\t|", key=plain.count)
-    # A line of prose is no header, and parts nothing.
+    # The names of columns have few words each; a line of prose is not cut at its semicolons.
     are_names = other in plain and all(0 < len(cell.split()) <= 3 for cell in plain.replace("\n", "").split(other))
     return other if are_names and "," not in plain else ","
 
@@ -70,8 +70,8 @@ def read_tsv(path: Path, compression: str) -> Records:
     """Tab-separated cells; a quote opens a quoted cell only where the cells then come out right.
 
     Most TSV is written without quoting (a cell may start with a quotation); spreadsheets quote cells that hold tabs,
-    newlines or quotes. So a quoted record over several lines is one that closes, has as many cells as the header, and
-    whose lines are not as good as rows by themselves.
+    newlines or quotes. So several lines are read as one quoted record only if its quotes are closed, it has as many
+    cells as the header, and the lines would not be good rows by themselves.
     """
     lines = read_text_lines(path, compression)
     ahead: collections.deque[tuple[int, str]] = collections.deque()

@@ -32,7 +32,7 @@ class Chosen(NamedTuple):
     columns: Mapping[str, str]
     """Ours -> theirs: those of the config, and names that differ from ours in capitals or blanks alone."""
     refused: frozenset[str]
-    """Columns that no row may have, since this format was only detected, and another would make more of them."""
+    """Columns that no row may have: the format was detected, not given, and another format would read them."""
 
 
 def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
@@ -79,7 +79,7 @@ def _detected(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str | No
 
 
 def _folded(rows: Sequence[Row], source: SourceConfig) -> dict[str, str]:
-    """Columns whose names are ours but for capitals, and blanks or hyphens: ours -> theirs."""
+    """Columns whose names differ from ours only in capitals, blanks or hyphens, as ours -> theirs."""
     there = dict.fromkeys(name for row in rows for name in row.fields)
     known = {name for format in FORMATS.values() for name in (*format.columns, *format.optional)}
     found: dict[str, list[str]] = {}
@@ -91,10 +91,10 @@ def _folded(rows: Sequence[Row], source: SourceConfig) -> dict[str, str]:
 
 
 def _richer(format: str) -> frozenset[str]:
-    """Columns that rows of a format may not have beside its own: what they say would be lost.
+    """Columns that rows of a detected format may not have beside its own, since what they say would be lost.
 
-    Of plain text, all that any other format is made of; of a question and its answer, what a format with the same
-    question or answer reads as a part of either.
+    For plain text, these are the columns of all other formats. For a question and its answer, they are the columns that
+    another format with the same question or answer reads as a part of either.
     """
     known = FORMATS[format]
     read = {*known.columns, *known.optional}
@@ -111,7 +111,7 @@ def _richer(format: str) -> frozenset[str]:
 
 
 _PROVENANCE = {"source", "user", "SOURCE", "message_tree_id"}
-"""Columns of other formats that beside a text only say where it comes from."""
+"""Columns of other formats that, beside a plain text, only say where it comes from."""
 
 
 def detect_format(columns: Iterable[str]) -> str:
@@ -147,7 +147,7 @@ _FLAT_TREE = ("message_id", "parent_id", "text", "role")
 
 
 def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Columns under our names; what stood under such a name before is not read.
+    """Columns under our names; a column that had such a name before is then not read.
 
     rename({"answers": {"text": ["a", "b"]}}, {"completion": "answers.text.0"}) == {"completion": "a"}
     """

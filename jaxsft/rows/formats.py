@@ -52,7 +52,7 @@ def convert(
             _check_trained(item, trained_roles)
     except BadRow as bad:
         return Problem(bad.code, row.origin, str(bad))
-    except RecursionError:  # JSON in the text of JSON, each of which is not too deep alone.
+    except RecursionError:  # JSON in a text of JSON: too deep together
         return Problem("too-deep", row.origin, TOO_DEEP)
     return [item._replace(origin=row.origin) for item in items]
 
@@ -95,7 +95,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url", 
 
 
 def _check_kind(fields: dict[str, Any]) -> None:
-    """The row is for supervised training on text."""
+    """Refuses rows with images, audio or video, and rows that say whether an answer is good."""
     for name in _MEDIA:
         # A number or a flag may count or mark something, all else is a picture or where to find one.
         if fields.get(name) and not isinstance(fields[name], bool | int | float):
@@ -109,7 +109,7 @@ def _check_kind(fields: dict[str, Any]) -> None:
 
 
 def _check_refused(fields: dict[str, Any], refused: Collection[str], format: str) -> None:
-    """No column that a richer format would read is dropped without a word."""
+    """Refuses a column that a richer format would read, unless its text also stands in a column that is read."""
     there = [name for name in fields if name in refused and says(fields[name])]
     if not there:
         return
@@ -129,7 +129,8 @@ def _check_refused(fields: dict[str, Any], refused: Collection[str], format: str
 
 
 def _is_in(value: Any, texts: Sequence[str], *, is_whole: bool) -> bool:
-    """Whether a column stands in the texts that are read as well; where one text is all of a row, not by chance."""
+    """Whether the text of a column also stands in the texts that are read. Of a row that is one text, a short column
+    must begin it: further inside, a few characters may be there by chance."""
     text = " ".join(value.split()) if isinstance(value, str) else None
     if text is None:
         return False
@@ -139,10 +140,10 @@ def _is_in(value: Any, texts: Sequence[str], *, is_whole: bool) -> bool:
 
 
 def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], spelling: Spelling) -> None:
-    """No column that is not read says which turns are trained."""
+    """Refuses a column that is not read and could say which turns are trained."""
     mask = fields.get("mask")
     is_chat = isinstance(items[0], Conversation) if items else False
-    # NeMo's: whose turns are not trained.
+    # In NeMo's data, `mask` names the role whose turns are not trained.
     whose = ALIASES.get(mask.lower()) if isinstance(mask, str) and "mask" not in spelling.ignored else "user"
     if is_chat and whose not in ("user", "system"):
         raise BadRow("unknown-flag", f"mask: {short(mask)} is not to be trained; use data.train_on, and ignore_keys")

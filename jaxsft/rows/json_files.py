@@ -72,7 +72,7 @@ def read_json(path: Path, compression: str) -> Records:
                 raise lost(path, line, "bad-json", "not readable as JSON: expected , or ] after an element")
             at = _skip_space(text, at + 1)
             line, counted = line + text.count("\n", counted, at), at
-        # Of several on one line, the column says which.
+        # Where several elements start on one line, the column tells them apart.
         if line > before:
             line_start = text.rfind("\n", 0, at)
         column = at - line_start
@@ -87,7 +87,7 @@ def read_json(path: Path, compression: str) -> Records:
 
 
 def _element(path: Path, text: str, at: int, line: int) -> tuple[int, Parse]:
-    """Where the JSON value ends that starts at `at`, and what gives it or says why it is bad."""
+    """The end of the JSON value that starts at `at`, and a function that gives the value or says why it is bad."""
     try:
         value, end = DECODER.raw_decode(text, at)
         return end, functools.partial(_parse_element, text[at:end], value)
@@ -100,7 +100,7 @@ def _element(path: Path, text: str, at: int, line: int) -> tuple[int, Parse]:
             raise lost(path, line, "too-deep", f"{TOO_DEEP}, and this element has no end") from None
         return close, functools.partial(refuse, "too-deep", TOO_DEEP)
     except ValueError:
-        # Not acceptable: what is wrong with it is said when it is parsed, if it has an end.
+        # The value breaks a rule of ours. If it can be seen where it ends, parsing it says later which rule.
         close = _end_of(text, at)
         if close is None:
             raise lost(path, line, "bad-json", "not readable as JSON: an element that has no end") from None

@@ -101,7 +101,7 @@ def source_files(source: str, *, held_out: bool = False) -> list[Path]:
 
 
 def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
-    """The same, and what other splits are there.
+    """The files of `source_files`, and which other splits were left out.
 
     Raises:
         DataError: as `source_files`.
@@ -119,7 +119,7 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     elif re.search(r"[*?\[]", source):
         anchor = Path(path.anchor)
         found = [file for file in anchor.glob(str(path.relative_to(anchor))) if not file.is_dir()]
-        # What the pattern itself spells out says nothing about one file rather than another.
+        # Words that the pattern itself spells are in the names of all its files, and so name no split.
         fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
         root = Path(*fixed)
         if not found:
@@ -182,7 +182,7 @@ def _read_files(paths: Sequence[Path]) -> Iterator[tuple[str, Parse]]:
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """What reads the file and how it is compressed: (".jsonl", ".gz"), (".csv", "")."""
+    """The ending that says what reads a file, and how it is compressed: (".jsonl", ".gz"), (".csv", "")."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1], compression) if suffixes and suffixes[-1] in READERS else None
@@ -239,7 +239,8 @@ def _read_hub(source: str, skip: int, *, stream: bool) -> Iterator[tuple[str, Pa
 
 
 def _parse_hub(dataset: Any) -> Iterator[Parse]:
-    """The rows of a dataset as Arrow has them: as objects, `datasets` tells no null of the data from one of its own."""
+    """The rows of a dataset, taken from Arrow: as objects of `datasets`, nulls of the data would look like those that
+    it fills in."""
     if dataset.features is None:  # A stream whose types nobody knows beforehand.
         for fields in dataset:
             yield functools.partial(without_nulls, fields)

@@ -298,7 +298,7 @@ class Stopwatch:
     def launched(self, result: Any) -> None:
         """A step was started, and will give `result`, an array."""
         lost, self._result = self._lost(), result
-        # Where the call ran the step by itself, as on CPU it may, most of its time was the step's.
+        # On a CPU the call may have run the step itself; then most of its time was the step's.
         if not result.is_ready():
             self._busy += lost
 

@@ -20,7 +20,7 @@ class MetricsFile:
     """`metrics.jsonl`: one object per line, every line with its `step`; written by process 0 only."""
 
     last_step: int
-    """Of the last line before this start, dropped or not; -1 where there was none."""
+    """Step of the last line before this start, also if that line was dropped; -1 where there was none."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class MetricsFile:
             write_whole(path, self._content())
 
     def state(self) -> dict[str, int]:
-        """What tells these lines from others: bytes and CRC-32."""
+        """Size and CRC-32 of the lines, by which a change is noticed."""
         return _state(self._content())
 
     def totals(self) -> Totals:
@@ -123,7 +123,7 @@ def _state(content: bytes) -> dict[str, int]:
 
 
 def last_step(path: epath.Path) -> int:
-    """Of the last line of a `metrics.jsonl`; -1 where there is none."""
+    """Step of the last line of a `metrics.jsonl`; -1 where there is none."""
     return max((at for at, _ in _parse_lines(path.read_bytes())[0]), default=-1) if is_file(path) else -1
 
 

@@ -144,7 +144,7 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
-        # Cut like the parameters at once, so that no device sums up whole gradients.
+        # Sharded like the parameters before they are added, so that no device holds the sum of whole gradients.
         return jax.tree.map(jnp.add, total, (constrain_params(gradients), *sums)), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -203,7 +203,8 @@ def make_train_step(
             factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
         def gradients() -> Any:
-            # Of the mean, clipped. Made where they are used, so that they are not written out in between.
+            # The gradients of the mean loss, clipped. Computed where they are used, so that they are never written to
+            # memory.
             return jax.tree.map(lambda g: g * factor, summed)
 
         learning_rate = schedule(state.step)

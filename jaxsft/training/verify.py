@@ -1,4 +1,7 @@
-"""Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed."""
+"""Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed.
+
+In: a run folder or an export. Out: a line for each thing that was sealed, and an exit code.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -52,13 +55,13 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
     checkpoints = folder / "checkpoints"
     findings = []
     for step in all_steps(checkpoints):
-        # What was never finished is no damage: a continued run clears it away.
+        # An unfinished checkpoint is no damage: a continued run clears it away.
         if (problem := checkpoint_problem(checkpoints / str(step))) is not UNFINISHED:
             findings.append(_sealed(checkpoints / str(step), f"checkpoints/{step}", problem))
     if (folder / "export").exists():
         findings.append(_sealed(folder / "export", "export", problem_of(folder / "export")))
     findings.append(_file(folder / FINGERPRINT, _fingerprint_problem(folder)))
-    if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Versions before had none.
+    if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Earlier versions wrote none.
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))
     findings.append(_file(folder / "metrics.jsonl", _metrics_problem(folder)))
     return findings

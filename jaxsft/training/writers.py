@@ -46,7 +46,7 @@ class Writer(Protocol):
 
 
 def check_writers(log: LogConfig) -> None:
-    """What can be known without a run: that every package is there, and that W&B would let us in.
+    """Checks what can be known before the run: that every package is there, and that W&B knows a key.
 
     Raises:
         ConfigError: says what to install or to do.

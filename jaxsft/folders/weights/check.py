@@ -69,7 +69,7 @@ def check_weights(
 
 
 def _check_tied(stored: Stored, family: ModuleType, extra: dict[str, StoredTensor]) -> list[str]:
-    """Takes an output projection out of `extra` that the model does not have, as its embedding is both."""
+    """Takes an output projection out of `extra` where the model uses its embedding as one; tells if the two differ."""
     name = family.WEIGHTS["lm_head.weight"][0]
     embedding = family.WEIGHTS["embed_tokens.weight"][0]
     table = stored.tensors.get(embedding) or stored.tensors.get(embedding.removeprefix(base_prefix(family)))

@@ -97,7 +97,7 @@ def load_params(
 
 
 def _refuse(problems: list[str]) -> None:
-    """On every process, where any of them has found something."""
+    """Raises the problems on every process, if any process has found some."""
     elsewhere = 0
     if jax.process_count() > 1:
         counts = multihost_utils.process_allgather(np.array(len(problems), np.int32))
@@ -116,7 +116,7 @@ class _Read(NamedTuple):
     weight: Weight
     variable: nnx.Variable
     shards: dict[Box, np.ndarray]
-    """By their bounds; devices that hold copies of one share it."""
+    """The arrays to fill, by their bounds in the weight; devices that hold the same part share one."""
     futures: list[concurrent.futures.Future]
 
 
@@ -155,7 +155,7 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[Box]:
-    """Of every shard that a device of this process holds."""
+    """The bounds of every shard that a device of this process holds."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     return {_as_bounds(index, shape) for index in indices}
 
@@ -169,7 +169,7 @@ class Target(NamedTuple):
     """A part of a tensor, and the array that it goes to."""
 
     box: Box
-    """Factor by factor."""
+    """Bounds of the part, factor by factor."""
     out: np.ndarray
     """With a dim for each factor, in the order of the file."""
 
@@ -225,10 +225,11 @@ def _blocks(weight: Weight, region: Box, itemsize: int) -> Iterator[Box]:
         yield region
         return
     first, last, _ = _span(weight.dims[-1], columns)
-    # Of narrow columns, whole rows are read (`stored.SafeTensor.read`).
+    # Where few columns are wanted, whole rows are read (`stored.SafeTensor.read`).
     width = last - first if (last - first) * itemsize >= PAGE_BYTES else math.prod(f.size for f in weight.dims[-1])
     most = max(1, BLOCK_BYTES // (width * itemsize))
-    # Up to the last factor of which only a part is wanted, its indices are apart in the file.
+    # The last factor of which only a part is wanted: its indices, and those of factors before it, lie apart in the
+    # file.
     cut = max([at for at in range(num_rows) if region[at] != (0, factors[at].size)], default=0)
     while cut < num_rows - 1 and math.prod(factor.size for factor in factors[cut + 1 :]) > most:
         cut += 1
