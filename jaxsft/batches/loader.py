@@ -27,7 +27,7 @@ class _Epoch(NamedTuple):
     examples: np.ndarray
     """int64 [num_draws]: examples of the dataset."""
     plan: PackingPlan
-    """Of the draws."""
+    """How the draws are packed."""
 
 
 class Loader:
@@ -69,7 +69,7 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        """Of the first epoch, padding rows not counted."""
+        """Packed rows of the first epoch, padding rows not counted."""
         return self._row_bounds[1]
 
     @property
@@ -87,7 +87,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the first epoch; later ones differ by a step or so where their examples do."""
+        """Steps of the first epoch; later epochs differ by a step or so where their examples do."""
         return self._step_bounds[1]
 
     def num_steps(self, epochs: float) -> int:

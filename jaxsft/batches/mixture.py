@@ -107,7 +107,7 @@ def draws_per_epoch(
         if config is not None and config.count is not None:
             draws.append(Fraction(config.count))
         else:
-            # By its decimal digits: 0.29 of 100 examples is 29, which the nearest float is not.
+            # The decimal digits are what was meant: 0.29 of 100 examples is 29, and the nearest float is a little off.
             passes = config.epochs if config is not None and config.epochs is not None else 1
             draws.append(Fraction(repr(passes)) * size)
     return draws

@@ -45,10 +45,10 @@ class Question(NamedTuple):
     """The headers that prompts of other turns of the conversation end with, thinking that they begin included."""
     habits: Habits
     name: str
-    """Of the template."""
+    """Name of the template."""
 
     text: str
-    """Of `shown`."""
+    """Text of `shown`."""
     past: int
     """Where what others say before the turn ends."""
     end: int

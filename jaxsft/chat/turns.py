@@ -1,5 +1,8 @@
 """Which characters of a rendered conversation the model must produce, turn by turn, for any chat template.
 
+In: a conversation whose characters are marked with the message that they come from. Out: `View`s: texts, each of which
+becomes one example, with the stretches of it that are trained.
+
 Three renders say it, and nothing is known of any template's markup:
 
     prompt = messages[:i], add_generation_prompt      what the model is given before turn i

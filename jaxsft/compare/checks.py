@@ -42,7 +42,7 @@ TOLERANCES = {
         "gradient norm": 1e-1,
     },
 }
-"""By the dtype of matmuls: what two right programs may differ by."""
+"""By how much two right programs may differ, for each dtype of matmuls."""
 
 NOISE = 1e-4
 """A gradient that is smaller than this share of the largest tensor's is zero by its mathematics, such as that of a bias

@@ -113,7 +113,7 @@ def write_model(config: Config, folder: pathlib.Path) -> None:
 
 
 def _num_bytes(pretrained: Pretrained) -> int:
-    """Of all parameters in float32, in which they are exchanged."""
+    """Bytes of all parameters in float32, in which they are exchanged."""
     return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pretrained.model.params))
 
 

@@ -102,7 +102,7 @@ class Place(NamedTuple):
 
     kind: str
     piece: int
-    """Of ours; -1 where it has none."""
+    """Index among our examples; -1 where we have none."""
     ours: tuple[int, int]
     """First index, and the one after the last."""
     theirs: tuple[int, int]

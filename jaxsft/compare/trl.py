@@ -158,7 +158,7 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     for index in found.first["examples"]:
         ids, trained = found.example(index)
         examples.append([Example(ids.astype(np.int32), trained.astype(np.float32))])
-    # As many rows and positions as the mesh can cut.
+    # Rows and positions are filled up to numbers that the mesh can cut evenly.
     rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
     seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
     batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)

@@ -1,5 +1,7 @@
 """Seals: what a finished folder holds, to the byte, and whether it still does.
 
+In: a folder. Out: a file beside the others that names them all, and later on what is no longer as it says.
+
     seal.json       size and CRC-32 of every other file, by path; written last
 
 A folder without a seal was never finished; one whose files differ from it is damaged. What a seal names, and is as it

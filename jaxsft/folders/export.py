@@ -148,7 +148,7 @@ def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) 
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
-    """As transformers saves it.
+    """Writes the tokenizer as transformers saves it.
 
     Raises:
         ExportError: it could not be written.

@@ -131,7 +131,7 @@ def describe_added(tokenizer: Any, chat_template: str, added: Sequence[str]) -> 
     return [f"the chat template {chat_template} needs tokens that the tokenizer lacks; added: {listed}"]
 
 
-# Which token ends an answer for others.
+# Which token ends an answer for other programs.
 
 
 def set_eos(tokenizer: Any, stop: int | None) -> str | None:

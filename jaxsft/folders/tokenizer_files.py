@@ -182,7 +182,7 @@ def _take_out_templates(folder: pathlib.Path) -> None:
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Json]:
-    """As tokenizer.json has them."""
+    """The added tokens of a tokenizer.json."""
     names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     return {
         int(id): {"id": int(id), **{name: getattr(token, name) for name in names}}
@@ -270,7 +270,7 @@ SPECIAL_NAMES = (
 
 
 def _content(token: Any) -> Any:
-    """Of a token that a file may give as a dict with its options."""
+    """The text of a token, which a file may give as a dict with its options."""
     return token.get("content") if isinstance(token, dict) else token
 
 

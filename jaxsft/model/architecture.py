@@ -34,7 +34,7 @@ class DecoderConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of an expert, in a mixture."""
+    """Width of the MLP; in a mixture, of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -1,5 +1,7 @@
 """Attention: queries of packed rows against keys of the same rows, or of a cache.
 
+In: queries, keys and values by head, and of each its segment and its position. Out: what each query gathers.
+
 One function; what may attend to what follows from segment ids and positions alone, so a packed row, a padded row and a
 half-filled cache are one case. Projections and rotary positions are `decoder.py`'s.
 """

@@ -83,7 +83,7 @@ FLAGS = frozenset(
 MOST_PARAMETERS = 2**43
 """8.8 trillion, several times more than any model that was published."""
 MOST_EXPERTS = 2**18
-"""Of all layers together."""
+"""Experts of all layers together."""
 
 
 def problems_of(raw: dict[str, Any]) -> list[str]:

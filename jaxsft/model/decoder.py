@@ -57,7 +57,7 @@ class Output(NamedTuple):
     cache: Cache | None
     """The cache that was given, with the new tokens."""
     router: RouterSums | None
-    """Of each layer of a mixture: leaves with a leading L."""
+    """Sums of the routers of a mixture: leaves with a leading L."""
 
 
 class Slots(NamedTuple):

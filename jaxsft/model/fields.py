@@ -1,5 +1,8 @@
 """The fields of a model's `config.json`, as its family reads them: each one read, or known to say nothing, or refused.
 
+In: a `config.json` as it was read. Out: `Fields`, of which a family makes a `DecoderConfig`; or one `ConfigError` with
+all that this program does not compute.
+
 transformers' config classes fill in what a file leaves out and bring older spellings to one form (`rope_parameters`,
 `layer_types`), so a family reads the values that transformers would compute with.
 """

@@ -1,5 +1,7 @@
 """The parts of a decoder layer: linear maps, norms, the MLP and its activations, and what becomes of logits.
 
+In: hidden states [B, T, ...]. Out: hidden states, or logits.
+
 Weights are born here, each with the letters of its dims as `axes`; `mesh.py` turns letters into shardings and
 `families/` turns them into Hugging Face layouts. The layers of a model are stacked: a weight is made with a leading
 dim `l`, and what runs inside the scan over layers is the same module with that dim taken off.

@@ -1,5 +1,7 @@
 """Self-attention of packed rows on one CPU device, tile by tile: those (queries x keys) that hold an allowed pair.
 
+In and out as in `attention.py`, which calls this where it is the faster way.
+
 A row of many short examples so costs what these cost, and nothing of the size T x T is ever held. Which tiles are
 needed is known when the step runs: the loops over them have a dynamic length, so the gradients are a rule of their own.
 Softmax runs along (maximum and total of what was seen so far), and is kept for the backward pass as its logarithm

@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     position: int
     """Of its first token in the example."""
     weight: float
-    """As a target; 0 is context."""
+    """Weight as a target; 0 is context."""
     writer: str
     """Who wrote it, one of `chat.encoder.WRITERS`."""
     is_special: bool

@@ -43,7 +43,7 @@ REMEDIES = {
     "reasoning": "data.reasoning=drop would leave the reasoning out",
     "image-or-audio": "only text can be trained",
 }
-"""Of bad rows, by code."""
+"""Code of a bad row -> what would help."""
 
 
 def losses(report: Mapping[str, Any], seq_len: int) -> tuple[Loss, ...]:
@@ -77,7 +77,7 @@ def counts(report: Mapping[str, Any]) -> tuple[Count, ...]:
         if name.startswith("turns_by_"):
             meaning = "how their beginning was found: " + FOUND_BY.get(name.removeprefix("turns_by_"), "")
         found.append(Count(name, count, meaning))
-    # What is unusual comes first.
+    # The unusual ones first.
     return tuple(sorted(found, key=lambda each: each.name.startswith("turns_by_")))
 
 

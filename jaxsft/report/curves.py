@@ -36,7 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#008A64", "#9C4A8B", "#7A6400", "#555B66")
 """On light ground: the hues of Okabe and Ito (2008), which colour-blind eyes tell apart, dark enough for thin lines."""
 INK = "#222831"
 DASHES = ((), (8, 5), (2, 2), (9, 3, 2, 3))
-"""So that a line that lies on another is seen, and as a second mark beside the colour."""
+"""Dashes of the lines: they show a line that lies on another, and tell lines apart without their colours."""
 
 
 class Curve(NamedTuple):

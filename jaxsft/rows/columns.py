@@ -26,7 +26,7 @@ from jaxsft.rows.strict import (
 )
 
 Read = Callable[[Any], Any]
-"""Makes the value that was written of the one that Arrow gives."""
+"""From the value that Arrow gives to the one that was written."""
 
 
 def row_reader(schema: Any) -> Callable[[Any, int], dict[str, Any]]:

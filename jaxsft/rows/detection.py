@@ -66,7 +66,7 @@ def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
 
 
 def _detected(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str | None, DataError | None]:
-    """The format of most rows; None where none fits any row, and what is said of the first."""
+    """The format of most rows, or None where no format fits any row; and the error of the first row that none fits."""
     found: collections.Counter[str] = collections.Counter()
     first: DataError | None = None
     for row in rows:

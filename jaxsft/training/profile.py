@@ -22,8 +22,8 @@ SKIPPED_STEPS = 3
 """Steps of a start that are not traced: the first compiles, and the next ones may still wait for data."""
 
 KINDS = ("matmul", "attention", "loss", "optimizer", "collectives", "other", "host")
-"""What time is divided into. `matmul` is of the layers, outside attention and loss; `optimizer` all that comes after
-the gradients; `host` the time in which the device has nothing to do."""
+"""What time is divided into. `matmul` is that of layers, outside of attention and loss; `optimizer` is all that comes
+after the gradients; `host` the time in which the device has nothing to do."""
 
 TRACED = "jaxsft: traced steps"
 """The name of the traced stretch within the trace."""

@@ -58,7 +58,7 @@ def check_writers(log: LogConfig) -> None:
     if "wandb" in log.to and jax.process_index() == 0:
         import wandb
 
-        # Else it would ask on the terminal for a key, and training would wait for an answer.
+        # Without a key, wandb would ask for one on the terminal, and training would wait for the answer.
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             raise ConfigError(
                 "log.to: wandb: no key for Weights & Biases here: run `wandb login`, or set WANDB_MODE=offline and send"

@@ -19,7 +19,7 @@ class Meaning(NamedTuple):
 
     architecture: "Architecture"
     config: Config
-    """As config.json has it."""
+    """What config.json would say."""
     head_dim: int
     num_layers: int
     problems: list[str]

@@ -48,7 +48,7 @@ class StoredTensor(Protocol):
 
     @property
     def dtype(self) -> np.dtype | None:
-        """Of what `read` gives; None where it holds no numbers that a weight may have."""
+        """Dtype of what `read` gives; None where the file holds no numbers that a weight may have."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,7 +74,7 @@ class SafeTensor(NamedTuple):
     """Its dtype, as safetensors calls it."""
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Place of its first byte in the file."""
     num_bytes: int
 
     @property
