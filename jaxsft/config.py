@@ -31,12 +31,16 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A part of the config: frozen, strict about types, and without any key that it does not name."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 class ModelConfig(Section):
+    """The model to begin with, and the dtypes of its numbers."""
+
     path: str
     """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -69,6 +73,8 @@ def _with_text_values(value: Any) -> Any:
 
 
 class SourceConfig(Section):
+    """One source of rows, and how its columns, roles and keys are called."""
+
     path: str
     """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), or hub `org/name[@config][:split]`."""
     format: str | None = None
@@ -123,6 +129,8 @@ def _as_list(value: Any) -> Any:
 
 
 class DataConfig(Section):
+    """Rows of data, how they become examples, and how examples fill the rows of a batch."""
+
     train: Annotated[list[SourceConfig], BeforeValidator(as_sources), Field(min_length=1)]
     """Training rows: a path, or a list of sources."""
     eval: Annotated[dict[str, SourceConfig], BeforeValidator(_as_named_sources)] = {}
@@ -208,6 +216,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
+    """How much is trained, and in which portions."""
+
     batch_size: PositiveInt = 32
     """Rows per step, over all devices."""
     microbatch_size: PositiveInt | None = None
@@ -227,6 +237,8 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
+    """Optimizer, schedule, and what is added to the loss."""
+
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -277,6 +289,8 @@ class OptimConfig(Section):
 
 
 class MeshConfig(Section):
+    """How the devices are divided: the product of all sizes is their number."""
+
     data: PositiveInt = 1
     """Devices that hold copies of the parameters and split the rows."""
     fsdp: PositiveInt | None = None
@@ -290,6 +304,8 @@ class MeshConfig(Section):
 
 
 class EvalConfig(Section):
+    """When held-out rows are evaluated, and what is asked of them."""
+
     every: PositiveInt | None = None
     """Steps between evaluations; left out: only before and after training."""
     examples: PositiveInt | None = None
@@ -305,6 +321,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When the state is saved, and for how long it is kept."""
+
     every: PositiveInt = 100
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
@@ -312,6 +330,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """When a line of metrics is written, and where it goes."""
+
     every: PositiveInt = 10
     """Steps from one line of metrics to the next."""
     to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = []
@@ -331,6 +351,8 @@ class LogConfig(Section):
 
 
 class Config(Section):
+    """All of a run. Checks that concern several sections are here."""
+
     run_dir: str | None = None
     """Folder of the run; left out: `runs/` and the name of the config file."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
