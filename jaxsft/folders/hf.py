@@ -75,7 +75,7 @@ def load_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_numbers(hf_config: dict[str, Any]) -> None:
-    """Refuses impossible numbers of layers: for a tokenizer alone, transformers may build such a list."""
+    """Refuses impossible numbers of layers before transformers, asked for a tokenizer, builds a list of so many."""
     is_known = hf_config.get("model_type") in list(FAMILIES)
     if problems := problems_of(hf_config) if is_known else layer_problems(hf_config):
         raise refusal(problems)

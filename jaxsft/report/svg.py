@@ -87,7 +87,7 @@ class _Place:
     def y(self, value: float) -> float:
         low, high = self._y
         share = ((math.log10(value) if self._is_log else value) - low) / (high - low)
-        # Values above the top are drawn a little outside of the picture, so that the line leaves it.
+        # A value far above the top is drawn at one and a half heights: its line leaves the picture all the same.
         return HEIGHT - BOTTOM - min(share, 1.5) * (HEIGHT - TOP - BOTTOM)
 
 

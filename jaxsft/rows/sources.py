@@ -119,7 +119,7 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     elif re.search(r"[*?\[]", source):
         anchor = Path(path.anchor)
         found = [file for file in anchor.glob(str(path.relative_to(anchor))) if not file.is_dir()]
-        # Words that the pattern itself spells are in the names of all its files, and so name no split.
+        # The folders that the pattern spells out are the same for all its files, and so name no split.
         fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
         root = Path(*fixed)
         if not found:

@@ -301,7 +301,7 @@ def _classify(parts: list[tuple[str, str, str]]) -> Instruction:
     if any(part.startswith(_COLLECTIVES) for part, _, _ in parts):
         return Instruction("collectives", is_container, op_name)
     products = [part for part in parts if _is_product(*part[:2])]
-    # A fusion with a matmul in it is of the matmul's kind; else its own name decides, or the names of its parts.
+    # A fusion with a matmul in it goes by the name of the matmul; else by its own name, or by those of its parts.
     names = [part[2] for part in products] or [op_name] * bool(op_name) or [part[2] for part in parts if part[2]]
     op_name = names[0] if names else ""
     if opcode == "while":
