@@ -42,7 +42,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
-            return self  # Python handles signals in the main thread only; elsewhere (in some notebooks) that one decides.
+            return self  # Python handles signals in the main thread only; elsewhere, in a notebook, that one decides.
         signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         if jax.process_count() == 1:
             self._wakeup = reader, writer = socket.socketpair()
