@@ -91,6 +91,7 @@ def start_ours(args: argparse.Namespace) -> dict[str, float]:
     from jaxsft.config import MeshConfig, OptimConfig
     from jaxsft.folders import hf
     from jaxsft.folders.weights import load as weights
+    from jaxsft.folders.weights.stored import open_folder
     from jaxsft.mesh import make_mesh, shardings
     from jaxsft.model.abstract import abstract_model
     from jaxsft.model.decoder import Decoder
@@ -112,7 +113,7 @@ def start_ours(args: argparse.Namespace) -> dict[str, float]:
     model = abstract_model(lambda rngs: make(rngs=rngs))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = weights.load_params(
-        weights.open_folder(args.model),
+        open_folder(args.model),
         family(hf_config),
         abstract=model.params,
         shardings=shardings(mesh, model.params),

@@ -251,6 +251,7 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
     from jaxsft.folders import hf
     from jaxsft.folders.pretrained import compute_dtype
     from jaxsft.folders.weights import load as weights
+    from jaxsft.folders.weights.stored import open_folder
     from jaxsft.mesh import make_mesh, shardings
     from jaxsft.model.abstract import abstract_model
     from jaxsft.model.decoder import Decoder
@@ -268,7 +269,7 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
 
     model, mesh = abstract_model(make), make_mesh(MeshConfig(), jax.devices()[:1])
     params = weights.load_params(
-        weights.open_folder(path),
+        open_folder(path),
         family(hf_config),
         abstract=model.params,
         shardings=shardings(mesh, model.params),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxsft.api import prepare as prepare
     from jaxsft.api import train_step as train_step
     from jaxsft.config import Config as Config
-    from jaxsft.config import load_config as load_config
+    from jaxsft.config_files import load_config as load_config
     from jaxsft.train import run as run
     from jaxsft.train import train as train
     from jaxsft.training.events import Evaluated as Evaluated
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "jaxsft.api": ("Batches LoadedModel evaluate export generate init_state load_model prepare train_step"),
-    "jaxsft.config": "Config load_config",
+    "jaxsft.config": "Config",
+    "jaxsft.config_files": "load_config",
     "jaxsft.train": "run train",
     "jaxsft.training.events": "Evaluated Finished Line Saved Stopped",
 }

@@ -18,7 +18,8 @@ from jaxsft.answers.evaluate import Examiner, Result, as_text
 from jaxsft.answers.generate import Generator, Sampling
 from jaxsft.batch import Batch
 from jaxsft.chat.encoder import prompt_tokens
-from jaxsft.config import Config, ConfigError, MeshConfig, ModelConfig, dump_config
+from jaxsft.config import Config, ConfigError, MeshConfig, ModelConfig
+from jaxsft.config_files import dump_config
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.architecture import DecoderConfig

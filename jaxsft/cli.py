@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxsft.config import Config, ConfigError, config_keys, load_config
+from jaxsft.config import Config, ConfigError
+from jaxsft.config_files import config_keys, load_config
 
 BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
 

@@ -1,20 +1,14 @@
-"""The config: frozen sections with every default, YAML plus `a.b=value` overrides, and the text of its errors.
+"""The sections of a config: every key that can be set, its type, its default and its meaning.
 
-In: a YAML file and overrides. Out: one validated `Config`, or one `ConfigError` that lists every mistake. A function
-elsewhere takes its own section; only `train.py` and `run.py` see the whole.
+Each module takes the section that concerns it, never the whole config; only `train.py`, `cli.py` and what compares
+runs see the whole. Reading a config from a file, and writing it to one, is `config_files.py`.
 """
 
-import copy
 import datetime
-import difflib
 import json
-import pathlib
-import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -30,10 +24,6 @@ RESERVED_TEMPLATE_KWARGS = {
 """Arguments of apply_chat_template: setting one would change more than a template's variables."""
 
 
-MOVED = {"train.log_every": "log.every"}
-"""Keys of configs of before, and what they are called now."""
-
-
 class ConfigError(ValueError):
     """A mistake of the user in the config or in the files that it names; its text is shown as it is."""
 
@@ -41,12 +31,16 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A part of the config: frozen, strict about types, and without any key that it does not name."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
 class ModelConfig(Section):
+    """The model to begin with, and the dtypes of its numbers."""
+
     path: str
     """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -79,6 +73,8 @@ def _with_text_values(value: Any) -> Any:
 
 
 class SourceConfig(Section):
+    """One source of rows, and how its columns, roles and keys are called."""
+
     path: str
     """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), or hub `org/name[@config][:split]`."""
     format: str | None = None
@@ -111,7 +107,7 @@ def _date_as_text(value: Any) -> Any:
     return value.isoformat() if type(value) is datetime.date else value
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
     """One path, one source, or several of either; `{0: ...}` is what an override of `train.0.path` makes."""
     if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
         value = [value[key] for key in sorted(value, key=int)]
@@ -133,7 +129,9 @@ def _as_list(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    train: Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+    """Rows of data, how they become examples, and how examples fill the rows of a batch."""
+
+    train: Annotated[list[SourceConfig], BeforeValidator(as_sources), Field(min_length=1)]
     """Training rows: a path, or a list of sources."""
     eval: Annotated[dict[str, SourceConfig], BeforeValidator(_as_named_sources)] = {}
     """Held-out rows: a path, or sources by name, each reported; their keys are those of `data.train.N`."""
@@ -218,6 +216,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
+    """How much is trained, and in which portions."""
+
     batch_size: PositiveInt = 32
     """Rows per step, over all devices."""
     microbatch_size: PositiveInt | None = None
@@ -237,6 +237,8 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
+    """Optimizer, schedule, and what is added to the loss."""
+
     name: Literal["adamw"] = "adamw"
     """The optimizer."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
@@ -287,6 +289,8 @@ class OptimConfig(Section):
 
 
 class MeshConfig(Section):
+    """How the devices are divided: the product of all sizes is their number."""
+
     data: PositiveInt = 1
     """Devices that hold copies of the parameters and split the rows."""
     fsdp: PositiveInt | None = None
@@ -300,6 +304,8 @@ class MeshConfig(Section):
 
 
 class EvalConfig(Section):
+    """When held-out rows are evaluated, and what is asked of them."""
+
     every: PositiveInt | None = None
     """Steps between evaluations; left out: only before and after training."""
     examples: PositiveInt | None = None
@@ -315,6 +321,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When the state is saved, and for how long it is kept."""
+
     every: PositiveInt = 100
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
@@ -322,6 +330,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """When a line of metrics is written, and where it goes."""
+
     every: PositiveInt = 10
     """Steps from one line of metrics to the next."""
     to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_as_list)] = []
@@ -341,6 +351,8 @@ class LogConfig(Section):
 
 
 class Config(Section):
+    """All of a run. Checks that concern several sections are here."""
+
     run_dir: str | None = None
     """Folder of the run; left out: `runs/` and the name of the config file, where the config is one."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -362,197 +374,3 @@ class Config(Section):
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")
         return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (`1e-3` is a number) and no silently repeated keys."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, or takes a dict; applies overrides such as `optim.learning_rate=1e-4`, and validates.
-
-    Args:
-        source: path of the file, or what one would hold.
-        overrides: `key=value`, the value as in YAML.
-
-    Raises:
-        ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
-    """
-    path = "config" if isinstance(source, Mapping) else pathlib.Path(source)
-    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(pathlib.Path(source))
-    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        # Of a union's mistakes the first says what was expected.
-        described = [(_key(problem), _describe(problem)) for problem in error.errors()]
-        problems += [text for at, (key, text) in enumerate(described) if not key or key not in dict(described[:at])]
-    if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
-    if config.run_dir is None and isinstance(path, pathlib.Path):
-        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
-    return config
-
-
-def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, but this file holds a {type(tree).__name__}")
-    return tree
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML that reproduces the run; keys whose default was taken and derived are included."""
-    tree = config.model_dump()
-    # Of two keys that exclude each other, only the one in force may be written.
-    if config.train.steps is not None:
-        del tree["train"]["epochs"]
-    if config.optim.warmup_steps is not None:
-        del tree["optim"]["warmup_ratio"]
-    if config.optim.schedule != "wsd":
-        del tree["optim"]["decay_ratio"]
-    if config.optim.schedule == "constant":
-        del tree["optim"]["final_ratio"]
-    if not config.data.eval:
-        del tree["eval"]
-    if not config.data.stream:
-        del tree["data"]["shuffle_buffer"]
-    if not {"wandb", "trackio"} & set(config.log.to):
-        del tree["log"]["project"]
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def config_changes(dumped: str, config: Config) -> list[str]:
-    """What differs between a dumped config and this one, as `key: before -> now`."""
-
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        return {
-            key: value
-            for name, part in tree.items()
-            for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
-        }
-
-    before, now = flat(yaml.safe_load(dumped)), flat(yaml.safe_load(dump_config(config)))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
-
-
-def config_keys() -> list[tuple[str, str, str, str]]:
-    """Every leaf key: (`section.key`, type, default, meaning)."""
-    rows = []
-    for key, field in _leaves(Config):
-        default = "required" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
-        rows.append((key, _type_text(field.annotation), default, " ".join((field.description or "").split())))
-    return rows
-
-
-def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            leaves += _leaves(field.annotation, f"{prefix}{name}.")
-        elif field.annotation == list[SourceConfig]:
-            leaves += [(prefix + name, field), *_leaves(SourceConfig, f"{prefix}{name}.N.")]
-        else:
-            leaves.append((prefix + name, field))
-    return leaves
-
-
-def _type_text(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        return _type_text(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return " | ".join(get_args(annotation))
-    if get_origin(annotation) in (list, dict):
-        return f"{get_origin(annotation).__name__} of {_type_text(get_args(annotation)[-1])}"
-    if get_args(annotation):
-        return " | ".join(_type_text(arg) for arg in get_args(annotation) if arg is not type(None))
-    return getattr(annotation, "__name__", "any")
-
-
-def _apply_override(tree: dict, override: str) -> str | None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        return f"{override!r}: an override is written key=value, such as optim.learning_rate=1e-4"
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        return f"{override!r}: the value is not readable as YAML: {' '.join(str(error).split())}"
-    *sections, leaf = key.split(".")
-    for section, inner in zip(sections, [*sections, leaf][1:], strict=True):
-        found = tree.get(section)
-        if inner.isdigit() and isinstance(found, str | list):
-            # Sources may be given as a path or a list; by number, as an override has them, they are a mapping.
-            found = dict(enumerate(_as_sources(found)))
-        tree[section] = {str(name): value for name, value in (found or {}).items()} if _is_open(found) else found
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            return f"{override!r}: {section} is a value, not a section"
-    tree[leaf] = value
-    return None
-
-
-def _is_open(found: Any) -> bool:
-    return found is None or isinstance(found, dict)
-
-
-def _key(problem: Any) -> str:
-    """Where a mistake is; a union's members, whose names hold brackets, are no part of it."""
-    return ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
-
-
-def _describe(problem: Any) -> str:
-    key = _key(problem)
-    given = problem["input"]
-    known = [name for name, _ in _leaves(Config)]
-    if key in MOVED:
-        return f"{key}: unknown key; it is called {MOVED[key]} now"
-    if problem["type"] == "extra_forbidden":
-        # A key of the right name in the wrong section is nearer than one that is merely spelt alike.
-        leaf = key.rsplit(".", 1)[-1]
-        near = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-        near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; `python run.py keys` lists them all"
-        return f"{key}: unknown key{hint}"
-    if problem["type"] == "missing":
-        return f"{key}: required, not given"
-    if problem["type"] == "literal_error":
-        near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{key}: {given!r} given, expected {problem['ctx']['expected']}{hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {given!r} given; {message[0].lower()}{message[1:]}"

@@ -1,5 +1,7 @@
 """The device mesh, the one table from the letter of a dim to its mesh axis, and the start-up of processes.
 
+In: the `mesh` section, and arrays that name their dims by letters. Out: a mesh, and the sharding of each array on it.
+
 Every parameter is born with the letters of its dims (`"l d n h"`) and every activation is constrained by its letters
 (`"b t d"`); `DIM_AXES` says over which mesh axis each letter is cut. Nothing else in the program decides a sharding.
 """

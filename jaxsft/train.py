@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from jaxsft.answers.evaluate import describe
 from jaxsft.batch import Batch
 from jaxsft.batches.loader import prefetch
-from jaxsft.config import Config, config_changes, dump_config
+from jaxsft.config import Config
+from jaxsft.config_files import config_changes, dump_config
 from jaxsft.disk.locks import Lock
 from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
@@ -30,6 +31,7 @@ from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
 from jaxsft.training.checkpoint import Checkpointer, sealed_steps
+from jaxsft.training.console import Console
 from jaxsft.training.events import Evaluated, Event, Finished, Line, Saved, Stopped
 from jaxsft.training.logbook import Logbook
 from jaxsft.training.metrics import Diverged, Speedometer
@@ -38,7 +40,7 @@ from jaxsft.training.run_folder import check_progress, claim_run_folder
 from jaxsft.training.step import TrainState, abstract_state, init_state, make_train_step, non_finite
 from jaxsft.training.stop import STOPPED, StopSignal
 from jaxsft.training.summary import note_versions, start_summary
-from jaxsft.training.writers import Console, check_writers
+from jaxsft.training.writers import check_writers
 
 DONE = 0
 

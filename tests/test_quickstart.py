@@ -9,7 +9,7 @@ import pytest
 
 from jaxsft.answers.evaluate import make_questions
 from jaxsft.chat.encoder import ChatEncoder
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import open_tokenizer
 from jaxsft.rows.formats import load_items
 

@@ -88,7 +88,7 @@ def test_every_answer_follows_from_task_word_and_system_prompt(make_data):
 
 
 def test_examples_fit_the_rows_and_the_file_fits_git(repo, folder, tokenizer):
-    from jaxsft.config import load_config
+    from jaxsft.config_files import load_config
 
     seq_len = load_config(repo / "configs" / "quickstart.yaml").data.seq_len
     for split in ("train", "eval"):

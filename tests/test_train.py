@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 
 from jaxsft.cli import main
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 from jaxsft.train import Due, due_after, train
 
 EXACT = ("loss", "accuracy", "grad_norm", "learning_rate", "total_tokens", "rows_crc")

@@ -1,4 +1,7 @@
-"""Talking to a model folder in the terminal."""
+"""Talking to a model folder in the terminal.
+
+In: a model folder, and lines that the user types. Out: the model's answers, token by token.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,7 +12,7 @@ from jaxsft.chat.encoder import prompt_tokens
 from jaxsft.config import MeshConfig, ModelConfig
 from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 from jaxsft.rows.sources import DataError
 
 

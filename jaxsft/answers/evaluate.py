@@ -23,7 +23,8 @@ from jaxsft.chat.stops import token_text
 from jaxsft.config import EvalConfig
 from jaxsft.folders.pretrained import OpenTokenizer
 from jaxsft.model.abstract import Model
-from jaxsft.rows.formats import Conversation, Item, Message
+from jaxsft.rows.items import Conversation, Item
+from jaxsft.rows.messages import Message
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import divide
 from jaxsft.training.step import make_eval_step, put_batch
@@ -172,7 +173,7 @@ def describe_questions(questions: Sequence[Question], encoder: ChatEncoder, *, m
 
 def as_text(tokens: Sequence[int], tokenizer: Any) -> str:
     """Tokens as the text that is compared and shown: control tokens are in it, blanks around it are not."""
-    # Cleaning up would take blanks before commas away, and make two texts one.
+    # Cleaning up would remove blanks before commas, so that different texts would look equal.
     text = tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.strip()
 

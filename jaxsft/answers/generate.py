@@ -73,7 +73,8 @@ class Generator:
         def make_cache(params: Any, rows: int, size: int) -> Cache:
             return nnx.merge(graphdef, params).make_cache(rows, size)
 
-        # Only the rows are cut; inside, the partitioner decides: training's constraints would not fit single tokens.
+        # Only the rows are sharded; within the step the partitioner decides, since training's constraints do not fit
+        # single tokens.
         self._rows, whole = NamedSharding(mesh, partition_spec("b")), replicated(mesh)
         params = shardings(mesh, model.params)
         # Every process passes the same prompts and sees all the answers.
@@ -165,7 +166,8 @@ class Generator:
         next_tokens = np.zeros(rows, np.int32)
         for i in range(max_new_tokens):
             if i == 0 or any(rope.changes_at(lengths).any() for rope in self._ropes):
-                # The whole so far: keys that were cached before may have been turned by other angles.
+                # All tokens so far are read again: with this length, the keys that were cached before have other
+                # angles.
                 size = max(size, _round_up(int(lengths.max()), PROMPT_MULTIPLE))
                 cache = self._make_cache(params, rows, size + max_new_tokens)
                 segment_ids = (np.arange(size) < lengths[:, None]).astype(np.int32)

@@ -31,9 +31,9 @@ class Rows(NamedTuple):
     tokens: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
-    """Of each token as a label."""
+    """Weight of each token as a label."""
     segments: torch.Tensor
-    """From 1; 0 is padding."""
+    """Number of the example within the row, from 1; 0 is padding."""
     positions: torch.Tensor
 
 

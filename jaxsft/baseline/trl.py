@@ -26,7 +26,7 @@ import trl
 
 IGNORED = -100
 NOT_TRAINABLE = "training-compatible"
-"""Of the error by which TRL refuses to mask with a chat template that it does not know."""
+"""Words of the error by which TRL refuses to mask with a chat template that it does not know."""
 
 
 def main(folder: pathlib.Path) -> None:
@@ -92,7 +92,7 @@ def train(request: dict[str, Any], folder: pathlib.Path, theirs: pathlib.Path) -
 
 
 SETTINGS = ("assistant_only_loss", "bf16", "use_cpu", "dataloader_num_workers", "loss_type", "optim")
-"""Of SFTConfig, that are reported beside those that were asked for."""
+"""Fields of SFTConfig that are reported beside those that were asked for."""
 
 
 def make_trainer(request: dict[str, Any], folder: pathlib.Path, other: dict[str, Any]) -> tuple[Any, str | None]:

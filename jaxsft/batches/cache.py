@@ -76,7 +76,8 @@ def claim(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if _is_marked(folder):
             return
-        # Of a process that was killed before it could mark it; or another one has marked it meanwhile.
+        # The folder has no mark: a process was killed before it could write one, or another process is writing it just
+        # now.
         if not all(_MARKING.fullmatch(path.name) for path in folder.iterdir()) and not _is_marked(folder):
             raise _not_ours(folder)
         aside = folder / f".jaxsft-{uuid.uuid4().hex}.txt"
@@ -149,7 +150,7 @@ def building(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             if not made.exists():
-                (folder / LOCK).unlink(missing_ok=True)  # It went along.
+                (folder / LOCK).unlink(missing_ok=True)  # the lock was renamed with its folder
         _remove(made)
         lock.release()
         if time.monotonic() - begin > DEAD_SECONDS:

@@ -55,7 +55,7 @@ def fit_length(encoded: Encoded, seq_len: int, overlong: str | None) -> Fitted:
     """
     length = len(encoded.example.tokens)
     policy = overlong or ("split" if encoded.is_text else "drop")
-    if policy == "drop_oldest":  # Of a conversation, they are gone already.
+    if policy == "drop_oldest":  # The encoder has taken the oldest exchanges out of conversations already.
         policy = "split" if encoded.is_text else "drop"
     spans: list[tuple[int, int]] = [(0, length)]
     cut: Loss | None = None

@@ -27,7 +27,7 @@ class _Epoch(NamedTuple):
     examples: np.ndarray
     """int64 [num_draws]: examples of the dataset."""
     plan: PackingPlan
-    """Of the draws."""
+    """How the draws are packed."""
 
 
 class Loader:
@@ -45,7 +45,8 @@ class Loader:
         self._seq_len, self._batch_size, self._seed, self._shuffle = seq_len, batch_size, seed, shuffle
         self._is_same_each_epoch = dataset.is_same_each_epoch
         self._planned: tuple[_Epoch, ...] = ()
-        # Rows of the epochs that were looked at so far, in all: those of epoch e are the numbers from [e] to [e + 1].
+        # For the epochs that were looked at so far, the number of their first row: epoch e has the rows from [e] to [e
+        # + 1] - 1.
         self._row_bounds = [0]
         self._step_bounds = [0]
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -68,7 +69,7 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        """Of the first epoch, padding rows not counted."""
+        """Packed rows of the first epoch, padding rows not counted."""
         return self._row_bounds[1]
 
     @property
@@ -86,7 +87,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Of the first epoch; later ones differ by a step or so where their examples do."""
+        """Steps of the first epoch; later epochs differ by a step or so where their examples do."""
         return self._step_bounds[1]
 
     def num_steps(self, epochs: float) -> int:
@@ -200,7 +201,7 @@ class Loader:
 
 
 def derived_seed(*parts: int) -> int:
-    """One number from several, as different as theirs."""
+    """One number made of several; other numbers give another one."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 

@@ -49,7 +49,7 @@ class Dataset(NamedTuple):
         return source.example(at)
 
     def writers(self, index: int) -> np.ndarray:
-        """uint8 [T]: who wrote each token of an example, see `chat.WRITERS`."""
+        """uint8 [T]: who wrote each token of an example, see `chat.encoder.WRITERS`."""
         source, at = self.locate(index)
         return source.writers[source.offsets[at] : source.offsets[at + 1]]
 
@@ -107,7 +107,7 @@ def draws_per_epoch(
         if config is not None and config.count is not None:
             draws.append(Fraction(config.count))
         else:
-            # By its decimal digits: 0.29 of 100 examples is 29, which the nearest float is not.
+            # The decimal digits are what was meant: 0.29 of 100 examples is 29, and the nearest float is a little off.
             passes = config.epochs if config is not None and config.epochs is not None else 1
             draws.append(Fraction(repr(passes)) * size)
     return draws
@@ -149,7 +149,8 @@ def epoch_examples(dataset: Dataset, *, seed: int, epoch: int) -> np.ndarray:
 def _drawn(size: int, start: int, stop: int, *, seed: int, source: int) -> np.ndarray:
     """Draws `start` to `stop - 1` of a source of `size` examples."""
     if start % size == 0 and stop % size == 0:
-        # Whole passes, whose order is that of the rows that they are packed into: one pass is all examples in order.
+        # Whole passes need no order of their own, as the rows that they are packed into are shuffled: a pass is all
+        # examples in order.
         return np.tile(np.arange(size), (stop - start) // size)
     passes = range(start // size, -(-stop // size))
     orders = [permutation(size, seed=(seed, 3, source, number)) for number in passes]

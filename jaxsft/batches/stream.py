@@ -38,7 +38,7 @@ from jaxsft.disk.writing import write_whole, writing
 from jaxsft.rows.sources import Problem, Row, is_hub, read_rows, source_files
 
 KEPT_WINDOWS = 3
-"""For who reads ahead, and who looks back."""
+"""Windows kept in memory: batches are made ahead of training, and the steps trained last are looked at again."""
 LEAST_ROWS = 1000
 """The share of bad rows is that of at least so many rows: a stream's first window may be small."""
 
@@ -51,7 +51,7 @@ class _Start(NamedTuple):
     """Where a window begins."""
 
     first_row: int
-    """Of the packed rows of all windows."""
+    """Its number among the packed rows of all windows."""
     cursors: list[list[int]]
     """For each source: how often it was gone through, and rows read since."""
     counts: dict[str, Any]
@@ -312,7 +312,7 @@ def _row_crc(window: _Window, at: int) -> int:
 
 
 def _fingerprint(config: DataConfig, encoder: ChatEncoder, tokenizer_files_key: str) -> dict[str, Any]:
-    """By the names and sizes of files: they are too large to read them all for a hash."""
+    """What the stream is made of, files by their names and sizes: they are too large to read them all for a hash."""
     described: dict[str, Any] = {
         "tokenizer": tokenizer_files_key,
         "seq_len": config.seq_len,

@@ -1,5 +1,7 @@
 """Rows to portions, in this process or in several, with equal results in equal order.
 
+In: rows, and the recipe by which they are encoded. Out: portions (`portions.py`), in the order of the rows.
+
 Starting a process takes seconds, so work begins here and moves once it has taken a while. Workers are programs of
 their own (not forks: JAX has threads; not `multiprocessing`, which imports the caller's main module anew): they never
 import jax, read pickles from their stdin, and end when that ends, however this process may have ended.

@@ -1,8 +1,12 @@
-"""Exchanges of a conversation: a question, or several in a row, and all that follows up to the next one."""
+"""Exchanges of a conversation: a question, or several in a row, and all that follows up to the next one.
+
+In: a conversation. Out: where its last exchange begins, or the conversation without its oldest one.
+"""
 
 from collections.abc import Sequence
 
-from jaxsft.rows.formats import Conversation, Message
+from jaxsft.rows.items import Conversation
+from jaxsft.rows.messages import Message
 
 STAYS = ("system", "developer")
 """Roles whose text holds for the whole conversation."""

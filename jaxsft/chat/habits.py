@@ -1,4 +1,8 @@
-"""What a chat template does around every answer, and how it takes messages: learnt by rendering a few words."""
+"""What a chat template does around every answer, and how it takes messages: learnt by rendering a few words.
+
+In: a template, and the texts of the tokens that end an answer. Out: `Habits`, by which `turns.py`, `starts.py`,
+`thinking.py` and `stops.py` work without knowing any template's markup.
+"""
 
 import itertools
 import json
@@ -9,7 +13,7 @@ from jaxsft.chat.layout import Layout
 from jaxsft.chat.likeness import held, parting, whole_length
 from jaxsft.chat.provenance import Traced
 from jaxsft.chat.template import REASONING, ChatTemplate, TemplateError, number_sources
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 
 
 class Habits(NamedTuple):
@@ -18,7 +22,8 @@ class Habits(NamedTuple):
     header: str
     """What it writes between the question and the answer, as far as the prompt supplies that."""
     past_header: str
-    """As much of it as it writes before an answer that others follow: some write thinking before the last one only."""
+    """The part of the header that it also writes before earlier answers: some write thinking before the last one only.
+    """
     ignores_prompt: bool
     """add_generation_prompt changes nothing, and no header stands at the end without it."""
     lead: str
@@ -107,11 +112,12 @@ _OTHERS: dict[str, list[Message]] = {
 
 
 def habits_of(template: ChatTemplate, stops: Sequence[str] = ()) -> Habits:
-    """Learns them by rendering; a template that refuses all of it is known by its refusals of rows.
+    """Learns them by rendering. If a template refuses every probe, its habits stay empty; the rows say then what it
+    refuses.
 
     Args:
         template: to render with.
-        stops: texts of tokens that end an answer; what ends a message is no header.
+        stops: texts of tokens that end an answer; such a text belongs to the message before it, never to a header.
     """
     habits = Habits("", "", True, "", "", Traced(), Traced(), (), frozenset(), False)
     for sides in _SIDES:
@@ -185,11 +191,13 @@ def _unasked(
         rest = rest.replace(stop, "")
     rest = rest.strip()
     if rest and not again:
-        # It takes no two questions. What it writes whoever speaks last is no end of a question.
+        # The template takes no two questions in a row. Text that also ends a conversation whose last turn is an answer
+        # does not end a question: it is a header.
         answered = _tail(template, habits, [*beginning, _ANSWER])
         rest = rest if answered and answered.rstrip().endswith(rest) else ""
     if rest and rest not in gap:
-        # Words that end every text are none that begin an answer; a header stands there even if nobody spoke.
+        # These words do not stand before an answer, so they are a header only if they also end the render of no
+        # messages.
         nothing = _tail(template, habits, [])
         rest = rest if nothing is None or nothing.rstrip().endswith(rest) else ""
     if rest:
@@ -278,7 +286,7 @@ def _takes_blocks(template: ChatTemplate, habits: Habits, role: str, messages: l
             shown.append(content in text and f"'text': '{content}'" not in text and f'"text": "{content}"' not in text)
         except TemplateError:
             shown.append(False)
-    # Where neither shows it, as it is with what users say.
+    # Where neither form is shown, what holds for the user's content is taken to hold here.
     return shown[1] and not shown[0] if any(shown) else "user" in habits.takes_blocks
 
 

@@ -1,4 +1,8 @@
-"""Where in a rendered text which message stands, and what of a message is not in it."""
+"""Where in a rendered text which message stands, and what of a message is not in it.
+
+In: a text whose characters know which part of the data they come from (`provenance.py`). Out: a `Layout`, which answers
+such questions by places in the text. Which characters are trained is left to `turns.py`.
+"""
 
 from jaxsft.chat.provenance import TEMPLATE, UNKNOWN, Traced
 from jaxsft.chat.template import GENERATED, REASONING, TOOLS, Source, Traceable
@@ -77,7 +81,7 @@ class Layout:
             for start, _, source in self.data
             if start >= position
             and self._sources[source - 1].message != message
-            and self._sources[source - 1].field != "role"  # A word of the next header, which may be a stop: <|user|>.
+            and self._sources[source - 1].field != "role"  # in a header, such as <|user|>, which may be a stop
         )
         return next(others, len(self.text))
 

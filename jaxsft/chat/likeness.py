@@ -1,4 +1,8 @@
-"""How far two texts say the same, in whole words and marks: `<|im_start|>` and `<|im_end|>` have nothing in common."""
+"""How far two texts say the same, in whole words and marks: `<|im_start|>` and `<|im_end|>` have nothing in common.
+
+In: texts that a template wrote around messages. Out: places in them, such as where two headers part. Nothing here knows
+a conversation.
+"""
 
 import re
 
@@ -38,7 +42,7 @@ def is_border(text: str, at: int) -> bool:
 
 
 def header_end(header: str, text: str, at: int) -> int:
-    """Where a header ends whose words begin at a place; of its blanks at the end, those that are there."""
+    """The end of a header that begins at a place of a text; of the blanks at its end, as many as the text has."""
     words = len(header.strip())
     blanks = header.lstrip()[words:]
     return at + words + common_length(blanks, text[at + words : at + words + len(blanks)])

@@ -1,4 +1,7 @@
-"""What of a conversation its renders leave out: nobody could learn from it, and nobody would notice."""
+"""What of a conversation its renders leave out: nobody could learn from it, and nobody would notice.
+
+In: a conversation, and the layouts of its renders. Out: nothing, or a `MaskError` that names the part that is missing.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +10,7 @@ from jaxsft.chat.layout import SPEECH, Layout
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import REASONING, TOOLS, Source, Traceable
 from jaxsft.chat.thinking import ReasoningError
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 
 def check_shown(conversation: Conversation, traceable: Traceable, layouts: Sequence[Layout], *, name: str) -> None:
@@ -18,7 +21,7 @@ def check_shown(conversation: Conversation, traceable: Traceable, layouts: Seque
     for number, source in enumerate(traceable.sources, start=1):
         if source.message >= 0 and source.field == "content":
             role = conversation.messages[source.message]["role"]
-            # The whole conversation shows nearly all of it.
+            # Nearly everything is shown by the first layout, that of the whole conversation.
             if role != "assistant" and layouts[0].missing(number):
                 missing = min((layout.missing(number) for layout in layouts), key=len)
                 if missing:

@@ -32,7 +32,7 @@ def character_weights(
         text: a render of the messages.
         sources: of its characters.
         messages: those that were rendered, with the weights of their parts.
-        of_turns: the weight of each turn counts too, for what it says; where a text is trained as a whole.
+        of_turns: multiply what a turn says by its weight, too; for texts that are trained as a whole.
     """
     if not any(_weighs(message, of_turns=of_turns) for message in messages):
         return None

@@ -1,4 +1,8 @@
-"""A chat template in a process of its own: whether it is a program that ends, in little memory, before it is used."""
+"""A chat template in a process of its own: whether it is a program that ends, in little memory, before it is used.
+
+In: the text of a template. Out: None, or a sentence that says what is wrong with it. The renders of rows are bounded
+later on by `metered.py`.
+"""
 
 import contextlib
 import functools
@@ -59,7 +63,7 @@ _PROBES: list[dict[str, Any]] = [
 def check_template(source: str, variables_json: str) -> str | None:
     """Compiles and renders a template in a child process with at most 10 s and 1 GiB; returns what is wrong with it.
 
-    What it has against a single conversation is not wrong with it: that is said of the rows that meet it.
+    A template may refuse a conversation: that is not reported here, but for the rows that it refuses.
     """
     task = json.dumps({"source": source, "variables": json.loads(variables_json)})
     command = [sys.executable, "-m", "jaxsft.chat.probe"]
@@ -117,10 +121,11 @@ class _Folding(Metered):
 def _has_huge_constant(source: str) -> bool:
     environment = _Folding(trim_blocks=True, lstrip_blocks=True, extensions=EXTENSIONS)
     environment.meter()
-    # Jinja computes with these, and takes any error for a constant that has to wait. This process is only for that.
+    # Jinja computes constants by these functions, and leaves those that raise an error for later. Replacing them
+    # changes Jinja for the whole process, which does nothing else.
     for operator in ("*", "**", "%"):
         jinja2.nodes._binop_to_func[operator] = functools.partial(environment.call_binop, None, operator)
-    with contextlib.suppress(jinja2.TemplateError):  # Said of the first render.
+    with contextlib.suppress(jinja2.TemplateError):  # the first render says it
         environment.from_string(source)
     return environment.left < 0
 

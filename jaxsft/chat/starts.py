@@ -25,7 +25,7 @@ class Begin(NamedTuple):
     """Where a turn begins in a render, in characters."""
 
     seam: int
-    """Where its prompt ends, but for a header that the prompt lacks."""
+    """Where the text of its prompt ends; a header that the prompt lacks comes behind it."""
     start: int
     """Behind that header: what follows is trained."""
     found_by: str
@@ -45,12 +45,12 @@ class Question(NamedTuple):
     """The headers that prompts of other turns of the conversation end with, thinking that they begin included."""
     habits: Habits
     name: str
-    """Of the template."""
+    """Name of the template."""
 
     text: str
-    """Of `shown`."""
+    """Text of `shown`."""
     past: int
-    """Behind the last character before the turn that anybody else says."""
+    """Where what others say before the turn ends."""
     end: int
     """Where the turn's own words begin, or the next one's if it has none."""
 

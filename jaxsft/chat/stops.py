@@ -1,4 +1,8 @@
-"""The tokens that end an answer, and the chat template that writes them, opened once it is known to be harmless."""
+"""The tokens that end an answer, and the chat template that writes them, opened once it is known to be harmless.
+
+In: a tokenizer with its chat template, and the ids of the model's configs. Out: every id that ends an answer, the one
+by which the template ends it, and the opened template.
+"""
 
 import datetime
 import json

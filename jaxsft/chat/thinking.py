@@ -1,7 +1,8 @@
 """Reasoning of answers: told from their content by its tags, and refused or left out where a prompt forbids it.
 
 A template that is told not to think (`enable_thinking: false`) ends its prompts with a thought that is closed before it
-began, such as `<think>\\n\\n</think>`. An answer that then reasons contradicts what it answers.
+began, such as `<think>\\n\\n</think>`. An answer with reasoning does not fit behind such a prompt. In: a conversation,
+or a render of it with its prompt. Out: messages whose reasoning has a key of its own, or a `ReasoningError`.
 """
 
 import re
@@ -13,7 +14,8 @@ from jaxsft.chat.likeness import held
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import REASONING, Traceable
 from jaxsft.rows.flags import CONTENT_WEIGHTS, REASONING_WEIGHTS, within
-from jaxsft.rows.formats import Conversation, Message
+from jaxsft.rows.items import Conversation
+from jaxsft.rows.messages import Message
 
 USUAL_TAGS = ("<think>", "</think>")
 """What templates themselves take for reasoning in a content."""

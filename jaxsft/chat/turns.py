@@ -1,5 +1,8 @@
 """Which characters of a rendered conversation the model must produce, turn by turn, for any chat template.
 
+In: a conversation whose characters are marked with the message that they come from. Out: `View`s: texts, each of which
+becomes one example, with the stretches of it that are trained.
+
 Three renders say it, and nothing is known of any template's markup:
 
     prompt = messages[:i], add_generation_prompt      what the model is given before turn i
@@ -31,7 +34,7 @@ from jaxsft.chat.provenance import TEMPLATE, Traced
 from jaxsft.chat.starts import Begin, MaskError, Question, find_begin, make_question
 from jaxsft.chat.template import GENERATED, REASONING, ChatTemplate, TemplateError, Traceable
 from jaxsft.chat.thinking import check_thinking, thinks
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 
 class Turn(NamedTuple):
@@ -39,7 +42,7 @@ class Turn(NamedTuple):
 
     message: int
     seam: int
-    """Where its prompt ends, but for a header that the prompt lacks."""
+    """Where the text of its prompt ends; a header that the prompt lacks comes behind it."""
     start: int
     content_end: int
     stop: tuple[int, int] | None
@@ -148,7 +151,7 @@ class TurnFinder:
             turn = self._turn(traceable, question, weight)
             is_alone = turn.stop is None or turn.found_by == "moved" or self._unroll == "always"
             if shown is full and is_alone and not is_last:
-                # Without what comes after it.
+                # Rendered again without the messages after it.
                 shown = self._shown(traceable, index, None)
                 turn = self._turn(traceable, self._question(traceable, index, prompt, shown), weight)
             check_answer(traceable, index, shown, with_reasoning=self._train_reasoning, name=self.name)

@@ -42,7 +42,7 @@ TOLERANCES = {
         "gradient norm": 1e-1,
     },
 }
-"""By the dtype of matmuls: what two right programs may differ by."""
+"""By how much two right programs may differ, for each dtype of matmuls."""
 
 NOISE = 1e-4
 """A gradient that is smaller than this share of the largest tensor's is zero by its mathematics, such as that of a bias
@@ -66,7 +66,7 @@ def check_runs(folder: pathlib.Path, *, compute_dtype: str) -> list[Check]:
         _check_curve("loss", our_lines, their_lines, tolerances, name="loss of every step"),
         _check_curve("grad_norm", our_lines, their_lines, tolerances, name="gradient norm of every step"),
     ]
-    if last > 1:  # else the last step is the first
+    if last > 1:  # with one step, the last step is the first
         checks += [
             _check_update(
                 "update of all steps", "params_last", ours, theirs, start, tolerances["total update"], num_steps=last

@@ -1,6 +1,8 @@
 """Starts a program of a comparison as a process of its own, with its packages checked first.
 
 Each of the two runs has a process, so that neither shares memory, threads or imports with the other.
+
+In: the name of a module, and a folder. Out: files that the program wrote there, or an error with its last words.
 """
 
 import concurrent.futures

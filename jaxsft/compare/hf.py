@@ -16,7 +16,8 @@ from jaxsft.batches.loader import Loader
 from jaxsft.compare.checks import check_runs, verdict
 from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
-from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.config import Config, ConfigError
+from jaxsft.config_files import dump_config
 from jaxsft.disk.writing import check_space
 from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params
 from jaxsft.report.columns import figures_of
@@ -110,7 +111,7 @@ def write_model(config: Config, folder: pathlib.Path) -> None:
 
 
 def _num_bytes(pretrained: Pretrained) -> int:
-    """Of all parameters in float32, in which they are exchanged."""
+    """Bytes of all parameters in float32, in which they are exchanged."""
     return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pretrained.model.params))
 
 

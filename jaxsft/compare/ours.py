@@ -21,7 +21,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxsft.batch import Batch
-from jaxsft.config import Config, load_config
+from jaxsft.config import Config
+from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import Pretrained, load_params
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.mesh import ROW_AXES
@@ -100,7 +101,7 @@ def look_inside(
         logits = model.logits(model(*inputs).hidden[:, positions])
         return model.residuals(*inputs)[:, 0, positions], logits[0, :, : model.config.vocab_size]
 
-    # As often as the mesh cuts rows, which it can only cut evenly.
+    # The row is repeated as often as the mesh cuts rows, since it can only cut evenly.
     copies = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROW_AXES)
     row = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf[at : at + 1]), copies, axis=0), batch)
     residuals, logits = (np.asarray(each, np.float32) for each in jax.jit(run)(params, row))
@@ -108,7 +109,7 @@ def look_inside(
 
 
 def _gradients(pretrained: Pretrained, config: Config, num_microbatches: int, params: Any, batch: Batch) -> Any:
-    """Of the loss of the first step, before clipping."""
+    """Gradients of the loss of the first step, before clipping."""
     microbatches = split_microbatches(batch, num_microbatches)
     sums = summed_gradients(pretrained.model.graphdef, params, NOTHING, microbatches, optim=config.optim)
     return jax.tree.map(lambda gradient: gradient / divisor(sums.loss.weight_sum), sums.gradients)

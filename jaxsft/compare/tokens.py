@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 TEMPLATE, ASSISTANT = "template", "assistant"
-"""Writers of a token that matter here; see `chat.WRITERS`."""
+"""Writers of a token that matter here; see `chat.encoder.WRITERS`."""
 OTHER = "other"
 MOST_MERGED = 12
 """Stretches that are looked at together, to see whether they are the same text in other tokens."""
@@ -102,7 +102,7 @@ class Place(NamedTuple):
 
     kind: str
     piece: int
-    """Of ours; -1 where it has none."""
+    """Index among our examples; -1 where we have none."""
     ours: tuple[int, int]
     """First index, and the one after the last."""
     theirs: tuple[int, int]
@@ -117,7 +117,7 @@ class Found(NamedTuple):
 
     places: tuple[Place, ...]
     differing_tokens: int
-    """Counted without a look at causes."""
+    """Tokens that differ, counted apart from their causes, to check that none is missed or told twice."""
     differing_weights: int
 
 

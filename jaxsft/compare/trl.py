@@ -22,7 +22,8 @@ from jaxsft.compare.exchange import exchange
 from jaxsft.compare.findings import NUM_CHECKED, make_report
 from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
-from jaxsft.config import Config, ConfigError, dump_config
+from jaxsft.config import Config, ConfigError
+from jaxsft.config_files import dump_config
 from jaxsft.folders.pretrained import compute_dtype, load_params
 from jaxsft.report.records import Report, Run
 from jaxsft.setup import Setup
@@ -152,7 +153,7 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     for index in found.first["examples"]:
         ids, trained = found.example(index)
         examples.append([Example(ids.astype(np.int32), trained.astype(np.float32))])
-    # As many rows and positions as the mesh can cut.
+    # Rows and positions are filled up to numbers that the mesh can cut evenly.
     rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
     seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
     batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)

@@ -17,7 +17,8 @@ from jaxsft.chat.encoder import WRITERS, ChatEncoder, Encoded, MaskError
 from jaxsft.compare import tokens
 from jaxsft.config import Config, ConfigError
 from jaxsft.folders.pretrained import OpenTokenizer
-from jaxsft.rows.formats import Conversation, Document, Item, Message
+from jaxsft.rows.items import Conversation, Document, Item
+from jaxsft.rows.messages import Message
 from jaxsft.training.optim import warmup_steps
 
 MESSAGES, PROMPTS, TEXTS = "messages", "prompt_completion", "text"

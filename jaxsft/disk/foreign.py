@@ -14,16 +14,16 @@ from typing import Any, BinaryIO
 from jaxsft.config import ConfigError
 
 MOST_CONFIG_BYTES = 1 << 25
-"""Of a config.json and its like; real ones have some KB, and some MB where they list tokens."""
+"""Largest config.json and the like; real ones have some KB, and some MB where they list tokens."""
 MOST_JSON_BYTES = 100_000_000
-"""Of a list of tensors, as safetensors has it."""
+"""Largest list of tensors, as safetensors allows it."""
 MOST_TOKENIZER_BYTES = 1 << 29
-"""Real ones have up to 40 MB."""
+"""Largest tokenizer.json; real ones have up to 40 MB."""
 MOST_DEPTH = 64
 """Levels of nesting in JSON."""
 
 READ_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".gguf")
-"""Of what a model folder may hold and anyone here, transformers included, might open."""
+"""Endings of files in a model folder that this program or transformers might open."""
 SMALL_JSON = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.json"),

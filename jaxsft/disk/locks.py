@@ -59,7 +59,7 @@ class Lock:
                 raise ConfigError(f"{self._path}: a lock is a file, and this is none; move it away")
             is_alone = self._lock_file()
             found = self._read()
-            # The system that has just given the file to us would not, if it knew a living owner.
+            # The system would not have given us the file if a living process on this host held it.
             if found is not None and not (is_alone and found.get("boot") == _boot()):
                 if _is_here(found) and _is_running(found):
                     self._close()
@@ -69,7 +69,7 @@ class Lock:
             if found is not None:
                 say(f"{self._path}: taken over from {_describe(found)}, which is dead")
             self._write()
-            if not is_alone:  # Two may have come at once; the last to write has it.
+            if not is_alone:  # Two may have come at once; the lock belongs to the one that wrote last.
                 time.sleep(min(2.0, self._renew_seconds))
                 if not self._is_mine():
                     raise self._refusal(self._read() or {})
@@ -143,12 +143,12 @@ class Lock:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
                     return True
-            self._close()  # It was given back just now, and with it the file.
+            self._close()  # The owner gave the lock back just now, and removed the file.
 
     def _watch(self, owner: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"{self._path}: held by {_describe(owner)}; waiting up to {self._dead_seconds:.0f} s to see if it is alive")
         until = time.monotonic() + self._dead_seconds
-        seen = str(owner)  # As text, since a number that is none would differ from itself.
+        seen = str(owner)  # Compared as text, since NaN would differ from itself.
         while time.monotonic() < until:
             time.sleep(min(1.0, self._dead_seconds / 20))
             now = self._read()
@@ -170,7 +170,8 @@ class Lock:
                 self._write()
 
     def _make_again(self) -> None:
-        """Somebody has removed the file; who comes now must find one, unless another one has come already."""
+        """Writes the file again after somebody has removed it, so that others see the lock; not if another process has
+        made one."""
         if self._fd is not None:
             fresh = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,14 +231,14 @@ def _is_running(owner: dict[str, Any]) -> bool:
 
 
 def _boot() -> str:
-    """Of this boot of this machine; empty where the system has no name for it."""
+    """A name for this boot of this machine; empty where the system has none."""
     with contextlib.suppress(OSError):
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _container() -> str:
-    """In which processes have numbers of their own."""
+    """The container in which processes have numbers of their own."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -22,7 +22,7 @@ MADE_BY = {"made_by": "jaxsft"}
 MARKS: dict[str, tuple[bytes, ...]] = {
     ".html": (
         b'<meta name="generator" content="jaxsft ',
-        # Of pages without a mark, as versions up to 0.1 wrote them: the end of their titles.
+        # Versions up to 0.1 wrote pages without a mark; they are known by the end of their titles.
         " · jaxsft report</title>".encode(),
         " · jaxsft preview</title>".encode(),
     ),
@@ -30,7 +30,7 @@ MARKS: dict[str, tuple[bytes, ...]] = {
     ".png": (b"tEXtSoftware\0jaxsft ",),
     ".txt": (b"jaxsft: output of jaxsft.", b"jaxsft: summary of a profile\n"),
 }
-"""By which a file of ours is known again; one of them stands in its first 4 KiB."""
+"""Ending of a file -> marks by which one of ours is known; one of them stands in its first 4 KiB."""
 
 
 def refuse_other_pages(paths: Iterable[Path]) -> None:

@@ -1,5 +1,7 @@
 """Seals: what a finished folder holds, to the byte, and whether it still does.
 
+In: a folder. Out: a file beside the others that names them all, and later on what is no longer as it says.
+
     seal.json       size and CRC-32 of every other file, by path; written last
 
 A folder without a seal was never finished; one whose files differ from it is damaged. What a seal names, and is as it
@@ -17,7 +19,7 @@ from jaxsft.disk.writing import is_file, read_file, write_whole
 
 SEAL = "seal.json"
 REMOVING = "removing.json"
-"""What a seal is called once its folder is being removed."""
+"""The name of a seal while its folder is being removed."""
 UNFINISHED = "it was never finished"
 CRC_READ_SIZE = 2**24
 
@@ -152,7 +154,7 @@ def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
         path = folder / name
         above = [folder.joinpath(*name.split("/")[:depth]) for depth in range(1, name.count("/") + 1)]
         if any(os.path.islink(each) for each in above):
-            continue  # Whatever stands there now, we made no links.
+            continue  # A link is not ours, whatever it leads to: we make none.
         parents |= {str(each): each for each in above}
         is_ours = is_file(path) and not os.path.islink(path) and path.stat().length == entry.size
         if is_ours and (not to_the_byte or checksum(path) == entry):

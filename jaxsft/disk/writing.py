@@ -86,7 +86,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     aside = aside_of(path)
     with writing(path, len(data)):
         try:
-            aside.unlink(missing_ok=True)  # Of a write that was killed; a link goes, and not what it leads to.
+            # What a killed write has left; of a link, the link itself is removed, and not what it leads to.
+            aside.unlink(missing_ok=True)
             with aside.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -162,7 +163,7 @@ def set_aside(path: Path, suffix: str = "before", *, name: str | None = None) ->
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Whatever the system has against what is written inside becomes one `WriteError` about `path`."""
+    """Turns every error of the system that is raised inside into one `WriteError` about `path`."""
     try:
         yield
     except WriteError:

@@ -1,8 +1,9 @@
 """The folder that a run ends with: weights, config, tokenizer and generation_config, as transformers opens them.
 
-What was not changed is as it came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or
-not there; what was there before stays until then, whatever fails. Of an earlier export, only what is known to be ours
-is removed: a file that somebody added or changed stays, in a folder beside.
+In: the state of a model, its tokenizer and the folder that it came from. Out: a folder. What was not changed is as it
+came, to the byte. The folder is written aside, sealed and renamed, so that it is whole or not there; what was there
+before stays until then, whatever fails. Of an earlier export, only what is known to be ours is removed: a file that
+somebody added or changed stays, in a folder beside.
 """
 
 import contextlib
@@ -101,54 +102,44 @@ def export_folder(
         ExportError: it could not be written.
     """
     folder = pathlib.Path(folder).absolute()
-    if source_folder is not None and folder.resolve() == pathlib.Path(source_folder).resolve():
-        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
+    source = pathlib.Path(source_folder) if source_folder else None
+    _check_target(folder, source)
     into = None
     if dtype is not None or stored is None or not stored.files:
         name = export_dtype(hf_config, dtype)
         into = next(each for each in DTYPES.values() if each.name == name)
     writes = jax.process_index() == 0
-    aside, is_begun = _partial(folder), False
     if writes:
         check_space(folder, _num_bytes(params, into, stored))
-    with _alone(folder, say) if writes else contextlib.nullcontext():
-        try:
-            if writes:
-                aside.mkdir(parents=True)
-                is_begun = True
-                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
-                _save_tokenizer(aside, tokenizer)
-                source = pathlib.Path(source_folder) if source_folder else None
-                _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
-                settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
-            write_weights(
-                aside,
-                params,
-                family,
-                vocab_size=vocab_size,
-                dtype=into,
-                stored=stored,
-                max_shard_bytes=max_shard_bytes,
-                writes=writes,
-            )
-            if writes:
-                seal(epath.Path(aside), but=UNFINISHED_MARK)  # Which stands until then, for a kill meanwhile.
-                (aside / UNFINISHED_MARK).unlink()
-                _rename_over(aside, folder, say)
-        except OSError as error:
-            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
-            raise ExportError(str(write_error(folder, reason))) from error
-        finally:
-            if writes and is_begun:
-                shutil.rmtree(aside, ignore_errors=True)
+    with _whole_or_not_there(folder, say, writes=writes) as aside:
+        if writes:
+            _save_tokenizer(aside, tokenizer)
+            _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+            settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
+        write_weights(
+            aside,
+            params,
+            family,
+            vocab_size=vocab_size,
+            dtype=into,
+            stored=stored,
+            max_shard_bytes=max_shard_bytes,
+            writes=writes,
+        )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
 
 
+def _check_target(folder: pathlib.Path, source: pathlib.Path | None) -> None:
+    """Refuses a folder in whose place no export may come."""
+    if source is not None and folder.resolve() == source.resolve():
+        raise ConfigError(f"{folder}: the export would replace the model that it was made from")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
+
+
 def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
-    """Of the weights as they are written: all in one dtype, or each as it was stored."""
+    """Bytes of the weights as they are written: all in one dtype, or each in that in which it was stored."""
     if into is None and stored is not None:
         tensors = stored.tensors.values()
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
@@ -157,14 +148,14 @@ def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) 
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
-    """As transformers saves it.
+    """Writes the tokenizer as transformers saves it.
 
     Raises:
         ExportError: it could not be written.
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the Rust library has no kinds of errors
+    except Exception as error:  # the Rust library raises plain Exceptions
         raise ExportError(f"the tokenizer could not be written: {error}") from error
 
 
@@ -186,7 +177,7 @@ def _write_configs(
     _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
     generation_config = load_generation_config(source) if source else {}
     if changes := _new_ids(generation_config, tokenizer, stop_ids):
-        # With this mark, transformers would make the file anew from config.json.
+        # With this key, transformers would write the file anew from config.json.
         generation_config.pop("_from_model_config", None)
     if not generation_config:
         known = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
@@ -196,7 +187,7 @@ def _write_configs(
 
 
 def _new_ids(config: dict[str, Any], tokenizer: Any, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """The special ids that a config has to say otherwise; bos and pad only where it speaks of them."""
+    """The special ids that differ from those in a config; bos and pad only where the config has them."""
     ids: dict[str, Any] = {}
     if set(_as_list(config.get("eos_token_id"))) != set(stop_ids):
         ids["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)
@@ -212,7 +203,7 @@ def _as_list(ids: Any) -> list[int]:
 
 
 def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Path | None) -> None:
-    """As the source's file of this name lays it out, and its very bytes where it says the same."""
+    """Writes a config in the layout of the source's file of this name, and as its very bytes where nothing differs."""
     before = source / path.name if source else None
     if before is None or not before.is_file():
         path.write_bytes(dump_json(dict(sorted(config.items()))))
@@ -234,8 +225,38 @@ def export_problem(folder: pathlib.Path) -> str | None:
 
 
 @contextlib.contextmanager
+def _whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writes: bool) -> Iterator[pathlib.Path]:
+    """A folder to write to, which takes the place of `folder` if nothing fails, and is removed if something does.
+
+    Only the process that `writes` makes and renames it; the others get its path.
+
+    Raises:
+        ExportError: what failed.
+    """
+    aside, is_begun = _partial(folder), False
+    with _alone(folder, say) if writes else contextlib.nullcontext():
+        try:
+            if writes:
+                aside.mkdir(parents=True)
+                is_begun = True
+                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+            yield aside
+            if writes:
+                # The mark stays until the folder is sealed, so that one whose export was killed is known as ours.
+                seal(epath.Path(aside), but=UNFINISHED_MARK)
+                (aside / UNFINISHED_MARK).unlink()
+                _rename_over(aside, folder, say)
+        except OSError as error:
+            reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
+            raise ExportError(str(write_error(folder, reason))) from error
+        finally:
+            if is_begun:
+                shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other exports to `folder` out, and makes good what one that was killed has left.
+    """Keeps other exports to `folder` out, and finishes or removes what a killed export has left.
 
     Raises:
         ExportError: another one is being written, or what stands where it would be written is not ours.
@@ -252,9 +273,9 @@ def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
         left, replaced = _partial(folder), _replaced(folder)
         was_going = (replaced / REMOVING).exists()
         for each in (left, replaced):
-            if not each.is_symlink():  # Killed while it was removed.
+            if not each.is_symlink():  # a removal that was cut off
                 finish_removing(epath.Path(each), to_the_byte=True)
-        if (left / SEAL).exists() and not left.is_symlink():  # Killed before it was renamed.
+        if (left / SEAL).exists() and not left.is_symlink():  # killed before the rename
             remove_sealed(epath.Path(left), to_the_byte=True)
         if left.exists() or left.is_symlink():
             if left.is_symlink() or not _is_marked(left):
@@ -299,7 +320,7 @@ def _rename_over(new: pathlib.Path, folder: pathlib.Path, say: Callable[[str], N
 
 
 def _put_away(folder: pathlib.Path, say: Callable[[str], None]) -> None:
-    """Removes what was written here before; what of it is not as we wrote it goes to a folder beside."""
+    """Removes the export that stood here before; files of it that are not as we wrote them go to a folder beside."""
     old = _replaced(folder)
     if not old.exists():
         return

@@ -50,7 +50,7 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     import huggingface_hub
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt"] + ["*.safetensors"] * weights
-    # Some have the same weights once more: in folders, or under the names of their first authors.
+    # Some repositories hold the same weights a second time: in folders, or in the format of their authors.
     others = ["*/*", "consolidated*"]
     try:
         found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns=others))
@@ -75,7 +75,7 @@ def load_hf_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_numbers(hf_config: dict[str, Any]) -> None:
-    """transformers, asked for a tokenizer, may build as many layer types as a config.json says."""
+    """Refuses impossible numbers of layers before transformers, asked for a tokenizer, builds a list of so many."""
     is_known = hf_config.get("model_type") in list(FAMILIES)
     if problems := problems_of(hf_config) if is_known else layer_problems(hf_config):
         raise refusal(problems)
@@ -159,7 +159,7 @@ def read_chat_template(name: str) -> str:
         return template_text(name)
     path = at_home(name, "data.chat_template")
     try:
-        # Not as text, which would change the ends of its lines: an export has it as it is.
+        # Read as bytes, since reading text would change its line ends: an export holds the template as it is.
         return read_regular(path, most=MOST_CONFIG_BYTES).decode()
     except (OSError, ValueError) as error:
         near = difflib.get_close_matches(name.lower(), NAMED_TEMPLATES, n=1)
@@ -186,7 +186,7 @@ def _check_template(tokenizer: Any, where: str) -> None:
 def tokenizer_key(tokenizer: Any) -> str:
     """SHA-256 of what determines the tokens of a text (the chat template is not part of it)."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # State of the last call, which we never use.
+    # These keys hold settings of the last call, which decide nothing here.
     backend.update(truncation=None, padding=None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return hashlib.sha256(json.dumps([backend, special], sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """A model folder, opened: tokenizer and stop tokens, the structure of the model, and its parameters on a mesh.
 
-Commands that only look at data (`preview`) stop at the tokenizer; none of them reads a weight before it must.
+In: the `model` section. Out: an `OpenTokenizer`, a `Pretrained` (the model without its weights), and parameters.
+Commands that only look at data (`preview`) stop at the tokenizer; no weight is read before it is needed.
 """
 
 import math
@@ -23,7 +24,7 @@ from jaxsft.folders.export import export_dtype, export_folder
 from jaxsft.folders.gguf.model import is_gguf
 from jaxsft.folders.gguf.model import notes as gguf_notes
 from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
-from jaxsft.folders.weights.load import check_weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.load import load_params as read_params
 from jaxsft.folders.weights.stored import Stored
 from jaxsft.mesh import shardings
@@ -85,7 +86,7 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
             could never learn to stop, or none that could be the eos token.
     """
     folder = hf.model_folder(config.path, weights=False)
-    # Before the tokenizer, of which transformers would say that it is wrong if config.json is.
+    # Read before the tokenizer: where config.json is wrong, transformers would say that the tokenizer is.
     configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
     place = hf.model_folder(config.tokenizer or config.path, weights=False)
     tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
@@ -107,7 +108,7 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
     if set_eos:
         note = special_tokens.set_eos(tokenizer, stop)
         notes += [note] if note else []
-        # The first one is the tokenizer's; none is lost.
+        # The tokenizer's own comes first, and no stop token is lost.
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
     notes += special_tokens.describe_stop(tokenizer, stop)
     notes += tokenizer_files.describe_known_words(place)
@@ -130,36 +131,23 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     family = family_of(hf_config)
     decoder_config = read_decoder_config(hf_config)
     needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
-    added = tokenizer.added_tokens
-    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=added)
+    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=tokenizer.added_tokens)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
-    changes = _untied(config, decoder_config)
-    is_untied = bool(changes)
-    if max(new_ids, default=0) >= stored_vocab_size:
-        changes["vocab_size"] = max(new_ids) + 1
-    if changes:
+    untied = _untied(config, decoder_config)
+    grown = {"vocab_size": max(new_ids) + 1} if max(new_ids, default=0) >= stored_vocab_size else {}
+    if changes := untied | grown:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
-        export_dtype(hf_config, config.export_dtype)  # not to be found out after the training
-
-    def make_decoder(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(
-            decoder_config,
-            compute_dtype=compute_dtype(config),
-            param_dtype=config.param_dtype,
-            remat=config.remat,
-            unroll=config.unroll,
-            rngs=rngs,
-        )
-
+        export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
+    make_decoder = _decoder_maker(config, decoder_config)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
-        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=is_untied)
+        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=bool(untied))
         vocab_size = decoder_config.vocab_size
         notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
@@ -172,10 +160,26 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         model,
         config,
         stored_vocab_size=stored_vocab_size,
-        is_untied=is_untied,
+        is_untied=bool(untied),
         new_ids=new_ids,
         notes=tuple(notes),
     )
+
+
+def _decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callable[[nnx.Rngs], Decoder]:
+    """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for."""
+
+    def make_decoder(rngs: nnx.Rngs) -> Decoder:
+        return Decoder(
+            decoder_config,
+            compute_dtype=compute_dtype(config),
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+
+    return make_decoder
 
 
 def compute_dtype(config: ModelConfig) -> str:

@@ -5,7 +5,8 @@ each, and which were added; the model's rows for them come with its weights. The
 eos token, or the user is told that it is not. In: the files of a model and some ids. Out:
 which of these rows look as if pretraining never touched them.
 
-A template that the tokenizer came with adds nothing: what it breaks up, the model knows broken up.
+Nothing is added for the template that a tokenizer came with: where the tokenizer breaks up its marks, the model was
+trained on them broken up.
 """
 
 import re
@@ -18,9 +19,9 @@ from flax import nnx
 
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import ConfigError
-from jaxsft.folders.weights.load import read_rows, vocabulary_tables
+from jaxsft.folders.weights.check import read_rows, vocabulary_tables
 from jaxsft.folders.weights.stored import Stored
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 
 # Adding.
 
@@ -31,14 +32,14 @@ CONTROL = re.compile(
     r"|\[\|[^\[\]|\s]{1,40}\|\]"  # [|assistant|]
     r"|<(?:start|begin|end)_of_[a-z_]{1,40}>"  # <start_of_turn>
 )
-"""What nobody writes but as a control token. `<think>`, `<tool_call>`, `[INST]`, headings and the like are ordinary
-text to many models, and stay it."""
+"""Texts that are only ever written as control tokens. `<think>`, `<tool_call>`, `[INST]`, headings and the like are
+ordinary text to many models, and stay it."""
 
 TURN_END = re.compile(
     rf"\s*({CONTROL.pattern}|</s>|<(?:\w+:)?(?:eos|eot|eom|sep|end|stop)>|\[(?:EOS|EOT|EOM|SEP|END|STOP)\])",
     re.IGNORECASE,
 )
-"""What may also be a control token where it directly follows an answer."""
+"""Texts that, directly behind an answer, are control tokens as well."""
 
 ANSWER = "the answer"
 
@@ -88,7 +89,7 @@ def add_missing_tokens(tokenizer: Any, chat_template: str, *, own_template: str 
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
-    # Not normalised, or SentencePiece tokenizers would look for it with a space in front.
+    # Not normalised: otherwise SentencePiece tokenizers would look for the token with a space in front.
     tokens = [AddedToken(token, special=True, normalized=False) for token in missing]
     tokenizer.add_tokens(tokens, special_tokens=True)
     # For those who ask which tokens are special by the list, and not by each token.
@@ -130,7 +131,7 @@ def describe_added(tokenizer: Any, chat_template: str, added: Sequence[str]) -> 
     return [f"the chat template {chat_template} needs tokens that the tokenizer lacks; added: {listed}"]
 
 
-# Which token ends an answer for others.
+# Which token ends an answer for other programs.
 
 
 def set_eos(tokenizer: Any, stop: int | None) -> str | None:

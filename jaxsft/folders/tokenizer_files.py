@@ -125,8 +125,8 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
         if not is_same:
             _add(folder, before, tokenizer)
         is_same = not _use_known_words(folder) and is_same
-        # Where more of it is new than its tokens, or its class reads tokenizer.json in a way of its own, the files are
-        # those that transformers saved; as few of them as will do.
+        # If more than tokens is new in the tokenizer, or its class reads tokenizer.json in a way of its own, the files
+        # are those that transformers saved, as few of them as are needed.
         for name in () if is_same else ("tokenizer.json", "tokenizer_config.json"):
             if _is_read_as(folder, tokenizer):
                 break
@@ -182,7 +182,7 @@ def _take_out_templates(folder: pathlib.Path) -> None:
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Json]:
-    """As tokenizer.json has them."""
+    """The added tokens of a tokenizer.json."""
     names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     return {
         int(id): {"id": int(id), **{name: getattr(token, name) for name in names}}
@@ -270,7 +270,7 @@ SPECIAL_NAMES = (
 
 
 def _content(token: Any) -> Any:
-    """Of a token that a file may give as a dict with its options."""
+    """The text of a token, which a file may give as a dict with its options."""
     return token.get("content") if isinstance(token, dict) else token
 
 

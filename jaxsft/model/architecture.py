@@ -1,4 +1,8 @@
-"""What a decoder computes, as data: one record that families fill in and `decoder.py` reads."""
+"""What a decoder computes, as data: one record that families fill in and `decoder.py` reads.
+
+In: what a family read from a `config.json`. Out: a `DecoderConfig`. Nothing here is computed, and nothing knows Hugging
+Face's names.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,7 +34,7 @@ class DecoderConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of an expert, in a mixture."""
+    """Width of the MLP; in a mixture, of one expert."""
     num_heads: int
     num_kv_heads: int
     head_dim: int

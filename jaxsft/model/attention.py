@@ -1,10 +1,13 @@
 """Attention: queries of packed rows against keys of the same rows, or of a cache.
 
+In: queries, keys and values by head, and of each its segment and its position. Out: what each query gathers.
+
 One function; what may attend to what follows from segment ids and positions alone, so a packed row, a padded row and a
 half-filled cache are one case. Projections and rotary positions are `decoder.py`'s.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -70,36 +73,59 @@ def attention(
     is_self = num_keys == num_queries
     rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
     if is_self and on_cpu() and on_one_device() and num_queries > (tile := block_size or TILE):
-        # What fills up the last tile is a segment of its own: finite, and cut off again.
-        fill = -num_queries % tile
-        arrays = (_fill(x, fill) for x in (q, k, v))
-        out = attention_in_tiles(rule, tile, *arrays, sinks, _fill(q_segment_ids, fill, -1), _fill(q_positions, fill))
-        return out[:, :num_queries]
+        return _in_tiles(q, k, v, rule, sinks, segment_ids=q_segment_ids, positions=q_positions, tile=tile)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     block_size, dense = block_size or BLOCK_SIZE, functools.partial(_dense, rule=rule, sinks=sinks)
-    num_blocks = -(-num_queries // block_size)
     # Queries that fill up the last block are padding: finite, and cut off again.
-    fill = num_blocks * block_size - num_queries if num_blocks > 1 else 0
+    fill = -num_queries % block_size if num_queries > block_size else 0
     queries = [_fill(x, fill) for x in (q, q_segment_ids, q_positions)]
     keys = [k, v, kv_segment_ids, kv_positions]
-
-    reach = block_size if window is None else block_size + window - 1
-    if is_self and window is not None and reach < num_keys:
+    reach = num_keys if window is None else block_size + window - 1
+    if is_self and reach < num_keys:
         keys = [_fill(k, fill), _fill(v, fill), _fill(kv_segment_ids, fill, -1), _fill(kv_positions, fill)]
         out = _in_blocks(queries, keys, dense, block_size=block_size, reach=reach)
-        return _saved(out[:, :num_queries])
-    num_stages = min(num_blocks, NUM_STAGES) if is_self else 1
-    bounds = [num_blocks * stage // num_stages * min(block_size, num_queries) for stage in range(num_stages + 1)]
+    elif is_self:
+        out = _in_stages(queries, keys, dense, block_size=block_size)
+    else:
+        out = _in_blocks(queries, keys, dense, block_size=block_size)
+    return _saved(out[:, :num_queries])
+
+
+def _in_tiles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rule: Rule,
+    sinks: jax.Array | None,
+    *,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    tile: int,
+) -> jax.Array:
+    """Self-attention in tiles of queries and keys (`tiles.py`), of a length that need not be a multiple of them."""
+    num_queries = q.shape[1]
+    # What fills up the last tile is a segment of its own: finite, and cut off again.
+    fill = -num_queries % tile
+    arrays = (_fill(x, fill) for x in (q, k, v))
+    out = attention_in_tiles(rule, tile, *arrays, sinks, _fill(segment_ids, fill, -1), _fill(positions, fill))
+    return out[:, :num_queries]
+
+
+def _in_stages(queries: list[jax.Array], keys: list[jax.Array], dense: Callable, *, block_size: int) -> jax.Array:
+    """Self-attention as `_in_blocks`, in `NUM_STAGES` loops, each over the keys up to its own last query."""
+    length, num_keys = queries[0].shape[1], keys[0].shape[1]
+    block_size = min(block_size, length)
+    num_blocks = length // block_size
+    num_stages = min(num_blocks, NUM_STAGES)
+    bounds = [num_blocks * stage // num_stages * block_size for stage in range(num_stages + 1)]
     outs: list[jax.Array] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        seen = min(end, num_keys) if is_self else num_keys
+    for start, end in itertools.pairwise(bounds):
         stage_queries = [x[:, start:end] for x in queries]
         if outs:
             # One stage after the other: run side by side, each would hold its own scores.
             stage_queries, outs[-1] = jax.lax.optimization_barrier((stage_queries, outs[-1]))
-        outs.append(_in_blocks(stage_queries, [x[:, :seen] for x in keys], dense, block_size=block_size))
-    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
-    return _saved(out[:, :num_queries])
+        outs.append(_in_blocks(stage_queries, [x[:, : min(end, num_keys)] for x in keys], dense, block_size=block_size))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
 def _saved(out: jax.Array) -> jax.Array:
@@ -128,12 +154,13 @@ def _in_blocks(
         # The gradients of keys and values are added up over the blocks in the dtype that enters the loop.
         keys = [*(x.astype(jnp.float32) for x in keys[:2]), *keys[2:]]
 
-    # Recomputed in the backward pass, which so keeps no probabilities.
+    # Computed again in the backward pass, so that no probabilities are kept for it.
     @jax.checkpoint
     def block(start: jax.Array | int, queries: list[jax.Array]) -> jax.Array:
         seen = [*(x.astype(dtype) for x in keys[:2]), *keys[2:]]
         if reach is not None:
-            # Where fewer keys than `reach` lie before a block, later ones are there, and not allowed.
+            # Where fewer than `reach` keys lie before a block, the slice holds later ones too, which no query is
+            # allowed to see.
             first = jnp.maximum(start + block_size - reach, 0)
             seen = [jax.lax.dynamic_slice_in_dim(x, first, min(reach, length), axis=1) for x in seen]
         return dense(*queries, *seen)
@@ -173,7 +200,8 @@ def _dense(
     allowed = rule.allowed((q_segment_ids, kv_segment_ids), (q_positions, kv_positions))
     q_btkgh = q.reshape(batch, num_queries, k.shape[2], num_heads // k.shape[2], head_dim)
     einsum = functools.partial(jnp.einsum, precision=precision(q.dtype))
-    # In the order that a matmul gives them: XLA on CPU would turn [B, K, G, T, S] around, as large as they are.
+    # The dims are in the order in which a matmul gives them: for [B, K, G, T, S], XLA on CPU would transpose all
+    # scores.
     scores = rule.scores(einsum("btkgh,bskh->bktgs", q_btkgh, k, preferred_element_type=jnp.float32))
     # A finite floor: -inf - -inf would be NaN. exp of it is exactly 0, in the gradients as well.
     scores = jnp.where(allowed[:, None, :, None], scores, jnp.finfo(jnp.float32).min)

@@ -83,7 +83,7 @@ FLAGS = frozenset(
 MOST_PARAMETERS = 2**43
 """8.8 trillion, several times more than any model that was published."""
 MOST_EXPERTS = 2**18
-"""Of all layers together."""
+"""Experts of all layers together."""
 
 
 def problems_of(raw: dict[str, Any]) -> list[str]:
@@ -113,7 +113,7 @@ def layer_problems(value: Any, where: str = "") -> list[str]:
 
 
 def problem_of(key: str, value: Any, kind: Number) -> str | None:
-    """What is wrong with a number that was given, if anything; null is nobody's number."""
+    """What is wrong with a number that was given, if anything; null counts as not given."""
     is_right_type = type(value) is int or (not kind.is_whole and isinstance(value, float))
     # A NaN is between no bounds.
     if value is None or is_right_type and kind.least <= value <= kind.most:

@@ -57,7 +57,7 @@ class Output(NamedTuple):
     cache: Cache | None
     """The cache that was given, with the new tokens."""
     router: RouterSums | None
-    """Of each layer of a mixture: leaves with a leading L."""
+    """Sums of the routers of a mixture: leaves with a leading L."""
 
 
 class Slots(NamedTuple):
@@ -322,11 +322,12 @@ class Decoder(nnx.Module):
 
         def scan(x: jax.Array, of_layers: Any) -> tuple[jax.Array, Any]:
             def body(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
-                # A loop of one turn is none to the compiler.
+                # The compiler unrolls a loop of one turn, which then is no barrier.
                 return run(x, kinds[:period], of_period, in_scan=scanned > period)
 
             if period == 1:
-                # Unchanged on their way in, the weights are what the backward pass reads; of slices it keeps copies.
+                # The weights enter the scan as they are, so the backward pass reads these; of reshaped ones it would
+                # keep copies.
                 layer = make_layer(kinds[0], in_scan=scanned > 1)
                 return jax.lax.scan(lambda x, of_layer: layer(x, of_layer[0], slots, of_layer[1]), x, of_layers)
             periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)

@@ -348,6 +348,6 @@ def block_of(plan: Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     count, slots = plan.counts[expert], jnp.arange(plan.block_size)
     num_before = plan.block_ends[expert] - -(-count // plan.block_size)
     at = (i - num_before) * plan.block_size + slots
-    beyond = plan.order.size + slots  # each another one, as a scatter of unique indices asks for
+    beyond = plan.order.size + slots  # all different, since the scatter is promised unique indices
     choice = jnp.where(at < count, plan.order[plan.starts[expert] + at], beyond)
     return expert, jnp.where(at < count, choice // plan.top_k, beyond), choice

@@ -1,5 +1,8 @@
 """The fields of a model's `config.json`, as its family reads them: each one read, or known to say nothing, or refused.
 
+In: a `config.json` as it was read. Out: `Fields`, of which a family makes a `DecoderConfig`; or one `ConfigError` with
+all that this program does not compute.
+
 transformers' config classes fill in what a file leaves out and bring older spellings to one form (`rope_parameters`,
 `layer_types`), so a family reads the values that transformers would compute with.
 """
@@ -8,6 +11,7 @@ import copy
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from jaxsft.config import ConfigError
@@ -16,74 +20,20 @@ from jaxsft.model.bounds import problems_of
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 from jaxsft.model.rope import Rope
 
-HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "cache_implementation",
-        "chunk_size_feed_forward",
-        "classifier_dropout",
-        "custom_pipelines",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "dtype",
-        "early_stopping",
-        "eos_token_id",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "keys_to_ignore",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "max_sequence_length",
-        "min_length",
-        "model_max_length",
-        "model_type",
-        "name_or_path",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "prefix",
-        "pretraining_tp",
-        "problem_type",
-        "repetition_penalty",
-        "return_dict",
-        "router_aux_loss_coef",
-        "sep_token_id",
-        "seq_length",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-        "task_specific_params",
-        "temperature",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "typical_p",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_cache",
-        "use_flash_attn",
-    ]
-)
+HARMLESS = frozenset([
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
+    "classifier_dropout", "custom_pipelines", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_decoder", "is_encoder_decoder", "is_llama_config", "keys_to_ignore", "label2id", "length_penalty",
+    "max_length", "max_sequence_length", "min_length", "model_max_length", "model_type", "name_or_path",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "repetition_penalty",
+    "return_dict", "router_aux_loss_coef", "sep_token_id", "seq_length", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers.js_config",
+    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+    "use_flash_attn",
+])  # fmt: skip
 """Fields that say nothing about the model's mathematics."""
 
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
@@ -205,71 +155,49 @@ class Fields:
             interleaved: pairs are neighbours.
             partial: the family reads `partial_rotary_factor` of an unscaled rope, too; all read that of a scaled one.
         """
+        fields = self._rope_fields(layer_type)
+        kind: Any = fields("rope_type") or "default"
+        fields("type")
+        dim = self._rotated_dims(fields, kind, partial=partial)
+        theta = float(fields("rope_theta"))
+        if kind not in list(ROPE_SCALINGS):
+            known = ", ".join(ROPE_SCALINGS)
+            self.problem(f"{fields.where}.rope_type: {kind!r}; computed are {known}")
+            return Rope(dim, 1e4)
+        values = ROPE_SCALINGS[kind](self, fields, dim)
+        if kind in ("yarn", "longrope", "llama3"):
+            # Older configs have this field outside of the dict of rope parameters.
+            beside = self("original_max_position_embeddings")
+            if beside not in (None, values["original_max_position"]):
+                original = values["original_max_position"]
+                self.problem(f"original_max_position_embeddings: {beside}, but {fields.where} has {original}")
+        fields.finish()
+        return Rope(dim, theta, interleaved=interleaved, scaling=kind, **values)
+
+    def _rope_fields(self, layer_type: str | None) -> "_RopeFields":
+        """The dict of rope parameters of all layers, or of one layer type where each has its own."""
         parameters, where = dict(self("rope_parameters")), "rope_parameters"
-        # transformers looks for this one above the layer types, wherever it stands.
+        # transformers reads `truncate` from the outer dict only, even where each layer type has a dict of its own.
         truncate = parameters.get("truncate", True)
         if layer_type is not None and layer_type in parameters:
             for key in parameters.keys() - LAYER_TYPES - {"truncate"}:
                 self.problem(f"{where}.{key}: {parameters[key]!r} stands beside layer types, where it has no effect")
             parameters, where = dict(parameters[layer_type]), f"{where}.{layer_type}"
+        return _RopeFields(self, where, parameters, truncate=truncate)
+
+    def _rotated_dims(self, fields: "_RopeFields", kind: Any, *, partial: bool) -> int:
+        """How many dims of a head are rotated: an even number."""
         head_dim = self("head_dim") or self("hidden_size") // self("num_attention_heads")
-        fields = _RopeFields(self, where, parameters)
-        kind: Any = fields("rope_type") or "default"
-        fields("type")
         share = fields("partial_rotary_factor", 1.0)
         share = 1.0 if share is None else share
+        where = fields.where
         if share != 1.0 and kind == "default" and not partial:
             self.problem(f"{where}.partial_rotary_factor: {share}; model_type {self.model_type} rotates whole heads")
             share = 1.0
         dim = int(head_dim * share)
         if dim % 2 or dim < 2:
             self.problem(f"{where}: {dim} of {head_dim} dims of a head would be rotated; their number must be even")
-        values: dict[str, Any] = dict(dim=dim, theta=float(fields("rope_theta")), interleaved=interleaved)
-        if kind == "default":
-            fields("original_max_position_embeddings"), fields("factor")
-        elif kind in ("linear", "dynamic"):
-            values |= dict(factor=fields.number("factor"))
-            values |= dict(original_max_position=self("max_position_embeddings")) if kind == "dynamic" else {}
-            fields("original_max_position_embeddings")
-        elif kind == "llama3":
-            keys = ("factor", "low_freq_factor", "high_freq_factor")
-            values |= {key: fields.number(key) for key in keys}
-            values |= dict(original_max_position=int(fields.number("original_max_position_embeddings")))
-        elif kind == "yarn":
-            original = int(fields.number("original_max_position_embeddings"))
-            factor = fields("factor") or self("max_position_embeddings") / original
-            fields("truncate")
-            values |= dict(
-                factor=float(factor),
-                original_max_position=original,
-                attention_factor=_yarn_attention_factor(fields, factor),
-                beta_fast=float(fields("beta_fast") or 32),
-                beta_slow=float(fields("beta_slow") or 1),
-                truncate=truncate,
-            )
-        elif kind == "longrope":
-            original = int(fields.number("original_max_position_embeddings"))
-            factor = fields("factor") or self("max_position_embeddings") / original
-            attention_factor = fields("attention_factor")
-            if attention_factor is None:
-                attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            factors = {f"{name}s": tuple(map(float, fields(name) or ())) for name in ("short_factor", "long_factor")}
-            for name, numbers in factors.items():
-                if len(numbers) != dim // 2:
-                    self.problem(f"{where}.{name[:-1]}: {len(numbers)} numbers, but {dim // 2} pairs are rotated")
-            values |= dict(original_max_position=original, attention_factor=float(attention_factor), **factors)
-        else:
-            self.problem(f"{where}.rope_type: {kind!r}; computed are default, linear, dynamic, yarn, longrope, llama3")
-            return Rope(dim, 1e4)
-        if kind in ("yarn", "longrope", "llama3"):
-            # The older words have this one beside the dict.
-            beside = self("original_max_position_embeddings")
-            if beside not in (None, values["original_max_position"]):
-                self.problem(
-                    f"original_max_position_embeddings: {beside}, but {where} has {values['original_max_position']}"
-                )
-        fields.finish()
-        return Rope(scaling=kind, **values)
+        return dim
 
     def layers(self, *, ropes: dict[str, int | None] | None = None) -> tuple[LayerKind, ...]:
         """The layers of a config with `layer_types`, or with none: full attention, or all with `sliding_window`.
@@ -318,8 +246,11 @@ class Fields:
 class _RopeFields:
     """One dict of rope parameters, read like `Fields`."""
 
-    def __init__(self, hf: Fields, where: str, values: dict[str, Any]):
-        self._hf, self._where, self._values, self._unread = hf, where, values, set(values)
+    def __init__(self, hf: Fields, where: str, values: dict[str, Any], *, truncate: bool):
+        self._hf, self._values, self._unread = hf, values, set(values)
+        self.where = where
+        """Path of the dict in config.json, for messages."""
+        self.truncate = truncate
 
     def __call__(self, key: str, default: Any = None) -> Any:
         self._unread.discard(key)
@@ -328,14 +259,47 @@ class _RopeFields:
     def number(self, key: str) -> float:
         value = self(key)
         if not isinstance(value, int | float):
-            self._hf.problem(f"{self._where}.{key}: {value!r}; rope_type {self._values['rope_type']!r} needs a number")
+            self._hf.problem(f"{self.where}.{key}: {value!r}; rope_type {self._values['rope_type']!r} needs a number")
             return 1.0
         return float(value)
 
     def finish(self) -> None:
         for key in sorted(self._unread):
             if self._values[key]:
-                self._hf.problem(f"{self._where}.{key}: {self._values[key]!r} is not known")
+                self._hf.problem(f"{self.where}.{key}: {self._values[key]!r} is not known")
+
+
+def _unscaled(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    fields("original_max_position_embeddings"), fields("factor")
+    return {}
+
+
+def _linear(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    fields("original_max_position_embeddings")
+    return dict(factor=fields.number("factor"))
+
+
+def _dynamic(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    return _linear(hf, fields, dim) | dict(original_max_position=hf("max_position_embeddings"))
+
+
+def _llama3(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    numbers = {key: fields.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    return numbers | dict(original_max_position=int(fields.number("original_max_position_embeddings")))
+
+
+def _yarn(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    original = int(fields.number("original_max_position_embeddings"))
+    factor = fields("factor") or hf("max_position_embeddings") / original
+    fields("truncate")
+    return dict(
+        factor=float(factor),
+        original_max_position=original,
+        attention_factor=_yarn_attention_factor(fields, factor),
+        beta_fast=float(fields("beta_fast") or 32),
+        beta_slow=float(fields("beta_slow") or 1),
+        truncate=fields.truncate,
+    )
 
 
 def _yarn_attention_factor(fields: _RopeFields, factor: float) -> float:
@@ -348,6 +312,30 @@ def _yarn_attention_factor(fields: _RopeFields, factor: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
+
+
+def _longrope(hf: Fields, fields: _RopeFields, dim: int) -> dict[str, Any]:
+    original = int(fields.number("original_max_position_embeddings"))
+    factor = fields("factor") or hf("max_position_embeddings") / original
+    attention_factor = fields("attention_factor")
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    factors = {f"{name}s": tuple(map(float, fields(name) or ())) for name in ("short_factor", "long_factor")}
+    for name, numbers in factors.items():
+        if len(numbers) != dim // 2:
+            hf.problem(f"{fields.where}.{name[:-1]}: {len(numbers)} numbers, but {dim // 2} pairs are rotated")
+    return dict(original_max_position=original, attention_factor=float(attention_factor), **factors)
+
+
+ROPE_SCALINGS: dict[str, Callable[[Fields, _RopeFields, int], dict[str, Any]]] = {
+    "default": _unscaled,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+}
+"""`rope_type` to what reads its parameters: arguments of `Rope`, for so many rotated dims."""
 
 
 def refusal(problems: list[str]) -> ConfigError:

@@ -1,5 +1,7 @@
 """The parts of a decoder layer: linear maps, norms, the MLP and its activations, and what becomes of logits.
 
+In: hidden states [B, T, ...]. Out: hidden states, or logits.
+
 Weights are born here, each with the letters of its dims as `axes`; `mesh.py` turns letters into shardings and
 `families/` turns them into Hugging Face layouts. The layers of a model are stacked: a weight is made with a leading
 dim `l`, and what runs inside the scan over layers is the same module with that dim taken off.
@@ -173,7 +175,8 @@ class Logits:
     soft_cap: float | None = None
 
     def __call__(self, products: jax.Array, *, first_id: jax.Array | int = 0) -> jax.Array:
-        """Logits of float32 products [..., V], whose first column is token `first_id`; the lowest float where none."""
+        """Logits of float32 products [..., V], whose column 0 is token `first_id`; the lowest float where there is no
+        token."""
         logits = products * self.scale if self.scale != 1.0 else products
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)

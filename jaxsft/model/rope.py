@@ -1,5 +1,7 @@
 """Rotary positions: frequencies of all the ways to stretch a context, and the rotation of queries and keys.
 
+In: positions, and a `Rope` that a family has read. Out: queries and keys, turned by the angles of their positions.
+
 A model may have several (`Rope` records): one for its local layers, another for its global ones. Frequencies are
 rounded to float32 step by step as in transformers' modeling_rope_utils, as an error of 1e-7 in a frequency is one of
 1e-3 radians at position 10,000. The power alone is taken in float64 and rounded: torch's is correctly rounded, numpy's

@@ -1,5 +1,7 @@
 """Self-attention of packed rows on one CPU device, tile by tile: those (queries x keys) that hold an allowed pair.
 
+In and out as in `attention.py`, which calls this where it is the faster way.
+
 A row of many short examples so costs what these cost, and nothing of the size T x T is ever held. Which tiles are
 needed is known when the step runs: the loops over them have a dynamic length, so the gradients are a rule of their own.
 Softmax runs along (maximum and total of what was seen so far), and is kept for the backward pass as its logarithm
@@ -102,7 +104,7 @@ def _forward(rule: Rule, tile: int, *arrays: Any) -> tuple[jax.Array, Any]:
     totals = _over_tiles(rule, tile, positions, add, (jnp.zeros(q_tiles.shape, jnp.float32), maximum, total))
     out, maximum, total = totals
     out = _ungrouped(out / total[..., None]).astype(q.dtype)
-    # Kept by remat, both: so it runs no loop again.
+    # Remat keeps both, so that it runs no loop again.
     out, log_total = (checkpoint_name(x, SAVED_NAME) for x in (out, maximum + jnp.log(total)))
     return out, (*arrays, out, log_total)
 
@@ -210,7 +212,7 @@ def _over_tiles(rule: Rule, tile: int, positions: jax.Array, add: Callable[[Tile
             return totals
 
         if needed.size == 1:
-            # Of a loop over this one, XLA would make the matmuls beforehand, needed or not.
+            # XLA would move the matmuls out of a loop over a single tile, and compute them whether needed or not.
             of_this = functools.partial(of_kind, 0)
             totals = jax.lax.cond(needed.reshape(()), of_this, lambda totals: totals, totals)
         else:

@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
     step: int
     row: int
-    """Of the step's batch, from 0."""
+    """Number within the step's batch, from 0."""
     row_id: int
     """What the loader calls that row."""
     segment: int
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     """An example to show."""
 
     example: int
-    """Of the dataset."""
+    """Number in the dataset."""
     place: Place | None
     """None: not in the first epoch, or too late in it to be looked for."""
     reasons: tuple[str, ...]
@@ -101,7 +101,7 @@ def _survey(
     num_rows = 0
     for step in range(loader.steps_per_epoch):
         for row, row_id in enumerate(loader.row_ids(step)):
-            if not 0 <= row_id < loader.num_rows:  # Padding, or of a stream's next window.
+            if not 0 <= row_id < loader.num_rows:  # padding, or a row of a stream's next window
                 continue
             examples = loader.examples_in_row(int(row_id))
             drawn += np.bincount(np.searchsorted(bounds, examples, side="right"), minlength=len(bounds))

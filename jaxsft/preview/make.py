@@ -22,9 +22,9 @@ from jaxsft.preview.pieces import injections, make_pieces
 from jaxsft.preview.records import Example, Gap, Preview, Row, Segment, Totals
 
 MOST_TOKENS = 40_000
-"""Shown token by token, in all: what a browser and a mailbox take without a murmur."""
+"""Tokens that are shown one by one, in all: a page that a browser opens and a mailbox takes."""
 MOST_RUNS = 60
-"""Of a segment."""
+"""Stretches of a segment that are listed one by one."""
 MOST_NOTES = 50
 
 

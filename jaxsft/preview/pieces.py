@@ -22,9 +22,9 @@ class Piece(NamedTuple):
     position: int
     """Of its first token in the example."""
     weight: float
-    """As a target; 0 is context."""
+    """Weight as a target; 0 is context."""
     writer: str
-    """Who wrote it, one of `chat.WRITERS`."""
+    """Who wrote it, one of `chat.encoder.WRITERS`."""
     is_special: bool
     """A token that no text spells, such as `<|im_start|>`."""
     is_stop: bool
@@ -104,7 +104,8 @@ def _texts(tokens: Sequence[int], tokenizer: Tokenizer, special: set[int]) -> It
                 pending = text
                 continue
             if pending and text.startswith(pending):
-                # Nothing came of waiting: the sign stands for itself, or for bytes that are no text.
+                # Further tokens did not complete a character: the replacement sign is text itself, or stands for bytes
+                # that are no text.
                 yield pending, end - 1 - done
                 text, done = text[len(pending) :], end - 1
         yield text, end - done
@@ -130,7 +131,7 @@ def injections(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[Injection
     is_system = True
 
     def close() -> None:
-        while run and run[0].text.strip() in _HEADERS:  # What names whose text follows is markup.
+        while run and run[0].text.strip() in _HEADERS:  # Words that name whose text follows are markup.
             del run[0]
         text = "".join(piece.text for piece in run)
         if len(_WORD.findall(_TAG.sub(" ", text))) >= NUM_WORDS and not all(piece.weight for piece in run):

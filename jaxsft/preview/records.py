@@ -40,9 +40,9 @@ class Source(NamedTuple):
     longest: Longest
     draws_per_epoch: float
     asked_share: float
-    """Of all draws."""
+    """Share of all draws, as the config asks for it."""
     realised_share: float
-    """Of the draws in the rows of the first epoch, as far as they were looked through."""
+    """Share of the draws in the rows of the first epoch, as far as they were looked through."""
 
 
 class Loss(NamedTuple):
@@ -83,14 +83,14 @@ class Totals(NamedTuple):
     tokens: int
     trained_tokens: int
     packed_rows: int
-    """Of the first epoch, or of a stream's first window."""
+    """Rows of the first epoch, or of a stream's first window."""
     drawn_examples: float
     """Per epoch."""
     fill: float
     """Share of the positions of `packed_rows` that hold tokens."""
     steps_per_epoch: int
     step_examples: int
-    """Of step 0, as the next three."""
+    """Examples in step 0; the next three are of step 0, too."""
     step_tokens: int
     step_trained_tokens: int
     step_positions: int
@@ -100,7 +100,7 @@ class Segment(NamedTuple):
     """An example in its row."""
 
     example: int
-    """Of the dataset."""
+    """Number in the dataset."""
     shown: int | None
     """Its number among the examples of the preview."""
     num_tokens: int

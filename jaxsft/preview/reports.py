@@ -1,4 +1,8 @@
-"""What became of the rows, from the reports of prepared sources: numbers, and what they mean in a sentence."""
+"""What became of the rows, from the reports of prepared sources: numbers, and what they mean in a sentence.
+
+In: a dataset with the reports of its sources. Out: records for the preview (`records.py`), and lines of facts for the
+terminal and the page.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +43,7 @@ REMEDIES = {
     "reasoning": "data.reasoning=drop would leave the reasoning out",
     "image-or-audio": "only text can be trained",
 }
-"""Of bad rows, by code."""
+"""Code of a bad row -> what would help."""
 
 
 def losses(report: Mapping[str, Any], seq_len: int) -> tuple[Loss, ...]:
@@ -73,7 +77,7 @@ def counts(report: Mapping[str, Any]) -> tuple[Count, ...]:
         if name.startswith("turns_by_"):
             meaning = "how their beginning was found: " + FOUND_BY.get(name.removeprefix("turns_by_"), "")
         found.append(Count(name, count, meaning))
-    # What is unusual comes first.
+    # The unusual ones first.
     return tuple(sorted(found, key=lambda each: each.name.startswith("turns_by_")))
 
 

@@ -1,4 +1,7 @@
-"""The preview in a terminal: in colour, or in plain signs where there is none (NO_COLOR, a pipe)."""
+"""The preview in a terminal: in colour, or in plain signs where there is none (NO_COLOR, a pipe).
+
+In: the `Preview`. Out: text on the terminal. Every text of the data is printed so that no character of it acts.
+"""
 
 import itertools
 from collections.abc import Iterable

@@ -1,4 +1,6 @@
-"""What must be known to read the numbers of others beside ours, in sentences about one run.
+"""What must be known to read the numbers of others beside ours.
+
+In: the columns of a file of metrics. Out: sentences about that run.
 
 What they say of transformers' Trainer and of TRL was read in their source (5.23 and 1.16), of W&B in its documentation
 and client (0.31).

@@ -36,7 +36,7 @@ COLOURS = ("#0072B2", "#D55E00", "#008A64", "#9C4A8B", "#7A6400", "#555B66")
 """On light ground: the hues of Okabe and Ito (2008), which colour-blind eyes tell apart, dark enough for thin lines."""
 INK = "#222831"
 DASHES = ((), (8, 5), (2, 2), (9, 3, 2, 3))
-"""So that a line that lies on another is seen, and as a second mark beside the colour."""
+"""Dashes of the lines: they show a line that lies on another, and tell lines apart without their colours."""
 
 
 class Curve(NamedTuple):
@@ -186,7 +186,7 @@ def plot(panels: Sequence[Panel], path: epath.Path, *, title: str) -> None:
     names = {curve.run: curve.name for panel in panels for curve in panel.curves}
     head = 0.25 + 0.22 * -(-len(names) // 4)  # inches: the title, and four names on a line
     size = (5.6 * columns, 2.9 * rows + head)
-    # No name of a run is a formula.
+    # The name of a run is text, and never a formula.
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": INK}):
         figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):

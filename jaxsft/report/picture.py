@@ -1,4 +1,7 @@
-"""The picture of one run: `loss.png` beside its `metrics.jsonl`."""
+"""The picture of one run: `loss.png` beside its `metrics.jsonl`.
+
+In: a run folder. Out: its picture, in the place of an earlier one of ours.
+"""
 
 import io
 from collections.abc import Callable
@@ -9,7 +12,7 @@ from etils import epath
 from jaxsft.config import ConfigError
 from jaxsft.disk.pages import MAKER, write_page
 from jaxsft.disk.writing import set_aside
-from jaxsft.training.writers import read_metrics
+from jaxsft.training.metrics_file import read_metrics
 
 PICTURE = "loss.png"
 INK, TRAINED, HELD_OUT, RIGHT = "#333333", "#4878a8", "#c44e52", "#4c9a5b"
@@ -65,7 +68,7 @@ def plot_run(folder: epath.Path, *, say: Callable[[str], None] = lambda text: No
     pyplot.close(figure)
     try:
         write_page(path, drawn.getvalue())
-    except ConfigError:  # A damaged picture must not keep a run from ending.
+    except ConfigError:  # A damaged picture must not be the reason for which a run fails at its end.
         say(f"{path} is not a picture of ours: renamed to {set_aside(path).name}")
         write_page(path, drawn.getvalue())
     return path

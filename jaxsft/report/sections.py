@@ -20,7 +20,7 @@ FIGURES = {
     "memory_gib": ("peak memory, GiB", "{:,.2f}"),
     "startup_seconds": ("seconds to the first step", "{:,.1f}"),
 }
-"""Of a run: what they are called and how they are written."""
+"""Figures of a run -> what they are called and how they are written."""
 
 KINDS = {
     "jaxsft": "jaxsft",
@@ -172,7 +172,7 @@ def _setting(value: Any) -> str:
 
 
 def caveats_card(runs: Sequence[Run]) -> str:
-    """By run, those that several share once."""
+    """The caveats by run; one that several runs share is shown once."""
     owners: dict[str, list[str]] = {}
     for run in runs:
         for caveat in run.caveats:

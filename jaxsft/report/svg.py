@@ -13,7 +13,7 @@ from jaxsft.report.curves import COLOURS, DASHES, X_LABELS, Curve, Panel
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 8, 40
 MAX_POINTS = 2 * (WIDTH - LEFT - RIGHT)
-"""Of a line before it is thinned: more than the eye can tell apart."""
+"""Points of a line beyond which it is thinned: more than the eye can tell apart."""
 
 
 def draw(panel: Panel) -> str:
@@ -87,7 +87,7 @@ class _Place:
     def y(self, value: float) -> float:
         low, high = self._y
         share = ((math.log10(value) if self._is_log else value) - low) / (high - low)
-        # What lies above the top runs out of the picture, but no further than a line needs to look so.
+        # A value far above the top is drawn at one and a half heights: its line leaves the picture all the same.
         return HEIGHT - BOTTOM - min(share, 1.5) * (HEIGHT - TOP - BOTTOM)
 
 
@@ -153,7 +153,7 @@ def _path(x: Sequence[float], y: Sequence[float], place: _Place) -> str:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
-    """Of a long line the first, lowest, highest and last point in each column of a pixel, so that spikes stay."""
+    """The first, lowest, highest and last point of a long line in each column of pixels, so that spikes stay."""
     if len(points) <= MAX_POINTS:
         return points
     columns: dict[int, list[tuple[float, float]]] = {}

@@ -62,7 +62,7 @@ def _column(name: str, index: int) -> str:
 
 
 def _runs_of_chart(columns: list[str]) -> dict[str, dict[str, str]]:
-    """By run: column to metric, where the columns are those of a W&B chart."""
+    """Run -> column -> metric, where the columns are those of a W&B chart."""
     runs: dict[str, dict[str, str]] = {}
     for column in columns:
         found = re.fullmatch(r"(.+) - (.+)", column)
@@ -103,5 +103,5 @@ def _of_chart(
 
 
 def _meaning(columns: Sequence[str]) -> tuple[str, ...]:
-    """Trainer is known by the name that it gives its steps."""
+    """Columns of transformers' Trainer are recognised by the name that it gives its steps."""
     return trainer_caveats(columns, logging_steps=None) if "train/global_step" in columns else (MEANING,)

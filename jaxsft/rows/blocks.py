@@ -12,7 +12,7 @@ from jaxsft.rows.flags import read_flags
 from jaxsft.rows.strict import BadRow, check_text, kind_of, short
 
 Pieces = list[tuple[int, int, dict[str, Any]]]
-"""Of a text: (first character, end, flags of that part alone)."""
+"""Parts of a text: (first character, end, flags of that part alone)."""
 
 
 class Parts(NamedTuple):

@@ -89,7 +89,7 @@ def _read_function(function: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _decoded(value: dict[str, Any], names: tuple[str, ...], where: str) -> dict[str, Any]:
-    """The same object; under those names, text that is the JSON of an object is that object."""
+    """A copy of the object in which, under some names, a text of JSON is replaced by the object that it spells."""
     found = {}
     for name in names:
         text = value.get(name)

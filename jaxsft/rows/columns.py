@@ -1,9 +1,9 @@
 """Rows of columnar data (Parquet, Arrow files, the hub) as the objects that were written, lossless.
 
-In: a table of Arrow. Out: what makes a row of it a dict. Columns have one type, so a library that writes objects of
-changing shape either gives each the keys of all, null where they are not there, or writes them as JSON text in a column
-of type `arrow.json` (as `datasets` does from version 5). So a null of a struct says that the key is not there, and is
-left out; JSON is decoded, and its nulls stay; a string that only looks like JSON stays a string.
+In: a table of Arrow. Out: functions that each make a dict of a row. Columns have one type, so a library that writes
+objects of changing shape either gives each the keys of all, null where they are not there, or writes them as JSON text
+in a column of type `arrow.json` (as `datasets` does from version 5). So a null of a struct says that the key is not
+there, and is left out; JSON is decoded, and its nulls stay; a string that only looks like JSON stays a string.
 
 `datasets` stores a string that is itself the JSON of something as it stands, so `4` may be the number or the text, and
 `{"a": 1}` an object or the text. Where both can be meant, the text is kept: of a number that stands where a turn or a
@@ -26,13 +26,13 @@ from jaxsft.rows.strict import (
 )
 
 Read = Callable[[Any], Any]
-"""Makes the value that was written of the one that Arrow gives."""
+"""From the value that Arrow gives to the one that was written."""
 
 
 def row_reader(schema: Any) -> Callable[[Any, int], dict[str, Any]]:
-    """What gives row `index` of a table or record batch of a schema as a dict without what is null.
+    """A function that gives row `index` of a table or record batch with this schema, as a dict without its nulls.
 
-    The function raises BadRow: JSON that is none, text that is no UTF-8.
+    The function raises BadRow for a text that should be JSON and is not, and for bytes that are not UTF-8.
     """
     features = _features(schema)
     readers = {
@@ -61,7 +61,7 @@ def row_reader(schema: Any) -> Callable[[Any, int], dict[str, Any]]:
 
 
 def parse_rows(read_row: Callable[[Any, int], dict[str, Any]], table: Any) -> Iterator[Callable[[], dict[str, Any]]]:
-    """What gives each row of a table, when it is wanted.
+    """A function for each row of a table, which parses it when it is called.
 
     The functions raise BadRow: as `row_reader` says, and for a row that is too large.
     """
@@ -78,14 +78,14 @@ def _refuse_large() -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Objects whose nulls say that a key is not there: left out, at every depth."""
+    """The value without the nulls of its objects, at every depth: here a null says that the key is not there."""
     if isinstance(value, dict):
         return {name: without_nulls(part) for name, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """The types that `datasets` noted, which know of JSON where the Arrow type was lost on the way."""
+    """The types that `datasets` wrote into the schema: they know of JSON even where the Arrow type was lost."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -94,7 +94,8 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _reader(field: Any, feature: Any, path: tuple[str, ...]) -> Read | None:
-    """What reads a field; None where its values are as they were written. `path` leads to it, without lists."""
+    """A function that reads the values of a field; None where Arrow gives them as they were written. `path` is the
+    names that lead to the field, without lists."""
     import pyarrow.types as types
 
     kind, metadata = field.type, field.metadata or {}
@@ -140,7 +141,7 @@ def _decoded(text: Any, path: tuple[str, ...]) -> Any:
     try:
         value = parse_json(text)
     except BadRow as bad:
-        if bad.code != "bad-json":  # A text, for objects with a key twice or the like are never written.
+        if bad.code != "bad-json":  # A text that only looks like JSON: `datasets` never writes a key twice.
             return text
         raise BadRow(bad.code, f"column {path[0]!r}: {bad}") from None
     if isinstance(value, dict | list):
@@ -148,7 +149,7 @@ def _decoded(text: Any, path: tuple[str, ...]) -> Any:
         if is_as_datasets:
             return value
         return ObjectAsWritten(value, text) if isinstance(value, dict) else ListAsWritten(value, text)
-    # The text of a row or a turn, not a value of a call.
+    # Whether this is the text of a row or a turn, and not a value in the arguments of a call.
     has_text = (
         len(path) == 1 or (len(path) == 2 and path[1] in _TEXTS) or (path[1:2] == ("content",) and len(path) == 3)
     )

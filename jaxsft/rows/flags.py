@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxsft.rows.strict import BadRow, inner_json, kind_of, short
 
 MAX_WEIGHT = 1e6
-"""Largest weight of a turn or a row: many times more than can be meant, and still far from what float32 sums lose."""
+"""Largest weight of a turn or a row: more than anybody can mean, and small enough for exact sums in float32."""
 
 
 class Sense(NamedTuple):
@@ -37,7 +37,7 @@ SENSES = {
     "loss_weight": Sense("either", any_role=True),
     "masked": Sense("flag", is_inverted=True),
 }
-"""Theirs -> what it says. Of one turn or block; several multiply."""
+"""Key of a turn or a block -> what it says. Where there are several, their weights are multiplied."""
 
 DETAILS = ("train_detail", "training_detail")
 """Axolotl's ranges of characters of a turn's content."""
@@ -139,8 +139,8 @@ def weigh_parts(
 ) -> tuple[Ranges, dict[str, Any]]:
     """The weights of parts of a text, given as (first character, end, flags of its own), and the flags of the turn.
 
-    A part without flags is as its turn. A part that is to be trained whatever its role makes its turn one that is; in a
-    turn that is not the assistant's, nothing else is trained then.
+    A part without flags has those of its turn. If a part is to be trained whatever its role (`train`), its turn counts
+    as trained; if that turn is not the assistant's, its other parts then have weight 0.
     """
     if not any(own for _, _, own in parts):
         return [], flags
@@ -161,7 +161,7 @@ def weigh_parts(
 
 
 def within(weights: Ranges, start: int, end: int) -> Ranges:
-    """The weights of a part of a text, by its own characters: where a text is taken apart, its parts keep theirs.
+    """The weighted ranges that fall into a part of a text, counted from the first character of the part.
 
     within([(0, 4, 0.0)], 2, 9) == [(0, 2, 0.0)]
     """
@@ -201,7 +201,7 @@ def refuse_flags(unknown: Mapping[str, Sequence[Any]], where: str, ignored: Coll
 
 
 def could_be_flag(values: Sequence[Any]) -> bool:
-    """Whether there is a flag among the values: true or false, or 0 or 1 where no number says that it counts."""
+    """Whether the values may be flags: some are true or false, or some are 0 or 1 and no number is beyond these."""
     if any(isinstance(value, bool) for value in values):
         return True
     if any(isinstance(value, str) and value.strip().lower() in ("true", "false") for value in values):

@@ -18,7 +18,7 @@ class Conversation(NamedTuple):
     """Messages before this index are never trained: the prompt of a prompt/completion row."""
     origin: str = ""
     weight: float = 1.0
-    """Of all that is trained in it."""
+    """Multiplies the weight of everything that is trained in it."""
     train_on: str | None = None
     """"last_turn" where the row asks for it, whatever the config says."""
     unread_keys: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 In: a list of turns (`role`/`content`, or ShareGPT's `from`/`value`), tools and template variables as they stand in a
 row. Out: checked messages in one spelling, or a `BadRow` that says which turn is bad and why. Which column holds the
-turns is left to `formats.py`; what a template makes of them to `chat.py`.
+turns is left to `readings.py`; what a template makes of them to `chat/`.
 
 What becomes one spelling:
 - keys: those of the config's map first.
@@ -57,7 +57,7 @@ READ_KEYS = (
 """Keys of a turn that are read."""
 
 _KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", REASONING[0], *OURS}
-"""Of a message, once it is read."""
+"""Keys that a message has once it is read."""
 
 
 class Spelling(NamedTuple):
@@ -116,10 +116,10 @@ def unread_keys(messages: Sequence[Message], spelling: Spelling) -> dict[str, in
 
 
 def _is_same_turn(before: Message, call: Message) -> bool:
-    """Whether a bare call belongs to the message before it: a turn that thinks first is one of its own."""
+    """Whether a call without text belongs to the message before it. A call with reasoning is a turn of its own."""
     if before.get("role") != "assistant" or REASONING[0] in call:
         return False
-    # Of parallel calls the first says whether they are trained.
+    # Of parallel calls, the first may say for all of them whether they are trained.
     is_call = bool(before.get("tool_calls")) and not before["content"]
     return _flags(before) == _flags(call) or (is_call and not _flags(call))
 
@@ -143,23 +143,11 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
 
     Keys that are not known are added to `unknown`, with their values.
     """
-    if isinstance(turn, str):
-        turn = inner_json(turn, "wrong-type", f"{where}: expected an object with role and content; ")
-    if not isinstance(turn, dict):
-        raise BadRow("wrong-type", f"{where}: expected an object with role and content, got {kind_of(turn)}")
-    # A null says that the key is not there, in columnar files and for transformers alike.
-    message = {key: value for key, value in turn.items() if value is not None}
-    if spelling.keys:
-        message = _renamed(message, spelling.keys, where)
-    for key in spelling.ignored:
-        message.pop(key, None)
-    theirs = message.pop("from", None)
-    role = read_role(message.pop("role", theirs), where, spelling.roles)
-    message = {"role": role, **message}
-    if "content" not in message and "value" in message:
-        message["content"] = message.pop("value")
+    message = _with_role(turn, where, spelling)
+    role = message["role"]
     where = f"{where} ({role})"
-    if len(message) == 2 and type(message.get("content")) is str and role != CALLER:  # As most turns are.
+    # Most turns are a role and a text, and nothing else.
+    if len(message) == 2 and type(message.get("content")) is str and role != CALLER:
         check_text(message["content"], f"{where}: content")
         _check_not_empty(message, where)
         return [message], False
@@ -210,6 +198,26 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
         return results, False
     _check_not_empty(message, where)
     return [*results, message], False
+
+
+def _with_role(turn: Any, where: str, spelling: Spelling) -> Message:
+    """A turn as a message with our names of `role` and `content`; its other keys are as they were."""
+    if isinstance(turn, str):
+        turn = inner_json(turn, "wrong-type", f"{where}: expected an object with role and content; ")
+    if not isinstance(turn, dict):
+        raise BadRow("wrong-type", f"{where}: expected an object with role and content, got {kind_of(turn)}")
+    # A null says that the key is not there, in columnar files and for transformers alike.
+    message = {key: value for key, value in turn.items() if value is not None}
+    if spelling.keys:
+        message = _renamed(message, spelling.keys, where)
+    for key in spelling.ignored:
+        message.pop(key, None)
+    theirs = message.pop("from", None)
+    role = read_role(message.pop("role", theirs), where, spelling.roles)
+    message = {"role": role, **message}
+    if "content" not in message and "value" in message:
+        message["content"] = message.pop("value")
+    return message
 
 
 def _renamed(message: Message, keys: Mapping[str, str], where: str) -> Message:
@@ -292,7 +300,8 @@ def _check_not_empty(message: Message, where: str) -> None:
     if content is None and not says_more:
         raise BadRow("missing-content", f"{where}: no content")
     if content is None:
-        # Empty text, since templates that take no content at all beside calls take this too, but not the reverse.
+        # Empty content, and not none: a template that takes calls without content also takes empty content, but not the
+        # reverse.
         content = message["content"] = ""
     may_be_blank = says_more or role in ("system", "developer", "tool") or message.get("weight") == 0
     if not may_be_blank and not content.strip():

@@ -1,8 +1,8 @@
 """The formats: which columns each needs, and what a row of it says.
 
 In: the columns of one row under our names. Out: its items, or a `BadRow`. A new format is one function and one entry in
-`FORMATS`. How turns are spelt is `messages.py`; which format a source has, and what makes a row bad in any of them,
-`formats.py`.
+`FORMATS`. How turns are spelt is `messages.py`; which format a source has, `detection.py`; what makes a row bad in
+every format, `formats.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,7 +81,7 @@ _ROUNDS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))
 def _round(turn: dict[str, Any]) -> list[Message]:
     """A question and its answer in one object, as in Capybara, ms-swift and XTuner; [] if it is none.
 
-    What else it says is said of the answer.
+    Its other keys go to the message of the answer.
     """
     for question, answer in _ROUNDS:
         if question in turn and answer in turn:
@@ -123,7 +123,7 @@ def _pair(
         completion = _side(answered, answers[0], spelling, after=prompt)
         if isinstance(answered, str):
             completion = [{"role": "assistant", "content": _joined(fields, reasons, answers, ())}]
-        # Of a prompt given as messages, its assistant turns are context and not trained.
+        # In a prompt that is given as messages, turns of the assistant are context and not trained.
         trained_from = 0 if isinstance(asked, str) and isinstance(answered, str) else len(prompt)
         history = _history(fields)
         return [
@@ -135,7 +135,7 @@ def _pair(
 
 
 def _text_or_turns(value: Any) -> Any:
-    """What may be either, as text where it is no list of turns."""
+    """A column that may be a list of turns or a text."""
     is_turns = isinstance(value, list) and all(
         isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in value
     )

@@ -42,7 +42,7 @@ def read_role(role: Any, where: str, declared: Mapping[str, str]) -> str:
     Args:
         role: as it stands in the row.
         where: for the error.
-        declared: theirs -> ours, of the config: these go first, and mean what they say.
+        declared: theirs -> ours, from the config; looked up before the names that are known anyway.
 
     Raises:
         BadRow: no role, one that could forge a turn, or one that nobody knows.

@@ -1,8 +1,8 @@
 """Where rows come from: files, folders, globs and hub datasets become rows, lossless, each with its file and line.
 
 In: one path of the config. Out: `Row`s in a fixed order, and a `Problem` in the place of each row that cannot be read.
-What a row means is left to `formats.py`. Files are read by `readers.py` and not by `datasets`, whose schema merging
-adds null keys and whose errors name neither file nor line.
+What a row means is left to `formats.py`. Files are read by our own readers (`READERS`) and not by `datasets`, whose
+schema merging adds null keys and whose errors name neither file nor line.
 """
 
 import collections
@@ -12,17 +12,32 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxsft.disk.writing import at_home
 from jaxsft.rows import splits
+from jaxsft.rows.arrow_files import read_arrow, read_parquet
 from jaxsft.rows.columns import parse_rows, row_reader, without_nulls
-from jaxsft.rows.readers import COMPRESSIONS, READERS, Parse, lost
+from jaxsft.rows.csv_files import read_csv, read_tsv
+from jaxsft.rows.files import COMPRESSIONS, Parse, Records, lost
+from jaxsft.rows.json_files import read_json, read_jsonl
 from jaxsft.rows.strict import BadRow, DataError
 
 __all__ = ["DataError", "Problem", "Row", "bad_rows", "is_hub", "read_rows", "source_digest", "source_files"]
+
+
+READERS: dict[str, Callable[[Path, str], Records]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
+"""What reads a file, by the end of its name; (path, how it is compressed) -> records."""
 
 
 class Row(NamedTuple):
@@ -86,7 +101,7 @@ def source_files(source: str, *, held_out: bool = False) -> list[Path]:
 
 
 def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
-    """The same, and what other splits are there.
+    """The files of `source_files`, and which other splits were left out.
 
     Raises:
         DataError: as `source_files`.
@@ -104,7 +119,7 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     elif re.search(r"[*?\[]", source):
         anchor = Path(path.anchor)
         found = [file for file in anchor.glob(str(path.relative_to(anchor))) if not file.is_dir()]
-        # What the pattern itself spells out says nothing about one file rather than another.
+        # The folders that the pattern spells out are the same for all its files, and so name no split.
         fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
         root = Path(*fixed)
         if not found:
@@ -167,7 +182,7 @@ def _read_files(paths: Sequence[Path]) -> Iterator[tuple[str, Parse]]:
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """What reads the file and how it is compressed: (".jsonl", ".gz"), (".csv", "")."""
+    """The ending that says what reads a file, and how it is compressed: (".jsonl", ".gz"), (".csv", "")."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     return (suffixes[-1], compression) if suffixes and suffixes[-1] in READERS else None
@@ -224,7 +239,8 @@ def _read_hub(source: str, skip: int, *, stream: bool) -> Iterator[tuple[str, Pa
 
 
 def _parse_hub(dataset: Any) -> Iterator[Parse]:
-    """The rows of a dataset as Arrow has them: as objects, `datasets` tells no null of the data from one of its own."""
+    """The rows of a dataset, taken from Arrow: as objects of `datasets`, nulls of the data would look like those that
+    it fills in."""
     if dataset.features is None:  # A stream whose types nobody knows beforehand.
         for fields in dataset:
             yield functools.partial(without_nulls, fields)

@@ -67,7 +67,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_value(value: Any, text: str) -> None:
-    """What a decoder lets through; `text` is the JSON that the value came from."""
+    """Refuses what Python's decoder lets through; `text` is the JSON that the value came from."""
     if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise BadRow("too-deep", TOO_DEEP)
     if "\\u" in text and not _is_unicode(value):

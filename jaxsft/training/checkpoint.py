@@ -5,8 +5,9 @@
     checkpoints/STEP/seal.json   see `seal.py`; written last
     progress.json                the newest step that was sealed
 
-Checkpoint i holds the state before step i. Saving goes on in the background while training continues. Orbax itself
-notices neither flipped bytes nor an empty folder.
+In: a state at a step. Out: a folder that a continued run restores, or nothing where the save was cut off. Checkpoint i
+holds the state before step i. Saving goes on in the background while training continues. Orbax itself notices neither
+flipped bytes nor an empty folder.
 """
 
 import concurrent.futures
@@ -97,7 +98,7 @@ class Checkpointer:
             WriteError: it would not fit.
         """
         self.wait()
-        # Not a look at the disk: another process might see the seal sooner or later than this one.
+        # The disk is not asked: another process might see the seal sooner or later than this one does.
         if step == self._at:
             return
         target = self.folder / str(step)
@@ -140,7 +141,7 @@ class Checkpointer:
             with contextlib.suppress(OSError):
                 target.rmtree()
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        # Of what the library that Orbax writes with says, the part that the system said.
+        # The library that Orbax writes with wraps the system's message in its own; only the system's part is told.
         if found := re.search(r"([^:]+) \[os_error_code=", reason):
             reason = found[1].strip()
         return SaveError(str(write_error(target, reason[:200], needed)))
@@ -259,11 +260,11 @@ class Checkpointer:
             )
 
     def _make_room(self, step: int) -> None:
-        """Nothing stands in the way of a checkpoint of this step any more."""
+        """Moves or removes what stands where a checkpoint of this step will be."""
         target = self.folder / str(step)
         if self._is_unfinished(target):
             target.rmtree()
-        if not target.is_dir():  # A file there is somebody else's; saving will say that it is in the way.
+        if not target.is_dir():  # A file in this place is not ours; saving will say that it is in the way.
             return
         self._say(f"{target}: renamed to {set_aside(target, 'passed-over').name}")
 
@@ -332,7 +333,7 @@ def all_steps(folder: epath.Path) -> list[int]:
 
 
 def sealed_steps(folder: epath.Path) -> list[int]:
-    """Those of them that were finished."""
+    """The steps whose checkpoints were finished, ascending."""
     return [step for step in all_steps(folder) if (folder / str(step) / SEAL).exists()]
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from jaxsft.batches.loader import Loader
 from jaxsft.batches.stream import StreamLoader
 from jaxsft.config import Config
+from jaxsft.training.console import Console
 from jaxsft.training.metrics import (
     SkipWatch,
     Speedometer,
@@ -25,8 +26,9 @@ from jaxsft.training.metrics import (
     load_steps,
     summarise,
 )
+from jaxsft.training.metrics_file import MetricsFile
 from jaxsft.training.summary import describe_lost
-from jaxsft.training.writers import Console, MetricsFile, Writer, open_writers
+from jaxsft.training.writers import Writer, open_writers
 
 
 class Logbook:

@@ -118,14 +118,10 @@ def _local(
     on_mesh: bool,
 ) -> Any:
     """One device's part: (loss sum, correct sum), and their gradients by hidden and unembedding when asked for."""
-    over_vocabulary = functools.partial(jax.lax.psum, axis_name="tensor") if on_mesh else lambda x: x
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     num_tokens, exact = targets.size, precision(hidden.dtype)
-    chunk = LOGITS_PER_CHUNK // vocab_size
-    if on_cpu():
-        chunk = min(chunk, max(chunk // 4, num_tokens // 8))
-    chunk = min(num_tokens, max(128, chunk // 128 * 128))
+    chunk = _chunk_size(num_tokens, vocab_size)
     first_id = jax.lax.axis_index("tensor") * vocab_size if on_mesh else 0
 
     # Trained positions first: SFT trains a part of the tokens, and only the chunks that hold some are computed.
@@ -138,37 +134,14 @@ def _local(
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         x, target, weight = (array.at[at].get(mode="fill", fill_value=0) for array in (hidden, targets, weights))
         products = jnp.einsum("cd,vd->cv", x, unembedding, precision=exact, preferred_element_type=jnp.float32)
-        logits = of_products(products, first_id=first_id)
-        maximum = logits.max(axis=-1)
-        if on_mesh:
-            maximum = jax.lax.pmax(maximum, "tensor")
-        exponentials = jnp.exp(logits - maximum[:, None])
-        normaliser = over_vocabulary(exponentials.sum(axis=-1))
-        local_target = target - first_id
-        is_here = (local_target >= 0) & (local_target < vocab_size)
-        local_target = jnp.where(is_here, local_target, 0)
-        target_logit = jnp.take_along_axis(logits, local_target[:, None], axis=-1)[:, 0]
-        target_logit = over_vocabulary(jnp.where(is_here, target_logit, 0.0))
-        nll = jnp.log(normaliser) + maximum - target_logit
+        softmax = _softmax(of_products(products, first_id=first_id), target, first_id, on_mesh=on_mesh)
+        nll = jnp.log(softmax.normaliser) + softmax.maximum - softmax.target_logit
         # A chunk is filled up with positions of weight 0, whose targets may be anything.
         loss_sum += jnp.sum(jnp.where(weight == 0, 0.0, weight * nll))
-        # The target is right where it alone has the largest logit: where all are equal, nothing was answered.
-        num_largest = over_vocabulary(jnp.sum(logits == maximum[:, None], axis=-1))
-        correct_sum += jnp.sum(weight * ((target_logit == maximum) & (num_largest == 1)))
+        correct_sum += jnp.sum(weight * _is_right(softmax, on_mesh=on_mesh))
         if with_gradients:
-            # d nll / d logits = softmax(logits) - onehot(target), times d logits / d products
-            onehot = (jnp.arange(vocab_size) == local_target[:, None]) & is_here[:, None]
-            logits_gradient = exponentials * (weight / normaliser)[:, None] - weight[:, None] * onehot
-            logits_gradient = (logits_gradient * of_products.slope(logits)).astype(x.dtype)
-            hidden_gradient, unembedding_gradient = gradients
-            x_gradient = jnp.einsum(
-                "cv,vd->cd", logits_gradient, unembedding, precision=exact, preferred_element_type=jnp.float32
-            )
-            hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
-            unembedding_gradient += jnp.einsum(
-                "cv,cd->vd", logits_gradient, x, precision=exact, preferred_element_type=jnp.float32
-            )
-            gradients = hidden_gradient, unembedding_gradient
+            of_logits = _nll_gradient(softmax, weight) * of_products.slope(softmax.logits)
+            gradients = _add_gradients(gradients, at, of_logits.astype(x.dtype), x, unembedding)
         return (loss_sum, correct_sum), gradients
 
     zero = jnp.zeros((), jnp.float32)
@@ -185,3 +158,76 @@ def _local(
         unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, "fsdp", scatter_dimension=1, tiled=True)
         unembedding_gradient = jax.lax.psum(unembedding_gradient, ("data", "expert", "context"))
     return sums, hidden_gradient.reshape(shape), unembedding_gradient
+
+
+def _chunk_size(num_tokens: int, vocab_size: int) -> int:
+    """Tokens whose logits are held at once: a multiple of 128, unless there are fewer."""
+    chunk = LOGITS_PER_CHUNK // vocab_size
+    if on_cpu():
+        chunk = min(chunk, max(chunk // 4, num_tokens // 8))
+    return min(num_tokens, max(128, chunk // 128 * 128))
+
+
+class _Softmax(NamedTuple):
+    """What the loss of a chunk and its gradient have in common; C tokens, V rows of the vocabulary on this device."""
+
+    logits: jax.Array
+    """[C, V]."""
+    maximum: jax.Array
+    """[C], the largest logit of the whole vocabulary."""
+    exponentials: jax.Array
+    """[C, V], exp(logits - maximum)."""
+    normaliser: jax.Array
+    """[C], the sum of the exponentials over the whole vocabulary."""
+    is_here: jax.Array
+    """[C], whether the target is one of this device's rows."""
+    local_target: jax.Array
+    """[C], which of them; 0 where it is another device's."""
+    target_logit: jax.Array
+    """[C]."""
+
+
+def _softmax(logits: jax.Array, target: jax.Array, first_id: jax.Array | int, *, on_mesh: bool) -> _Softmax:
+    """Of logits [C, V] and targets [C]; column 0 of the logits is that of token `first_id`."""
+    maximum = logits.max(axis=-1)
+    if on_mesh:
+        maximum = jax.lax.pmax(maximum, "tensor")
+    exponentials = jnp.exp(logits - maximum[:, None])
+    normaliser = _over_vocabulary(exponentials.sum(axis=-1), on_mesh=on_mesh)
+    local_target = target - first_id
+    is_here = (local_target >= 0) & (local_target < logits.shape[-1])
+    local_target = jnp.where(is_here, local_target, 0)
+    target_logit = jnp.take_along_axis(logits, local_target[:, None], axis=-1)[:, 0]
+    target_logit = _over_vocabulary(jnp.where(is_here, target_logit, 0.0), on_mesh=on_mesh)
+    return _Softmax(logits, maximum, exponentials, normaliser, is_here, local_target, target_logit)
+
+
+def _over_vocabulary(x: jax.Array, *, on_mesh: bool) -> jax.Array:
+    """The sum over the devices that hold parts of the vocabulary."""
+    return jax.lax.psum(x, "tensor") if on_mesh else x
+
+
+def _is_right(softmax: _Softmax, *, on_mesh: bool) -> jax.Array:
+    """[C], whether the target alone has the largest logit: where all logits are equal, nothing was answered."""
+    at_maximum = jnp.sum(softmax.logits == softmax.maximum[:, None], axis=-1)
+    num_largest = _over_vocabulary(at_maximum, on_mesh=on_mesh)
+    return (softmax.target_logit == softmax.maximum) & (num_largest == 1)
+
+
+def _nll_gradient(softmax: _Softmax, weight: jax.Array) -> jax.Array:
+    """d (weight * nll) / d logits, [C, V]: weight * (softmax(logits) - onehot(target))."""
+    vocab_size = softmax.logits.shape[-1]
+    onehot = (jnp.arange(vocab_size) == softmax.local_target[:, None]) & softmax.is_here[:, None]
+    return softmax.exponentials * (weight / softmax.normaliser)[:, None] - weight[:, None] * onehot
+
+
+def _add_gradients(gradients: Any, at: jax.Array, of_products: jax.Array, x: jax.Array, unembedding: jax.Array) -> Any:
+    """Adds what a chunk gives, by the gradient of its products [C, V], to those by hidden and by the unembedding.
+
+    `x` [C, D] stood at the positions `at` [C] of the flattened hidden states; each position is in one chunk only.
+    """
+    hidden_gradient, unembedding_gradient = gradients
+    einsum = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    x_gradient = einsum("cv,vd->cd", of_products, unembedding)
+    hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
+    return hidden_gradient, unembedding_gradient + einsum("cv,cd->vd", of_products, x)

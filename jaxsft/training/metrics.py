@@ -1,7 +1,7 @@
 """What a run measures: the sums of its steps, FLOPs and MFU, speed, what the host costs, and when too little is finite.
 
-In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, which `writers.py` shows and
-writes; docs/metrics.md explains every key.
+In: `StepMetrics` of some steps, and clocks. Out: one flat dict of plain numbers per line, for `metrics_file.py`,
+`console.py` and `writers.py`; docs/metrics.md explains every key.
 """
 
 import contextlib
@@ -299,7 +299,7 @@ class Stopwatch:
     def launched(self, result: Any) -> None:
         """A step was started, and will give `result`, an array."""
         lost, self._result = self._lost(), result
-        # Where the call ran the step by itself, as on CPU it may, most of its time was the step's.
+        # On a CPU the call may have run the step itself; then most of its time was the step's.
         if not result.is_ready():
             self._busy += lost
 

@@ -43,7 +43,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     def schedule(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-        # What is left of the way down, which near its end is exact where 1 minus what is done would not be.
+        # The share of the way down that is left: near the end it is exact, and 1 minus the share that is done is not.
         left = jnp.clip((num_steps - step) / max(num_steps - decay_start, 1), 0.0, 1.0)
         height = {
             "constant": jnp.ones_like(left),

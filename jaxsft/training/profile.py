@@ -22,8 +22,8 @@ SKIPPED_STEPS = 3
 """Steps of a start that are not traced: the first compiles, and the next ones may still wait for data."""
 
 KINDS = ("matmul", "attention", "loss", "optimizer", "collectives", "other", "host")
-"""What time is divided into. `matmul` is of the layers, outside attention and loss; `optimizer` all that comes after
-the gradients; `host` the time in which the device has nothing to do."""
+"""What time is divided into. `matmul` is that of layers, outside of attention and loss; `optimizer` is all that comes
+after the gradients; `host` the time in which the device has nothing to do."""
 
 TRACED = "jaxsft: traced steps"
 """The name of the traced stretch within the trace."""
@@ -294,13 +294,14 @@ def _attribute(name: str, text: str) -> str:
 
 
 def _classify(parts: list[tuple[str, str, str]]) -> Instruction:
-    """Of an instruction and those that it calls, each with its opcode, the rest of its line, and op_name."""
+    """The kind of an instruction, by itself and those that it calls, each with its opcode, the rest of its line, and
+    op_name."""
     opcode, _, op_name = parts[0]
     is_container = opcode in ("while", "conditional", "call")
     if any(part.startswith(_COLLECTIVES) for part, _, _ in parts):
         return Instruction("collectives", is_container, op_name)
     products = [part for part in parts if _is_product(*part[:2])]
-    # A fusion is what its product is; else its own name says what it is, or the names of its parts.
+    # A fusion with a matmul in it goes by the name of the matmul; else by its own name, or by those of its parts.
     names = [part[2] for part in products] or [op_name] * bool(op_name) or [part[2] for part in parts if part[2]]
     op_name = names[0] if names else ""
     if opcode == "while":
@@ -323,7 +324,7 @@ def _scope(op_name: str) -> str | None:
 
 
 def _by_kernel(name: str, instructions: dict[str, Instruction]) -> Instruction:
-    """Of a kernel that is not called like its instruction: in a graph of kernels, only its own name is known."""
+    """The kind of a kernel by its own name: within a graph of kernels, its instruction is not known."""
     for pattern, kind in (("nccl", "collectives"), ("flash|fmha|sdpa", "attention"), ("gemm|cutlass|nvjet", "matmul")):
         if re.search(pattern, name, re.IGNORECASE):
             return Instruction(kind, False, name)

@@ -3,7 +3,9 @@
     fingerprint.json   what must be equal for the run in this folder to be continued
     run.lock           which process works here; gone when none does
 
-What is sealed with a checkpoint is the truth; the small files beside them are made good from it.
+In: a folder, and the fingerprint of the run that wants it. Out: its lock, or an error that says why the run may not go
+on there. What is sealed with a checkpoint is the truth; where a small file beside it is damaged, it is written again
+from that.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ from jaxsft.disk.locks import Lock
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import WriteError, aside_of, read_file, set_aside, write_whole, writing
 from jaxsft.training.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
-from jaxsft.training.writers import last_step
+from jaxsft.training.metrics_file import last_step
 
 FINGERPRINT, LOCK = "fingerprint.json", "run.lock"
 
@@ -102,7 +104,7 @@ def _is_run(folder: epath.Path) -> bool:
         return False
     others = {child.name for child in folder.iterdir()} - {aside_of(folder / FINGERPRINT).name}
     if LOCK in others and Lock(folder / LOCK).is_lock():
-        others.remove(LOCK)  # Of a start that was killed before it wrote anything else.
+        others.remove(LOCK)  # Left by a start that was killed before it wrote anything else.
     return not others or FINGERPRINT in others or bool(newest_run(folder / "checkpoints"))
 
 

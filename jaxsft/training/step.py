@@ -144,7 +144,7 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
-        # Cut like the parameters at once, so that no device sums up whole gradients.
+        # Sharded like the parameters before they are added, so that no device holds the sum of whole gradients.
         return jax.tree.map(jnp.add, total, (constrain_params(gradients), *sums)), None
 
     zero = jnp.zeros((), jnp.float32)
@@ -203,26 +203,14 @@ def make_train_step(
             factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
         def gradients() -> Any:
-            # Of the mean, clipped. Made where they are used, so that they are not written out in between.
+            # The gradients of the mean loss, clipped. Computed where they are used, so that they are never written to
+            # memory.
             return jax.tree.map(lambda g: g * factor, summed)
 
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        # Parameters first, of which both branches say whether they moved, and then the moments: one after the other,
-        # each is written in place, where side by side the old moments would be copied. Of the two calls of the
-        # optimizer, the compiler leaves one half each.
-        def move(old: Any) -> tuple[Any, bool]:
-            directions, _ = optimizer.update(gradients(), state.opt_state, old)
-            new = jax.tree.map(
-                lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions
-            )
-            return new, True
-
-        params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
-        opt_state = jax.lax.cond(
-            moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
-        )
+        params, opt_state = _updated(optimizer, state, gradients, learning_rate, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
             tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
@@ -242,6 +230,34 @@ def make_train_step(
         donate_argnums=0,
         compiler_options=ONE_CPU_OPTIONS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else None,
     )
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: Callable[[], Any],
+    learning_rate: jax.Array,
+    *,
+    is_finite: jax.Array,
+) -> tuple[Any, Any]:
+    """The next parameters and optimizer state; the old ones where the step's numbers are not finite.
+
+    The parameters are computed in one branch, and then the moments in another, so that each can be written over its old
+    values; in one branch together, the compiler would copy the old moments. Each branch calls the optimizer, and the
+    compiler drops the half of its results that the branch does not use. The first branch also returns whether it moved
+    the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
+    """
+
+    def move(old: Any) -> tuple[Any, bool]:
+        directions, _ = optimizer.update(gradients(), state.opt_state, old)
+        new = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions)
+        return new, True
+
+    params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
+    opt_state = jax.lax.cond(
+        moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
+    )
+    return params, opt_state
 
 
 def attention_pairs(batch: Batch, config: DecoderConfig) -> jax.Array:

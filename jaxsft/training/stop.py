@@ -1,4 +1,8 @@
-"""Whether someone asked this run to stop, and the answer that they get at once."""
+"""Whether someone asked this run to stop, and the answer that they get at once.
+
+In: SIGTERM or Ctrl-C on any process. Out: before each step, whether the run should stop there, the same on all
+processes. Saving what was done is left to `train.py`.
+"""
 
 import contextlib
 import os
@@ -34,11 +38,11 @@ class StopSignal:
         self._interrupted = threading.Event()
         self._wakeup: tuple[socket.socket, socket.socket] | None = None
         self.doing = "starting"
-        """What has to end before the run stops, for who asks."""
+        """What the run has to finish before it stops, told to whoever asked it to."""
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
-            return self  # In a notebook's thread, say: whoever has the main one decides.
+            return self  # Python handles signals in the main thread only; elsewhere, in a notebook, that one decides.
         signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         if jax.process_count() == 1:
             self._wakeup = reader, writer = socket.socketpair()
@@ -54,7 +58,7 @@ class StopSignal:
             signal.signal(number, handler)
         if self._wakeup is not None and wakeup is not None:
             signal.set_wakeup_fd(wakeup)
-            self._wakeup[1].close()  # Which ends the thread.
+            self._wakeup[1].close()  # ends the thread
 
     def _receive(self, number: int, frame: Any) -> None:
         again, self._received = self._received, signal.Signals(number).name
@@ -63,17 +67,18 @@ class StopSignal:
 
     def can_save(self) -> None:
         """From now on there is something to save: a first signal waits for `at`. Before, it ends all at once."""
-        if self._received is not None:  # And some library took the exception for one of its own.
+        if self._received is not None:  # a library caught the exception
             self._end()
         self._can_save = True
 
     def _end(self) -> None:
         self._interrupted.set()
         if not self._can_save:
-            # Not by the thread, for which the process may not wait, nor by print, in which the signal may come.
+            # Written here, since the process may end before the thread has; and not by print, which the signal may have
+            # interrupted.
             os.write(2, f"\n{self._received}: stopping; nothing was begun\n".encode())
         if self._received == "SIGTERM":
-            raise SystemExit(STOPPED)  # Nothing is lost: whoever starts it again begins where this start did.
+            raise SystemExit(STOPPED)  # nothing is lost: started again, it begins as now
         raise KeyboardInterrupt
 
     def _answer(self, reader: socket.socket) -> None:

@@ -1,4 +1,8 @@
-"""What a run says before its first step: what is trained on what, the arithmetic behind it, and by which versions."""
+"""What a run says before its first step: what is trained on what, the arithmetic behind it, and by which versions.
+
+In: the config, the first state, the loader and the mesh. Out: lines for the terminal, and a file of versions in the run
+folder.
+"""
 
 import importlib.metadata
 import json

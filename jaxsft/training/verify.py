@@ -1,4 +1,7 @@
-"""Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed."""
+"""Everything that a run or an export sealed, compared with what is there now; a table, and nothing is changed.
+
+In: a run folder or an export. Out: a line for each thing that was sealed, and an exit code.
+"""
 
 import contextlib
 import re
@@ -12,8 +15,8 @@ from jaxsft.disk.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, r
 from jaxsft.disk.writing import at_home
 from jaxsft.folders.export import UNFINISHED_MARK
 from jaxsft.training.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
+from jaxsft.training.metrics_file import metrics_problem
 from jaxsft.training.run_folder import FINGERPRINT
-from jaxsft.training.writers import metrics_problem
 
 SOUND, DAMAGED = 0, 1
 
@@ -61,13 +64,13 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
     checkpoints = folder / "checkpoints"
     findings = []
     for step in all_steps(checkpoints):
-        # What was never finished is no damage: a continued run clears it away.
+        # An unfinished checkpoint is no damage: a continued run clears it away.
         if (problem := checkpoint_problem(checkpoints / str(step))) is not UNFINISHED:
             findings.append(_sealed(checkpoints / str(step), f"checkpoints/{step}", problem))
     if (folder / "export").exists():
         findings.append(_sealed(folder / "export", "export", problem_of(folder / "export")))
     findings.append(_file(folder / FINGERPRINT, _fingerprint_problem(folder)))
-    if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Versions before had none.
+    if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Earlier versions wrote none.
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))
     findings.append(_file(folder / "metrics.jsonl", _metrics_problem(folder)))
     return findings

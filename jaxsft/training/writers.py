@@ -1,9 +1,9 @@
-"""Where the lines of metrics go: `metrics.jsonl`, the terminal, TensorBoard, Weights & Biases, trackio.
+"""Where the lines of metrics also go: TensorBoard, Weights & Biases, trackio.
 
-In: flat dicts of plain numbers with their `step`, in order. Out: files and a display, of process 0 only. A run that
-goes on after a crash does some steps again: `metrics.jsonl` and TensorBoard forget the lines of those steps and get new
-ones, W&B and trackio, which cannot forget, keep the ones they have. What a writer never got, it is sent from
-`metrics.jsonl`.
+In: flat dicts of plain numbers with their `step`, in order. Out: event files, or lines sent, from process 0 only. A run
+that goes on after a crash does some steps again: TensorBoard forgets the lines of those steps and gets new ones; W&B
+and trackio, which cannot forget, keep the lines that they have. Lines that a writer never got are sent to it from
+`metrics.jsonl` (`metrics_file.py`).
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import importlib.util
 import re
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,152 +18,21 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
-from jaxsft.disk.writing import is_file, read_file, set_aside, write_whole, writing
-from jaxsft.training.metrics import Totals, from_json_line, to_json_line
+from jaxsft.disk.writing import is_file, read_file, write_whole
+from jaxsft.training.metrics_file import MetricsFile
 
 SPEED = {
     "steps", "seconds", "tokens_per_second", "trained_tokens_per_second", "data_wait_share", "host_share", "mfu",
     "memory_gib",
 }  # fmt: skip
+"""Numbers of a line that are drawn in the group `speed`."""
 DATA = {"epoch", "tokens", "trained_tokens", "padding_share", "total_tokens", "total_trained_tokens"}
+"""Numbers of a line that are drawn in the group `data`."""
 UNDRAWN = {"step", "rows_crc"}
-"""The axis, and a checksum."""
+"""Not drawn: the horizontal axis, and a checksum."""
 
 FINISH_SECONDS = 300
 """How long the end of a run waits for W&B to take what it was sent."""
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one object per line, every line with its `step`; written by process 0 only."""
-
-    last_step: int
-    """Of the last line before this start, dropped or not; -1 where there was none."""
-
-    def __init__(
-        self,
-        path: epath.Path,
-        *,
-        step: int,
-        sealed: dict[str, Any] | None = None,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        """Opens the file of a run that is at `step`; lines after it, of steps that will be done again, are dropped.
-
-        What is no line of metrics is left out and said, and the file with it kept under another name.
-
-        Args:
-            path: of the file.
-            step: steps done.
-            sealed: what `state` said when the checkpoint of this step was saved, so that a changed line is noticed.
-            say: is told what was wrong with the file.
-        """
-        self._path = path
-        self._lines: list[str] = []
-        self.last_step = -1
-        content = None
-        if jax.process_index() == 0 and path.exists() and not is_file(path):
-            say(f"{path} is no file: renamed to {set_aside(path, 'damaged').name}")
-        if jax.process_index() == 0 and path.exists():
-            content = path.read_bytes()
-            lines, problems, torn = _parse_lines(content)
-            self._lines = [text for at, text in lines if 0 < step >= at]
-            self.last_step = max((at for at, _ in lines), default=-1)
-            if torn:
-                say(f"{path}: its last line was cut off, and is left out")
-            if step and sealed and self.state() != sealed and not problems:
-                problems = ["its lines are not those that were there when this step was saved"]
-            if problems:
-                aside = set_aside(path, "damaged")
-                say(f"{path} is damaged, the rest is kept, and the file as it was in {aside.name}: {problems[0]}")
-        elif jax.process_index() == 0 and step and sealed and sealed["bytes"]:
-            say(f"{path} is gone: the lines up to step {step} are lost; the counts go on from the checkpoint")
-        if jax.process_index() == 0 and (self._content() != content or not path.exists()):
-            write_whole(path, self._content())
-
-    def state(self) -> dict[str, int]:
-        """What tells these lines from others: bytes and CRC-32."""
-        return _state(self._content())
-
-    def totals(self) -> Totals:
-        """Counts at the last line of training."""
-        for line in map(from_json_line, reversed(self._lines)):
-            if "total_tokens" in line:
-                return Totals(line["total_tokens"], line["total_trained_tokens"], line["skipped_steps"])
-        return Totals()
-
-    def lines(self) -> list[dict[str, Any]]:
-        """All that the file holds."""
-        return [from_json_line(line) for line in self._lines]
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends a line, on disk when this returns.
-
-        Raises:
-            WriteError: there is no room for it.
-        """
-        self._lines.append(to_json_line(line))
-        if jax.process_index() != 0:
-            return
-        data = (self._lines[-1] + "\n").encode()
-        with writing(self._path, len(data)), self._path.open("ab") as file:
-            file.write(data)
-
-    def _content(self) -> bytes:
-        return "".join(line + "\n" for line in self._lines).encode()
-
-
-def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut off by a crash, and what is no line of metrics, are left out."""
-    return [from_json_line(text) for _, text in _parse_lines(path.read_bytes())[0]]
-
-
-def metrics_problem(path: epath.Path, *, step: int, sealed: dict[str, Any] | None) -> str | None:
-    """What is wrong with a `metrics.jsonl`, None if nothing is.
-
-    Args:
-        path: of the file, which need not be there where nothing was sealed.
-        step: of a checkpoint.
-        sealed: what `MetricsFile.state` was when it was saved; None where that is not known.
-    """
-    if not is_file(path):
-        return "it is not there" if sealed and sealed["bytes"] else None
-    lines, problems, torn = _parse_lines(path.read_bytes())
-    if problems:
-        return problems[0]
-    if sealed and _state("".join(text + "\n" for at, text in lines if at <= step).encode()) != sealed:
-        return f"its lines up to step {step} are not those that were there when that checkpoint was saved"
-    return "its last line was cut off" if torn else None
-
-
-def _state(content: bytes) -> dict[str, int]:
-    return {"bytes": len(content), "crc32": zlib.crc32(content)}
-
-
-def last_step(path: epath.Path) -> int:
-    """Of the last line of a `metrics.jsonl`; -1 where there is none."""
-    return max((at for at, _ in _parse_lines(path.read_bytes())[0]), default=-1) if is_file(path) else -1
-
-
-def _parse_lines(content: bytes) -> tuple[list[tuple[int, str]], list[str], bool]:
-    """The lines of metrics with their steps; what is wrong with others; and whether the last one was cut off."""
-    *complete, rest = content.split(b"\n")
-    lines: list[tuple[int, str]] = []
-    problems = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            text = line.decode("utf-8")
-            found = from_json_line(text)
-            if not isinstance(found, dict) or type(found.get("step")) is not int:
-                raise ValueError("no object with a step")
-            if other := [key for key, value in found.items() if not isinstance(value, int | float | None)]:
-                raise ValueError(f"{other[0]} is no number")
-            if lines and found["step"] < lines[-1][0]:
-                raise ValueError(f"step {found['step']} after step {lines[-1][0]}")
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"line {number} is no line of metrics ({' '.join(str(error).split())[:80]})")
-        else:
-            lines.append((found["step"], text))
-    return lines, problems, bool(rest)
 
 
 class Writer(Protocol):
@@ -178,7 +46,7 @@ class Writer(Protocol):
 
 
 def check_writers(log: LogConfig) -> None:
-    """What can be known without a run: that every package is there, and that W&B would let us in.
+    """Checks what can be known before the run: that every package is there, and that W&B knows a key.
 
     Raises:
         ConfigError: says what to install or to do.
@@ -190,7 +58,7 @@ def check_writers(log: LogConfig) -> None:
     if "wandb" in log.to and jax.process_index() == 0:
         import wandb
 
-        # Else it would ask on the terminal for a key, and training would wait for an answer.
+        # Without a key, wandb would ask for one on the terminal, and training would wait for the answer.
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
             raise ConfigError(
                 "log.to: wandb: no key for Weights & Biases here: run `wandb login`, or set WANDB_MODE=offline and send"
@@ -383,62 +251,3 @@ def run_id(folder: epath.Path) -> str:
         )
     write_whole(path, secrets.token_hex(4) + "\n")
     return run_id(folder)
-
-
-class Console:
-    """What the user sees: a live bar on a terminal, plain lines elsewhere, nothing on processes other than 0."""
-
-    def __init__(self) -> None:
-        import rich.console
-
-        self._quiet = jax.process_index() != 0
-        self._console = rich.console.Console(quiet=self._quiet, highlight=False, emoji=False)
-        self._bar: Any = None
-        self._started: tuple[float, int] | None = None
-
-    def say(self, text: str = "") -> None:
-        """Prints a line, above the bar where there is one."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def step(self, step: int, num_steps: int, line: dict[str, float]) -> None:
-        """Shows the metrics of a line: `step` of `num_steps` are done."""
-        now = time.perf_counter()
-        if self._started is None:
-            self._started = (now - line["seconds"], step - int(line["steps"]))
-        begin, first = self._started
-        left = (now - begin) / max(step - first, 1) * (num_steps - step)
-        shown = (
-            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  {line['tokens_per_second']:,.0f} tokens/s"
-            + (f"  MFU {line['mfu']:.1%}" if "mfu" in line else "")
-            + f"  learning rate {line['learning_rate']:.2e}"
-            + (f"  {line['skipped_steps']:.0f} STEPS SKIPPED (not finite)" if line["skipped_steps"] else "")
-        )
-        if not self._console.is_terminal:
-            self.say(f"step {step}/{num_steps}  {shown}  left {_clock(left)}")
-            return
-        self._show_bar(step, num_steps, f"{shown}  left {_clock(left)}")
-
-    def _show_bar(self, step: int, num_steps: int, text: str) -> None:
-        import rich.progress
-
-        if self._bar is None:
-            columns = (
-                rich.progress.TextColumn("step {task.completed}/{task.total}"),
-                rich.progress.BarColumn(bar_width=24),
-                rich.progress.TextColumn("{task.description}", markup=False),
-            )
-            self._bar = rich.progress.Progress(*columns, console=self._console, redirect_stdout=True)
-            self._bar.add_task(text, total=num_steps)
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=step, description=text)
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from jaxsft.answers.evaluate import describe_questions, judge, make_questions
 from jaxsft.chat.encoder import ChatEncoder, stop_ids
 from jaxsft.config import DataConfig
-from jaxsft.rows.formats import Conversation, Document, Tokenised
+from jaxsft.rows.items import Conversation, Document, Tokenised
 
 REFUSING = "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('never') }}{% endif %}"
 

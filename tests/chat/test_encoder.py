@@ -7,7 +7,7 @@ import pytest
 
 from jaxsft.chat.encoder import WRITERS, ChatEncoder, MaskError, prompt_tokens, stop_ids
 from jaxsft.config import DataConfig
-from jaxsft.rows.formats import Conversation, Document, Tokenised
+from jaxsft.rows.items import Conversation, Document, Tokenised
 from jaxsft.rows.sources import DataError
 
 TURNS = [

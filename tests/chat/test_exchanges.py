@@ -6,7 +6,7 @@ from trained import assistant, encoded, encoder_of, runs, system, text_of, train
 from jaxsft.batches.lengths import fit_length
 from jaxsft.chat.exchanges import last_exchange, without_oldest
 from jaxsft.chat.starts import MaskError
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
 WITH_CALLS = (

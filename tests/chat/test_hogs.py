@@ -16,7 +16,7 @@ from jaxsft.chat.metered import TemplateHogs, allowance
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import ChatTemplate, TemplateError, number_sources
 from jaxsft.config import DataConfig
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 from jaxsft.rows.sources import DataError
 
 AROUND = (

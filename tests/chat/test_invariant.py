@@ -7,7 +7,7 @@ from trained import assistant, encoder_of, system, user
 
 from jaxsft.chat.invariant import check_weights
 from jaxsft.chat.starts import MaskError
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 TURNS = [system("Be brief."), user("Hi, you?"), assistant("A bot."), user("2+2?"), assistant("4")]
 CALLED = [

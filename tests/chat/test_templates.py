@@ -30,7 +30,7 @@ from goldens import GOLDENS, Golden
 
 from jaxsft.chat.encoder import ChatEncoder, MaskError, stop_ids
 from jaxsft.config import DataConfig
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 
 @functools.cache

@@ -14,7 +14,8 @@ from jaxsft.compare.checks import _of_tensors
 from jaxsft.compare.child import check_packages, run_child
 from jaxsft.compare.exchange import exchange as new_exchange
 from jaxsft.compare.hf import make_report, write_model, write_request
-from jaxsft.config import ConfigError, load_config
+from jaxsft.config import ConfigError
+from jaxsft.config_files import load_config
 from jaxsft.disk import writing
 
 torch = pytest.importorskip("torch", reason="the baseline is PyTorch")

@@ -17,7 +17,7 @@ import pytest
 
 from jaxsft.compare import ours
 from jaxsft.compare.hf import make_report, write_request
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 from jaxsft.report.records import Check, Report
 
 pytest.importorskip("torch", reason="the baseline is PyTorch")

@@ -15,7 +15,7 @@ from jaxsft.compare.trl import compare_trl
 from jaxsft.compare.trl_rows import completion_start, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError
 from jaxsft.report.records import Report
-from jaxsft.rows.formats import Conversation, Document, Tokenised
+from jaxsft.rows.items import Conversation, Document, Tokenised
 
 # Each letter is a token: B begins a text, E stops, C is a control token, the blank is whitespace.
 LETTERS = {" ": 32, **{letter: ord(letter) for letter in "BCDEHUXYabcdefgh"}}

@@ -14,7 +14,8 @@ from etils import epath
 from jaxsft.cli import main
 from jaxsft.compare.child import run_child
 from jaxsft.compare.exchange import LOCK, NOTE, exchange
-from jaxsft.config import ConfigError, load_config
+from jaxsft.config import ConfigError
+from jaxsft.config_files import load_config
 from jaxsft.disk.pages import MARKS, refuse_other_pages, write_page
 from jaxsft.disk.writing import WriteError, refuse_others
 from jaxsft.report.curves import make_panels, plot

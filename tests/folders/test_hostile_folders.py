@@ -21,7 +21,7 @@ from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.disk.foreign import MOST_DEPTH, is_deep, read_json, read_regular
 from jaxsft.folders import hf
 from jaxsft.folders.pretrained import export_model, load_params, open_model, open_tokenizer
-from jaxsft.folders.weights.load import check_weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.stored import INDEX_FILE, SINGLE_FILE, is_plain_name, open_folder
 from jaxsft.mesh import make_mesh
 from jaxsft.model.abstract import abstract_model

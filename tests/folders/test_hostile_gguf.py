@@ -14,7 +14,7 @@ from jaxsft.config import ConfigError
 from jaxsft.folders.gguf.file import read_gguf
 from jaxsft.folders.gguf.model import open_gguf
 from jaxsft.folders.gguf.tokenizer import load_gguf_tokenizer
-from jaxsft.folders.weights.load import check_weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.model.abstract import abstract_model
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.folders.weights import copying, layout
 from jaxsft.folders.weights import load as weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.folders.weights.stored import INDEX_FILE, Stored, open_folder
 from jaxsft.mesh import make_mesh, shardings
@@ -462,7 +463,7 @@ def test_embeddings_that_are_untied_begin_equal_and_are_both_written(split, tmp_
 
 def problems(folder, without=()):
     with pytest.raises(ConfigError) as error:
-        weights.check_weights(open_folder(folder), FAMILY, state_of(without=without), vocab_size=VOCAB)
+        check_weights(open_folder(folder), FAMILY, state_of(without=without), vocab_size=VOCAB)
     return str(error.value)
 
 
@@ -552,7 +553,7 @@ def test_an_index_that_leads_astray_is_refused(tmp_path):
 
 def test_links_are_followed_as_the_hub_s_cache_has_them(folder, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
-    weights.check_weights(open_folder(tmp_path), FAMILY, state_of(), vocab_size=VOCAB)
+    check_weights(open_folder(tmp_path), FAMILY, state_of(), vocab_size=VOCAB)
     (tmp_path / "gone").mkdir()
     (tmp_path / "gone" / "model.safetensors").symlink_to(tmp_path / "nowhere")
     assert f"{tmp_path / 'gone' / 'model.safetensors'}: no such file" in problems(tmp_path / "gone")

@@ -7,7 +7,7 @@ import numpy as np
 from jaxsft.chat.encoder import ChatEncoder, Encoded, stop_ids
 from jaxsft.chat.starts import MaskError
 from jaxsft.config import DataConfig
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 Message = dict[str, Any]
 

@@ -16,6 +16,7 @@ from jaxsft.answers.generate import Generator
 from jaxsft.folders import hf
 from jaxsft.folders.export import export_folder
 from jaxsft.folders.weights import load as weights
+from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import shardings
 from jaxsft.model.abstract import Model, abstract_model
 from jaxsft.model.architecture import DecoderConfig
@@ -170,13 +171,13 @@ class Ours:
         config = decoder_config(hf_config)
         make = functools.partial(Decoder, config, compute_dtype="float32", param_dtype="float32", remat="full")
         model = abstract_model(lambda rngs: make(rngs=rngs))
-        ours = cls(folder, config, model, None, weights.open_folder(folder), mesh)
+        ours = cls(folder, config, model, None, open_folder(folder), mesh)
         return dataclasses.replace(ours, params=ours.read(folder))
 
     def read(self, folder: pathlib.Path) -> Any:
         """The tensors of a folder, as parameters."""
         return weights.load_params(
-            weights.open_folder(folder),
+            open_folder(folder),
             family(hf.load_hf_config(self.folder)),
             abstract=self.model.params,
             shardings=shardings(self.mesh, self.model.params),

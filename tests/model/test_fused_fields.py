@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 
 from jaxsft.config import ConfigError
-from jaxsft.folders.weights import load as weights
+from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.layout import join
+from jaxsft.folders.weights.stored import open_folder
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.gpt_oss import clamped_swiglu
 from jaxsft.model.families.known import decoder_config, family
@@ -371,8 +372,8 @@ def test_masks_that_old_exports_carry_are_passed_over_with_and_without_the_prefi
 
     def check(more):
         save_file(tensors | {key: np.ones((1, 1, 4, 4), np.uint8) for key in more}, tmp_path / "model.safetensors")
-        stored = weights.open_folder(tmp_path)
-        weights.check_weights(stored, family(hf_config), abstract, vocab_size=config.vocab_size)
+        stored = open_folder(tmp_path)
+        check_weights(stored, family(hf_config), abstract, vocab_size=config.vocab_size)
 
     check(masks)
     with pytest.raises(ConfigError, match="attn.other .* is extra"):

@@ -27,7 +27,7 @@ from jaxsft.preview.records import as_json
 from jaxsft.preview.reports import MEANINGS, headline, source_facts
 from jaxsft.preview.reports import facts as step_facts
 from jaxsft.preview.terminal import print_preview
-from jaxsft.rows.formats import Conversation
+from jaxsft.rows.items import Conversation
 
 SYMBOLS = "Naïve 🦊 日本\n\tok"
 NASTY = "<script>alert(\"1\")</script> & <b title='x'> \x1b[31m\u202e"

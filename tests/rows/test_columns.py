@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxsft.rows import formats
-from jaxsft.rows.formats import detect_format
+from jaxsft.rows.detection import detect_format
 from jaxsft.rows.sources import Problem, Row, read_rows
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b": None}}}

@@ -3,11 +3,13 @@ import json
 import pytest
 
 from jaxsft.config import SourceConfig
-from jaxsft.rows import formats, messages
+from jaxsft.rows import detection, formats, messages
 from jaxsft.rows.calls import read_tools
-from jaxsft.rows.formats import FORMATS, Conversation, Document, Problem, Tokenised, choose_format, detect_format
+from jaxsft.rows.detection import choose_format, detect_format
+from jaxsft.rows.items import Conversation, Document, Tokenised
 from jaxsft.rows.messages import Spelling, read_messages
-from jaxsft.rows.sources import DataError, Row, read_rows
+from jaxsft.rows.readings import FORMATS
+from jaxsft.rows.sources import DataError, Problem, Row, read_rows
 from jaxsft.rows.strict import BadRow
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -473,7 +475,7 @@ def test_real_data_is_detected_and_converted(material, name):
     # Only the one without a header needs names.
     columns = {"question": "1", "answer": "2", "rationale": "3"} if name.endswith(".tsv") else {}
     source = SourceConfig(path=str(material / "data" / name), columns=columns)
-    rows = list(read_rows(source.path, limit=formats.SAMPLE))
+    rows = list(read_rows(source.path, limit=detection.SAMPLE))
     items = formats.load_items(source)
     assert (choose_format(rows, source).format, len(items)) == MATERIAL[name]
     for item in items:
@@ -530,7 +532,7 @@ def test_a_column_that_a_richer_format_would_read_is_not_dropped_without_a_word(
 
 def test_a_later_row_that_has_more_is_refused_like_the_first(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [{"text": "a"}] * formats.SAMPLE + [{"text": "b", "question": "Hi"}]
+    rows = [{"text": "a"}] * detection.SAMPLE + [{"text": "b", "question": "Hi"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(
         DataError, match=rf"a.jsonl:{len(rows)}: unread-column: read as 'text' \(text\), without 'quest"

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from jaxsft.config import SourceConfig
-from jaxsft.rows import columns, readers
-from jaxsft.rows.formats import choose_format, convert
+from jaxsft.rows import columns, csv_files, files
+from jaxsft.rows.detection import choose_format
+from jaxsft.rows.formats import convert
 from jaxsft.rows.sources import DataError, Problem, Row, read_rows
 from jaxsft.rows.strict import MAX_ROW_BYTES
 
@@ -88,7 +89,7 @@ def test_an_element_that_is_broken_behind_a_key_given_twice_is_told_in_one_line(
 
 
 def test_a_line_without_an_end_is_not_read_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MOST_SKIPPED_BYTES", 2 * MAX_ROW_BYTES)
+    monkeypatch.setattr(files, "MOST_SKIPPED_BYTES", 2 * MAX_ROW_BYTES)
     bomb = gzip.compress(b'{"text": "a"}\n' + b" " * (3 * MAX_ROW_BYTES), 1)
     assert len(bomb) < 2 * 2**20
     for name in ("a.jsonl.gz", "a.csv.gz"):
@@ -99,7 +100,7 @@ def test_a_line_without_an_end_is_not_read_for_ever(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_a_list_that_becomes_far_more_than_its_file_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(readers, "MOST_INFLATED", 2**22)
+    monkeypatch.setattr(files, "MOST_INFLATED", 2**22)
     text = b'[{"a": 1}\n' + b" " * 2**24 + b"]"
     packed = gzip.compress(text) if kind == "gz" else pyarrow.compress(text, "zstd", asbytes=True)
     path = write(tmp_path / f"a.json.{kind}", packed)
@@ -110,7 +111,7 @@ def test_a_list_that_becomes_far_more_than_its_file_is_refused(tmp_path, monkeyp
 
 
 def test_a_quoted_cell_over_many_lines_has_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(csv_files, "MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "a.csv", 'a,b\n1,2\n3,"4\n' + "x\n" * 1000 + '"\n')
     with pytest.raises(DataError, match=r"a\.csv:3: row-too-large: a record of more than"):
         list(read_rows(path))
@@ -137,7 +138,7 @@ def test_a_parquet_file_that_becomes_far_more_than_it_holds_is_refused(tmp_path,
     table = pyarrow.table({"text": [f"{'x' * 5000}{n}" for n in range(500)]})
     pyarrow.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
     assert len(list(read_rows(str(path)))) == 500
-    monkeypatch.setattr(readers, "MOST_INFLATED", 2**20)
+    monkeypatch.setattr(files, "MOST_INFLATED", 2**20)
     with pytest.raises(DataError, match=r"a\.parquet: not readable as Parquet: column 'text' of row group 1 is"):
         list(read_rows(str(path)))
 

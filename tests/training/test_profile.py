@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 from jaxsft.train import train
+from jaxsft.training.metrics_file import read_metrics
 from jaxsft.training.profile import (
     KINDS,
     TRACED,
@@ -22,7 +23,6 @@ from jaxsft.training.profile import (
     read_instructions,
     read_trace,
 )
-from jaxsft.training.writers import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxsft.batch import Batch
 from jaxsft.batches.loader import Loader
-from jaxsft.config import ConfigError, MeshConfig, load_config
+from jaxsft.config import ConfigError, MeshConfig
+from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.abstract import abstract_model

@@ -19,7 +19,7 @@ class Meaning(NamedTuple):
 
     architecture: "Architecture"
     config: Config
-    """As config.json has it."""
+    """What config.json would say."""
     head_dim: int
     num_layers: int
     problems: list[str]
@@ -50,7 +50,7 @@ def read_config(file: GGUFFile) -> Meaning:
         own["head_dim"] = head_dim
     words = {key: key for key in sizes} | architecture.words
     renamed = {word: sizes[key] for key, word in words.items() if word is not None}
-    # Beginning with what it is; where both say something, the architecture knows it better.
+    # The keys of the architecture come first, and win where both give a value.
     config = own | renamed | own | read_special_ids(file.metadata, sizes["vocab_size"])
     unknown = [f"{key}: {str(file.metadata[key])[:60]!r} is not known here" for key in sorted(keys.unread)]
     return Meaning(architecture, config, head_dim, sizes["num_hidden_layers"], keys.problems + unknown)

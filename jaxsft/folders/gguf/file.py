@@ -27,7 +27,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """GGUF's number of a type of metadata -> that of `struct`; 8 is a string, 9 an array."""
 
 MOST_HEADER_BYTES, MOST_ITEMS, MOST_NAME_BYTES = 1 << 27, 1 << 24, 1 << 16
-"""Of all that stands before the tensors (a large vocabulary has some 15 MB), of an array there, and of a name."""
+"""Bytes of all that stands before the tensors (a large vocabulary has some 15 MB), items of an array there, and bytes
+of a name."""
 MOST_TENSORS, MOST_KEYS = 1 << 20, 1 << 16
 MOST_PARTS = 999
 """Files of one model."""

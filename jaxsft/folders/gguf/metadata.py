@@ -16,7 +16,7 @@ Config = dict[str, Any]
 
 MOST_WHOLE, MOST_FLOAT = 2**31 - 1, 1e30
 MOST_DIM = 2**14
-"""Of a head, and so numbers in a tensor of rope factors."""
+"""Dims of a head, and so numbers in a tensor of rope factors."""
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that say what config.json says in rope_parameters."""

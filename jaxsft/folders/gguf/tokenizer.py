@@ -1,5 +1,8 @@
 """The tokenizer of a GGUF file: the one that lies beside it, or one made of its metadata where that is exact.
 
+In: the metadata of a file (`file.py`). Out: a tokenizer of transformers, or a `ConfigError` that says which one to
+give.
+
 A file holds tokens and merges, but of how a text is cut up before only a name (`tokenizer.ggml.pre`). Names that are
 not in `PRE_TOKENIZERS` are refused, and so are SentencePiece vocabularies, whose order of merges is not in the file:
 for those the original tokenizer is needed.
@@ -16,7 +19,7 @@ from jaxsft.folders.gguf.file import GGUFFile, read_gguf
 from jaxsft.folders.gguf.model import gguf_file
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-"""Of tokenizer.ggml.token_type."""
+"""Values of tokenizer.ggml.token_type."""
 
 
 def _split(pattern: str) -> list[dict[str, Any]]:

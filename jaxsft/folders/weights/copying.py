@@ -1,5 +1,7 @@
 """Copies of weights from one layout and dtype to another, at the speed of the memory.
 
+In: two arrays. Out: the one holds the numbers of the other, cast and in its own order.
+
 numpy alone walks through the memory with large steps where one of two arrays is transposed, and its loops for bfloat16
 hold up all other threads.
 """

@@ -1,12 +1,12 @@
-"""Weights from files onto a mesh: what is stored compared with what a model needs, and read, each device's part.
+"""Weights from files onto a mesh: each device's part of each tensor is read, cast and put where it belongs.
 
-In: a `Stored` (`stored.py`), and the abstract state of a `Decoder` with its shardings. Out: the state with values, each
-process reading only the bytes that its devices hold. A tensor is read in blocks that are cast and transposed while they
-are in the cache, straight into the arrays that the devices get, so that a process holds little more than these.
+In: a `Stored` (`stored.py`) that fits the model (`check.py`), and the abstract state of a `Decoder` with its shardings.
+Out: the state with values, each process reading only the bytes that its devices hold. A tensor is read in blocks that
+are cast and transposed while they are in the processor's cache, straight into the arrays that the devices get, so that
+a process holds little more than these.
 """
 
 import concurrent.futures
-import fnmatch
 import itertools
 import math
 import mmap
@@ -21,114 +21,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
-from jaxsft.folders.weights.copying import as_bits, copy, is_finite
-from jaxsft.folders.weights.layout import Box, Factor, Weight, base_prefix, join, path_text, variables_of
-from jaxsft.folders.weights.stored import DTYPES, PAGE_BYTES, SafeTensor, Stored, StoredTensor, open_folder
+from jaxsft.folders.weights.check import check_weights, report
+from jaxsft.folders.weights.copying import copy, is_finite
+from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of
+from jaxsft.folders.weights.stored import BLOCK_BYTES, PAGE_BYTES, Stored, StoredTensor
 
-__all__ = ["Stored", "StoredTensor", "check_weights", "load_params", "open_folder", "vocabulary_tables"]
-
-BLOCK_BYTES = 1 << 24
-"""Read at once by a thread."""
 MAX_THREADS = 32
-
-
-# What is stored, against what is needed.
-
-
-def check_weights(
-    stored: Stored,
-    family: ModuleType,
-    abstract: nnx.State,
-    *,
-    vocab_size: int,
-    untied: bool = False,
-) -> None:
-    """Compares the tensors that are stored with the weights of a model.
-
-    Args:
-        stored: what the model's folder holds.
-        family: the module of its family; tensors that match its IGNORED are passed over.
-        abstract: the model's state; only shapes and axes are looked at.
-        vocab_size: rows of the vocabulary in the files.
-        untied: the model's own output projection is read from the embedding where the files have none.
-
-    Raises:
-        ConfigError: every unreadable file and every missing, extra or misshapen tensor, and those of other dtypes, in
-            one report.
-    """
-    problems = list(stored.problems)
-    extra = dict(stored.tensors)
-    for weight, _ in join(abstract, family, vocab_size=vocab_size, stored=extra, untied=untied).values():
-        for name in map(weight.name, weight.indices()):
-            tensor = stored.tensors.get(name)
-            # With a file unreadable, its tensors would all be reported missing, which they may not be.
-            if tensor is None and not stored.problems:
-                problems.append(f"{stored.path}: {name} is missing, expected with shape {list(weight.file_shape)}")
-            if tensor is None or name not in extra:
-                continue
-            del extra[name]
-            if tensor.shape != weight.file_shape:
-                expected = list(weight.file_shape)
-                shape = list(tensor.shape)
-                problems.append(f"{tensor.file}: {name} has shape {shape}, but config.json asks for {expected}")
-            if tensor.dtype is None:
-                given = tensor.word if isinstance(tensor, SafeTensor) else "unknown"
-                problems.append(f"{tensor.file}: {name} has dtype {given}; read are {', '.join(DTYPES)}")
-    if "lm_head" not in abstract:
-        problems += _check_tied(stored, family, extra)
-    patterns = getattr(family, "IGNORED", ())
-    for name, tensor in extra.items():
-        full = base_prefix(family) + name
-        if not any(fnmatch.fnmatch(each, pattern) for each in (name, full) for pattern in patterns):
-            problems.append(f"{tensor.file}: {name} {list(tensor.shape)} is extra, no weight that config.json asks for")
-    if problems:
-        raise ConfigError(_report("the model's weights do not fit its config.json:", list(dict.fromkeys(problems))))
-
-
-def _check_tied(stored: Stored, family: ModuleType, extra: dict[str, StoredTensor]) -> list[str]:
-    """Takes an output projection out of `extra` that the model does not have, as its embedding is both."""
-    name = family.WEIGHTS["lm_head.weight"][0]
-    embedding = family.WEIGHTS["embed_tokens.weight"][0]
-    table = stored.tensors.get(embedding) or stored.tensors.get(embedding.removeprefix(base_prefix(family)))
-    if table is None or name not in extra:
-        return []
-    head = extra.pop(name)
-    if (head.shape, head.dtype) == (table.shape, table.dtype) and _are_equal(head, table):
-        return []
-    return [
-        f"{head.file}: {name} differs from the embedding, but config.json says that they are one (tie_word_embeddings);"
-        " set model.tie_embeddings: false to train them apart"
-    ]
-
-
-def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    num_rows, columns = math.prod(one.shape[:-1]), slice(0, one.shape[-1])
-    step = max(1, BLOCK_BYTES // (4 * one.shape[-1]))
-    blocks = (slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step))
-    return one.dtype is None or all(
-        np.array_equal(as_bits(one.read(rows, columns)), as_bits(other.read(rows, columns))) for rows in blocks
-    )
-
-
-def vocabulary_tables(stored: Stored, family: ModuleType, abstract: nnx.State) -> dict[str, StoredTensor]:
-    """The embedding and, if it is another tensor, the unembedding [V, D], by tensor name."""
-    weights = [weight for weight, _ in join(abstract, family, vocab_size=1, stored=stored.tensors).values()]
-    names = [weight.name(()) for weight in weights if weight.axes == ("v", "d")]
-    return {name: stored.tensors[name] for name in names if name in stored.tensors}
-
-
-def read_rows(table: StoredTensor, ids: Sequence[int]) -> np.ndarray:
-    """Some rows of a table."""
-    columns = slice(0, table.shape[-1])
-    return np.concatenate([table.read(slice(id, id + 1), columns) for id in ids])
-
-
-def _report(title: str, problems: list[str], shown: int = 30) -> str:
-    more = [f"... and {len(problems) - shown} more"] if len(problems) > shown else []
-    return "\n  ".join([title, *problems[:shown], *more])
-
-
-# Reading.
 
 
 def load_params(
@@ -174,28 +72,19 @@ def load_params(
         for future in read.futures:
             if found := future.result():
                 problems.setdefault(*found)
-        shape = read.variable.shape
         if "v" in read.weight.axes:
             table = stored.tensors[read.weight.name(())]
             _fill_vocabulary(table, read.shards, new_rows, stored=in_files, vocab_size=vocab_size)
-        array = jax.make_array_from_callback(
-            shape, places[read.weight.path], lambda index: read.shards[_as_bounds(index, shape)]
-        )
-        # Devices that copy host arrays are done with them, or these would pile up.
-        arrays[read.weight.path] = jax.block_until_ready(array)
+        arrays[read.weight.path] = _on_devices(read, places[read.weight.path])
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as threads:
+        # While one weight is read, the one before goes to the devices.
         before: _Read | None = None
         for path, (weight, variable) in weights.items():
-            shards = {
-                bounds: _empty([last - first for first, last in bounds], np.dtype(variable.dtype))
-                for bounds in _bounds(places[path], variable.shape)
-            }
-            tasks = _tasks(weight, stored.tensors, shards)
-            futures = [threads.submit(_fill_finite, weight, *task) for task in tasks]
+            read = _begin(threads, weight, variable, sharding=places[path], tensors=stored.tensors)
             if before is not None:
                 finish(before)
-            before = _Read(weight, variable, shards, futures)
+            before = read
         if before is not None:
             finish(before)
 
@@ -208,7 +97,7 @@ def load_params(
 
 
 def _refuse(problems: list[str]) -> None:
-    """On every process, where any of them has found something."""
+    """Raises the problems on every process, if any process has found some."""
     elsewhere = 0
     if jax.process_count() > 1:
         counts = multihost_utils.process_allgather(np.array(len(problems), np.int32))
@@ -217,7 +106,7 @@ def _refuse(problems: list[str]) -> None:
         problems = [*problems, f"{elsewhere} other processes have found such tensors in what they read"]
     if problems:
         raise ConfigError(
-            _report("the model's weights hold numbers that are not finite, from which nothing can be learnt:", problems)
+            report("the model's weights hold numbers that are not finite, from which nothing can be learnt:", problems)
         )
 
 
@@ -227,8 +116,33 @@ class _Read(NamedTuple):
     weight: Weight
     variable: nnx.Variable
     shards: dict[Box, np.ndarray]
-    """By their bounds; devices that hold copies of one share it."""
+    """The arrays to fill, by their bounds in the weight; devices that hold the same part share one."""
     futures: list[concurrent.futures.Future]
+
+
+def _begin(
+    threads: concurrent.futures.ThreadPoolExecutor,
+    weight: Weight,
+    variable: nnx.Variable,
+    *,
+    sharding: jax.sharding.Sharding,
+    tensors: dict[str, StoredTensor],
+) -> _Read:
+    """Gives the threads all that there is to read of a weight."""
+    shards = {
+        bounds: _empty([last - first for first, last in bounds], np.dtype(variable.dtype))
+        for bounds in _bounds(sharding, variable.shape)
+    }
+    futures = [threads.submit(_fill_finite, weight, *task) for task in _tasks(weight, tensors, shards)]
+    return _Read(weight, variable, shards, futures)
+
+
+def _on_devices(read: _Read, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array of a weight, once all its shards are read."""
+    shape = read.variable.shape
+    array = jax.make_array_from_callback(shape, sharding, lambda index: read.shards[_as_bounds(index, shape)])
+    # Waits until the devices have copied the shards, which would pile up otherwise.
+    return jax.block_until_ready(array)
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -241,7 +155,7 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _bounds(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[Box]:
-    """Of every shard that a device of this process holds."""
+    """The bounds of every shard that a device of this process holds."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     return {_as_bounds(index, shape) for index in indices}
 
@@ -255,7 +169,7 @@ class Target(NamedTuple):
     """A part of a tensor, and the array that it goes to."""
 
     box: Box
-    """Factor by factor."""
+    """Bounds of the part, factor by factor."""
     out: np.ndarray
     """With a dim for each factor, in the order of the file."""
 
@@ -311,10 +225,11 @@ def _blocks(weight: Weight, region: Box, itemsize: int) -> Iterator[Box]:
         yield region
         return
     first, last, _ = _span(weight.dims[-1], columns)
-    # Of narrow columns, whole rows are read (`stored.SafeTensor.read`).
+    # Where few columns are wanted, whole rows are read (`stored.SafeTensor.read`).
     width = last - first if (last - first) * itemsize >= PAGE_BYTES else math.prod(f.size for f in weight.dims[-1])
     most = max(1, BLOCK_BYTES // (width * itemsize))
-    # Up to the last factor of which only a part is wanted, its indices are apart in the file.
+    # The last factor of which only a part is wanted: its indices, and those of factors before it, lie apart in the
+    # file.
     cut = max([at for at in range(num_rows) if region[at] != (0, factors[at].size)], default=0)
     while cut < num_rows - 1 and math.prod(factor.size for factor in factors[cut + 1 :]) > most:
         cut += 1

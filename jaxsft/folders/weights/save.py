@@ -116,7 +116,7 @@ def _tensors(
     for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
         for index in weight.indices():
             parts.setdefault(weight.name(index), []).append(Part(weight, variable, index))
-    # A tensor that the files did not have is one of an output projection that was tied.
+    # The only tensor that the files may lack is an output projection that was tied to the embedding.
     tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
     tensors = {}
     for name, each in parts.items():
@@ -128,7 +128,7 @@ def _tensors(
 
 
 def _add_passed_over(tensors: dict[str, Tensor], family: ModuleType, stored: Stored) -> None:
-    """Adds what is stored but is no weight of ours: an output projection tied to the embedding, buffers of torch."""
+    """Adds stored tensors that are no weights of ours: an output projection tied to the embedding, buffers of torch."""
     head = family.WEIGHTS["lm_head.weight"][0]
     embedding = next(
         tensor
@@ -271,7 +271,7 @@ def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
     step = local
     if not value.is_fully_addressable:
         step = max(1, GATHER_BYTES // (parts * math.prod(value.shape[len(layer) + 1 :]) * value.dtype.itemsize))
-    # One expert is one index of one shard.
+    # An expert is one index within one shard.
     starts = [expert[0] % local] if expert else range(0, local, step)
     for start in starts:
         size = 1 if expert else min(step, local - start)
@@ -282,7 +282,7 @@ def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
                     continue
                 at = number * local + start
                 box = bounds[2:] if expert else ((at, at + size), *bounds[2:])
-                # The vocabulary of the state may be filled up.
+                # The state may have more rows of the vocabulary than are written.
                 box = tuple((first, min(last, most)) for (first, last), most in zip(box, shape, strict=True))
                 if all(first < last for first, last in box):
                     values = np.asarray(piece).view(value.dtype)[number - bounds[0][0]]
@@ -294,7 +294,7 @@ def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
 def _pick(value: jax.Array, layer: tuple[int, ...], start: int, *, parts: int, size: int) -> jax.Array:
     """[parts, size, ...]: from each of the parts that the first dim (of a layer) is cut into, some indices.
 
-    The bits of the numbers, which could change if they were added to zeros on the way.
+    Works on the bits of the numbers, since adding zeros to numbers, as a gather may do, can change their bits.
     """
     bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
     for at in layer:

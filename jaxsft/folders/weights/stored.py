@@ -33,6 +33,8 @@ DTYPE_BITS: dict[str, int] = {
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PAGE_BYTES = 4096
+BLOCK_BYTES = 1 << 24
+"""Read at once by a thread."""
 MOST_NUMBER = 2**64
 """No size or count in a header reaches it: the safetensors library holds them in 64 bits."""
 
@@ -46,7 +48,7 @@ class StoredTensor(Protocol):
 
     @property
     def dtype(self) -> np.dtype | None:
-        """Of what `read` gives; None where it holds no numbers that a weight may have."""
+        """Dtype of what `read` gives; None where the file holds no numbers that a weight may have."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +74,7 @@ class SafeTensor(NamedTuple):
     """Its dtype, as safetensors calls it."""
     shape: tuple[int, ...]
     offset: int
-    """Of its first byte in the file."""
+    """Place of its first byte in the file."""
     num_bytes: int
 
     @property
@@ -191,65 +193,78 @@ def is_plain_name(name: str) -> bool:
 def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, dict[str, SafeTensor]] | None:
     """A file's tensors: 8 bytes of header length, the header in JSON, then the bytes of the tensors."""
     try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            begin = 8 + int.from_bytes(start, "little")
-            if size == 0:
-                raise ValueError("an empty file")
-            if start.startswith(b"version "):
-                raise ValueError("a Git LFS pointer, not the file itself (run `git lfs pull`)")
-            if start.lstrip().lower().startswith((b"<!doct", b"<html", b"<?xml")):
-                raise ValueError("a web page, not the file itself (was its download refused?)")
-            if size < 8 or begin > size:
-                raise ValueError("truncated, or not a safetensors file")
-            if begin - 8 > MOST_JSON_BYTES:
-                raise ValueError(f"a header of {begin - 8:,} bytes; safetensors have at most {MOST_JSON_BYTES:,}")
-            text = file.read(begin - 8)
-        if not text.startswith(b"{"):
-            raise ValueError("corrupt header, or not a safetensors file")
+        start, text, size = _header_bytes(path)
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_twins)
         metadata = header.pop("__metadata__", None)
         if metadata is not None and not all(isinstance(each, str) for each in metadata.values()):
             raise ValueError("corrupt header: __metadata__ is not a mapping of texts to texts")
+        begin = len(start) + len(text)
         tensors = {name: _stored(path, name, entry, begin) for name, entry in header.items()}
+        in_order = _in_order(tensors, begin, size)
     except ConfigError as error:
         problems.append(str(error))
-        return None
     except FileNotFoundError:
         problems.append(f"{path}: no such file")
-        return None
     except UnicodeDecodeError:
         problems.append(f"{path}: corrupt header, or not a safetensors file")
-        return None
     except json.JSONDecodeError as error:
         problems.append(f"{path}: corrupt header: {error}")
-        return None
     except RecursionError:
         problems.append(f"{path}: corrupt header: nested too deeply")
-        return None
     except (OSError, ValueError, MemoryError) as error:
         problems.append(f"{path}: {error}")
-        return None
     except (KeyError, TypeError, AttributeError):
         problems.append(f"{path}: corrupt header")
-        return None
-    in_order = sorted(tensors, key=lambda name: (tensors[name].offset, tensors[name].num_bytes))
+    else:
+        return StoredFile(path.name, start + text, metadata, tuple(in_order)), tensors
+    return None
+
+
+def _header_bytes(path: pathlib.Path) -> tuple[bytes, bytes, int]:
+    """The 8 bytes of the header's length, the header, and the size of the file.
+
+    Raises:
+        ValueError: this cannot be a safetensors file; says what it is, where that is known.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if size == 0:
+            raise ValueError("an empty file")
+        if start.startswith(b"version "):
+            raise ValueError("a Git LFS pointer, not the file itself (run `git lfs pull`)")
+        if start.lstrip().lower().startswith((b"<!doct", b"<html", b"<?xml")):
+            raise ValueError("a web page, not the file itself (was its download refused?)")
+        if size < 8 or 8 + length > size:
+            raise ValueError("truncated, or not a safetensors file")
+        if length > MOST_JSON_BYTES:
+            raise ValueError(f"a header of {length:,} bytes; safetensors have at most {MOST_JSON_BYTES:,}")
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError("corrupt header, or not a safetensors file")
+    return start, text, size
+
+
+def _in_order(tensors: dict[str, SafeTensor], begin: int, size: int) -> list[str]:
+    """Names of the tensors in the order of the file, which they fill from byte `begin` to its end.
+
+    Raises:
+        ValueError: they leave gaps, overlap, or end before or after the file does.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].offset, tensors[name].num_bytes))
     end = begin
-    for name in in_order:
+    for name in names:
         tensor = tensors[name]
         if tensor.offset != end:
-            problems.append(f"{path}: corrupt header: {name} begins at byte {tensor.offset}, expected at {end}")
-            return None
+            raise ValueError(f"corrupt header: {name} begins at byte {tensor.offset}, expected at {end}")
         end += tensor.num_bytes
     if end > size:
-        first = next(name for name in in_order if tensors[name].offset + tensors[name].num_bytes > size)
-        problems.append(f"{path}: truncated: {size} bytes, but {first} and what follows needs {end}")
-        return None
+        first = next(name for name in names if tensors[name].offset + tensors[name].num_bytes > size)
+        raise ValueError(f"truncated: {size} bytes, but {first} and what follows needs {end}")
     if end < size:
-        problems.append(f"{path}: {size - end} bytes behind the last tensor, not a sound safetensors file")
-        return None
-    return StoredFile(path.name, start + text, metadata, tuple(in_order)), tensors
+        raise ValueError(f"{size - end} bytes behind the last tensor, not a sound safetensors file")
+    return names
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

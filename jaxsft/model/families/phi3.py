@@ -19,7 +19,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     """The DecoderConfig of a `config.json` of model_type phi3."""
     # These stand in `rope_parameters` too, which is what is computed with.
     hf("original_max_position_embeddings"), hf("partial_rotary_factor")
-    # Of Phi-4-mini's own code; 1 switches them off.
+    # Fields that Phi-4-mini's own code reads; 1 switches them off.
     hf.only("full_attn_mod", 1)
     hf.only("interpolate_factor", 1)
     return DecoderConfig(

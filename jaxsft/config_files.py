@@ -1,0 +1,230 @@
+"""Config files: from a YAML file and overrides to a validated `Config`, and back.
+
+In: a YAML file and overrides such as `optim.learning_rate=1e-4`. Out: a `Config`, or one `ConfigError` that lists all
+mistakes, with the nearest known key beside an unknown one. Also the way back (`dump_config`), what differs between two
+configs, and the list of all keys. What can be set, and what it means, is `config.py`.
+"""
+
+import copy
+import difflib
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from jaxsft.config import Config, ConfigError, Section, SourceConfig, as_sources
+
+MOVED = {"train.log_every": "log.every"}
+"""Keys that earlier versions had, and what they are called now."""
+
+
+# Reading.
+
+
+def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file, or takes a dict; applies overrides such as `optim.learning_rate=1e-4`, and validates.
+
+    Args:
+        source: path of the file, or what one would hold.
+        overrides: `key=value`, the value as in YAML.
+
+    Raises:
+        ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
+    """
+    path = "config" if isinstance(source, Mapping) else pathlib.Path(source)
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(pathlib.Path(source))
+    problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        # A value that fits no member of a union is reported once for each member; only the first report is shown.
+        described = [(_key(problem), _describe(problem)) for problem in error.errors()]
+        problems += [text for at, (key, text) in enumerate(described) if not key or key not in dict(described[:at])]
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
+    if config.run_dir is None and isinstance(path, pathlib.Path):
+        config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
+    return config
+
+
+def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
+    """What a file holds."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, but this file holds a {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict, override: str) -> str | None:
+    """Sets one key of the tree that a YAML file gave; says what is wrong with the override, None if nothing is."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return f"{override!r}: an override is written key=value, such as optim.learning_rate=1e-4"
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        return f"{override!r}: the value is not readable as YAML: {' '.join(str(error).split())}"
+    *sections, leaf = key.split(".")
+    for section, inner in zip(sections, [*sections, leaf][1:], strict=True):
+        found = tree.get(section)
+        if inner.isdigit() and isinstance(found, str | list):
+            # Sources may be given as a path or a list; by number, as an override has them, they are a mapping.
+            found = dict(enumerate(as_sources(found)))
+        tree[section] = {str(name): value for name, value in (found or {}).items()} if _is_open(found) else found
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            return f"{override!r}: {section} is a value, not a section"
+    tree[leaf] = value
+    return None
+
+
+def _is_open(found: Any) -> bool:
+    return found is None or isinstance(found, dict)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (`1e-3` is a number) and no silently repeated keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _key(problem: Any) -> str:
+    """The config key of a mistake. pydantic also names the member of a union, in brackets, which is left out."""
+    return ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
+
+
+def _describe(problem: Any) -> str:
+    """A mistake that pydantic found, as one line: the key, what was given, what was expected."""
+    key = _key(problem)
+    given = problem["input"]
+    known = [name for name, _ in _leaves(Config)]
+    if key in MOVED:
+        return f"{key}: unknown key; it is called {MOVED[key]} now"
+    if problem["type"] == "extra_forbidden":
+        # First the keys of exactly this name in other sections, only then those that are spelt alike.
+        leaf = key.rsplit(".", 1)[-1]
+        near = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+        near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; `python run.py keys` lists them all"
+        return f"{key}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{key}: required, not given"
+    if problem["type"] == "literal_error":
+        near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{key}: {given!r} given, expected {problem['ctx']['expected']}{hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {given!r} given; {message[0].lower()}{message[1:]}"
+
+
+# Writing, comparing, listing.
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that reproduces the run; keys whose default was taken and derived are included."""
+    tree = config.model_dump()
+    # Keys that have no effect with the others, or exclude them, would be refused when the file is read again.
+    if config.train.steps is not None:
+        del tree["train"]["epochs"]
+    if config.optim.warmup_steps is not None:
+        del tree["optim"]["warmup_ratio"]
+    if config.optim.schedule != "wsd":
+        del tree["optim"]["decay_ratio"]
+    if config.optim.schedule == "constant":
+        del tree["optim"]["final_ratio"]
+    if not config.data.eval:
+        del tree["eval"]
+    if not config.data.stream:
+        del tree["data"]["shuffle_buffer"]
+    if not {"wandb", "trackio"} & set(config.log.to):
+        del tree["log"]["project"]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def config_changes(dumped: str, config: Config) -> list[str]:
+    """What differs between a dumped config and this one, as `key: before -> now`.
+
+    Raises:
+        ValueError, yaml.YAMLError: that is no text that `dump_config` has written.
+    """
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(dumped, yaml.SafeLoader)):
+        raise ValueError("it holds aliases, by which a few lines may stand for any number of keys")
+
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {
+            key: value
+            for name, part in tree.items()
+            for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
+        }
+
+    before, now = flat(yaml.safe_load(dumped)), flat(yaml.safe_load(dump_config(config)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+
+
+def config_keys() -> list[tuple[str, str, str, str]]:
+    """Every leaf key: (`section.key`, type, default, meaning)."""
+    rows = []
+    for key, field in _leaves(Config):
+        default = "required" if field.is_required() else yaml.safe_dump(field.default).split("\n")[0]
+        rows.append((key, _type_text(field.annotation), default, " ".join((field.description or "").split())))
+    return rows
+
+
+def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            leaves += _leaves(field.annotation, f"{prefix}{name}.")
+        elif field.annotation == list[SourceConfig]:
+            leaves += [(prefix + name, field), *_leaves(SourceConfig, f"{prefix}{name}.N.")]
+        else:
+            leaves.append((prefix + name, field))
+    return leaves
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_text(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(get_args(annotation))
+    if get_origin(annotation) in (list, dict):
+        return f"{get_origin(annotation).__name__} of {_type_text(get_args(annotation)[-1])}"
+    if get_args(annotation):
+        return " | ".join(_type_text(arg) for arg in get_args(annotation) if arg is not type(None))
+    return getattr(annotation, "__name__", "any")
