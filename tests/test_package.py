@@ -5,6 +5,9 @@ import subprocess
 import sys
 import tomllib
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from jaxsft.config import load_config
 
 
@@ -41,3 +44,27 @@ def test_the_license_is_named_and_its_text_is_there(repo):
     assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
     text = (repo / "LICENSE").read_text()
     assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_constraints_are_of_versions_that_the_project_takes_and_the_readme_uses_them(repo):
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = [line for line in (repo / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = [Requirement(line) for line in lines]
+    for python in ("3.11", "3.13"):
+        of_python = {"python_version": python}
+        here = {
+            canonicalize_name(each.name): each.specifier
+            for each in pinned
+            if not each.marker or each.marker.evaluate(of_python)
+        }
+        assert {"jax", "transformers"} <= here.keys() and len(here) > 100
+        for requirement in map(Requirement, needed):
+            if (name := canonicalize_name(requirement.name)) in here:
+                (exactly,) = here[name]
+                assert exactly.operator == "==" and exactly.version in requirement.specifier, requirement
+            else:
+                assert python == "3.13", f"constraints.txt: no version of {name}"
+    readme = (repo / "README.md").read_text()
+    commands = [line for line in readme.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2 and all(" -c constraints.txt " in command for command in commands)
