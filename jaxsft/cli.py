@@ -215,6 +215,10 @@ def keys_command(args: argparse.Namespace) -> int:
     return 0
 
 
+COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command)
+"""Commands whose compiled programs are kept for the next start."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code. Mistakes of the user are one message, bugs a traceback.
 
@@ -235,6 +239,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Nor need transformers spend seconds on importing it where it is installed.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
+        if arguments is None and args.command in COMPILING:
+            from jaxsft.disk.compiled import keep_compiled
+
+            keep_compiled(print)
         if arguments is None and args.command in (train_command, evaluate_command):
             from jaxsft.mesh import start_processes
 
