@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxsft.cli import main
+from jaxsft.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

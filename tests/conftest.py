@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -58,6 +59,24 @@ def smollm2(material, tmp_path_factory) -> pathlib.Path:
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> pathlib.Path:
+    """A folder with the package as a wheel brings it: its modules, and the data files that pyproject.toml lists."""
+    folder = tmp_path_factory.mktemp("site")
+    data = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = list((REPO / "jaxsft").rglob("*.py"))
+    for package, patterns in data.items():
+        for pattern in patterns:
+            matches = list((REPO / package.replace(".", "/")).glob(pattern))
+            assert matches, f"pyproject.toml: {package}: {pattern} is no file"
+            found += matches
+    for path in found:
+        target = folder / path.relative_to(REPO)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     return folder
 
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"train"},
     {"api", "baseline", "compare"},
     {"cli"},
+    {"__main__"},
 ]
 APART = [("chat", "model")]
 
@@ -49,7 +50,9 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-IMPORTS = {name_of(path): imports_of(path) for path in PACKAGE.rglob("*.py")}
+# In an unpacked sdist jaxsft/configs is no link but a folder, and holds the script that made the quickstart's data.
+MODULES = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "configs"]
+IMPORTS = {name_of(path): imports_of(path) for path in MODULES}
 ARROWS = [(module, imported) for module, all_of_it in IMPORTS.items() for imported in all_of_it if room(module)]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
@@ -88,4 +91,4 @@ def test_a_folder_itself_is_its_docstring_alone():
 
 def test_the_command_line_of_the_checkout_is_that_of_the_package():
     tree = ast.parse((PACKAGE.parent / "run.py").read_text())
-    assert "jaxsft.cli" in {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "jaxsft.__main__" in {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -15,14 +15,17 @@ from jaxsft.rows.formats import load_items
 
 
 @pytest.fixture(scope="module")
-def quickstart(repo, tmp_path_factory):
-    """The finished run folder and what was printed."""
-    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+def quickstart(installed, tmp_path_factory):
+    """The finished run folder and what was printed. It begins in an empty folder, with what a wheel brings."""
+    folder = tmp_path_factory.mktemp("empty")
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "run.py", "train", "configs/quickstart.yaml", f"run_dir={folder}"]
-    done = subprocess.run(command, cwd=repo, env=environment, capture_output=True, text=True, timeout=1200)
+    environment["PYTHONPATH"] = str(installed)
+    command = [sys.executable, "-m", "jaxsft", "quickstart"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    assert f"path: {installed}" in (folder / "runs" / "quickstart" / "config.yaml").read_text()
+    return folder / "runs" / "quickstart", done.stdout
 
 
 def evaluations(folder):
