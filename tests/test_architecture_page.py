@@ -38,7 +38,7 @@ def test_the_layers_on_the_page_are_those_of_the_program():
     """The list that `test_imports.py` holds the imports against."""
     tree = ast.parse((REPO / "tests" / "test_imports.py").read_text())
     (layers,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "LAYERS"]
-    lines = re.findall(r"^\| (\d) \| ([^|]*) \|", PAGE.read_text(), flags=re.MULTILINE)
+    lines = re.findall(r"^\| (\d+) \| ([^|]*) \|", PAGE.read_text(), flags=re.MULTILINE)
     assert [int(number) for number, _ in lines] == list(range(1, len(lines) + 1))
     assert [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in lines] == ast.literal_eval(layers)
 

@@ -8,7 +8,7 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from jaxsft.config import load_config
+from jaxsft.config_files import load_config
 
 
 def test_the_quickstart_of_the_package_is_that_of_the_checkout(repo, installed):
