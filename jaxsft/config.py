@@ -291,8 +291,8 @@ class OptimConfig(Section):
 class MeshConfig(Section):
     """How the devices are divided: the product of all sizes is their number."""
 
-    data: PositiveInt = 1
-    """Devices that hold copies of the parameters and split the rows."""
+    data: PositiveInt | None = None
+    """Devices that hold copies of the parameters and split the rows; left out: the slices of a TPU run, else 1."""
     fsdp: PositiveInt | None = None
     """Devices that split the parameters and the rows; left out: all that the other axes leave over."""
     expert: PositiveInt = 1

@@ -6,12 +6,15 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 (`"b t d"`); `DIM_AXES` says over which mesh axis each letter is cut. Nothing else in the program decides a sharding.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsft.config import ConfigError, MeshConfig
@@ -97,34 +100,95 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(""))
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Sizes of the five axes, `fsdp` filled in with the devices that the other axes leave over.
+def mesh_shape(config: MeshConfig, num_devices: int, *, num_slices: int = 1) -> dict[str, int]:
+    """Sizes of the five axes: `data` left out is the number of slices, `fsdp` left out what the other axes leave over.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices; says which ones would.
     """
+    # What crosses slices goes over the slow network: copies meet there once a step, parts of weights in every layer.
+    for data in [config.data] if config.data is not None else [num_slices, 1]:
+        others = data * config.expert * config.context * config.tensor
+        fsdp = config.fsdp if config.fsdp is not None else max(num_devices // others, 1)
+        if others * fsdp == num_devices:
+            return dict(zip(AXES, (data, fsdp, config.expert, config.context, config.tensor), strict=True))
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    others = int(np.prod([size for size in sizes.values() if size is not None]))
-    if sizes["fsdp"] is None and num_devices % others == 0:
-        sizes["fsdp"] = num_devices // others
-    if sizes["fsdp"] is None or int(np.prod(list(sizes.values()))) != num_devices:
-        given = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, None)) or "all sizes 1"
-        raise ConfigError(
-            f"mesh: {given} does not fit {num_devices} device{'s' * (num_devices != 1)}: the product of the axis sizes "
-            f"must be {num_devices} (leave mesh.fsdp out and it takes what the other axes leave over)"
-        )
-    return sizes
+    given = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, None)) or "all sizes 1"
+    divisors = ", ".join(str(size) for size in range(1, num_devices + 1) if num_devices % size == 0)
+    raise ConfigError(
+        f"mesh: {given} does not fit {num_devices} device{'s' * (num_devices != 1)}: the product of the axis sizes "
+        f"must be {num_devices}, so that each is one of {divisors} (leave mesh.fsdp out and it takes what the other "
+        "axes leave over)"
+    )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of all processes (or over `devices`), always with the five axes.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or slices differ in size.
     """
-    devices = devices if devices is not None else jax.devices()
-    sizes = mesh_shape(config, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = list(devices) if devices is not None else jax.devices()
+    slices = slices_of(devices)
+    sizes = mesh_shape(config, len(devices), num_slices=len(slices))
+    arranged = arrange(slices, tuple(sizes.values()))
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice of a TPU run, between which there is only the network of the data centre.
+
+    Raises:
+        ConfigError: they have not the same number of devices.
+    """
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        number = getattr(device, "slice_index", None) if device.platform == "tpu" else None
+        slices.setdefault(number or 0, []).append(device)
+    found = [slices[number] for number in sorted(slices)]
+    if len({len(each) for each in found}) > 1:
+        listed = ", ".join(f"slice {number} has {len(slices[number])}" for number in sorted(slices))
+        raise ConfigError(f"mesh: {listed} devices; expected as many in each slice")
+    return found
+
+
+def arrange(slices: Sequence[Sequence[jax.Device]], shape: tuple[int, ...]) -> np.ndarray:
+    """All devices as an array of `shape`, so that neighbours along an axis are near each other on the machine.
+
+    Slices are crossed by the first axis as far as its size goes, then by the next. With 2 slices of 8, shape (2, 8)
+    has a slice in each row, and shape (1, 16) goes through the one and then through the other.
+    """
+    across, left = [], len(slices)
+    for size in shape:
+        across.append(math.gcd(size, left))
+        left //= across[-1]
+    within = tuple(size // crossing for size, crossing in zip(shape, across, strict=True))
+    parts = np.stack([_arrange_slice(devices, within) for devices in slices])
+    # [slices..., within...] to pairs of (slices, within) for each axis.
+    pairs = np.arange(2 * len(shape)).reshape(2, -1).T.ravel()
+    return parts.reshape(*across, *within).transpose(pairs).reshape(shape)
+
+
+def _arrange_slice(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices of one slice. Those that share a chip are neighbours along the last axis that can hold them so."""
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(shape)
+    chips: dict[tuple[int, ...], list[jax.Device]] = {}
+    for device in devices:
+        chips.setdefault(tuple(device.coords), []).append(device)
+    firsts, per_chip = [chip[0] for chip in chips.values()], len(devices) // len(chips)
+    inner = max((axis for axis, size in enumerate(shape) if size % per_chip == 0), default=None)
+    if inner is None or len({len(chip) for chip in chips.values()}) > 1:  # Some of a machine, or an odd axis.
+        return np.array(devices).reshape(shape)
+    outer = tuple(size // per_chip if axis == inner else size for axis, size in enumerate(shape))
+    try:
+        arranged = mesh_utils.create_device_mesh(outer, firsts)
+    except NotImplementedError:  # No axis is a whole side of the torus.
+        arranged = mesh_utils.create_device_mesh(outer, firsts, allow_split_physical_axes=True)
+    cores = np.empty((*outer, per_chip), object)
+    for index, device in np.ndenumerate(arranged):
+        cores[index] = sorted(chips[tuple(device.coords)], key=lambda each: each.core_on_chip)
+    return np.moveaxis(cores, -1, inner + 1).reshape(shape)
 
 
 def on_cpu() -> bool:

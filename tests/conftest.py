@@ -23,7 +23,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "helpers"))  # What tests of several folders share.
+# What tests of several folders share: helpers, and the templates and oracles of tests/chat.
+sys.path[:0] = [str(pathlib.Path(__file__).parent / name) for name in ("helpers", "chat")]
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))
