@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxsft.answers.evaluate import describe
 from jaxsft.batch import Batch
 from jaxsft.batches.loader import prefetch
+from jaxsft.batches.stream import StreamLoader
 from jaxsft.config import Config
 from jaxsft.config_files import config_changes, dump_config
 from jaxsft.disk.locks import Lock
@@ -83,6 +84,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         closing.enter_context(contextlib.closing(checkpointer))
         closing.enter_context(contextlib.closing(console))
         stop.can_save()
+        if isinstance(setup.loader, StreamLoader):
+            setup.loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
         # The state: where a former start of this run left off, or the weights to begin with.
         state = _first_state(setup, checkpointer, stop, console)
