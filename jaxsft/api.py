@@ -17,13 +17,13 @@ from jax.sharding import Mesh
 from jaxsft.answers.evaluate import Examiner, Result, as_text
 from jaxsft.answers.generate import Generator, Sampling
 from jaxsft.batch import Batch
-from jaxsft.chat.encoder import prompt_tokens
+from jaxsft.chat.encoder import ChatEncoder, asking_encoder
 from jaxsft.config import Config, ConfigError, MeshConfig, ModelConfig
 from jaxsft.config_files import dump_config
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.architecture import DecoderConfig
-from jaxsft.rows.formats import Message
+from jaxsft.rows.messages import Message
 from jaxsft.setup import Setup
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import StepMetrics
@@ -69,6 +69,7 @@ class LoadedModel:
         self._opened, self._pretrained, self._params = opened, pretrained, params
         self._examiners: dict[str, Examiner | None] = {}
         self._generator: Generator | None = None
+        self._encoder: ChatEncoder | None = None
         self.mesh = mesh
         """Everything that computes with the parameters goes inside `with jax.set_mesh(model.mesh)`."""
 
@@ -132,6 +133,7 @@ def load_model(source: Config | str | os.PathLike[str]) -> LoadedModel:
     """
     if isinstance(source, Config):
         setup = Setup(source)
+        setup.check_fit()
         opened, pretrained, mesh, seed = setup.tokenizer, setup.pretrained, setup.mesh, source.seed
     else:
         config = ModelConfig(path=os.fspath(source), remat="none")
@@ -159,13 +161,12 @@ def train_step(
         model: whose structure is trained.
         num_steps: steps of the whole run, for the schedule.
     """
-    rows = config.train.microbatch_size or config.train.batch_size
     step = make_train_step(
         model._pretrained.model,
         NOTHING,
         config.optim,
         num_steps=num_steps,
-        num_microbatches=config.train.batch_size // rows,
+        num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
     )
 
@@ -180,7 +181,7 @@ def evaluate(config: Config, model: LoadedModel, params: Any = None) -> Result:
     """Held-out loss and sample answers on `data.eval`; `result.metrics["eval_loss"]`, `result.samples`.
 
     Args:
-        config: with `data.eval`.
+        config: with `data.eval`; its model is not looked at.
         model: the model.
         params: of it, where they are not those that were loaded.
 
@@ -189,7 +190,10 @@ def evaluate(config: Config, model: LoadedModel, params: Any = None) -> Result:
     """
     key = dump_config(config)
     if key not in model._examiners:
-        model._examiners[key] = Setup(config, say=print).examiner
+        setup = Setup(config, say=print)
+        # The model that is asked, whatever the config's own is.
+        setup.mesh, setup.tokenizer, setup.pretrained = model.mesh, model._opened, model._pretrained
+        model._examiners[key] = setup.examiner
     examiner = model._examiners[key]
     if examiner is None:
         raise ConfigError("data.eval: required to evaluate, not given")
@@ -219,15 +223,30 @@ def generate(
 
     Raises:
         DataError: the chat template refuses a conversation.
+        ValueError: the conversations are no lists of messages, or a number is out of range.
     """
+    for number, messages in enumerate(conversations):
+        if (
+            not isinstance(messages, list | tuple)
+            or not messages
+            or not all(isinstance(each, dict) for each in messages)
+        ):
+            raise ValueError(
+                f"conversations[{number}]: {str(messages)[:80]!r} given, expected a list of messages such as "
+                '[{"role": "user", "content": "hi"}]'
+            )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} given, expected 1 or more")
     if not (temperature >= 0 and 0 < top_p <= 1 and math.isfinite(temperature)):
         raise ValueError(f"temperature {temperature} and top_p {top_p} given, expected 0 or more, and up to 1")
     if model._generator is None:
         model._generator = Generator(model._pretrained.model, model.mesh, stop_ids=model._opened.stops)
-    generator = model._generator
+    if model._encoder is None:
+        model._encoder = asking_encoder(model.tokenizer)
+    generator, encoder = model._generator, model._encoder
     answers = generator.answers(
         model.params if params is None else params,
-        [prompt_tokens(messages, model.tokenizer) for messages in conversations],
+        [encoder.prompt(messages) for messages in conversations],
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_p, seed),
     )

@@ -65,7 +65,6 @@ def _ending_at_once() -> Iterator[None]:
 def preview_command(args: argparse.Namespace) -> int:
     """show what will be trained, token by token; no weights are read"""
     from jaxsft.disk.pages import make_folder, refuse_other_pages
-    from jaxsft.preview.make import make_preview
     from jaxsft.preview.page import write_html
     from jaxsft.preview.records import as_json
     from jaxsft.preview.terminal import print_preview
@@ -78,16 +77,8 @@ def preview_command(args: argparse.Namespace) -> int:
         path = setup.folder.parent / f"{setup.folder.name}.preview.html"
         if not args.json:
             refuse_other_pages([path])
-        tokenizer = setup.tokenizer
-        with contextlib.closing(setup.loader) as loader:
-            preview = make_preview(
-                loader,
-                loader.dataset,
-                tokenizer.tokenizer,
-                stops=tokenizer.stops,
-                title=setup.folder.name,
-                notes=tokenizer.notes,
-            )
+        with contextlib.closing(setup.loader):
+            preview = setup.preview()
     if args.json:
         print(json.dumps(as_json(preview)))
         return 0

@@ -227,6 +227,16 @@ class TrainConfig(Section):
     steps: PositiveInt | None = None
     """Steps in all, instead of `epochs`."""
 
+    @property
+    def microbatch_rows(self) -> int:
+        """Rows per forward-backward."""
+        return self.microbatch_size or self.batch_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward-backward passes of a step."""
+        return self.batch_size // self.microbatch_rows
+
     @model_validator(mode="after")
     def _checked(self) -> "TrainConfig":
         if self.steps is not None and "epochs" in self.model_fields_set:

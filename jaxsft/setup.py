@@ -29,6 +29,8 @@ from jaxsft.config import Config, ConfigError, SourceConfig
 from jaxsft.disk.writing import at_home
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, check_positions, open_model, open_tokenizer
 from jaxsft.mesh import check_divisible, make_mesh
+from jaxsft.preview.make import make_preview
+from jaxsft.preview.records import Preview
 from jaxsft.rows.strict import DataError
 from jaxsft.training.run_folder import template_date
 from jaxsft.training.step import put_batch
@@ -124,24 +126,21 @@ class Setup:
         """Of the whole run."""
         return self.config.train.steps or self.loader.num_steps(self.config.train.epochs)
 
-    @functools.cached_property
-    def num_microbatches(self) -> int:
-        """Forward-backward passes of a step.
+    def check_fit(self) -> None:
+        """Looks whether mesh, model and batch go together.
 
         Raises:
             ConfigError: the mesh does not divide the batch or the model, or keys do not fit the model.
         """
-        config, decoder_config = self.config, self.pretrained.decoder_config
-        rows = config.train.microbatch_size or config.train.batch_size
-        key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
+        config, mesh, decoder_config = self.config, self.mesh, self.pretrained.decoder_config
         check_positions(decoder_config, config.data.seq_len)
         router_losses = [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]
         if router_losses and decoder_config.routing is None:
             keys = ", ".join(f"optim.{key}" for key in router_losses)
             raise ConfigError(f"{keys}: no effect on {config.model.path}, which is no mixture of experts")
-        sizes = {f"{key} (b)": rows, "data.seq_len (t)": config.data.seq_len}
-        check_divisible(self.mesh, self.pretrained.model.params, sizes)
-        return config.train.batch_size // rows
+        key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
+        sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
+        check_divisible(mesh, self.pretrained.model.params, sizes)
 
     @functools.cached_property
     def examiner(self) -> Examiner | None:
@@ -207,6 +206,13 @@ class Setup:
         ]
         return make_dataset(prepared, sources, ends=data.mixture_ends)
 
+    def preview(self) -> Preview:
+        """What will be trained, for the eye."""
+        opened, loader, title = self.tokenizer, self.loader, self.folder.name
+        return make_preview(
+            loader, loader.dataset, opened.tokenizer, stops=opened.stops, title=title, notes=opened.notes
+        )
+
     def place_batch(self, step: int) -> Batch:
         """The batch of a step on the devices, leaves [B, T]; each process builds only the rows that its devices hold.
 
@@ -231,7 +237,7 @@ class Setup:
         loader = Loader(
             self.prepared([source], limit=limit),
             seq_len=config.data.seq_len,
-            batch_size=config.train.microbatch_size or config.train.batch_size,
+            batch_size=config.train.microbatch_rows,
             seed=config.seed,
             packing=config.data.packing,
             shuffle=False,

@@ -27,7 +27,6 @@ from jaxsft.disk.locks import Lock
 from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_params
-from jaxsft.preview.make import make_preview
 from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
@@ -124,7 +123,7 @@ def _steps(
     """The loop: returns the state after the last step, or None where the run was asked to stop before that."""
     config, mesh, frozen, num_steps = setup.config, setup.mesh, setup.frozen, setup.num_steps
     first = done = int(state.step)
-    model, num_microbatches = setup.pretrained.model, setup.num_microbatches
+    model, num_microbatches = setup.pretrained.model, config.train.num_microbatches
     train_step = make_train_step(
         model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
     )
@@ -202,11 +201,9 @@ def due_after(done: int, num_steps: int, config: Config) -> Due:
 
 def _check(setup: Setup) -> None:
     """Opens all that the run needs but weights, in the order in which mistakes are found soonest."""
-    config = setup.config
-    assert setup.mesh is not None
-    check_writers(config.log)
-    assert setup.num_microbatches
-    check_profile(config.log, setup.num_steps, setup.folder / "profile")
+    check_writers(setup.config.log)
+    setup.check_fit()
+    check_profile(setup.config.log, setup.num_steps, setup.folder / "profile")
     setup.check_overlap()
 
 
@@ -295,7 +292,7 @@ def _describe_run(setup: Setup, console: Console) -> None:
     """Writes the resolved config and the preview of the first batch; says what a continued run does otherwise now."""
     if jax.process_index() != 0:
         return
-    folder, loader, tokenizer = setup.folder, setup.loader, setup.tokenizer
+    folder = setup.folder
     path = folder / "config.yaml"
     if path.exists():
         try:
@@ -309,10 +306,7 @@ def _describe_run(setup: Setup, console: Console) -> None:
     note_versions(folder / "versions.json", console.say)
     if (folder / "preview.html").exists():
         return  # of the first batch, which a stream would have to make again
-    preview = make_preview(
-        loader, loader.dataset, tokenizer.tokenizer, stops=tokenizer.stops, title=folder.name, notes=tokenizer.notes
-    )
-    write_html(preview, folder / "preview.html")
+    write_html(setup.preview(), folder / "preview.html")
 
 
 def _compiled(train_step: Any, state: TrainState, frozen: Any, batch: Batch, mesh: Mesh) -> str:

@@ -129,6 +129,8 @@ def test_a_loop_by_hand_does_what_train_does(tiny_config, tmp_path):
     result = jaxsft.evaluate(config, model, state.params)
     final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert result.metrics["eval_loss"] == final["eval_loss"]
+    exported = jaxsft.load_model(tmp_path / "run" / "export")
+    assert jaxsft.evaluate(config, exported).metrics["eval_loss"] == final["eval_loss"]  # of the model that is given
 
 
 def test_logits_give_the_loss_that_the_chunked_one_gives(tiny_config):
@@ -157,6 +159,10 @@ def test_answers_of_a_folder_are_those_of_its_tokens(tiny_config, tmp_path, repo
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(ValueError, match="top_p 0 given"):
         jaxsft.generate(again, asked, top_p=0)
+    with pytest.raises(ValueError, match=r"conversations\[0\]: .* given, expected a list of messages such as"):
+        jaxsft.generate(again, asked[0])
+    with pytest.raises(ValueError, match="max_new_tokens 0 given, expected 1 or more"):
+        jaxsft.generate(again, asked, max_new_tokens=0)
 
 
 def test_a_dict_is_a_config_like_a_file_and_needs_a_folder_only_for_a_run(place):
@@ -171,4 +177,6 @@ def test_a_dict_is_a_config_like_a_file_and_needs_a_folder_only_for_a_run(place)
         jaxsft.train(config)
     with pytest.raises(ConfigError, match=r"config: 1 mistake in the config:\n  train.stepz: unknown key"):
         jaxsft.load_config({**tree, "train": {"stepz": 1}})
+    with pytest.raises(ConfigError, match="does not fit this model and batch"):
+        jaxsft.load_model(jaxsft.load_config(tree, ["train.batch_size=7"]))
     assert not os.path.exists(pathlib.Path("runs"))

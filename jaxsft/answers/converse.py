@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxsft.answers.generate import Generator, Sampling
-from jaxsft.chat.encoder import prompt_tokens
+from jaxsft.chat.encoder import asking_encoder
 from jaxsft.config import MeshConfig, ModelConfig
 from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
@@ -29,6 +29,7 @@ def converse(model_dir: str, *, system: str | None, sampling: Sampling, max_new_
     pretrained = open_model(config, tokenizer)
     mesh = make_mesh(MeshConfig())
     params = load_params(pretrained, mesh, seed=0)
+    encoder = asking_encoder(tokenizer.tokenizer)
     generator = Generator(pretrained.model, mesh, stop_ids=tokenizer.stops)
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
@@ -39,7 +40,7 @@ def converse(model_dir: str, *, system: str | None, sampling: Sampling, max_new_
             continue
         messages.append({"role": "user", "content": line})
         try:
-            prompt = prompt_tokens(messages, tokenizer.tokenizer)
+            prompt = encoder.prompt(messages)
         except DataError as error:
             print(f"error: {error}", file=sys.stderr)
             messages.pop()

@@ -12,6 +12,7 @@ import numpy as np
 from jaxsft.batches.lengths import fit_length
 from jaxsft.chat.encoder import ChatEncoder, MaskError
 from jaxsft.rows import formats
+from jaxsft.rows.items import Conversation, Item
 from jaxsft.rows.messages import Spelling
 from jaxsft.rows.sources import DataError, Problem, Row, bad_rows
 
@@ -83,7 +84,7 @@ class Portion(NamedTuple):
         return int(np.count_nonzero(self.loss_weights)) - int(np.count_nonzero(self.loss_weights[firsts]))
 
 
-def convert_row(row: Row | Problem, recipe: Recipe) -> list[formats.Item] | Problem:
+def convert_row(row: Row | Problem, recipe: Recipe) -> list[Item] | Problem:
     """What a row says."""
     if isinstance(row, Problem):
         return row
@@ -103,7 +104,7 @@ def encode_rows(recipe: Recipe, rows: Sequence[Row | Problem]) -> Portion:
     A row is bad as a whole: where one conversation of it cannot be used, none of it is.
     """
     problems: dict[int, Problem] = {}
-    items: list[formats.Item] = []
+    items: list[Item] = []
     rows_of_items: list[int] = []
     for at, row in enumerate(rows):
         found = convert_row(row, recipe)
@@ -124,7 +125,7 @@ def encode_rows(recipe: Recipe, rows: Sequence[Row | Problem]) -> Portion:
     counts: dict[str, int] = {}
     unread_keys: dict[str, int] = {}
     for item in items:
-        if isinstance(item, formats.Conversation) and item.unread_keys:
+        if isinstance(item, Conversation) and item.unread_keys:
             unread_keys = added_counts(unread_keys, item.unread_keys)
     num_extra_pieces = num_items = 0
     longest = (0, "")

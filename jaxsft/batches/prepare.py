@@ -29,7 +29,8 @@ from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.disk.writing import writing
-from jaxsft.rows import formats
+from jaxsft.rows.detection import SAMPLE, choose_format
+from jaxsft.rows.items import Item
 from jaxsft.rows.messages import Spelling
 from jaxsft.rows.sources import DataError, Problem, Row, bad_rows, choose_files, is_hub, read_rows, source_digest
 
@@ -47,7 +48,7 @@ class Prepared(NamedTuple):
     loss_weights: np.ndarray
     """float32 [num_tokens]"""
     writers: np.ndarray
-    """uint8 [num_tokens]: who wrote each token, see `chat.WRITERS`."""
+    """uint8 [num_tokens]: who wrote each token, see `WRITERS` of `chat/encoder.py`."""
     offsets: np.ndarray
     """int64 [num_examples + 1]"""
     origins: np.ndarray
@@ -164,11 +165,11 @@ def open_source(
     """
     held_out = is_held_out(config, source)
     rows = read_rows(source.path, limit=limit, stream=stream, held_out=held_out)
-    seen = list(islice(rows, formats.SAMPLE))
+    seen = list(islice(rows, SAMPLE))
     good = [row for row in seen if isinstance(row, Row)]
     if not good:
         raise bad_rows([row for row in seen if isinstance(row, Problem)], "bad") if seen else no_rows(source.path)
-    chosen = formats.choose_format(good, source)
+    chosen = choose_format(good, source)
     described = {
         "path": source.path,
         "format": chosen.format,
@@ -216,7 +217,7 @@ def _split_notes(path: str, *, held_out: bool) -> list[str]:
 
 def read_items(
     config: DataConfig, source: SourceConfig, encoder: ChatEncoder, *, limit: int | None = None
-) -> Iterator[formats.Item]:
+) -> Iterator[Item]:
     """What the good rows of a source say, before it becomes tokens."""
     opened = open_source(config, source, encoder, limit=limit)
     for row in opened.rows:

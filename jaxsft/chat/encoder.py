@@ -26,7 +26,8 @@ from jaxsft.chat.thinking import ReasoningError, read_tags, without_reasoning
 from jaxsft.chat.turns import Turn, TurnFinder, View
 from jaxsft.config import DataConfig
 from jaxsft.rows.flags import OURS
-from jaxsft.rows.formats import Conversation, Document, Item, Message, Tokenised
+from jaxsft.rows.items import Conversation, Document, Item, Tokenised
+from jaxsft.rows.messages import Message
 
 WRITERS = ("template", "system", "user", "assistant", "tool", "other")
 """Who wrote the characters of a token."""
@@ -650,20 +651,13 @@ class _Drawn(NamedTuple):
     """The last one that is trained, in this text or another one of the conversation."""
 
 
-def prompt_tokens(
-    messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    *,
-    tools: list[dict[str, Any]] | None = None,
-    template_kwargs: dict[str, Any] | None = None,
-) -> list[int]:
-    """Tokens of the prompt that asks for the next assistant turn, of today, for talking to a model.
+def asking_encoder(tokenizer: Tokenizer) -> ChatEncoder:
+    """An encoder for talking to a model: its `prompt` asks for the next assistant turn, as of today.
 
     Raises:
-        DataError: no chat template, or the template refuses the messages.
+        DataError: the chat template cannot be used.
     """
-    encoder = ChatEncoder(tokenizer, DataConfig.model_validate({"train": "-"}), stop_ids(tokenizer))
-    return encoder.prompt(messages, tools=tools, template_kwargs=template_kwargs)
+    return ChatEncoder(tokenizer, DataConfig.model_validate({"train": "-"}), stop_ids(tokenizer))
 
 
 def _shown(messages: Sequence[Message]) -> list[Message]:

@@ -2,7 +2,8 @@
 
 The environment is that of transformers' `apply_chat_template`, rebuilt so that every character of the text names the
 message and field it was taken from (`provenance.py`), and so that "today" is a day that the run records. That both give
-the same text is not assumed: `chat.py` compares them. A template is someone else's program: `probe.py` runs it first.
+the same text is not assumed: `encoder.py` compares them. A template is someone else's program: `probe.py` runs it
+first.
 """
 
 import datetime

@@ -64,6 +64,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     """
     _check_comparable(config, num_steps)
     setup = Setup(config)
+    setup.check_fit()
     pretrained = setup.pretrained
     # The weights, and of each program the gradients and the parameters after the first and the last step.
     check_space(folder, 7 * _num_bytes(pretrained))
@@ -74,7 +75,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     request = {
         "num_steps": num_steps,
         "schedule_steps": schedule_steps,
-        "num_microbatches": setup.num_microbatches,
+        "num_microbatches": config.train.num_microbatches,
         "batch_size": config.train.batch_size,
         "seq_len": config.data.seq_len,
         "param_dtype": config.model.param_dtype,

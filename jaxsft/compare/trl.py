@@ -167,7 +167,7 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
 def _train_ours(
     config: Config, folder: pathlib.Path, num_steps: int, schedule_steps: int, say: Callable[[str], None]
 ) -> Run:
-    rows = config.train.microbatch_size or config.train.batch_size
+    rows = config.train.microbatch_rows
     request = {
         "num_steps": num_steps,
         "schedule_steps": schedule_steps,

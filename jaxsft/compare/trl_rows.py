@@ -85,7 +85,7 @@ def plain_messages(messages: Sequence[Message]) -> list[Message]:
 
 def trl_arguments(config: Config, shape: str, *, schedule_steps: int) -> dict[str, Any]:
     """Fields of SFTConfig that say what the config says, as far as TRL has words for it."""
-    optim, rows = config.optim, config.train.microbatch_size or config.train.batch_size
+    optim, rows = config.optim, config.train.microbatch_rows
     warmup = warmup_steps(optim, schedule_steps)
     decay = round(optim.decay_ratio * schedule_steps)
     names: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,15 +11,11 @@ from jaxsft.config import SourceConfig
 from jaxsft.rows.detection import SAMPLE, choose_format, rename
 from jaxsft.rows.flags import could_be_flag
 from jaxsft.rows.items import Conversation, Document, Item, Tokenised
-from jaxsft.rows.messages import AS_USUAL, Message, Spelling
+from jaxsft.rows.messages import AS_USUAL, Spelling
 from jaxsft.rows.readings import FORMATS, PREFERENCE, Format, says
 from jaxsft.rows.roles import ALIASES
 from jaxsft.rows.sources import Problem, Row, bad_rows, read_rows
 from jaxsft.rows.strict import TOO_DEEP, BadRow, short
-
-__all__ = [
-    "SAMPLE", "Conversation", "Document", "Item", "Message", "Tokenised", "choose_format", "convert", "load_items",
-]  # fmt: skip
 
 
 def convert(

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from jaxsft.chat.encoder import WRITERS, ChatEncoder, MaskError, prompt_tokens, stop_ids
+from jaxsft.chat.encoder import WRITERS, ChatEncoder, MaskError, asking_encoder, stop_ids
 from jaxsft.config import DataConfig
 from jaxsft.rows.items import Conversation, Document, Tokenised
 from jaxsft.rows.sources import DataError
@@ -579,7 +579,7 @@ def test_the_date_is_that_of_the_run(make_tokenizer):
 def test_a_prompt_is_the_render_with_a_generation_prompt(make_tokenizer):
     tokenizer = make_tokenizer()
     expected = tokenizer.apply_chat_template(TURNS[:3], tokenize=True, add_generation_prompt=True)["input_ids"]
-    assert prompt_tokens(TURNS[:3], tokenizer) == expected == make_encoder(tokenizer).prompt(TURNS[:3])
+    assert asking_encoder(tokenizer).prompt(TURNS[:3]) == expected == make_encoder(tokenizer).prompt(TURNS[:3])
 
 
 # Untrusted text.

@@ -222,7 +222,7 @@ def test_a_mixture_may_be_computed_again_in_the_backward_pass(mixture, mixture_o
 def test_losses_of_routers_are_refused_where_there_are_no_routers(run):
     config = run[0].model_copy(update={"optim": run[0].optim.model_copy(update={"router_z": 0.1})})
     with pytest.raises(ConfigError, match="optim.router_z: no effect on .* no mixture of experts"):
-        Setup(config).num_microbatches  # noqa: B018
+        Setup(config).check_fit()
 
 
 MIXTURE_MESHES = [
