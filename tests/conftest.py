@@ -11,20 +11,23 @@ import sys
 import tempfile
 import tomllib
 
+# What tests of several folders share: helpers, and the templates and oracles of tests/chat.
+sys.path[:0] = [str(pathlib.Path(__file__).parent / name) for name in ("helpers", "chat")]
+from compilation import xla_flags  # noqa: E402
+
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Workers and the runs that tests start as processes of their own share what they compile; gone with the session.
+# Workers and the runs that tests start as processes of their own share what they compile, also what took no second;
+# gone with the session.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest
-
-# What tests of several folders share: helpers, and the templates and oracles of tests/chat.
-sys.path[:0] = [str(pathlib.Path(__file__).parent / name) for name in ("helpers", "chat")]
+import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))
@@ -35,6 +38,14 @@ FLAGS = [
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
     "--virtual-time-budget=3000", "--enable-logging=stderr", "--disable-dev-shm-usage",
 ]  # fmt: skip
+
+
+LONGEST = ("test_quickstart.py", "test_templates.py", "test_families.py", "test_step.py", "test_train.py")
+"""Files that take minutes: begun first, so that at the end no worker waits for one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

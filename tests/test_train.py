@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from compilation import xla_flags
 from etils import epath
 
 from jaxsft.cli import main
@@ -27,7 +28,7 @@ EXACT = ("loss", "accuracy", "grad_norm", "learning_rate", "total_tokens", "rows
 
 def start(config, overrides, *, devices=8, **environment):
     """The command as a user starts it."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices)} | environment
     command = [sys.executable, "run.py", "train", config, *overrides]
     repo = pathlib.Path(__file__).resolve().parents[1]
     return subprocess.Popen(

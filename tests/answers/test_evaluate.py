@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from compilation import xla_flags
 from conversations import CASES, assistant, call, system, tool, user
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -418,7 +419,7 @@ def write_run(folder, repo, template, rows, **sections):
 
 def run(command, config, repo):
     """On one device: eight simulated ones of a tiny model mostly wait for each other."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     words = [sys.executable, "run.py", command, str(config)]
     done = subprocess.run(words, cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -83,12 +83,20 @@ def lacking_bytes(backend: Any) -> frozenset[int]:
     return frozenset(byte for letter, byte in BYTE_OF_LETTER.items() if backend.token_to_id(letter) is None)
 
 
-def bytes_of(id: int, tokenizer: Any) -> bytes:
-    if id in added_tokens(tokenizer):
-        text = added_tokens(tokenizer)[id]
-        return (text if text.strip("▁") else text.replace("▁", " ")).encode()  # Gemma has runs of spaces.
-    piece = tokenizer.convert_ids_to_tokens(id)
-    if is_byte_level(tokenizer.backend_tokenizer):
+def bytes_of(ids: Iterable[int], tokenizer: Any) -> list[bytes]:
+    """What each token stands for."""
+    added, backend = added_tokens(tokenizer), tokenizer.backend_tokenizer
+    return [_bytes_of_added(added[id]) if id in added else _bytes_of(id, backend) for id in ids]
+
+
+def _bytes_of_added(text: str) -> bytes:
+    return (text if text.strip("▁") else text.replace("▁", " ")).encode()  # Gemma has runs of spaces.
+
+
+@functools.cache
+def _bytes_of(id: int, backend: Any) -> bytes:
+    piece = backend.id_to_token(id)
+    if is_byte_level(backend):
         return bytes(BYTE_OF_LETTER[letter] for letter in piece)
     if len(piece) == 6 and piece.startswith("<0x"):
         return bytes([int(piece[3:5], 16)])
@@ -123,11 +131,11 @@ def tokenise(text: str, tokenizer: Any) -> Tokens:
     lacking = lacking_bytes(tokenizer.backend_tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     spelled, at, starts, ends = text.encode(), 0, [], []
-    for id in ids:
-        piece = bytes_of(id, tokenizer)
+    added = added_tokens(tokenizer)
+    for id, piece in zip(ids, bytes_of(ids, tokenizer), strict=True):
         while not spelled.startswith(piece, at) and at < len(spelled) and spelled[at] in lacking:
             at += 1
-        if id in added_tokens(tokenizer) and spelled.startswith(b" " + piece, at):
+        if id in added and spelled.startswith(b" " + piece, at):
             piece = b" " + piece  # ChatGLM3's control tokens are looked for with a space before them.
         if not spelled.startswith(piece, at):
             assert piece[:1] == b" " and spelled.startswith(piece[1:], at), (text, spelled[at : at + 20], piece)
@@ -197,7 +205,7 @@ def marked_text(ids: list[int], weights: list[float], tokenizer: Any) -> str:
 
 def decode(ids: Sequence[int], tokenizer: Any) -> str:
     """The bytes of the tokens; the tokenizer's own decoder may trim the first space."""
-    return b"".join(bytes_of(int(id), tokenizer) for id in ids).decode(errors="replace")
+    return b"".join(bytes_of(map(int, ids), tokenizer)).decode(errors="replace")
 
 
 @pytest.mark.parametrize("name", sorted({golden.tokenizer for golden in GOLDENS}))

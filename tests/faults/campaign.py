@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
+from compilation import xla_flags
 from etils import epath
 
 from jaxsft.cli import main
@@ -154,7 +155,7 @@ def start(
         ignore = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
         script = f"import resource, signal, sys; {ignore}; {limit}; from jaxsft.cli import main; sys.exit(main())"
     command = [sys.executable, *(["run.py"] if script is None else ["-c", script]), "train", str(config), *overrides]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8)}
     return subprocess.Popen(
         command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_FOR_USERS
 
 from jaxsft.model import attention as module
 from jaxsft.model import tiles
@@ -31,7 +32,10 @@ def naive(q, k, v, segment_ids, positions, scale=None, window=None, soft_cap=Non
     return jnp.einsum("bnts,bsnh->btnh", weights / total, v)
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "scale", "window", "soft_cap"))
+STATIC = ("block_size", "scale", "window", "soft_cap")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, **options):
     return attention(
         q,
@@ -46,11 +50,26 @@ def packed(q, k, v, segment_ids=SEGMENTS, positions=POSITIONS, block_size=512, *
     )
 
 
-@pytest.fixture(autouse=True, params=["on one CPU", "elsewhere"])
-def place(request, monkeypatch):
+@functools.partial(jax.jit, static_argnames=("function", *STATIC))
+def with_gradients(function, cotangent, arrays, sinks=None, **options):
+    """Value [B, T, N, H], and the gradients of its product with the cotangent, by arrays and sinks, in one program."""
+
+    def of(*arrays):
+        more = {} if sinks is None else {"sinks": arrays[3]}
+        return function(*arrays[:3], SEGMENTS, POSITIONS, **more, **options)
+
+    value, vjp = jax.vjp(of, *arrays, *([] if sinks is None else [sinks]))
+    return value, vjp(cotangent)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["on one CPU", "elsewhere"])
+def place(request):
     """Both ways of computing it."""
-    monkeypatch.setattr(module, "on_one_device", lambda: request.param == "on one CPU")
-    packed.clear_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "on_one_device", lambda: request.param == "on one CPU")
+        yield
+    for compiled in (packed, with_gradients):
+        compiled.clear_cache()
 
 
 def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
@@ -64,10 +83,10 @@ def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
 def test_equals_the_naive_formula_in_value_and_gradients_for_every_block_size(num_kv_heads, block_size):
     arrays = qkv(num_kv_heads=num_kv_heads)
     cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-    expected, expected_vjp = jax.vjp(lambda *a: naive(*a, SEGMENTS, POSITIONS), *arrays)
-    given, given_vjp = jax.vjp(lambda *a: packed(*a, block_size=block_size), *arrays)
+    expected, expected_gradients = with_gradients(naive, cotangent, arrays)
+    given, gradients = with_gradients(packed, cotangent, arrays, block_size=block_size)
     np.testing.assert_allclose(given, expected, atol=2e-6)
-    for ours, theirs in zip(given_vjp(cotangent), expected_vjp(cotangent), strict=True):
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
 
 
@@ -86,18 +105,12 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_windows_soft_caps_scales_and_sinks_equal_the_naive_formula(options, block_size, with_sinks):
     arrays = qkv()
-    extra = [jnp.array([0.3, -2.0, 5.0, 0.0, 1.0, -0.5])] * with_sinks
-
-    def run(function, **more):
-        def of(q, k, v, sinks=None):
-            return function(q, k, v, SEGMENTS, POSITIONS, sinks=sinks, **options, **more)
-
-        return jax.vjp(of, *arrays, *extra)
-
-    (expected, expected_vjp), (given, given_vjp) = run(naive), run(packed, block_size=block_size)
-    np.testing.assert_allclose(given, expected, atol=3e-6)
     cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-    for ours, theirs in zip(given_vjp(cotangent), expected_vjp(cotangent), strict=True):
+    sinks = jnp.array([0.3, -2.0, 5.0, 0.0, 1.0, -0.5]) if with_sinks else None
+    expected, expected_gradients = with_gradients(naive, cotangent, arrays, sinks, **options)
+    given, gradients = with_gradients(packed, cotangent, arrays, sinks, block_size=block_size, **options)
+    np.testing.assert_allclose(given, expected, atol=3e-6)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -108,7 +121,7 @@ def test_a_window_spares_the_work_of_keys_out_of_reach(place):
     def flops(window):
         arrays = [jax.ShapeDtypeStruct((1, 2048, heads, 16), jnp.float32) for heads in (4, 2, 2)]
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-        compiled = packed.lower(*arrays, ids, ids, block_size=128, window=window).compile()
+        compiled = packed.lower(*arrays, ids, ids, block_size=128, window=window).compile(AS_FOR_USERS)
         # The loop over blocks is counted once, so this is the work of a block.
         return compiled.cost_analysis()["flops"]
 
@@ -146,21 +159,30 @@ def test_tiles_hold_every_allowed_pair_once_and_none_is_without(lengths, window,
 
 
 def test_padding_gives_no_nan_in_value_or_gradients_even_with_huge_scores():
-    for segment_ids in (SEGMENTS, np.zeros_like(SEGMENTS)):
-        for block_size in (5, 512):
-            given, vjp = jax.vjp(lambda *a: packed(*a, segment_ids, block_size=block_size), *qkv(scale=1e3))  # noqa: B023
-            assert all(np.isfinite(x).all() for x in (given, *vjp(jnp.ones_like(given))))
+    arrays = qkv(scale=1e3)
+    for block_size in (5, 512):
+
+        @jax.jit
+        def run(segment_ids, block_size=block_size):
+            given, vjp = jax.vjp(lambda *a: packed(*a, segment_ids, block_size=block_size), *arrays)
+            return given, vjp(jnp.ones_like(given))
+
+        for segment_ids in (SEGMENTS, np.zeros_like(SEGMENTS)):
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(run(segment_ids)))
 
 
 @pytest.mark.parametrize("block_size", [2, 512])
 def test_no_segment_feels_another(block_size):
     arrays = qkv()
 
-    def segment_sum(segment):
-        return lambda *a: jnp.where((segment == SEGMENTS)[:, :, None, None], packed(*a, block_size=block_size), 0).sum()
+    @functools.partial(jax.jit, static_argnames="block_size")
+    @functools.partial(jax.grad, argnums=(0, 1, 2))
+    def gradients(q, k, v, segment, block_size):
+        out = packed(q, k, v, block_size=block_size)
+        return jnp.where((segment == SEGMENTS)[:, :, None, None], out, 0).sum()
 
     for segment in (1, 2, 3):
-        for gradient in jax.grad(segment_sum(segment), (0, 1, 2))(*arrays):
+        for gradient in gradients(*arrays, segment, block_size):
             assert np.all(np.asarray(gradient)[segment != SEGMENTS] == 0)
             assert np.any(np.asarray(gradient)[segment == SEGMENTS] != 0)
 
@@ -189,11 +211,10 @@ def test_queries_against_a_longer_cache_equal_the_same_queries_in_the_sequence()
 def test_bfloat16_in_bfloat16_out_with_a_float32_softmax(block_size):
     arrays = [x.astype(jnp.bfloat16) for x in qkv()]
     exact = [x.astype(jnp.float32) for x in arrays]
-    given, given_vjp = jax.vjp(lambda *a: packed(*a, block_size=block_size), *arrays)
-    expected, expected_vjp = jax.vjp(lambda *a: naive(*a, SEGMENTS, POSITIONS), *exact)
-    cotangent = jax.random.normal(jax.random.key(1), given.shape, jnp.bfloat16)
-    theirs = [expected, *expected_vjp(cotangent.astype(jnp.float32))]
-    for ours, other in zip([given, *given_vjp(cotangent)], theirs, strict=True):
+    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape, jnp.bfloat16)
+    given, gradients = with_gradients(packed, cotangent, arrays, block_size=block_size)
+    expected, expected_gradients = with_gradients(naive, cotangent.astype(jnp.float32), exact)
+    for ours, other in zip([given, *gradients], [expected, *expected_gradients], strict=True):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(jnp.float32), other, atol=0.03 * np.abs(other).max())
 
@@ -203,7 +224,7 @@ def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
         arrays = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2, 2)]
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         gradient = jax.grad(lambda q, k, v, s, p: packed(q, k, v, s, p, 64).sum(), (0, 1, 2))
-        return jax.jit(gradient).lower(*arrays, ids, ids).compile().memory_analysis().temp_size_in_bytes
+        return jax.jit(gradient).lower(*arrays, ids, ids).compile(AS_FOR_USERS).memory_analysis().temp_size_in_bytes
 
     assert bytes_at(8192) < 4.5 * bytes_at(2048)
 
@@ -217,7 +238,7 @@ def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pa
         layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=KEPT[remat])
         return (layer(q, k, v) ** 2).sum()
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile(AS_FOR_USERS)
     assert compiled.as_text().count(" while(") == num_loops
 
 
@@ -231,10 +252,13 @@ def test_the_only_large_tile_of_a_row_is_computed_where_it_is_needed_and_nowhere
     cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
 
     def gradients(function, **more):
-        return jax.vjp(lambda *a: function(*a, segment_ids, positions, **more), *arrays)[1](cotangent)
+        def run(arrays):
+            return jax.vjp(lambda *a: function(*a, segment_ids, positions, **more), *arrays)[1](cotangent)
 
-    for ours, theirs in zip(gradients(packed, block_size=2), gradients(naive), strict=True):
+        return jax.jit(run).lower(arrays).compile(AS_FOR_USERS)
+
+    compiled = gradients(packed, block_size=2)
+    for ours, theirs in zip(compiled(arrays), gradients(naive)(arrays), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
-    compiled = jax.jit(functools.partial(gradients, packed, block_size=2)).lower().compile().as_text()
-    assert compiled.count(" conditional(") == 2
-    assert compiled.count(" while(") == 2
+    assert compiled.as_text().count(" conditional(") == 2
+    assert compiled.as_text().count(" while(") == 2

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_FOR_USERS
 from flax import nnx
 
 from jaxsft.config import MeshConfig
@@ -118,7 +119,11 @@ def test_unrolled_layers_have_the_same_state_and_give_the_same_values_and_gradie
 
     ours, theirs = value_and_gradient(True), value_and_gradient(False)
     jax.tree.map(np.testing.assert_array_equal, ours[0], theirs[0])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours[1], theirs[1])
+    leaves = jax.tree.leaves(theirs[1])
+    # A gradient that is zero by its mathematics (of the bias of keys) is noise: measured by the others.
+    floor = 1e-3 * max(map(np.linalg.norm, leaves))
+    for one, other in zip(jax.tree.leaves(ours[1]), leaves, strict=True):
+        assert np.linalg.norm(one - other) < 1e-5 * max(np.linalg.norm(other), floor)
 
 
 def test_layers_of_a_pattern_run_in_their_order_with_or_without_a_rest():
@@ -253,7 +258,7 @@ def test_under_fsdp_only_a_layer_at_a_time_is_gathered():
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), in_shardings=(sharded, None, None, None), out_shardings=sharded)
-        memory = step.lower(abstract, *rows).compile().memory_analysis()
+        memory = step.lower(abstract, *rows).compile(AS_FOR_USERS).memory_analysis()
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
     assert memory.argument_size_in_bytes < 1.1 * whole / 8 + 8 * 16 * 12
     assert memory.temp_size_in_bytes < whole / 2

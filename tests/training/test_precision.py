@@ -30,14 +30,6 @@ ROWS, LENGTH = 8, 256
 BOUND = math.sqrt(6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling takes most of the time, and half of it is making fast what runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config_of(name):
     """A tiny model that is no more sensitive than a large one: of small random weights."""
     config = json.loads((TINY / f"{name}.json").read_text()) | {"initializer_range": 0.05}
