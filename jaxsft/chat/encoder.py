@@ -21,9 +21,11 @@ from jaxsft.chat.invariant import Given, free_spans
 from jaxsft.chat.metered import TemplateHogs
 from jaxsft.chat.parts import character_weights
 from jaxsft.chat.provenance import TEMPLATE, UNKNOWN
+from jaxsft.chat.skeletons import Skeletons
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.stops import open_template, stop_ids, template_name, token_text
 from jaxsft.chat.template import GENERATED, Source, TemplateError, Traceable, number_sources
+from jaxsft.chat.theirs import Theirs
 from jaxsft.chat.thinking import ReasoningError, read_tags, without_reasoning
 from jaxsft.chat.turns import TurnFinder, View
 from jaxsft.chat.weighing import Drawn, Encoded, Weigher
@@ -73,7 +75,7 @@ class ChatEncoder:
         """
         self.tokenizer, self.stops = tokenizer, frozenset(map(int, stops))
         self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
-        self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
+        self._policy = config.control_tokens
         self._train_reasoning, self._keeps_reasoning = config.train_reasoning, config.reasoning == "error"
         self._reasoning_tags = [(opening, closing) for opening, closing in config.reasoning_tags]
         self._stop_texts = [token_text(tokenizer, id) for id in stops]
@@ -94,6 +96,11 @@ class ChatEncoder:
                 unroll=config.unroll,
                 name=template_name(tokenizer),
             )
+        self._theirs = Theirs(tokenizer, config.chat_template_kwargs)
+        self._skeletons = None
+        # Where the text depends on the day, or reasoning is taken out of contents, nothing is known beforehand.
+        if self._template is not None and self._clock is None and not self._reasoning_tags:
+            self._skeletons = Skeletons(self._template, stop_texts=self._stop_texts, unroll=config.unroll)
         self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
         self._around: tuple[list[int], list[int]] | None = None
         self._weigher = Weigher(
@@ -305,6 +312,36 @@ class ChatEncoder:
     def _drawn(self, conversation: Conversation) -> list[Drawn]:
         if self._finder is None:
             raise _no_template(self._tokenizer)
+        shape = self._skeletons.shape(conversation) if self._skeletons is not None else None
+        if self._skeletons is None or shape is None:
+            return self._found_out(conversation)[0]
+        look = functools.partial(self._look, conversation)
+        drawn = self._skeletons.draw(shape, conversation, look)
+        if drawn is not None and self._is_theirs(conversation, drawn):
+            return [each for _, each in drawn]
+        is_wanted = self._skeletons.wants(shape)
+        found, traceable, views = self._found_out(conversation)
+        if is_wanted:
+            self._skeletons.learn(shape, traceable, views, found)
+        return found
+
+    def _look(self, conversation: Conversation, number: int) -> Given:
+        """What the last look is told of an example of a conversation that was drawn by a skeleton."""
+        return self._found_out(conversation)[0][number].look()
+
+    def _is_theirs(self, conversation: Conversation, drawn: Sequence[tuple[int, Drawn]]) -> bool:
+        """Whether texts by a skeleton are transformers' texts; where they are not, all is found out anew."""
+        assert self._finder is not None, "there is a template"
+        messages = conversation.messages
+        if self._finder.habits.takes_blocks or any(len(message) > 2 for message in messages):
+            messages = fitted(messages, self._finder.habits)
+        try:
+            return all(self._theirs.render_plain(messages[:number]) == each.text for number, each in drawn)
+        except Exception:  # A template may raise anything.
+            return False
+
+    def _found_out(self, conversation: Conversation) -> tuple[list[Drawn], Traceable, list[View]]:
+        """The texts of a conversation, with all that is known of them, from renders of its own."""
         kwargs = conversation.template_kwargs
         conversation, num_stripped = self._without_stops(conversation)
         if self._reasoning_tags:
@@ -346,7 +383,7 @@ class ChatEncoder:
                     functools.partial(_itself, given),
                 )
             )
-        return drawn
+        return drawn, traceable, views
 
     def _given(self, view: View, traceable: Traceable, answers: frozenset[int]) -> Given:
         """What the last look is told of an example: nothing of how its weights come about."""
@@ -397,12 +434,8 @@ class ChatEncoder:
                 traceable = number_sources(messages, tools, kwargs)
                 ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
             try:
-                theirs = self._tokenizer.apply_chat_template(
-                    messages[: layout.num_messages],
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=layout.is_prompt,
-                    **self._template_kwargs | kwargs,
+                theirs = self._theirs.render(
+                    messages[: layout.num_messages], tools=tools, kwargs=kwargs, prompt=layout.is_prompt
                 )
             except Exception as error:  # A template may raise anything.
                 raise self._refused(TemplateError(" ".join(str(error).split())[:300])) from error

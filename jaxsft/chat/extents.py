@@ -1,8 +1,8 @@
 """Texts to tokens, each with the characters that it stands for; nothing is added, nothing split.
 
-In: a fast tokenizer and texts. Out: `Tokens`. A tokenizer says the place of every token, but in pairs of Python numbers,
-which take longer to make than all else around it. A byte-level one writes its tokens in bytes, and where these spell
-the very bytes of the text, which is compared for every text, the places follow from their lengths:
+In: a fast tokenizer and texts. Out: `Tokens`. A tokenizer says the place of every token, but in pairs of Python
+numbers, which take longer to make than all else around it. A byte-level one writes its tokens in bytes, and where these
+spell the very bytes of the text, which is compared for every text, the places follow from their lengths:
 
     "né!"   bytes 6e c3a9 21    tokens 6e c3 | a9 | 21    characters (0, 2) (1, 2) (2, 3)
 
