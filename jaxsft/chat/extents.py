@@ -11,6 +11,7 @@ control token swallows), the tokenizer is asked for the places.
 """
 
 import json
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -47,30 +48,29 @@ class Reader:
             self._backend.no_padding()
         if self._spelling is None:
             return self._asked(texts)
+        found, raws, spelt, unspelt = [], [], [], []
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        found, spelt, unspelt = [encoding.ids for encoding in encodings], [], []
-        del encodings
-        raws: list[bytes] = []
-        for at, (text, ids) in enumerate(zip(texts, found, strict=True)):
-            raw = text.encode()
+        for at, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+            ids, raw = encoding.ids, text.encode()
             if b"".join(map(self._spelling.__getitem__, ids)) == raw:
-                spelt.append(at)
+                found.append(array("i", ids))
                 raws.append(raw)
+                spelt.append(at)
             else:
                 unspelt.append(at)
         results: list[Any] = [None] * len(texts)
-        for at, tokens in zip(spelt, self._placed([found[at] for at in spelt], raws), strict=True):
+        for at, tokens in zip(spelt, self._placed(found, raws), strict=True):
             results[at] = tokens
         if unspelt:
             for at, tokens in zip(unspelt, self._asked([texts[at] for at in unspelt]), strict=True):
                 results[at] = tokens
         return results
 
-    def _placed(self, found: Sequence[Sequence[int]], raws: Sequence[bytes]) -> list[Tokens]:
+    def _placed(self, found: Sequence[array], raws: Sequence[bytes]) -> list[Tokens]:
         """Tokens of texts that they spell byte for byte; `raws` are the texts in UTF-8."""
         assert self._spelling is not None
         counts = np.array([len(ids) for ids in found], np.int64)
-        ids = np.fromiter(chain.from_iterable(found), np.int32, int(counts.sum()))
+        ids = np.frombuffer(bytearray().join(found), np.int32)
         ends = np.cumsum(self._spelling.lengths[ids])
         starts = ends - self._spelling.lengths[ids]
         whole = b"".join(raws)

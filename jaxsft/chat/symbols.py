@@ -83,11 +83,15 @@ class Watched(Traced):
     def __add__(self, other: str) -> "Watched":
         if not isinstance(other, str):
             return NotImplemented
+        if not isinstance(other, Watched) and not other:
+            return self
         return _make(str.__add__(self, other), self._runs + runs_of(other), self._watch)
 
     def __radd__(self, other: str) -> "Watched":
         if not isinstance(other, str):
             return NotImplemented
+        if not isinstance(other, Watched) and not other:
+            return self
         return _make(str.__add__(other, self), runs_of(other) + self._runs, self._watch)
 
     def __bool__(self) -> bool:
@@ -244,7 +248,10 @@ class WatchingEnvironment(TracingEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(__obj, jinja2.runtime.Macro) and not is_constructor(__obj):
-            _lose([*args, *kwargs.values()])
+            # Jinja hands variables on for functions that ask for the context.
+            asks = getattr(__obj, "jinja_pass_arg", None) is not None
+            given = {name: value for name, value in kwargs.items() if asks or name not in ("_loop_vars", "_block_vars")}
+            _lose([*args, *given.values()])
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
