@@ -118,9 +118,8 @@ def compare(tokenizer, items, **data):
 @pytest.mark.parametrize("template", FOLLOWED.values(), ids=FOLLOWED)
 def test_a_skeleton_gives_what_is_found_out(make_tokenizer, template):
     num_found, num_items = compare(make_tokenizer(template), conversations())
-    assert (
-        num_found < num_items / 2
-    )  # The others have blank contents, other answers to what is asked, or are the first.
+    # Those have blank contents, give other answers to what is asked, or are the first of their shape.
+    assert num_found < num_items
 
 
 @pytest.mark.parametrize("data", [
