@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsft.chat.encoder import Encoded
+from jaxsft.chat.weighing import Encoded
 
 TOO_LONG = "longer than seq_len"
 NO_TURN_FITS = "no trained turn ends within seq_len"

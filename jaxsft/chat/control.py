@@ -9,30 +9,17 @@ before it reads. Names are as long as what they stand for, so characters keep th
 
 import json
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jaxsft.chat.extents import Reader, Tokens
 from jaxsft.rows.sources import DataError
 
 Tokenizer = Any  # A fast transformers tokenizer; transformers is too slow to import for a type.
 
 TRUSTED, ASSISTANT, UNTRUSTED = 0, 1, 2
 """Of a character: any control token may be made of it; only one that is neither special nor a stop token; none."""
-
-
-class Tokens(NamedTuple):
-    """A tokenised text."""
-
-    ids: np.ndarray
-    """int32 [T]"""
-    starts: np.ndarray
-    """int64 [T]: first character of each token."""
-    ends: np.ndarray
-    """int64 [T]: behind its last character."""
-    num_split: int
-    """Control tokens that the data spelt, and that were made ordinary text of."""
 
 
 def control_tokens(tokenizer: Tokenizer) -> dict[int, Any]:
@@ -60,6 +47,7 @@ class TextEncoder:
             policy: what becomes of text that spells a control token: "split", "error" or "allow".
         """
         self._backend, self._policy = tokenizer.backend_tokenizer, policy
+        self._reader = Reader(self._backend)
         added = control_tokens(tokenizer)
         self._contents = {id: each.content for id, each in added.items()}
         self._soft = {id for id, each in added.items() if not each.special and id not in stops}
@@ -76,24 +64,37 @@ class TextEncoder:
         """Which ids are control tokens, bool like `ids`."""
         return self._is_control[ids]
 
-    def encode(self, texts: Sequence[str], trusts: Sequence[np.ndarray]) -> list[Tokens | ControlError]:
-        """Each text with the trust of its characters (uint8 [len(text)]) to tokens."""
-        results: list[Tokens | ControlError] = []
+    def encode(self, texts: Sequence[str], trusts: Sequence[bytes]) -> list[Tokens | ControlError]:
+        """Each text with the trust of its characters, a byte for each, to tokens."""
         texts = [str.__str__(text) for text in texts]  # Whatever else they know, here only their characters count.
-        for text, trust, tokens in zip(texts, trusts, _encode(self._backend, texts), strict=True):
-            places = [] if self._policy == "allow" else self._places(text, tokens)
-            by_char = trust.tobytes()
-            spelt = [id for id, start, end in places if not self._may_spell(id, by_char[start:end])]
-            if not spelt:
-                results.append(tokens)
-            elif self._policy == "error":
-                shown = ", ".join(sorted({repr(self._contents[id]) for id in spelt})[:5])
-                results.append(
-                    ControlError(f"text of the row spells the control tokens {shown} (data.control_tokens is 'error')")
-                )
-            else:
-                results.append(self._split(text, by_char, tokens, places))
+        results: list[Tokens | ControlError] = [*self._reader.read(texts)]
+        for at in self._suspects(results, trusts) if self._policy != "allow" else ():
+            results[at] = self._checked(texts[at], trusts[at], results[at])
         return results
+
+    def _suspects(self, found: Sequence[Any], trusts: Sequence[bytes]) -> list[int]:
+        """The texts of which a control token has a character that the template did not write."""
+        if not found:
+            return []
+        counts = np.array([len(tokens.ids) for tokens in found], np.int64)
+        ids = np.concatenate([tokens.ids for tokens in found])
+        (places,) = self._is_control[ids].nonzero()
+        owners = np.repeat(np.arange(len(found)), counts)[places]
+        before = np.cumsum([0, *map(len, trusts)])
+        num_foreign = np.concatenate([[0], np.cumsum(np.frombuffer(b"".join(trusts), np.uint8) > TRUSTED)])
+        first, last = (np.concatenate([tokens[at] for tokens in found])[places] + before[owners] for at in (1, 2))
+        return np.unique(owners[num_foreign[last] > num_foreign[first]]).tolist()
+
+    def _checked(self, text: str, trust: bytes, tokens: Any) -> Tokens | ControlError:
+        """The tokens of one text, its control tokens made ordinary text where the data spell them."""
+        places = self._places(text, tokens)
+        spelt = [id for id, start, end in places if not self._may_spell(id, trust[start:end])]
+        if not spelt:
+            return tokens
+        if self._policy == "error":
+            shown = ", ".join(sorted({repr(self._contents[id]) for id in spelt})[:5])
+            return ControlError(f"text of the row spells the control tokens {shown} (data.control_tokens is 'error')")
+        return self._split(text, trust, tokens, places)
 
     def _places(self, text: str, tokens: Tokens) -> list[Place]:
         """The control tokens of a text, in order."""
@@ -135,9 +136,10 @@ class _Inert:
         for token in tree["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
         _rename(tree["model"], names)
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        inert = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        self._reader = Reader(inert)
         self._names = {id: names[content] for id, content in contents.items()}
-        found = {id: self._backend.token_to_id(name) for id, name in self._names.items()}
+        found = {id: inert.token_to_id(name) for id, name in self._names.items()}
         self._renumbered = {here: id for id, here in found.items() if here != id}
 
     def encode(self, text: str, places: Sequence[Place]) -> Tokens | None:
@@ -148,7 +150,7 @@ class _Inert:
         for id, start, end in places:
             parts += [text[done:start], self._names[id]]
             done = end
-        (tokens,) = _encode(self._backend, ["".join([*parts, text[done:]])])
+        (tokens,) = self._reader.read(["".join([*parts, text[done:]])])
         if self._renumbered:
             tokens = tokens._replace(ids=np.array([self._renumbered.get(i, i) for i in tokens.ids.tolist()], np.int32))
         return tokens
@@ -171,33 +173,3 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
         model["merges"] = [merge for merge, (a, b) in pairs if not {a, b, a + b} & names.keys()]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-
-
-def _encode(backend: Any, texts: Sequence[str]) -> list[Tokens]:
-    """Tokens of whole texts, nothing added to them."""
-    if backend.truncation is not None:
-        backend.no_truncation()
-    if backend.padding is not None:
-        backend.no_padding()
-    results = []
-    for encoding in backend.encode_batch(texts, add_special_tokens=False):
-        starts, ends = _extents(encoding.offsets)
-        results.append(Tokens(np.array(encoding.ids, np.int32), starts, ends, 0))
-    return results
-
-
-def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """First and last character of each token, int64 [T] each, so that the tokens tile the text.
-
-    Some tokenizers (`trim_offsets`) leave the whitespace at a token's start out of its offsets. It is what no token
-    before it covers, so each token is made to begin where the ones before it end at the latest:
-
-        "a\\n b" as tokens "a", "\\n", " b" has offsets (0, 1) (2, 2) (3, 4) and extents (0, 1) (1, 2) (2, 4)
-    """
-    if not offsets:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # In half the time of np.array of the pairs.
-    flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-    starts, ends = flat[::2], flat[1::2].copy()
-    covered = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
-    return np.minimum(starts, covered), ends

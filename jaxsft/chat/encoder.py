@@ -5,25 +5,30 @@ the text is compared with what transformers renders, so that nothing rests on ou
 """
 
 import datetime
+import functools
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxsft.batch import Example
-from jaxsft.chat.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer, Tokens
+from jaxsft.chat.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer
 from jaxsft.chat.exchanges import without_oldest
 from jaxsft.chat.habits import fitted, writes_within
-from jaxsft.chat.invariant import Given, check_weights
+from jaxsft.chat.invariant import Given, free_spans
 from jaxsft.chat.metered import TemplateHogs
-from jaxsft.chat.parts import character_weights, token_weights
+from jaxsft.chat.parts import character_weights
 from jaxsft.chat.provenance import TEMPLATE, UNKNOWN
+from jaxsft.chat.skeletons import Skeletons
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.stops import open_template, stop_ids, template_name, token_text
 from jaxsft.chat.template import GENERATED, Source, TemplateError, Traceable, number_sources
+from jaxsft.chat.theirs import Theirs
 from jaxsft.chat.thinking import ReasoningError, read_tags, without_reasoning
-from jaxsft.chat.turns import Turn, TurnFinder, View
+from jaxsft.chat.turns import TurnFinder, View
+from jaxsft.chat.weighing import Drawn, Encoded, Weigher
 from jaxsft.config import DataConfig
 from jaxsft.rows.flags import OURS
 from jaxsft.rows.items import Conversation, Document, Item, Tokenised
@@ -37,22 +42,6 @@ TRUSTED_ROLES = (
     "environment", "function", "human", "ipython", "model", "observation",
 )  # fmt: skip
 """Role words that may be part of a control token, as in `<|user|>`; another one can only be text."""
-
-
-class Encoded(NamedTuple):
-    """One example with what the report says about it."""
-
-    example: Example
-    writers: np.ndarray
-    """uint8 [T]: who wrote the last character of each token, an index into `WRITERS`."""
-    turn_ends: np.ndarray
-    """int32 [turns]: for each trained turn, the index after its stop token; ascending."""
-    is_text: bool
-    """Plain text, all of it trained."""
-    origin: str
-    """Of the row."""
-    counts: dict[str, int]
-    """What adds up over all examples, by name; only what is not zero."""
 
 
 class TrainedTurn(NamedTuple):
@@ -86,9 +75,7 @@ class ChatEncoder:
         """
         self.tokenizer, self.stops = tokenizer, frozenset(map(int, stops))
         self._tokenizer, self._stops = tokenizer, np.array(stops, np.int64)
-        self._is_stop = np.zeros(max([0, *tokenizer.get_vocab().values(), *stops]) + 1, bool)
-        self._is_stop[self._stops] = True
-        self._template_kwargs, self._policy = config.chat_template_kwargs, config.control_tokens
+        self._policy = config.control_tokens
         self._train_reasoning, self._keeps_reasoning = config.train_reasoning, config.reasoning == "error"
         self._reasoning_tags = [(opening, closing) for opening, closing in config.reasoning_tags]
         self._stop_texts = [token_text(tokenizer, id) for id in stops]
@@ -109,10 +96,22 @@ class ChatEncoder:
                 unroll=config.unroll,
                 name=template_name(tokenizer),
             )
+        self._theirs = Theirs(tokenizer, config.chat_template_kwargs)
+        self._skeletons = None
+        # Where the text depends on the day, or reasoning is taken out of contents, nothing is known beforehand.
+        if self._template is not None and self._clock is None and not self._reasoning_tags:
+            self._skeletons = Skeletons(self._template, stop_texts=self._stop_texts, unroll=config.unroll)
         self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
-        self._every_stop = config.train_stop == "every"
         self._around: tuple[list[int], list[int]] | None = None
-        self._closing = self._finder.closing if self._finder is not None else ""
+        self._weigher = Weigher(
+            stops=stops,
+            stop_texts=self._stop_texts,
+            closing=self._finder.closing if self._finder is not None else "",
+            every_stop=config.train_stop == "every",
+            vocabulary_size=self._text_encoder.vocabulary_size,
+            tokenizer_name=tokenizer.name_or_path,
+            template_name=template_name(tokenizer),
+        )
         self.template_keys = _keys_read(tokenizer.chat_template)
         """Keys that the template may read of a message."""
         self.notes = self._make_notes(config)
@@ -193,16 +192,15 @@ class ChatEncoder:
             MaskError: as `encode` has it, or no turn of the assistant is trained.
         """
         drawn = self._draw(conversation)
-        found = self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn])
-        encoded = self._weigh_all(conversation.origin, drawn, found)
-        if drawn[0].view.turns[0].found_by == "all":
+        encoded = self._examples(conversation.origin, drawn)
+        if drawn[0].turns[0].found_by == "all":
             whole = encoded[0].example.tokens.tolist()
             turns = self.trained_turns(conversation._replace(train_on="assistant"))
             return [turn for turn in turns if whole[: len(turn.prompt) + len(turn.answer)] == turn.prompt + turn.answer]
         conversation, _ = self._without_stops(conversation)
         turns = []
         for each, (example, _, turn_ends, *_) in zip(drawn, encoded, strict=True):
-            for turn, before, end in zip(each.view.turns, [0, *turn_ends], turn_ends, strict=False):
+            for turn, before, end in zip(each.turns, [0, *turn_ends], turn_ends, strict=False):
                 # Where the stop token is not trained, no answer can be expected to end.
                 if conversation.messages[turn.message]["role"] == "assistant" and example.loss_weights[end - 1] > 0:
                     seen = np.flatnonzero(example.loss_weights[before:end] == 0)
@@ -228,7 +226,7 @@ class ChatEncoder:
         Texts are tokenised all at once, which is where a tokenizer is fast: give some hundred items at a time.
         """
         results: list[list[Encoded] | MaskError] = []
-        conversations: list[tuple[int, list[_Drawn]]] = []
+        conversations: list[tuple[int, list[Drawn]]] = []
         documents: list[tuple[int, Document]] = []
         for item in items:
             results.append([])
@@ -242,11 +240,11 @@ class ChatEncoder:
             except MaskError as error:
                 results[-1] = error
         drawn = [each for _, views in conversations for each in views]
-        tokens = iter(self._text_encoder.encode([each.view.text for each in drawn], [each.trust for each in drawn]))
+        origins = [items[index].origin for index, views in conversations for _ in views]
+        weighed = iter(self._weighed(origins, drawn))
         for index, views in conversations:
-            found = [next(tokens) for _ in views]
             try:
-                results[index] = self._fitting(items[index], self._weigh_all(items[index].origin, views, found))
+                results[index] = self._fitting(items[index], _together(list(islice(weighed, len(views)))))
             except MaskError as error:
                 results[index] = error
         for index, segmented in [each for each in documents if each[1].trained is not None]:
@@ -276,9 +274,7 @@ class ChatEncoder:
                 return encoded  # One exchange alone is too long.
             shorter, num_dropped = without, num_dropped + 1
             try:
-                views = self._draw(shorter)
-                texts, trusts = [each.view.text for each in views], [each.trust for each in views]
-                found = self._weigh_all(item.origin, views, self._text_encoder.encode(texts, trusts))
+                found = self._examples(item.origin, self._draw(shorter))
             except MaskError:
                 return encoded  # Nothing that is trained is left, or the template refuses it.
         if num_dropped:
@@ -286,13 +282,21 @@ class ChatEncoder:
             found[0].counts.update(dropped_exchanges=num_dropped, dropped_exchange_tokens=before - after)
         return found
 
+    def _examples(self, origin: str, drawn: Sequence[Drawn]) -> list[Encoded]:
+        """The examples of one conversation; raises MaskError."""
+        return _together(self._weighed([origin] * len(drawn), drawn))
+
+    def _weighed(self, origins: Sequence[str], drawn: Sequence[Drawn]) -> list[Encoded | MaskError]:
+        tokens = self._text_encoder.encode([each.text for each in drawn], [each.trust for each in drawn])
+        return self._weigher.weigh(origins, drawn, tokens)
+
     def _stopped(self, error: TemplateHogs) -> MaskError:
         return MaskError(f"{template_name(self._tokenizer)}: {error}", "template-hogs")
 
     def _refused(self, error: TemplateError) -> MaskError:
         return MaskError(f"{template_name(self._tokenizer)} refuses this conversation: {error}", "template-refuses")
 
-    def _draw(self, conversation: Conversation) -> "list[_Drawn]":
+    def _draw(self, conversation: Conversation) -> list[Drawn]:
         """The texts of a conversation, with the trust and the writer of each character.
 
         Raises:
@@ -305,9 +309,39 @@ class ChatEncoder:
         except TemplateHogs as error:
             raise self._stopped(error) from error
 
-    def _drawn(self, conversation: Conversation) -> "list[_Drawn]":
+    def _drawn(self, conversation: Conversation) -> list[Drawn]:
         if self._finder is None:
             raise _no_template(self._tokenizer)
+        shape = self._skeletons.shape(conversation) if self._skeletons is not None else None
+        if self._skeletons is None or shape is None:
+            return self._found_out(conversation)[0]
+        look = functools.partial(self._look, conversation)
+        drawn = self._skeletons.draw(shape, conversation, look)
+        if drawn is not None and self._is_theirs(conversation, drawn):
+            return [each for _, each in drawn]
+        is_wanted = self._skeletons.wants(shape)
+        found, traceable, views = self._found_out(conversation)
+        if is_wanted:
+            self._skeletons.learn(shape, traceable, views, found)
+        return found
+
+    def _look(self, conversation: Conversation, number: int) -> Given:
+        """What the last look is told of an example of a conversation that was drawn by a skeleton."""
+        return self._found_out(conversation)[0][number].look()
+
+    def _is_theirs(self, conversation: Conversation, drawn: Sequence[tuple[int, Drawn]]) -> bool:
+        """Whether texts by a skeleton are transformers' texts; where they are not, all is found out anew."""
+        assert self._finder is not None, "there is a template"
+        messages = conversation.messages
+        if self._finder.habits.takes_blocks or any(len(message) > 2 for message in messages):
+            messages = fitted(messages, self._finder.habits)
+        try:
+            return all(self._theirs.render_plain(messages[:number]) == each.text for number, each in drawn)
+        except Exception:  # A template may raise anything.
+            return False
+
+    def _found_out(self, conversation: Conversation) -> tuple[list[Drawn], Traceable, list[View]]:
+        """The texts of a conversation, with all that is known of them, from renders of its own."""
         kwargs = conversation.template_kwargs
         conversation, num_stripped = self._without_stops(conversation)
         if self._reasoning_tags:
@@ -329,14 +363,41 @@ class ChatEncoder:
             "stripped_stops": num_stripped,
             "dropped_reasoning": num_thoughtless,
         }
-        drawn: list[_Drawn] = []
+        drawn: list[Drawn] = []
         for view in views:
             trust, writers = self._characters(view.text.runs, traceable.sources, conversation.messages)
-            counts = {} if drawn else changed
             is_whole = view.turns[0].found_by == "all"
             parts = character_weights(view.text, traceable.sources, conversation.messages, of_turns=is_whole)
-            drawn.append(_Drawn(view, trust, writers, counts, parts, traceable.sources, answers, last_message))
-        return drawn
+            given = self._given(view, traceable, answers)
+            drawn.append(
+                Drawn(
+                    str.__str__(view.text),
+                    view.turns,
+                    view.is_unrolled,
+                    trust,
+                    writers,
+                    {} if drawn else changed,
+                    parts,
+                    last_message,
+                    None if is_whole else free_spans(given),
+                    functools.partial(_itself, given),
+                )
+            )
+        return drawn, traceable, views
+
+    def _given(self, view: View, traceable: Traceable, answers: frozenset[int]) -> Given:
+        """What the last look is told of an example: nothing of how its weights come about."""
+        assert self._finder is not None, "it found them"
+        return Given(
+            view.layout,
+            traceable.sources,
+            frozenset(turn.message for turn in view.turns),
+            answers,
+            view.prompts,
+            self._finder.headers,
+            self._finder.stop,
+            not self._train_reasoning,
+        )
 
     def _views(self, conversation: Conversation) -> tuple[list[Message], Traceable, list[View], int]:
         """The messages as the template takes them, their strings, the examples, and how many turns were left out."""
@@ -373,12 +434,8 @@ class ChatEncoder:
                 traceable = number_sources(messages, tools, kwargs)
                 ours = self._clock.render(traceable, layout.num_messages, prompt=layout.is_prompt)
             try:
-                theirs = self._tokenizer.apply_chat_template(
-                    messages[: layout.num_messages],
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=layout.is_prompt,
-                    **self._template_kwargs | kwargs,
+                theirs = self._theirs.render(
+                    messages[: layout.num_messages], tools=tools, kwargs=kwargs, prompt=layout.is_prompt
                 )
             except Exception as error:  # A template may raise anything.
                 raise self._refused(TemplateError(" ".join(str(error).split())[:300])) from error
@@ -387,8 +444,8 @@ class ChatEncoder:
 
     def _characters(
         self, runs: Iterable[tuple[int, int, int]], sources: Sequence[Source], messages: Sequence[Message]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Trust and writer of each character, uint8 each."""
+    ) -> tuple[bytes, bytes]:
+        """Trust and writer of each character."""
         known = {TEMPLATE: (bytes([TRUSTED]), b"\0"), UNKNOWN: (bytes([UNTRUSTED]), bytes([WRITERS.index("other")]))}
         trusts, writers = [], []
         for length, marked, _ in runs:
@@ -399,7 +456,7 @@ class ChatEncoder:
             trust_byte, writer_byte = known[source]
             trusts.append(trust_byte * length)
             writers.append(writer_byte * length)
-        return np.frombuffer(b"".join(trusts), np.uint8), np.frombuffer(b"".join(writers), np.uint8)
+        return b"".join(trusts), b"".join(writers)
 
     def _standing(self, source: Source, messages: Sequence[Message]) -> tuple[int, int]:
         """How far text of the data is trusted, and who wrote it."""
@@ -413,138 +470,6 @@ class ChatEncoder:
         is_answer = role == "assistant" and source.field != "role"
         return ASSISTANT if is_answer else UNTRUSTED, number
 
-    def _weigh_all(
-        self, origin: str, views: "Sequence[_Drawn]", found: Sequence[Tokens | ControlError]
-    ) -> list[Encoded]:
-        encoded = []
-        for each, tokens in zip(views, found, strict=True):
-            if isinstance(tokens, ControlError):
-                raise MaskError(str(tokens), "control-token")
-            encoded.append(self._weigh(origin, each, tokens))
-        lengths = [len(each.example.tokens) for each in encoded]
-        if repeated := sum(lengths) - max(lengths):
-            encoded[-1].counts["repeated_tokens"] = repeated
-        return encoded
-
-    def _weigh(self, origin: str, drawn: "_Drawn", tokens: Tokens) -> Encoded:
-        """Characters to tokens: a token is trained if it shares a character with a span.
-
-        Tokens that share one character (the bytes of an emoji) are trained together.
-        """
-        ids, starts, ends = tokens.ids, tokens.starts, tokens.ends
-        self._check_ids(ids)
-        weights = np.zeros(len(ids), np.float32)
-        counts = drawn.counts | {"split_control_tokens": tokens.num_split}
-        counts["unrolled_examples"] = int(drawn.view.is_unrolled)
-        turn_ends = []
-        appended = False
-        of_parts, greatest = (None, None) if drawn.parts is None else token_weights(drawn.parts, starts, ends)
-        for turn in drawn.view.turns:
-            last = self._last_token(turn, tokens, drawn.view)
-            appended |= last is None
-            end = len(ids) if last is None else last + 1
-            inside = (ends > turn.start) | ((starts == ends) & (starts >= turn.start))
-            inside[end:] = False
-            for start, stop in turn.seen_only:
-                inside &= ~((starts >= start) & (ends <= stop))
-            weights[inside] = turn.weight if of_parts is None else turn.weight * of_parts[inside]
-            if of_parts is not None and turn.found_by != "all":
-                self._check_parts(turn, of_parts[inside], last is not None)
-                if turn.stop is not None and turn.stop[0] < turn.stop[1] and last is not None:
-                    weights[last] = turn.weight  # It is the turn's, and of none of its parts.
-                counts["straddling_parts"] = counts.get("straddling_parts", 0) + int(
-                    np.sum(inside & (of_parts < greatest))
-                )
-            if (
-                last is not None
-                and turn.stop is not None
-                and turn.stop[0] < turn.stop[1]
-                and not self._ends(drawn, turn)
-            ):
-                weights[last] = 0
-            counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + int(
-                np.sum(inside & (starts < turn.start))
-            )
-            name = f"turns_by_{turn.found_by}"
-            counts[name] = counts.get(name, 0) + 1
-            turn_ends.append(end)
-        if drawn.view.turns[0].found_by == "all":
-            weights[:] = drawn.view.turns[0].weight * (1 if of_parts is None else of_parts)
-        writers = drawn.writers[np.maximum(ends, 1) - 1] if len(drawn.writers) else np.zeros(len(ids), np.uint8)
-        if appended:
-            counts["appended_stops"] = 1
-            turn = drawn.view.turns[-1]
-            after = str.__getitem__(drawn.view.text, slice(turn.content_end, None))
-            if after.strip() and turn.found_by != "all" and drawn.view.layout.ends_with(turn.message) == "content":
-                # Words after an answer, but for those that close it, are not the model's: the stop token goes before.
-                closing = self._closing if after.startswith(self._closing) else ""
-                kept = int(np.searchsorted(starts, turn.content_end + len(closing)))
-                ids, weights, writers = ids[:kept], weights[:kept], writers[:kept]
-                turn_ends[-1] = kept
-            stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
-            ids = np.append(ids, np.int32(stop))
-            weights = np.append(weights, np.float32(turn.weight if self._ends(drawn, turn) else 0))
-            writers = np.append(writers, np.uint8(0))
-            turn_ends[-1] += 1
-        self._check(drawn, tokens, weights)
-        counts = {name: count for name, count in counts.items() if count}
-        return Encoded(Example(ids, weights), writers, np.array(turn_ends, np.int32), False, origin, counts)
-
-    def _check_parts(self, turn: Turn, of_parts: np.ndarray, has_stop: bool) -> None:
-        """Of a turn with parts, something is trained before its stop token."""
-        said = of_parts[: len(of_parts) - has_stop]
-        if len(said) and not said.any():
-            raise MaskError(
-                f"message {turn.message + 1}: {template_name(self._tokenizer)} shows nothing of the parts that are to "
-                "be trained, or no token lies in them alone",
-                "field-absent",
-            )
-
-    def _ends(self, drawn: "_Drawn", turn: Turn) -> bool:
-        """Whether the stop token of a turn is trained."""
-        return self._every_stop or turn.message == drawn.last_message
-
-    def _check(self, drawn: "_Drawn", tokens: Tokens, weights: np.ndarray) -> None:
-        """What was found out about an example, against what is known of it without that."""
-        turns, finder = drawn.view.turns, self._finder
-        assert finder is not None, "it found them"
-        if turns[0].found_by == "all":
-            return
-        given = Given(
-            drawn.view.layout,
-            drawn.sources,
-            frozenset(turn.message for turn in turns),
-            drawn.answers,
-            drawn.view.prompts,
-            finder.headers,
-            finder.stop,
-            not self._train_reasoning,
-        )
-        count = min(len(weights), len(tokens.starts))
-        check_weights(given, tokens.starts[:count], tokens.ends[:count], weights[:count], name=finder.name)
-
-    def _last_token(self, turn: Turn, tokens: Tokens, view: View) -> int | None:
-        """Index of the last trained token of a turn: its stop token; None where that must be appended."""
-        if turn.stop is None:
-            if turn is not view.turns[-1] or view.layout.next_other(turn.content_end, turn.message) < len(view.text):
-                raise MaskError(
-                    f"message {turn.message + 1}: no stop token follows it, and other messages do", "no-stop"
-                )
-            if not len(self._stops):
-                raise MaskError("there is no stop token, so the model would never learn to stop", "no-stop")
-            return None
-        start, end = turn.stop
-        if start == end:  # Of another role, and not ended by one.
-            return int(np.searchsorted(tokens.starts, end)) - 1
-        (found,) = np.nonzero(self._is_stop[tokens.ids] & (tokens.starts <= start) & (tokens.ends >= end))
-        if not len(found):
-            raise MaskError(
-                f"message {turn.message + 1}: the stop token {view.text[start:end]!r} that follows it is not one token "
-                f"of {self._tokenizer.name_or_path or 'the tokenizer'}",
-                "no-stop",
-            )
-        return int(found[0])
-
     def _document(self, document: Document, ids: list[int]) -> Encoded:
         """Plain text may hold control tokens of its own, such as a conversation that was rendered before."""
         eos = self._tokenizer.eos_token_id
@@ -554,7 +479,7 @@ class ChatEncoder:
             )
         ids = self._enclosed(ids)
         tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
-        self._check_ids(tokens)
+        self._weigher.check_ids(tokens)
         control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
         return Encoded(
             Example(tokens, np.full(len(tokens), document.weight, np.float32)),
@@ -584,8 +509,8 @@ class ChatEncoder:
     def _segmented(self, document: Document) -> Encoded:
         """Text with parts that are trained, as it stands: what begins and ends a turn is in it."""
         assert document.trained is not None
-        (tokens,) = self._text_encoder.encode([document.text], [np.full(len(document.text), TRUSTED, np.uint8)])
-        assert isinstance(tokens, Tokens), "all of it may act"
+        (tokens,) = self._text_encoder.encode([document.text], [bytes([TRUSTED]) * len(document.text)])
+        assert not isinstance(tokens, ControlError), "all of it may act"
         weights, ends, straddling = np.zeros(len(tokens.ids), np.float32), [], 0
         for start, end in document.trained:
             inside = (tokens.ends > start) & (tokens.starts < end)
@@ -597,7 +522,7 @@ class ChatEncoder:
             raise MaskError("no token of the trained segments is left", "nothing-trained")
         counts = {
             "straddling_tokens": straddling,
-            "tokenised_without_stop": int(not self._is_stop[tokens.ids[ends[-1] - 1]]),
+            "tokenised_without_stop": int(not self._weigher.is_stop(tokens.ids[ends[-1] - 1])),
         }
         return Encoded(
             Example(tokens.ids, weights),
@@ -611,11 +536,11 @@ class ChatEncoder:
     def _tokenised(self, item: Tokenised) -> Encoded:
         """Tokens as the row has them; that a trained part of them ends without a stop token is counted."""
         tokens, weights = np.array(item.tokens, np.int32), np.array(item.loss_weights, np.float32)
-        self._check_ids(tokens)
+        self._weigher.check_ids(tokens)
         trained = weights > 0
         is_end = trained & ~np.append(trained[1:], False)
         ends = np.nonzero(is_end)[0] + 1
-        unstopped = int((is_end & ~self._is_stop[tokens]).any())
+        unstopped = int((is_end & ~self._weigher.is_stop(tokens)).any())
         return Encoded(
             Example(tokens, weights),
             np.full(len(tokens), WRITERS.index("other"), np.uint8),
@@ -625,30 +550,25 @@ class ChatEncoder:
             {"tokenised_without_stop": unstopped} if unstopped else {},
         )
 
-    def _check_ids(self, ids: np.ndarray) -> None:
-        size = self._text_encoder.vocabulary_size
-        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
-            bad = int(ids[(ids < 0) | (ids >= size)][0])
-            raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer.name_or_path}", "unknown-token")
-
 
 _BARE: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
 
-class _Drawn(NamedTuple):
-    """A text, and of each of its characters the trust and the writer, uint8."""
+def _together(results: Sequence[Encoded | MaskError]) -> list[Encoded]:
+    """The examples of one conversation; raises what is wrong with any of them."""
+    encoded = []
+    for each in results:
+        if isinstance(each, MaskError):
+            raise each
+        encoded.append(each)
+    lengths = [len(each.example.tokens) for each in encoded]
+    if repeated := sum(lengths) - max(lengths):
+        encoded[-1].counts["repeated_tokens"] = repeated
+    return encoded
 
-    view: View
-    trust: np.ndarray
-    writers: np.ndarray
-    counts: dict[str, int]
-    parts: np.ndarray | None
-    """float32: what the weight of the turn is multiplied by, where messages weigh parts of themselves."""
-    sources: Sequence[Source]
-    answers: frozenset[int]
-    """Messages of the assistant."""
-    last_message: int
-    """The last one that is trained, in this text or another one of the conversation."""
+
+def _itself(given: Given) -> Given:
+    return given
 
 
 def asking_encoder(tokenizer: Tokenizer) -> ChatEncoder:

@@ -62,13 +62,8 @@ def check_weights(given: Given, starts: np.ndarray, ends: np.ndarray, weights: n
     Raises:
         MaskError: says which message, and what was about to be trained.
     """
-    text = str.__str__(given.layout.text)
-    spoken = _spoken(given)
-    if len(given.trained) > 1:
-        given = given._replace(headers=_headers(given, text, spoken))
-    wrong = weights > 0
-    for start, end in _joined(_free(given, text, spoken)):
-        wrong[ends.searchsorted(start, "right") : starts.searchsorted(end)] = False
+    given, text, spoken = _read(given)
+    wrong = weighs_outside(list(_joined(_free(given, text, spoken))), starts, ends, weights)
     if given.sees_reasoning_only:
         for message in given.trained:
             for start, end in given.layout.reasoning(message):
@@ -85,6 +80,41 @@ def check_weights(given: Given, starts: np.ndarray, ends: np.ndarray, weights: n
             f"{_turn_of(given, spoken, place)}: with {name}, {text[place : ends[end - 1]][:60]!r} would be trained, "
             f"which is {_owner(spoken, place)}: where this turn begins and ends cannot be told"
         )
+
+
+def free_spans(given: Given) -> list[tuple[int, int]]:
+    """The characters of an example that may carry weight, as (start, end), in order.
+
+    None of them where reasoning is only seen: then every token with weight asks for a closer look, `check_weights`.
+    """
+    given, text, spoken = _read(given)
+    if given.sees_reasoning_only and any(given.layout.reasoning(message) for message in given.trained):
+        return []
+    return list(_joined(_free(given, text, spoken)))
+
+
+def weighs_outside(
+    free: Sequence[tuple[int, int]], starts: np.ndarray, ends: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """The tokens that carry weight and share no character with the spans that may, bool [T]; `free` is in order.
+
+    Tokens may be those of many examples, and places those of all their texts one after the other.
+    """
+    wrong = weights > 0
+    places = np.array(free, np.int64).reshape(-1, 2)
+    firsts, lasts = ends.searchsorted(places[:, 0], "right"), starts.searchsorted(places[:, 1])
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        wrong[first:last] = False
+    return wrong
+
+
+def _read(given: Given) -> "tuple[Given, str, list[_Part]]":
+    """What is known, with all headers of the example; its text; and everything that is said in it."""
+    text = str.__str__(given.layout.text)
+    spoken = _spoken(given)
+    if len(given.trained) > 1:
+        given = given._replace(headers=_headers(given, text, spoken))
+    return given, text, spoken
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

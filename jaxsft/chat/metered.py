@@ -21,7 +21,9 @@ from jaxsft.rows.strict import DataError
 STEP = 256
 """What a round of a loop costs, and a call: it takes about as long as making a text of so many characters."""
 _BASE, _PER_MESSAGE, _PER_CHARACTER = 2**26, 2**20, 1024
-_ELEMENT = 32
+PASSES = _PER_CHARACTER // 2
+"""How often every character of a conversation may be passed on: half of what is allowed for each of them."""
+ELEMENT = 32
 """What an element of a list costs, and a part of a text with a source of its own."""
 _UNSIZED = frozenset([bool, int, float, type(None)])
 _LARGEST_INTEGER = 2**20
@@ -146,10 +148,10 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif kind in _UNSIZED:
             return value
         elif kind is self.text_class:  # One that knows its sources.
-            self.left -= len(value) + _ELEMENT * len(value._runs)
+            self.left -= len(value) + ELEMENT * len(value._runs)
         else:
             try:
-                self.left -= _ELEMENT * len(value)
+                self.left -= ELEMENT * len(value)
             except TypeError:
                 return value
         if self.left < 0:
@@ -232,7 +234,7 @@ class Metered(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif operator == "*":
             for value, count in ((left, right), (right, left)):
                 if isinstance(count, int) and isinstance(value, str | bytes | list | tuple):
-                    self.spend(len(value) * max(count, 0) * (_ELEMENT if isinstance(value, list | tuple) else 1))
+                    self.spend(len(value) * max(count, 0) * (ELEMENT if isinstance(value, list | tuple) else 1))
         return super().call_binop(context, operator, left, right)
 
     def _parse(self, *args: Any) -> jinja2.nodes.Template:
@@ -309,7 +311,7 @@ def _replace_cost(meter: Metered, value: Any, *rest: Any) -> int:
     if len(rest) < 2 or not isinstance(rest[0], str | bytes):
         return _product(meter, value, *rest)
     try:
-        return _size(value) + value.count(rest[0]) * (_size(rest[1]) + 4 * _ELEMENT)
+        return _size(value) + value.count(rest[0]) * (_size(rest[1]) + 4 * ELEMENT)
     except (TypeError, AttributeError):  # The call says what is wrong.
         return 0
 

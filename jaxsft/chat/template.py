@@ -163,7 +163,7 @@ class ChatTemplate:
         """
         given = conversation.messages, conversation.tools, conversation.template_kwargs, conversation.allowance
         try:
-            return trace_plain(self._render(_Traced, *given, num_messages, prompt))
+            return trace_plain(self._render(TracingEnvironment, *given, num_messages, prompt))
         except TemplateError:
             # In the words of a template that sees plain strings.
             self.render_plain(conversation, num_messages, prompt=prompt)
@@ -172,6 +172,10 @@ class ChatTemplate:
     def render_plain(self, conversation: Traceable, num_messages: int, *, prompt: bool = False) -> str:
         """The same text without provenance, in less time."""
         return self._render(_Plain, *conversation.plain, conversation.allowance, num_messages, prompt)
+
+    def render_with(self, kind: type[Metered], messages: list[Message], *, allowance: int, prompt: bool = False) -> str:
+        """The text of messages alone, by another kind of environment."""
+        return self._render(kind, messages, None, {}, allowance, len(messages), prompt)
 
     def _render(
         self,
@@ -267,7 +271,7 @@ _MOST_JUDGED = 1000
 """Names may come from the rows, so that they have no end."""
 
 
-class _Traced(_Plain):
+class TracingEnvironment(_Plain):
     """The same, but strings keep their provenance on the way through."""
 
     join = staticmethod(join)
@@ -351,6 +355,11 @@ class _Namespace(jinja2.utils.Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _refuse_private(name)
         super().__setitem__(name, value)
+
+
+def is_constructor(value: Any) -> bool:
+    """Whether a function of templates keeps what it is given, and does nothing else with it."""
+    return value is _Namespace or isinstance(value, _Dict)
 
 
 def _refuse_private(name: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.batches.lengths import fit_length
-from jaxsft.chat.encoder import WRITERS, ChatEncoder, Encoded, MaskError
+from jaxsft.chat.encoder import WRITERS, ChatEncoder, MaskError
+from jaxsft.chat.weighing import Encoded
 from jaxsft.compare import tokens
 from jaxsft.config import Config, ConfigError
 from jaxsft.folders.pretrained import OpenTokenizer

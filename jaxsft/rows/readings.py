@@ -385,9 +385,11 @@ def _text(fields: dict[str, Any], column: str) -> str:
 
 def _optional_text(fields: dict[str, Any], column: str) -> str:
     value = fields.get(column)
+    if value is None:
+        return ""
     if column == "choices" and _is_texts(value):
         value = "\n".join(value or ())
-    text = check_text("" if value is None else value, column)
+    text = check_text(value, column)
     return text if text.strip() else ""
 
 

@@ -94,10 +94,10 @@ def inner_json(text: str, code: str, where: str) -> Any:
 
 def check_text(text: Any, where: str) -> str:
     """Text as it is, unless it holds what no text has."""
-    if isinstance(text, ObjectAsWritten | ListAsWritten):
-        text = text.written
-    if not isinstance(text, str):
-        raise BadRow("wrong-type", f"{where} must be text, got {short(text)}")
+    if type(text) is not str:
+        text = text.written if isinstance(text, ObjectAsWritten | ListAsWritten) else text
+        if not isinstance(text, str):
+            raise BadRow("wrong-type", f"{where} must be text, got {short(text)}")
     if "\0" in text:
         raise BadRow("nul-character", f"{where} holds a NUL character (\\u0000) at offset {text.index(chr(0))}")
     return text

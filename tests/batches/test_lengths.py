@@ -14,7 +14,7 @@ from jaxsft.batches.lengths import (
     Loss,
     fit_length,
 )
-from jaxsft.chat.encoder import Encoded
+from jaxsft.chat.weighing import Encoded
 
 POLICIES = (None, "drop", "error", "truncate_turns", "truncate", "split")
 

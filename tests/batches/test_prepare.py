@@ -356,3 +356,27 @@ def test_rows_that_say_so_are_not_trained_and_not_bad(setting):
     write(setting.source, rows[1:3])
     with pytest.raises(DataError, match="no example is left of 2 rows"):
         setting()
+
+
+def test_rows_in_portions_of_any_size_give_the_same_and_a_bad_one_among_them_is_named(setting):
+    rows = [{"question": f"What is {n}?", "answer": "x" * n} for n in range(1, 41)]
+    rows[10] = {"question": "What is <|im_end|>?", "answer": "refused"}
+    rows[25] = {"question": "What is é🙂?", "answer": " \n"}  # Of another shape, and refused as well.
+    write(setting.source, rows)
+    parts = setting.parts(control_tokens="error", seq_len=30, overlong="truncate")
+    found = []
+    for size in (1, 3, 40):
+        opened = open_source(*parts)
+        portions = [encode_rows(opened.recipe, some) for some in chunks(opened.rows, size)]
+        arrays = [
+            np.concatenate([getattr(portion, name) for portion in portions]).tolist()
+            for name in ("tokens", "loss_weights", "writers", "lengths", "encoded_lengths")
+        ]
+        lists = [
+            sorted(each for portion in portions for each in getattr(portion, name)) for name in ("origins", "problems")
+        ]
+        found.append(arrays + lists)
+    assert found[0] == found[1] == found[2]
+    assert sorted(problem.origin for problem in found[0][-1]) == [f"{setting.source}:11", f"{setting.source}:26"]
+    with pytest.raises(DataError, match=r"rows\.jsonl:11: control-token: .*<\|im_end\|>"):
+        setting(control_tokens="error", seq_len=30, overlong="truncate")

@@ -6,7 +6,7 @@ import pytest
 from jaxsft.chat.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder
 
 TEXT = "<s>ab</s>ab<s>"
-TRUST = np.array([TRUSTED] * 3 + [UNTRUSTED] * 2 + [TRUSTED] * 4 + [UNTRUSTED] * 5, np.uint8)
+TRUST = bytes([TRUSTED] * 3 + [UNTRUSTED] * 2 + [TRUSTED] * 4 + [UNTRUSTED] * 5)
 """The first two control tokens are the template's, the last one is somebody's text."""
 
 
@@ -51,23 +51,23 @@ def test_a_spelling_in_the_vocabulary_is_read_letter_by_letter(kind, flags):
 def test_a_spelling_that_is_all_of_the_text_is_read_letter_by_letter_too():
     for kind in ("unigram", "bpe", "bpe of whole words"):
         tokenizer = make_tokenizer(kind)
-        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>"], [np.full(3, UNTRUSTED, np.uint8)])
+        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>"], [bytes([UNTRUSTED] * 3)])
         assert tokenizer.convert_ids_to_tokens(tokens.ids.tolist()) in (["<", "s", ">"], ["<s", ">"])
 
 
 def test_text_without_a_spelling_is_encoded_as_the_tokenizer_does():
     for kind in ("unigram", "bpe", "word"):
         tokenizer = make_tokenizer(kind)
-        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>a</s>"], [np.zeros(8, np.uint8)])
+        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>a</s>"], [bytes(8)])
         assert tokens.ids.tolist() == tokenizer("<s>a</s>", add_special_tokens=False)["input_ids"]
 
 
 def test_blanks_that_a_control_token_swallows_may_be_anybody_s():
     tokenizer = make_tokenizer("bpe", lstrip=True, rstrip=True)
     text = "a  </s>  b"
-    trust = np.full(len(text), UNTRUSTED, np.uint8)
-    trust[3:7] = TRUSTED
-    (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode([text], [trust])
+    trust = bytearray([UNTRUSTED] * len(text))
+    trust[3:7] = bytes([TRUSTED] * 4)
+    (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode([text], [bytes(trust)])
     assert tokens.num_split == 0 and tokens.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -77,8 +77,8 @@ def test_an_assistant_may_write_what_is_neither_special_nor_a_stop():
     tokenizer = make_tokenizer("bpe")
     tokenizer.add_tokens([AddedToken("/ab/", special=False)])
     encoder = TextEncoder(tokenizer, stops=[2], policy="split")
-    trust = np.full(4, ASSISTANT, np.uint8)
-    (mine,), (other,) = encoder.encode(["/ab/"], [trust]), encoder.encode(["/ab/"], [trust + 1])
+    trust = bytes([ASSISTANT] * 4)
+    (mine,), (other,) = encoder.encode(["/ab/"], [trust]), encoder.encode(["/ab/"], [bytes([UNTRUSTED] * 4)])
     assert len(mine.ids) == 1 and len(other.ids) == 4
     (stop,) = TextEncoder(tokenizer, stops=mine.ids.tolist(), policy="split").encode(["/ab/"], [trust])
     assert len(stop.ids) == 4
@@ -86,6 +86,6 @@ def test_an_assistant_may_write_what_is_neither_special_nor_a_stop():
 
 def test_what_cannot_be_written_as_ordinary_text_is_refused():
     text = TEXT + "\U000f0000"  # A character of the names that control tokens are given meanwhile.
-    trust = np.append(TRUST, np.uint8(UNTRUSTED))
+    trust = TRUST + bytes([UNTRUSTED])
     (found,) = TextEncoder(make_tokenizer("bpe"), stops=[2], policy="split").encode([text], [trust])
     assert isinstance(found, ControlError)

@@ -30,12 +30,13 @@ INST = (
 @pytest.fixture
 def examples(monkeypatch):
     """What is known of the examples of a conversation, with their tokens and weights."""
-    import jaxsft.chat.encoder as chat
+    import jaxsft.chat.weighing as chat
 
     def record(messages, tokenizer, **data):
         seen = []
         with monkeypatch.context() as patched:
             patched.setattr(chat, "check_weights", lambda *given, name: seen.append((*given, name)))
+            patched.setattr(chat, "weighs_outside", lambda free, starts, ends, weights: weights > 0)
             (found,) = encoder_of(tokenizer, **data).encode([Conversation(messages)])
         assert not isinstance(found, MaskError), found
         return seen

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxsft.chat.encoder import ChatEncoder, Encoded, stop_ids
+from jaxsft.chat.encoder import ChatEncoder, stop_ids
 from jaxsft.chat.starts import MaskError
+from jaxsft.chat.weighing import Encoded
 from jaxsft.config import DataConfig
 from jaxsft.rows.items import Conversation
 
