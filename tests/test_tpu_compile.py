@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from jaxsft.training import loss_in_blocks
 from jaxsft.training.program import total_bytes
 
 WIDTH, MLP_WIDTH, NUM_LAYERS, VOCAB_SIZE = 256, 512, 2, 4096
@@ -75,3 +76,15 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     text = tpu_compile.describe(compiled, config)
     assert f"fsdp {num_devices // 2} x tensor 2; 8 rows of 128; remat full" in text
     assert f"layers    all-gather          fsdp{number:>28,}" in text
+
+
+def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model, monkeypatch):
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 2**17)
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}"]
+    compiled = tpu_compile.compile_step(tpu_compile.read_config(model, overrides), "v4:2x2x1")
+    totals = total_bytes(compiled.report.collectives)
+    table = VOCAB_SIZE * WIDTH
+    assert totals["loss", "all-gather", ("fsdp",)] == (2 * 8, 2 * table * 2)  # of eight blocks, in bfloat16
+    reduced = [totals.get(("loss", kind, ("fsdp",)), (0, 0)) for kind in ("reduce-scatter", "all-reduce")]
+    assert table * 4 <= sum(num_bytes for _, num_bytes in reduced) < 1.01 * table * 4
+    assert max(array.num_bytes for array in compiled.report.arrays if array.scope == "loss") <= table * 4 // 8
