@@ -141,7 +141,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
-    make_decoder = _decoder_maker(config, decoder_config)
+    make_decoder = decoder_maker(config, decoder_config)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
@@ -166,7 +166,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     )
 
 
-def _decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callable[[nnx.Rngs], Decoder]:
+def decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callable[[nnx.Rngs], Decoder]:
     """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for."""
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:

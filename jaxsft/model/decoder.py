@@ -297,6 +297,7 @@ class Decoder(nnx.Module):
         rotations = tuple(rotation(rope, positions, lengths) for rope in self.config.ropes)
         return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, start), cached
 
+    @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
         """All layers: whole periods of their pattern in a scan, the rest (or all, unrolled) one after the other."""
         graphdef, weights = nnx.split(self.layers)

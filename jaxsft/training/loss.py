@@ -1,7 +1,9 @@
 """Masked next-token loss, in chunks of trained tokens, without ever holding `[B, T, V]` logits.
 
 In: final hidden states, the unembedding, targets and their weights. Out: sums only; the one division is in the step.
-Rows may be cut over the mesh and the vocabulary over `tensor`; logits are never gathered.
+Rows may be cut over the mesh and the vocabulary over `tensor`; logits are never gathered. Where each device holds the
+whole width of its rows of the table, as on one device, it uses them all at once; a large table whose width is cut is
+gathered block by block (`loss_in_blocks.py`).
 """
 
 import functools
@@ -11,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxsft.mesh import ROW_AXES, on_cpu, on_one_device, partition_spec
+from jaxsft.mesh import DIM_AXES, ROW_AXES, on_one_device, partition_spec
 from jaxsft.model.layers import Logits, precision
-
-LOGITS_PER_CHUNK = 2**25
-"""Logits held at once by one device: 128 MiB in float32. On a CPU down to a quarter, for chunks of an eighth of the
-tokens: matmuls of few positions are nearly as fast there, and of the last chunk less is wasted."""
+from jaxsft.training import loss_in_blocks
+from jaxsft.training.chunks import trained_first
 
 
 class LossSums(NamedTuple):
@@ -98,13 +98,28 @@ def _over_mesh(
     unembedding = unembedding.astype(hidden.dtype)
     if on_one_device():
         return _local(logits, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
-    rows, hidden_spec, sums = partition_spec("b t"), partition_spec("b t d"), (PartitionSpec(), PartitionSpec())
+    hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
+    if _is_in_blocks(unembedding):
+        local, table_spec = loss_in_blocks.loss_in_blocks, table
+    else:
+        local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
+    sums = (PartitionSpec(), PartitionSpec())
     return jax.shard_map(
-        functools.partial(_local, logits, with_gradients=with_gradients, on_mesh=True),
-        in_specs=(hidden_spec, PartitionSpec("tensor", None), rows, rows),
-        out_specs=(sums, hidden_spec, partition_spec("v d")) if with_gradients else sums,
+        functools.partial(local, logits, with_gradients=with_gradients),
+        in_specs=(hidden_spec, table_spec, rows, rows),
+        out_specs=(sums, hidden_spec, table) if with_gradients else sums,
         check_vma=False,
     )(hidden, unembedding, targets, weights)
+
+
+def _is_in_blocks(unembedding: jax.Array) -> bool:
+    """Whether the vocabulary is gone over in blocks: where the table's width is cut, and a device's rows are many.
+
+    Held whole, as on one device, the table is used whole: its logits are computed once.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    is_cut = any(shape[axis] > 1 for axis in DIM_AXES["d"])
+    return is_cut and unembedding.size // shape["tensor"] > loss_in_blocks.TABLE_AT_ONCE
 
 
 def _local(
@@ -120,14 +135,9 @@ def _local(
     """One device's part: (loss sum, correct sum), and their gradients by hidden and unembedding when asked for."""
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
-    num_tokens, exact = targets.size, precision(hidden.dtype)
-    chunk = _chunk_size(num_tokens, vocab_size)
+    exact = precision(hidden.dtype)
     first_id = jax.lax.axis_index("tensor") * vocab_size if on_mesh else 0
-
-    # Trained positions first: SFT trains a part of the tokens, and only the chunks that hold some are computed.
-    order = jnp.argsort(weights == 0, stable=True)
-    order = jnp.pad(order, (0, -num_tokens % chunk), constant_values=num_tokens)
-    num_chunks = -(-jnp.count_nonzero(weights) // chunk)
+    order, chunk, num_chunks = trained_first(weights, vocab_size)
 
     def add_chunk(i: jax.Array, carry: Any) -> Any:
         (loss_sum, correct_sum), gradients = carry
@@ -158,14 +168,6 @@ def _local(
         unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, "fsdp", scatter_dimension=1, tiled=True)
         unembedding_gradient = jax.lax.psum(unembedding_gradient, ("data", "expert", "context"))
     return sums, hidden_gradient.reshape(shape), unembedding_gradient
-
-
-def _chunk_size(num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits are held at once: a multiple of 128, unless there are fewer."""
-    chunk = LOGITS_PER_CHUNK // vocab_size
-    if on_cpu():
-        chunk = min(chunk, max(chunk // 4, num_tokens // 8))
-    return min(num_tokens, max(128, chunk // 128 * 128))
 
 
 class _Softmax(NamedTuple):

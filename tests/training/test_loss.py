@@ -9,7 +9,7 @@ from compilation import AS_FOR_USERS
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh
 from jaxsft.model.layers import Logits
-from jaxsft.training import loss as loss_module
+from jaxsft.training import chunks
 from jaxsft.training.loss import next_token_loss
 
 
@@ -45,7 +45,7 @@ KINDS = [Logits(40), Logits(40, scale=0.3), Logits(40, soft_cap=2.0), Logits(40,
 @pytest.mark.parametrize("logits", KINDS, ids=str)
 @pytest.mark.parametrize("trained_share", [0.03, 0.5, 1.0])
 def test_value_and_gradients_equal_the_plain_formula(monkeypatch, trained_share, logits):
-    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 1)  # the smallest chunk: 128 tokens
+    monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 1)  # the smallest chunk: 128 tokens
     inputs = make_inputs(rows=8, seq_len=100, trained_share=trained_share)
     hidden, unembedding, targets, weights = inputs
 
@@ -128,7 +128,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
     logits_bytes = 512 * 8192 * 4  # of one more row
     # So many that an eighth of them is as large as a chunk gets.
     rows = (64, 128)
-    assert loss_module.LOGITS_PER_CHUNK <= 64 * 512 // 8 * 8192
+    assert chunks.LOGITS_PER_CHUNK <= 64 * 512 // 8 * 8192
     chunked = [temporary_bytes(lambda *a: next_token_loss(*a, logits=Logits(8192)).loss_sum, n) for n in rows]
     plain = [temporary_bytes(lambda *a: plain_loss(*a, Logits(8192)), n) for n in rows]
     assert chunked[1] - chunked[0] < 0.05 * 64 * logits_bytes

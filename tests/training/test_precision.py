@@ -23,6 +23,7 @@ from jaxsft.mesh import make_mesh
 from jaxsft.model.abstract import abstract_model, random_params
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config
+from jaxsft.training import loss_in_blocks
 from jaxsft.training.step import put_batch, split_microbatches, summed_gradients
 
 TINY = pathlib.Path(__file__).parents[1] / "model" / "tiny"
@@ -121,6 +122,14 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_rounding_allows(family)
 )
 def test_they_are_on_a_mesh_and_over_microbatches(name, axes, num_microbatches):
     check(name, make_mesh(MeshConfig(**axes)), num_microbatches=num_microbatches)
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [("llama_untied", {"fsdp": 8}), ("llama", {"fsdp": 2, "context": 2, "tensor": 2})]
+)
+def test_they_are_with_the_vocabulary_in_blocks(monkeypatch, name, axes):
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 1)
+    check(name, make_mesh(MeshConfig(**axes)))
 
 
 @pytest.mark.parametrize("count", [1024, 16384])

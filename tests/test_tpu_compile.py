@@ -1,0 +1,90 @@
+"""The step, compiled by the real compiler for one small topology of each family of TPUs, none of which is there."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+
+from jaxsft.training import loss_in_blocks
+from jaxsft.training.program import total_bytes
+
+WIDTH, MLP_WIDTH, NUM_LAYERS, VOCAB_SIZE = 256, 512, 2, 4096
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": MLP_WIDTH,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+PER_LAYER = WIDTH * 64 * (4 + 2 + 2 + 4) + 3 * WIDTH * MLP_WIDTH
+NUM_PARAMS = VOCAB_SIZE * WIDTH + NUM_LAYERS * (PER_LAYER + 2 * WIDTH) + WIDTH
+ROWS, LENGTH = 8, 128
+
+TOPOLOGIES = {"v4:2x2x1": 8, "v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
+"""Name -> devices; two on each chip of v4 and tpu7x."""
+ASYNCHRONOUS = {"v5e", "tpu7x"}
+"""Families for which the compiler, by itself, gathers the weights of a layer while it computes."""
+
+
+@pytest.fixture(scope="module")
+def tpu_compile(repo):
+    pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
+    spec = importlib.util.spec_from_file_location("tpu_compile", repo / "benchmarks" / "tpu_compile.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(SHAPE))
+    return path
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}", "mesh.tensor=2"]
+    config = tpu_compile.read_config(model, overrides)
+    compiled = tpu_compile.compile_step(config, topology)
+    num_devices, family = TOPOLOGIES[topology], topology.split(":")[0]
+    assert compiled.mesh == {"data": 1, "fsdp": num_devices // 2, "expert": 1, "context": 1, "tensor": 2}
+
+    # float32 parameters and two moments, each cut over all devices but for the norms, and five leaves of a batch; what
+    # fills up tiles comes on top.
+    arguments = (3 * 4 * NUM_PARAMS + 2 * 5 * 4 * ROWS * LENGTH) / num_devices
+    assert arguments <= compiled.argument_bytes < 1.4 * arguments
+    assert compiled.peak_bytes > compiled.argument_bytes
+
+    totals = total_bytes(compiled.report.collectives)
+    assert {axes for _, _, axes in totals} <= {("fsdp",), ("tensor",), ("fsdp", "tensor")}
+    # Each device gathers its half of a layer in bfloat16, forward and backward, in two places at most for the latter.
+    number, gathered = totals["layers", "all-gather", ("fsdp",)]
+    once = NUM_LAYERS * PER_LAYER // 2 * 2
+    assert 2 * once <= gathered <= 3 * once and number % NUM_LAYERS == 0
+    reduced = sum(totals.get(("layers", kind, ("fsdp",)), (0, 0))[1] for kind in ("reduce-scatter", "all-reduce"))
+    assert 2 * once <= reduced < 3 * once  # gradients are float32
+    assert math.prod(compiled.mesh.values()) == num_devices
+    assert (tpu_compile.async_share(compiled.report) > 0.3) == (family in ASYNCHRONOUS)
+
+    text = tpu_compile.describe(compiled, config)
+    assert f"fsdp {num_devices // 2} x tensor 2; 8 rows of 128; remat full" in text
+    assert f"layers    all-gather          fsdp{number:>28,}" in text
+
+
+def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model, monkeypatch):
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 2**17)
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}"]
+    compiled = tpu_compile.compile_step(tpu_compile.read_config(model, overrides), "v4:2x2x1")
+    totals = total_bytes(compiled.report.collectives)
+    table = VOCAB_SIZE * WIDTH
+    assert totals["loss", "all-gather", ("fsdp",)] == (2 * 8, 2 * table * 2)  # of eight blocks, in bfloat16
+    reduced = [totals.get(("loss", kind, ("fsdp",)), (0, 0)) for kind in ("reduce-scatter", "all-reduce")]
+    assert table * 4 <= sum(num_bytes for _, num_bytes in reduced) < 1.01 * table * 4
+    assert max(array.num_bytes for array in compiled.report.arrays if array.scope == "loss") <= table * 4 // 8
