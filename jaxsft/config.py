@@ -308,7 +308,7 @@ class MeshConfig(Section):
     expert: PositiveInt = 1
     """Devices that split the experts and the rows."""
     context: PositiveInt = 1
-    """Devices that split the positions of a row."""
+    """Devices that split the positions of a row, and the parameters."""
     tensor: PositiveInt = 1
     """Devices that split heads, MLP width and vocabulary."""
 

@@ -25,7 +25,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "b": ("data", "fsdp", "expert"),
     "u": ("data", "expert"),
     "t": ("context",),
-    "d": ("fsdp",),
+    "d": ("fsdp", "context"),
     "n": ("tensor",),
     "k": ("tensor",),
     "f": ("tensor",),
@@ -38,17 +38,24 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
 }
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over.
 
-`u` are rows on the way out of a table that is cut over fsdp by its width: the same bytes per device as `b`.
+Devices along `context` have the same weights to work with, so weights are cut over them too. `u` are rows on the way
+out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as `"b t d"`.
 """
 
 ROW_AXES = DIM_AXES["b"]
+TOKEN_AXES = (*ROW_AXES, *DIM_AXES["t"])
+"""Along these, devices have different tokens."""
+
+WIDTH_AXES = DIM_AXES["d"]
+COPY_AXES = tuple(axis for axis in TOKEN_AXES if axis not in WIDTH_AXES)
+"""Along these, devices have different tokens, and the same part of the width of what is not cut by experts."""
 
 
 def partition_spec(axes: str) -> PartitionSpec:
     """The PartitionSpec of an array whose dims are named by letters.
 
     A mesh axis cuts one dim at most, the first that asks for it: `"b t d"` gives
-    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", "fsdp")`.
+    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`.
     """
     used: set[str] = set()
     spec: list[Any] = []

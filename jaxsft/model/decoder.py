@@ -188,8 +188,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows [B, T, D] of ids [B, T], in `dtype`; an id outside is clamped."""
-        # Looked up where the table lies, and only then cut by rows: in one step, it would all be replicated.
-        return constrain(_look_up(dtype, self.weight[...], ids), "u t d")
+        # Looked up where the table lies, and only then cut by positions, and by rows: in one step, from one axis to two
+        # or from two axes to one, it would all be replicated.
+        return constrain(constrain(_look_up(dtype, self.weight[...], ids), "u p d"), "u t d")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

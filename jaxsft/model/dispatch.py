@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import DIM_AXES, partition_spec
+from jaxsft.mesh import COPY_AXES, DIM_AXES, WIDTH_AXES, partition_spec
 from jaxsft.model.layers import precision
 
 MAX_BLOCK = 512
@@ -253,7 +253,7 @@ def _rows(x: jax.Array, token: jax.Array) -> jax.Array:
 def _gather(
     x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, on_mesh: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]:
-    """Tokens [M, ...] of all devices along `expert`, and this device's experts, numbered from 0, whole over `fsdp`."""
+    """Tokens [M, ...] of all devices along `expert`, and this device's experts, numbered from 0, in all their width."""
     maps = weights._replace(
         gate=weights.gate.astype(x.dtype), up=weights.up.astype(x.dtype), down=weights.down.astype(x.dtype)
     )
@@ -263,7 +263,7 @@ def _gather(
 
     def gather(axes: str, weight: jax.Array) -> jax.Array:
         letters = axes.split()
-        return jax.lax.all_gather(weight, "fsdp", axis=letters.index("d"), tiled=True) if "d" in letters else weight
+        return jax.lax.all_gather(weight, WIDTH_AXES, axis=letters.index("d"), tiled=True) if "d" in letters else weight
 
     maps = _map_weights(gather, maps)
     if maps.down_bias is not None:
@@ -288,13 +288,13 @@ def _scatter(each: jax.Array, *, on_mesh: bool) -> jax.Array:
 
 
 def _reduce_over_rows(axes: str, gradient: jax.Array) -> jax.Array:
-    """The gradient of a weight, summed over all rows and cut over `fsdp` as the weight is."""
+    """The gradient of a weight, summed over all rows and cut by its width as the weight is."""
     letters = axes.split()
     if "d" in letters:
-        gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=letters.index("d"), tiled=True)
+        gradient = jax.lax.psum_scatter(gradient, WIDTH_AXES, scatter_dimension=letters.index("d"), tiled=True)
     else:
-        gradient = jax.lax.psum(gradient, "fsdp")
-    return jax.lax.psum(gradient, ("data", "context"))
+        gradient = jax.lax.psum(gradient, WIDTH_AXES)
+    return jax.lax.psum(gradient, tuple(axis for axis in COPY_AXES if axis != "expert"))
 
 
 # Choices in blocks.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxsft.mesh import DIM_AXES, ROW_AXES, on_one_device, partition_spec
+from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, on_one_device, partition_spec
 from jaxsft.model.layers import Logits, precision
 from jaxsft.training import loss_in_blocks
 from jaxsft.training.chunks import trained_first
@@ -118,7 +118,7 @@ def _is_in_blocks(unembedding: jax.Array) -> bool:
     Held whole, as on one device, the table is used whole: its logits are computed once.
     """
     shape = jax.sharding.get_abstract_mesh().shape
-    is_cut = any(shape[axis] > 1 for axis in DIM_AXES["d"])
+    is_cut = any(shape[axis] > 1 for axis in WIDTH_AXES)
     return is_cut and unembedding.size // shape["tensor"] > loss_in_blocks.TABLE_AT_ONCE
 
 
@@ -159,14 +159,14 @@ def _local(
     carry = (zero, zero), (gradients if with_gradients else ())
     sums, gradients = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
     if on_mesh:
-        sums = jax.lax.psum(sums, (*ROW_AXES, "context"))
+        sums = jax.lax.psum(sums, TOKEN_AXES)
     if not with_gradients:
         return sums
     hidden_gradient, unembedding_gradient = gradients
     if on_mesh:
         hidden_gradient = jax.lax.psum(hidden_gradient, "tensor")
-        unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, "fsdp", scatter_dimension=1, tiled=True)
-        unembedding_gradient = jax.lax.psum(unembedding_gradient, ("data", "expert", "context"))
+        unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
+        unembedding_gradient = jax.lax.psum(unembedding_gradient, COPY_AXES)
     return sums, hidden_gradient.reshape(shape), unembedding_gradient
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import DIM_AXES, ROW_AXES
+from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES
 from jaxsft.model.layers import Logits, precision
 from jaxsft.training.chunks import trained_first
 
@@ -25,9 +25,6 @@ TABLE_AT_ONCE = 2**25
 smaller table is one block, and a larger one at least `MIN_BLOCKS`."""
 
 MIN_BLOCKS = 8
-
-_WIDTH_AXES = DIM_AXES["d"]
-_OTHER_ROW_AXES = tuple(axis for axis in (*ROW_AXES, "context") if axis not in _WIDTH_AXES)
 
 
 def block_rows(num_rows: int, width: int) -> int:
@@ -115,7 +112,7 @@ def loss_in_blocks(
         def add_block(i: jax.Array, carry: Any) -> Any:
             start = jnp.minimum(i * count, num_rows - count)
             rows = jax.lax.dynamic_slice_in_dim(table, start, count)
-            rows = jax.lax.all_gather(rows, _WIDTH_AXES, axis=1, tiled=True)
+            rows = jax.lax.all_gather(rows, WIDTH_AXES, axis=1, tiled=True)
             return add(_Block(rows, start, i * count), carry)
 
         return jax.lax.fori_loop(0, -(-num_rows // count), add_block, carry)
@@ -147,7 +144,7 @@ def loss_in_blocks(
         return over_chunks(see_chunk, softmax)
 
     softmax = _over_tensor(over_blocks(see, _nothing_seen(chunks.order.size)))
-    sums = jax.lax.psum(_sums(softmax, tokens.weight), (*ROW_AXES, "context"))
+    sums = jax.lax.psum(_sums(softmax, tokens.weight), TOKEN_AXES)
     if not with_gradients:
         return sums
 
@@ -166,7 +163,7 @@ def loss_in_blocks(
 
         no_gradient = jnp.zeros(block.rows.shape, jnp.float32)
         hidden_gradient, rows_gradient = over_chunks(add_chunk, (hidden_gradient, no_gradient))
-        rows_gradient = jax.lax.psum_scatter(rows_gradient, _WIDTH_AXES, scatter_dimension=1, tiled=True)
+        rows_gradient = jax.lax.psum_scatter(rows_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
         rows_gradient += _cut(table_gradient, block.start, count)
         return hidden_gradient, jax.lax.dynamic_update_slice_in_dim(table_gradient, rows_gradient, block.start, 0)
 
@@ -175,7 +172,7 @@ def loss_in_blocks(
     by_place = jax.lax.psum(by_place, "tensor")
     hidden_gradient = jnp.zeros(flat[0].shape, jnp.float32)
     hidden_gradient = hidden_gradient.at[chunks.order].set(by_place, mode="drop", unique_indices=True)
-    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, _OTHER_ROW_AXES)
+    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, COPY_AXES)
 
 
 def _cut(tree: Any, start: jax.Array, count: int) -> Any:

@@ -10,11 +10,12 @@ from compilation import AS_FOR_USERS
 from flax import nnx
 
 from jaxsft.config import MeshConfig
-from jaxsft.mesh import make_mesh, shardings
+from jaxsft.mesh import batch_sharding, constrain, make_mesh, shardings
 from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.layers import NormKind, gated
 from jaxsft.model.rope import Rope
+from jaxsft.training.program import read_program
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -244,12 +245,13 @@ def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(ax
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-def test_under_fsdp_only_a_layer_at_a_time_is_gathered():
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "context": 4}], ids=str)
+def test_weights_are_cut_over_all_devices_and_only_a_layer_at_a_time_is_gathered(axes):
     config = dataclasses.replace(
         CONFIG, layers=(LayerKind(),) * 16, hidden_size=128, intermediate_size=512, vocab_size=64
     )
     graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config, remat="full")))
-    mesh = make_mesh(MeshConfig(fsdp=8))
+    mesh = make_mesh(MeshConfig(**axes))
     rows = [jax.ShapeDtypeStruct((8, 16), jnp.int32)] * 3
     sharded = shardings(mesh, abstract)
 
@@ -262,3 +264,27 @@ def test_under_fsdp_only_a_layer_at_a_time_is_gathered():
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
     assert memory.argument_size_in_bytes < 1.1 * whole / 8 + 8 * 16 * 12
     assert memory.temp_size_in_bytes < whole / 2
+
+
+@pytest.mark.parametrize(
+    "axes", [{"fsdp": 8}, {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 2, "context": 2}], ids=str
+)
+def test_rows_of_a_table_move_to_their_devices_and_none_holds_those_of_others(axes):
+    """Forward and backward, a device sends and gets no more than its own part of [B, T, D], once for each mesh axis."""
+    num_rows, length, width = 8, 64, 128
+    config = dataclasses.replace(CONFIG, hidden_size=width, vocab_size=64)
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config).embed_tokens))
+    mesh = make_mesh(MeshConfig(**axes))
+
+    def loss(state, ids):
+        return jnp.sum(jnp.sin(constrain(nnx.merge(graphdef, state)(ids, jnp.float32), "b t d")))
+
+    ids = jax.ShapeDtypeStruct((num_rows, length), jnp.int32, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        sharded = shardings(mesh, abstract)
+        step = jax.jit(jax.grad(loss), in_shardings=(sharded, batch_sharding(mesh)), out_shardings=sharded)
+        sent = read_program(step.lower(abstract, ids).compile().as_text(), mesh.shape).collectives
+    (table,) = (leaf.size * 4 * mesh.shape["data"] // 8 for leaf in jax.tree.leaves(abstract))
+    moved = [each for each in sent if each.num_bytes > max(table, num_rows * length * 4)]
+    assert {each.kind for each in moved} == {"all-to-all"} and len(moved) <= 2 * len(axes)
+    assert {each.num_bytes for each in moved} == {num_rows * length * width * 4 // 8}

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxsft.config import MeshConfig
-from jaxsft.mesh import AXES, make_mesh, partition_spec
+from jaxsft.mesh import AXES, WIDTH_AXES, make_mesh, partition_spec
 from jaxsft.model.layers import Logits
 from jaxsft.training import chunks, loss_in_blocks
 from jaxsft.training.loss import next_token_loss
@@ -39,7 +39,11 @@ def factorisations(number, count):
             yield (size, *rest)
 
 
-SHAPES = [shape for shape in factorisations(NUM_DEVICES, len(AXES)) if shape[AXES.index("fsdp")] > 1]
+SHAPES = [
+    shape
+    for shape in factorisations(NUM_DEVICES, len(AXES))
+    if any(size > 1 for axis, size in zip(AXES, shape, strict=True) if axis in WIDTH_AXES)
+]
 KINDS = [
     Logits(88),
     Logits(88, scale=0.3),
