@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import AS_FOR_USERS
 from jax.sharding import PartitionSpec
 
 from jaxsft.config import MeshConfig
@@ -63,7 +64,7 @@ def report():
     spec = PartitionSpec(("data", "fsdp"), "tensor")
     with jax.set_mesh(mesh):
         function = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))
-        text = function.lower(jax.ShapeDtypeStruct((16, 256), jnp.float32)).compile().as_text()
+        text = function.lower(jax.ShapeDtypeStruct((16, 256), jnp.float32)).compile(AS_FOR_USERS).as_text()
     return read_program(text, mesh.shape)
 
 
@@ -87,6 +88,10 @@ def test_the_largest_array_of_each_part_is_found():
 
 
 def test_what_a_fusion_makes_on_the_way_is_no_array():
-    text = jax.jit(lambda x: jnp.sum(jnp.sin(x)[:, None] * jnp.cos(x))).lower(np.zeros(512, np.float32)).compile()
+    text = (
+        jax.jit(lambda x: jnp.sum(jnp.sin(x)[:, None] * jnp.cos(x)))
+        .lower(np.zeros(512, np.float32))
+        .compile(AS_FOR_USERS)
+    )
     (largest,) = read_program(text.as_text(), {"data": 1}).arrays
     assert largest.num_bytes <= 4 * 512
