@@ -466,7 +466,7 @@ def test_every_count_is_explained(mixed):
 
 
 def test_every_count_that_the_encoder_makes_has_a_meaning(repo):
-    source = (repo / "jaxsft" / "chat" / "encoder.py").read_text()
+    source = "".join(path.read_text() for path in sorted((repo / "jaxsft" / "chat").glob("*.py")))
     names = set(re.findall(r"counts\[\"(\w+)\"\]", source)) | set(
         re.findall(r"\{?\"(\w+)\": (?:num|left_|tokens\.num|control\b|unst)", source)
     )
