@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -138,8 +139,11 @@ class Checkpointer:
     def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
         """The error of a save that failed, of which nothing is left that would take up room."""
         if self._making == target and not (target / SEAL).exists():
-            with contextlib.suppress(OSError):
-                target.rmtree()
+            # Where one of Orbax's writers has failed, others may go on for a moment, and write into what is removed.
+            for _ in range(10):
+                with contextlib.suppress(OSError):
+                    target.rmtree()
+                time.sleep(0.1)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         # The library that Orbax writes with wraps the system's message in its own; only the system's part is told.
         if found := re.search(r"([^:]+) \[os_error_code=", reason):
