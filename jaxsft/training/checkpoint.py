@@ -144,10 +144,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     target.rmtree()
                 time.sleep(0.1)
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        # The library that Orbax writes with wraps the system's message in its own; only the system's part is told.
-        if found := re.search(r"([^:]+) \[os_error_code=", reason):
-            reason = found[1].strip()
+        reason = getattr(error, "strerror", None) or _reason(str(error))
         return SaveError(str(write_error(target, reason[:200], needed)))
 
     def wait(self) -> None:
@@ -366,6 +363,18 @@ def newest_run(folder: epath.Path) -> dict[str, Any]:
         if meta.get("step") == step and isinstance(meta.get("run"), dict) and meta["run"]:
             return meta["run"]
     return {}
+
+
+def _reason(said: str) -> str:
+    """What the system said, out of the words of the library that Orbax writes with.
+
+    That puts places before it and attributes behind it, of which the system's number is one:
+    `Failed to write 9 bytes to file 7: File too large [tensorstore_spec='...'] [os_error_code='27']`.
+    """
+    said = " ".join(said.split())
+    if "[os_error_code=" not in said:
+        return said
+    return re.split(r" \[\w+='", said, maxsplit=1)[0].rpartition(": ")[2].strip()
 
 
 def _leaves_by_name(tree: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jaxsft.disk import writing
 from jaxsft.disk.seal import seal
 from jaxsft.disk.writing import WriteError
 from jaxsft.mesh import make_mesh, partition_spec
+from jaxsft.training import checkpoint
 from jaxsft.training.checkpoint import Checkpointer, SaveError
 from jaxsft.training.stop import StopSignal
 
@@ -342,6 +343,19 @@ def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tm
     assert "Error 74 " in line and "checkpoints/7" in line and "could not be written: File too large (" in line
     assert "bytes needed" in line and "bytes free" in line
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "OUT_OF_RANGE: Error writing \"x\": Failed to write 9 bytes to file 7: File too large [os_error_code='27']",
+        # Which attributes there are, and in which order, depends on which of many writers fails first.
+        "Failed to write 9 bytes: File too large [tensorstore_spec='{\"a\":{\"b\": true}}'] [os_error_code='27']",
+        "Failed to write 9 bytes: File too large [os_error_code='27'] [source locations='x.cc:12']",
+    ],
+)
+def test_of_what_the_library_says_only_the_words_of_the_system_are_told(said):
+    assert checkpoint._reason(said) == "File too large"
 
 
 def test_sigterm_is_noticed_and_the_former_handler_comes_back():
