@@ -11,9 +11,11 @@ import sys
 import tempfile
 import tomllib
 
+import pytest
+
 # What tests of several folders share: helpers, and the templates and oracles of tests/chat.
-sys.path[:0] = [str(pathlib.Path(__file__).parent / name) for name in ("helpers", "chat")]
-from compilation import xla_flags  # noqa: E402
+sys.path.extend(str(pathlib.Path(__file__).parent / name) for name in ("helpers", "chat"))
+from compilation import xla_flags
 
 # Before jax is imported anywhere: the number of devices is fixed when its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,13 +23,11 @@ os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Workers and the runs that tests start as processes of their own share what they compile, also what took no second;
 # gone with the session.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import pytest  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))

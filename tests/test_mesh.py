@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from meshes import factorisations
 
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import AXES, make_mesh, mesh_shape, slices_of
@@ -41,15 +42,6 @@ def _known(name):
     """The name with its sides as the library takes them: the 1 of a flat cube stands last."""
     kind, _, sides = name.partition(":")
     return f"{kind}:{'x'.join(sorted(sides.split('x'), key=lambda side: (side == '1', int(side))))}"
-
-
-def factorisations(number, count):
-    if count == 1:
-        yield (number,)
-        return
-    for size in (size for size in range(1, number + 1) if number % size == 0):
-        for rest in factorisations(number // size, count - 1):
-            yield (size, *rest)
 
 
 def mesh_of(devices, shape):

@@ -182,9 +182,12 @@ class Weigher:
     def check_ids(self, ids: np.ndarray) -> None:
         """Refuses ids that the tokenizer does not have."""
         size = self._vocabulary_size
-        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
+        if not self._knows(ids):
             bad = int(ids[(ids < 0) | (ids >= size)][0])
             raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer_name}", "unknown-token")
+
+    def _knows(self, ids: np.ndarray) -> bool:
+        return not len(ids) or bool(ids.min() >= 0 and ids.max() < self._vocabulary_size)
 
     def weigh(
         self, origins: Sequence[str], drawn: Sequence[Drawn], found: Sequence[Tokens | ControlError]
@@ -207,7 +210,7 @@ class Weigher:
     ) -> list[Encoded | MaskError]:
         window = _window(drawn, found)
         places = _places(window, drawn)
-        are_known = not len(window.ids) or bool(window.ids.min() >= 0 and window.ids.max() < self._vocabulary_size)
+        are_known = self._knows(window.ids)
         known: list[_Weighed | MaskError] = []
         for at, (each, tokens) in enumerate(zip(drawn, found, strict=True)):
             some = list(islice(places, len(each.turns)))

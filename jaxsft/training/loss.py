@@ -213,7 +213,9 @@ def _is_right(softmax: _Softmax, *, on_mesh: bool) -> jax.Array:
     """[C], whether the target alone has the largest logit: where all logits are equal, nothing was answered."""
     at_maximum = jnp.sum(softmax.logits == softmax.maximum[:, None], axis=-1)
     num_largest = _over_vocabulary(at_maximum, on_mesh=on_mesh)
-    return (softmax.target_logit == softmax.maximum) & (num_largest == 1)
+    is_right = (softmax.target_logit == softmax.maximum) & (num_largest == 1)
+    # Over devices, the maximum may have passed over a NaN, as it does on CPUs.
+    return is_right & ~jnp.isnan(softmax.normaliser) if on_mesh else is_right
 
 
 def _nll_gradient(softmax: _Softmax, weight: jax.Array) -> jax.Array:

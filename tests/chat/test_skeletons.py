@@ -122,6 +122,21 @@ def test_a_skeleton_gives_what_is_found_out(make_tokenizer, template):
     assert num_found < num_items
 
 
+def test_a_content_that_gives_another_answer_is_not_drawn(make_tokenizer):
+    def conversation(text):
+        return Conversation([user(text), assistant("Hi")], origin="rows:1")
+
+    encoder = encoder_of(make_tokenizer(FOLLOWED["asks"]))
+    encoder.encode([conversation("no"), conversation("a")])
+    shape = encoder._skeletons.shape(conversation("no"))
+
+    def drawn(text):
+        return encoder._skeletons.draw(shape, conversation(text), look=lambda number: None)
+
+    assert drawn("3.14") is not None
+    assert drawn("oh yes") is None
+
+
 @pytest.mark.parametrize("data", [
     {"train_on": "all"}, {"train_on": "last_turn"}, {"train_on": ["user", "assistant"]}, {"unroll": "always"},
     {"unroll": "never"}, {"train_reasoning": False}, {"train_stop": "last"}, {"control_tokens": "error"},

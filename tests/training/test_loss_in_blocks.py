@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from compilation import AS_FOR_USERS
 from jax.sharding import NamedSharding
+from meshes import factorisations
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import AXES, WIDTH_AXES, make_mesh, partition_spec
@@ -31,20 +32,12 @@ def plain_loss(hidden, unembedding, targets, weights, logits):
     return -(weights * picked).sum(), (weights * is_right).sum()
 
 
-def factorisations(number, count):
-    if count == 1:
-        yield (number,)
-        return
-    for size in (size for size in range(1, number + 1) if number % size == 0):
-        for rest in factorisations(number // size, count - 1):
-            yield (size, *rest)
-
-
 SHAPES = [
     shape
     for shape in factorisations(NUM_DEVICES, len(AXES))
     if any(size > 1 for axis, size in zip(AXES, shape, strict=True) if axis in WIDTH_AXES)
 ]
+WIDTH = 16
 KINDS = [
     Logits(88),
     Logits(88, scale=0.3),
@@ -53,22 +46,15 @@ KINDS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling takes most of the time, and half of it is making fast what runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Every table is large, and every chunk the smallest."""
-    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 1)
+    """Every table is large, and every chunk the smallest; blocks of 88 rows and of 44 are no multiples of theirs."""
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 6 * WIDTH)
+    assert [loss_in_blocks.block_rows(number, WIDTH) for number in (88, 44, 22)] == [6, 5, 2]
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 1)
 
 
-def make_inputs(logits, rows=8, seq_len=320, width=16, num_rows=88, seed=0):
+def make_inputs(logits, rows=8, seq_len=320, width=WIDTH, num_rows=88, seed=0):
     """Row r is trained in about r / 8 of its positions: row 0 in none, so that devices differ."""
     rng = np.random.default_rng(seed)
     weights = rng.choice([1.0, 0.3], size=(rows, seq_len)) * (
@@ -167,8 +153,9 @@ def test_a_table_that_is_embedding_too_gets_both_gradients():
         ([0.0, 3.0] + [0.0] * 13 + [np.nan], 0.0),
     ],
 )
-def test_a_tie_is_no_hit(logits, hits, axes):
-    """Logits = one-hot hidden @ table; the target is token 1 everywhere."""
+def test_a_tie_is_no_hit(monkeypatch, logits, hits, axes):
+    """Logits = one-hot hidden @ table, in blocks of one row; the target is token 1 everywhere."""
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 1)
     table = jnp.zeros((16, 8)).at[:, 0].set(jnp.asarray(logits))
     hidden = jnp.zeros((8, 1, 8)).at[..., 0].set(1.0)
     targets = jnp.ones((8, 1), jnp.int32)

@@ -128,7 +128,7 @@ def test_they_are_on_a_mesh_and_over_microbatches(name, axes, num_microbatches):
     ("name", "axes"), [("llama_untied", {"fsdp": 8}), ("llama", {"fsdp": 2, "context": 2, "tensor": 2})]
 )
 def test_they_are_with_the_vocabulary_in_blocks(monkeypatch, name, axes):
-    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 1)
+    monkeypatch.setattr(loss_in_blocks, "TABLE_AT_ONCE", 2**9)  # blocks of several rows
     check(name, make_mesh(MeshConfig(**axes)))
 
 
