@@ -1,4 +1,4 @@
-"""Every real dataset of the material goes through `preview` and a training of some steps, with nothing said about it."""
+"""Every real dataset of the material goes through `preview` and a short training, with nothing said about it."""
 
 import json
 
