@@ -12,6 +12,7 @@ control token swallows), the tokenizer is asked for the places.
 
 import itertools
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -95,9 +96,9 @@ class Reader:
         if self._spelling is None:
             return window_of(self._asked(texts), shifts)
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        found = [encoding.ids for encoding in encodings]
-        bounds = [0, *accumulate(map(len, found))]
-        ids = np.fromiter(chain.from_iterable(found), np.int32, bounds[-1])
+        bounds = [0, *accumulate(map(len, encodings))]
+        found = chain.from_iterable(map(operator.attrgetter("ids"), encodings))
+        ids = np.fromiter(found, np.int32, bounds[-1])
         spelt, starts, ends = self._spelling.spelt(ids)
         raws = [text.encode() for text in texts]
         reached = np.append(np.int64(0), ends)[bounds]

@@ -105,3 +105,14 @@ def test_of_many_texts_each_is_what_it_is_alone(kind):
         assert window.shifts[at] == sum(len(before) + 1 for before, _ in pairs[:at])
         for together, alone in zip(window.of(at), encoder.encode(text, trust), strict=True):
             assert np.array_equal(together, alone)
+
+
+def test_an_id_is_known_up_to_the_largest_one_though_others_below_it_are_nobody_s():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 5}, unk_token="<unk>"))
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), stops=[], policy="split")
+    assert encoder.vocabulary_size == 6 and not encoder.is_control(np.array([0, 3, 5, 99])).any()
+    for ids, are_known in [([], True), ([0, 5], True), ([3], True), ([6, 0], False), ([-1], False), ([5, -1], False)]:
+        assert encoder.knows(np.array(ids, np.int32)) == are_known
