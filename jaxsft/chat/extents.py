@@ -100,6 +100,7 @@ class Reader:
         found = chain.from_iterable(map(operator.attrgetter("ids"), encodings))
         ids = np.fromiter(found, np.int32, bounds[-1])
         spelt, starts, ends = self._spelling.spelt(ids)
+        # Where all together are the same bytes, and each text as many as its tokens, each text is spelt.
         raws = [text.encode() for text in texts]
         reached = np.append(np.int64(0), ends)[bounds]
         is_spelt = np.diff(reached) == np.fromiter(map(len, raws), np.int64, len(raws))
@@ -164,7 +165,7 @@ class _Spelling:
             )
         lengths = self._lengths[ids]
         if not lengths.all():
-            self._learn(set(ids[lengths == 0].tolist()))
+            self._learn(list(set(ids[lengths == 0].tolist())))
             lengths = self._lengths[ids]
         ends = np.cumsum(lengths)
         starts = ends - lengths
@@ -172,14 +173,11 @@ class _Spelling:
         places += np.arange(len(places))
         return self._bytes[places].tobytes(), starts, ends
 
-    def _learn(self, ids: set[int]) -> None:
-        pieces = [self._bytes.tobytes()]
-        first = len(self._bytes)
-        for id in ids:
-            pieces.append(self._piece(id))
-            self._firsts[id], self._lengths[id] = first, len(pieces[-1])
-            first += len(pieces[-1])
-        self._bytes = np.frombuffer(b"".join(pieces), np.uint8)
+    def _learn(self, ids: list[int]) -> None:
+        pieces = [self._piece(id) for id in ids]
+        lengths = np.array([len(piece) for piece in pieces])
+        self._firsts[ids], self._lengths[ids] = len(self._bytes) + np.cumsum(lengths) - lengths, lengths
+        self._bytes = np.frombuffer(self._bytes.tobytes() + b"".join(pieces), np.uint8)
 
     def _piece(self, id: int) -> bytes:
         if id in self._added:
