@@ -81,7 +81,7 @@ def fit_length(encoded: Encoded, seq_len: int, overlong: str | None) -> Fitted:
 
 def _is_trained(weights: np.ndarray) -> bool:
     """Whether any target has weight; the first token is nobody's target."""
-    return np.count_nonzero(weights[1:]) > 0
+    return bool(np.count_nonzero(weights[1:]))
 
 
 def _dropped(reason: str, length: int) -> Fitted:
