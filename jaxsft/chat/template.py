@@ -276,7 +276,8 @@ class _Plain(Metered):
                 return known[1]
             before = self.left
             dumped = tojson(value, *args, **kwargs)
-            self._dumped[key] = value, dumped, before - self.left
+            if len(self._dumped) < _MOST_DUMPED:
+                self._dumped[key] = value, dumped, before - self.left
             return dumped
 
         return wrapped
@@ -303,6 +304,8 @@ class _Plain(Metered):
         return judged
 
 
+_MOST_DUMPED = 128
+"""Texts that are kept; a template may make ever new objects."""
 _CONSTANTS = frozenset([bool, int, type(None)])
 _OF_DICTS = frozenset(dir(dict))
 _FORMATS = frozenset(["format", "format_map"])

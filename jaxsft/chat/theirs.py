@@ -52,10 +52,12 @@ def _template(source: str) -> Any:
     """The program that transformers has compiled; None where a version of it has another way."""
     from transformers.utils import chat_template_utils
 
-    compile = getattr(chat_template_utils, "_compile_jinja_template", None)
-    if compile is None:
+    compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+    if compiled is None:
         return None
-    found = compile(source)
-    code = {"name": found.name, "blocks": found.blocks, "root": found.root_render_func, "debug_info": ""}
-    # Its variables are read in every render, which a chain of maps makes slow.
-    return type(found).from_module_dict(found.environment, code | {"__file__": found.filename}, dict(found.globals))
+    found = compiled(source)
+    code = {"name": found.name, "__file__": found.filename, "blocks": found.blocks, "root": found.root_render_func}
+    lines = "&".join(f"{line}={place}" for line, place in found.debug_info)
+    # The same with the functions that it may call in one dict: all of them are gone through in every render, which a
+    # chain of maps makes slow.
+    return type(found).from_module_dict(found.environment, code | {"debug_info": lines}, dict(found.globals))

@@ -192,20 +192,20 @@ class Weigher:
                 results.append(weighed)
                 continue
             span = slice(window.bounds[at], window.bounds[at + 1])
-            arrays = window.ids[span], weights[span], writers[span]
+            example, own = Example(window.ids[span], weights[span]), writers[span]
             try:
                 if weighed.appended is not None:
-                    arrays = self._with_stop(each, weighed, window.of(at), *arrays[1:])
+                    example, own = self._with_stop(each, weighed, window.of(at), example, own)
                 if (at in suspects or weighed.appended is not None) and each.free is not None:
                     tokens = window.of(at)
-                    count = min(len(arrays[1]), len(tokens.starts))
+                    count = min(len(own), len(tokens.starts))
                     extents = tokens.starts[:count], tokens.ends[:count]
-                    check_weights(each.look(), *extents, arrays[1][:count], name=self._template_name)
+                    check_weights(each.look(), *extents, example.loss_weights[:count], name=self._template_name)
             except MaskError as error:
                 results.append(error)
                 continue
             ends = np.array(weighed.turn_ends, np.int32)
-            results.append(Encoded(Example(*arrays[:2]), arrays[2], ends, False, origin, weighed.counts))
+            results.append(Encoded(example, own, ends, False, origin, weighed.counts))
         return results
 
     def _weighed(
@@ -291,10 +291,10 @@ class Weigher:
             )
 
     def _with_stop(
-        self, drawn: Drawn, weighed: _Weighed, tokens: Tokens, weights: np.ndarray, writers: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, weights and writers of an example behind whose last turn a stop token is appended."""
-        turn, ids = weighed.appended, tokens.ids
+        self, drawn: Drawn, weighed: _Weighed, tokens: Tokens, example: Example, writers: np.ndarray
+    ) -> tuple[Example, np.ndarray]:
+        """An example with its writers, behind whose last turn a stop token is appended."""
+        turn, (ids, weights) = weighed.appended, example
         assert turn is not None
         after = drawn.text[turn.content_end :]
         is_said = turn.found_by != "all" and drawn.look().layout.ends_with(turn.message) == "content"
@@ -307,11 +307,9 @@ class Weigher:
         stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
         is_trained = self._every_stop or turn.message == drawn.last_message
         weighed.turn_ends[-1] += 1
-        return (
-            np.append(ids, np.int32(stop)),
-            np.append(weights, np.float32(turn.weight if is_trained else 0)),
-            np.append(writers, np.uint8(0)),
-        )
+        weight = np.float32(turn.weight if is_trained else 0)
+        example = Example(np.append(ids, np.int32(stop)), np.append(weights, weight))
+        return example, np.append(writers, np.uint8(0))
 
 
 _NONE = np.zeros(0, np.int64)
