@@ -92,8 +92,11 @@ def seldom_collected() -> Iterator[None]:
     look at all of it again and again takes longer than to weigh the tokens.
     """
     first, *others = gc.get_threshold()
+    if first == 0 or first >= _GARBAGE:  # Never, or as seldom already: of threads that do this at once, one does it.
+        yield
+        return
     gc.freeze()
-    gc.set_threshold(max(first, _GARBAGE) if first else 0, *others)
+    gc.set_threshold(_GARBAGE, *others)
     try:
         yield
     finally:
