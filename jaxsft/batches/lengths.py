@@ -53,27 +53,36 @@ def fit_length(encoded: Encoded, seq_len: int, overlong: str | None) -> Fitted:
         overlong: the policy; None splits plain text and drops all else, and so does "drop_oldest", which the encoder
             has applied to conversations.
     """
-    length = len(encoded.example.tokens)
+    length, weights = len(encoded.example.tokens), encoded.example.loss_weights
+    if length <= seq_len:
+        return Fitted([(0, length)], [], None) if _is_trained(weights) else _dropped(NOTHING_TRAINED, length)
     policy = overlong or ("split" if encoded.is_text else "drop")
     if policy == "drop_oldest":  # The encoder has taken the oldest exchanges out of conversations already.
         policy = "split" if encoded.is_text else "drop"
-    spans: list[tuple[int, int]] = [(0, length)]
-    cut: Loss | None = None
-    if length > seq_len and policy in ("drop", "error"):
-        return Fitted([], [Loss(TOO_LONG, length)], None, policy == "error")
-    if length > seq_len and policy == "truncate_turns":
+    if policy in ("drop", "error"):
+        return _dropped(TOO_LONG, length)._replace(is_refused=policy == "error")
+    if policy == "truncate_turns":
         fitting = encoded.turn_ends[encoded.turn_ends <= seq_len]
         if not len(fitting):
-            return Fitted([], [Loss(NO_TURN_FITS, length)], None)
+            return _dropped(NO_TURN_FITS, length)
         spans, cut = [(0, int(fitting[-1]))], Loss(CUT_AFTER_TURN, length - int(fitting[-1]))
-    elif length > seq_len and policy == "truncate":
+    elif policy == "truncate":
         spans, cut = [(0, seq_len)], Loss(CUT_AT_SEQ_LEN, length - seq_len)
-    elif length > seq_len:
+    else:
         assert policy == "split", policy
         starts = range(0, length, seq_len)
         spans, cut = [(start, min(start + seq_len, length)) for start in starts], Loss(SPLIT, 0)
-    kept = [span for span in spans if np.any(encoded.example.loss_weights[span[0] + 1 : span[1]])]
+    kept = [(start, end) for start, end in spans if _is_trained(weights[start:end])]
     if not kept:
-        return Fitted([], [Loss(NOTHING_TRAINED, length)], None)
+        return _dropped(NOTHING_TRAINED, length)
     dropped = [Loss(NOTHING_TRAINED, end - start) for start, end in spans if (start, end) not in kept]
     return Fitted(kept, dropped, cut)
+
+
+def _is_trained(weights: np.ndarray) -> bool:
+    """Whether any target has weight; the first token is nobody's target."""
+    return bool(np.count_nonzero(weights[1:]))
+
+
+def _dropped(reason: str, length: int) -> Fitted:
+    return Fitted([], [Loss(reason, length)], None)

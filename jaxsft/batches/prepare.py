@@ -24,7 +24,7 @@ import numpy as np
 from jaxsft.batch import Example
 from jaxsft.batches import cache
 from jaxsft.batches.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
-from jaxsft.batches.workers import CHUNK, Workers
+from jaxsft.batches.workers import CHUNK, Workers, seldom_collected
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import DataConfig, SourceConfig
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
     loss_weights: np.ndarray
     """float32 [num_tokens]"""
     writers: np.ndarray
-    """uint8 [num_tokens]: who wrote each token, see `WRITERS` of `chat/encoder.py`."""
+    """uint8 [num_tokens]: who wrote each token, see `WRITERS` of `chat/weighing.py`."""
     offsets: np.ndarray
     """int64 [num_examples + 1]"""
     origins: np.ndarray
@@ -131,7 +131,7 @@ def prepare(
         return Prepared(key, **found.arrays, report=found.report)
     cache.claim(folder.parent)
     cache.check_replaceable(folder, say)
-    with cache.building(folder) as building:
+    with cache.building(folder) as building, seldom_collected():
         _build(building, config, source, encoder, limit, fingerprint, say)
         found = cache.load(building)
         assert found is not None, "whole, for it was just written"
@@ -299,7 +299,7 @@ def _build(
                     _write_all(file, flat[name])
             # Example by example, so that it does not depend on how rows are cut into portions.
             for tokens, weights in _examples(portion):
-                crc = zlib.crc32(weights.tobytes(), zlib.crc32(tokens.tobytes(), crc))
+                crc = zlib.crc32(weights, zlib.crc32(tokens, crc))
             if (now := time.perf_counter()) - said > SAY_EVERY:
                 said = now
                 say(f"preparing {source.path}: {tally.rows:,} rows, {tally.rows / (now - begin):,.0f} rows/s")

@@ -8,6 +8,7 @@ import jax, read pickles from their stdin, and end when that ends, however this 
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import select
@@ -83,6 +84,30 @@ class Workers:
         return bool(self._processes) and all([worker.is_ready() for worker in self._processes])
 
 
+@contextlib.contextmanager
+def seldom_collected() -> Iterator[None]:
+    """While rows are encoded, Python looks for garbage after some windows of them, and not a hundred times in each.
+
+    What is there already, some hundred thousand objects of imported libraries, does not become garbage meanwhile: to
+    look at all of it again and again takes longer than to weigh the tokens.
+    """
+    first, *others = gc.get_threshold()
+    if first == 0 or first >= _GARBAGE:  # Never, or as seldom already: of threads that do this at once, one does it.
+        yield
+        return
+    gc.freeze()
+    gc.set_threshold(_GARBAGE, *others)
+    try:
+        yield
+    finally:
+        gc.set_threshold(first, *others)
+        gc.unfreeze()
+
+
+_GARBAGE = 100_000
+"""Objects that are made before garbage is looked for."""
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -150,9 +175,10 @@ def serve() -> None:
     try:
         recipes = pickle.load(sys.stdin.buffer)
         _write(results, _READY)
-        while True:
-            at, rows = pickle.load(sys.stdin.buffer)
-            _write(results, encode_rows(recipes[at], rows))
+        with seldom_collected():
+            while True:
+                at, rows = pickle.load(sys.stdin.buffer)
+                _write(results, encode_rows(recipes[at], rows))
     except EOFError:
         return
     except BrokenPipeError:

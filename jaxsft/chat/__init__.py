@@ -6,6 +6,7 @@ gives, and the weights of those that are the assistant's to produce; or a `MaskE
 To read: `encoder.py` is the way through. `template.py` renders with provenance (`provenance.py`, `metered.py`,
 `probe.py`); `layout.py` and `likeness.py` say where in a text which message stands; `habits.py` and `stops.py` learn
 once what a template does; `turns.py`, `starts.py`, `exchanges.py`, `thinking.py` and `parts.py` choose the characters
-that are trained; `control.py` makes them tokens; `lost.py` and `invariant.py` look again at what came out.
+that are trained; `control.py` and `extents.py` make them tokens, `weighing.py` weighs these; `lost.py` and
+`invariant.py` look again at what came out. Rows that are no conversations are `documents.py`'s.
 `named_templates.py` and `templates/` are chat templates of ours, for models that have none.
 """

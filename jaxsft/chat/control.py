@@ -7,13 +7,14 @@ the first, knows every control token under a name that no text holds, and the te
 before it reads. Names are as long as what they stand for, so characters keep their places.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxsft.chat.extents import Reader, Tokens
+from jaxsft.chat.extents import Reader, Tokens, Window
 from jaxsft.rows.sources import DataError
 
 Tokenizer = Any  # A fast transformers tokenizer; transformers is too slow to import for a type.
@@ -51,39 +52,58 @@ class TextEncoder:
         added = control_tokens(tokenizer)
         self._contents = {id: each.content for id, each in added.items()}
         self._soft = {id for id, each in added.items() if not each.special and id not in stops}
-        self._is_control = np.zeros(max([*tokenizer.get_vocab().values(), 0]) + 1, bool)
+        # By id; the last one stands for all ids above.
+        self._is_control = np.zeros(max([*added, -1]) + 2, bool)
         self._is_control[list(added)] = True
         self._inert: _Inert | None = None
 
-    @property
+    @functools.cached_property
     def vocabulary_size(self) -> int:
         """One more than the largest id."""
-        return len(self._is_control)
+        return max([*self._backend.get_vocab().values(), 0]) + 1
+
+    def knows(self, ids: np.ndarray) -> bool:
+        """Whether all ids are below `vocabulary_size`, and none below 0."""
+        if not len(ids):
+            return True
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0:
+            return False
+        # To go through the whole vocabulary takes longer than to tokenise a hundred rows.
+        return self._backend.id_to_token(largest) is not None or largest < self.vocabulary_size
 
     def is_control(self, ids: np.ndarray) -> np.ndarray:
         """Which ids are control tokens, bool like `ids`."""
-        return self._is_control[ids]
+        return self._is_control[np.minimum(ids, len(self._is_control) - 1)]
 
-    def encode(self, texts: Sequence[str], trusts: Sequence[bytes]) -> list[Tokens | ControlError]:
-        """Each text with the trust of its characters, a byte for each, to tokens."""
+    def encode(self, text: str, trust: bytes) -> Tokens:
+        """A text with the trust of its characters, a byte for each, to tokens.
+
+        Raises:
+            ControlError: the text spells a control token that it may not.
+        """
+        window, errors = self.encode_all([text], [trust])
+        for error in errors.values():
+            raise error
+        return window.of(0)
+
+    def encode_all(self, texts: Sequence[str], trusts: Sequence[bytes]) -> tuple[Window, dict[int, ControlError]]:
+        """The same of many texts at once; and by text, the errors. Tokens of such a text are there, and of no use."""
         texts = [str.__str__(text) for text in texts]  # Whatever else they know, here only their characters count.
-        results: list[Tokens | ControlError] = [*self._reader.read(texts)]
-        for at in self._suspects(results, trusts) if self._policy != "allow" else ():
-            results[at] = self._checked(texts[at], trusts[at], results[at])
-        return results
+        window = self._reader.read(texts)
+        suspects = self._suspects(window, trusts) if self._policy != "allow" else ()
+        checked = {at: self._checked(texts[at], trusts[at], window.of(at)) for at in suspects}
+        errors = {at: each for at, each in checked.items() if isinstance(each, ControlError)}
+        split = {at: each for at, each in checked.items() if isinstance(each, Tokens) and each.num_split}
+        return window.replaced(split), errors
 
-    def _suspects(self, found: Sequence[Any], trusts: Sequence[bytes]) -> list[int]:
+    def _suspects(self, window: Window, trusts: Sequence[bytes]) -> list[int]:
         """The texts of which a control token has a character that the template did not write."""
-        if not found:
-            return []
-        counts = np.array([len(tokens.ids) for tokens in found], np.int64)
-        ids = np.concatenate([tokens.ids for tokens in found])
-        (places,) = self._is_control[ids].nonzero()
-        owners = np.repeat(np.arange(len(found)), counts)[places]
-        before = np.cumsum([0, *map(len, trusts)])
-        num_foreign = np.concatenate([[0], np.cumsum(np.frombuffer(b"".join(trusts), np.uint8) > TRUSTED)])
-        first, last = (np.concatenate([tokens[at] for tokens in found])[places] + before[owners] for at in (1, 2))
-        return np.unique(owners[num_foreign[last] > num_foreign[first]]).tolist()
+        (places,) = self.is_control(window.ids).nonzero()
+        are_foreign = np.frombuffer(b"\0".join([*trusts, b""]), np.uint8) > TRUSTED
+        num_foreign = np.append(0, np.cumsum(are_foreign))
+        wrong = places[num_foreign[window.ends[places]] > num_foreign[window.starts[places]]]
+        return sorted(set((np.searchsorted(window.bounds, wrong, "right") - 1).tolist()))
 
     def _checked(self, text: str, trust: bytes, tokens: Any) -> Tokens | ControlError:
         """The tokens of one text, its control tokens made ordinary text where the data spell them."""
@@ -99,7 +119,7 @@ class TextEncoder:
     def _places(self, text: str, tokens: Tokens) -> list[Place]:
         """The control tokens of a text, in order."""
         places = []
-        (found,) = self._is_control[tokens.ids].nonzero()
+        (found,) = self.is_control(tokens.ids).nonzero()
         for id, start, end in zip(*(each[found].tolist() for each in tokens[:3]), strict=True):
             # Some control tokens swallow the blanks beside them, whosever they are.
             content = self._contents[id]
@@ -150,7 +170,7 @@ class _Inert:
         for id, start, end in places:
             parts += [text[done:start], self._names[id]]
             done = end
-        (tokens,) = self._reader.read(["".join([*parts, text[done:]])])
+        tokens = self._reader.read(["".join([*parts, text[done:]])]).of(0)
         if self._renumbered:
             tokens = tokens._replace(ids=np.array([self._renumbered.get(i, i) for i in tokens.ids.tolist()], np.int32))
         return tokens

@@ -8,13 +8,12 @@ import datetime
 import functools
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxsft.batch import Example
 from jaxsft.chat.control import ASSISTANT, TRUSTED, UNTRUSTED, ControlError, TextEncoder, Tokenizer
+from jaxsft.chat.documents import Documents
 from jaxsft.chat.exchanges import without_oldest
 from jaxsft.chat.habits import fitted, writes_within
 from jaxsft.chat.invariant import Given, free_spans
@@ -28,14 +27,11 @@ from jaxsft.chat.template import GENERATED, Source, TemplateError, Traceable, nu
 from jaxsft.chat.theirs import Theirs
 from jaxsft.chat.thinking import ReasoningError, read_tags, without_reasoning
 from jaxsft.chat.turns import TurnFinder, View
-from jaxsft.chat.weighing import Drawn, Encoded, Weigher
+from jaxsft.chat.weighing import WRITERS, Drawn, Encoded, Weigher
 from jaxsft.config import DataConfig
 from jaxsft.rows.flags import OURS
 from jaxsft.rows.items import Conversation, Document, Item, Tokenised
 from jaxsft.rows.messages import Message
-
-WRITERS = ("template", "system", "user", "assistant", "tool", "other")
-"""Who wrote the characters of a token."""
 
 TRUSTED_ROLES = (
     "system", "developer", "user", "assistant", "tool",
@@ -102,16 +98,16 @@ class ChatEncoder:
         if self._template is not None and self._clock is None and not self._reasoning_tags:
             self._skeletons = Skeletons(self._template, stop_texts=self._stop_texts, unroll=config.unroll)
         self._most_tokens = config.seq_len if config.overlong == "drop_oldest" else None
-        self._around: tuple[list[int], list[int]] | None = None
         self._weigher = Weigher(
             stops=stops,
             stop_texts=self._stop_texts,
             closing=self._finder.closing if self._finder is not None else "",
             every_stop=config.train_stop == "every",
-            vocabulary_size=self._text_encoder.vocabulary_size,
+            text_encoder=self._text_encoder,
             tokenizer_name=tokenizer.name_or_path,
             template_name=template_name(tokenizer),
         )
+        self._documents = Documents(tokenizer, self._text_encoder, self._weigher)
         self.template_keys = _keys_read(tokenizer.chat_template)
         """Keys that the template may read of a message."""
         self.notes = self._make_notes(config)
@@ -178,10 +174,10 @@ class ChatEncoder:
         except TemplateHogs as error:
             raise self._stopped(error) from error
         trust, _ = self._characters(text.runs, traceable.sources, messages)
-        (tokens,) = self._text_encoder.encode([text], [trust])
-        if isinstance(tokens, ControlError):
-            raise MaskError(str(tokens), "control-token")
-        return tokens.ids.tolist()
+        try:
+            return self._text_encoder.encode(text, trust).ids.tolist()
+        except ControlError as error:
+            raise MaskError(str(error), "control-token") from error
 
     def trained_turns(self, conversation: Conversation) -> list[TrainedTurn]:
         """The turns of the assistant that `encode` trains, in order, each as the model is asked for it.
@@ -225,42 +221,30 @@ class ChatEncoder:
 
         Texts are tokenised all at once, which is where a tokenizer is fast: give some hundred items at a time.
         """
-        results: list[list[Encoded] | MaskError] = []
-        conversations: list[tuple[int, list[Drawn]]] = []
-        documents: list[tuple[int, Document]] = []
-        for item in items:
-            results.append([])
+        results: dict[int, list[Encoded] | MaskError] = {}
+        drawn: dict[int, list[Drawn]] = {}
+        others: dict[int, Document | Tokenised] = {}
+        for at, item in enumerate(items):
+            if isinstance(item, Conversation):
+                try:
+                    drawn[at] = self._draw(item)
+                except MaskError as error:
+                    results[at] = error
+            else:
+                others[at] = item
+        origins = [items[at].origin for at, views in drawn.items() for _ in views]
+        weighed = self._weighed(origins, [each for views in drawn.values() for each in views])
+        begin = 0
+        for at, views in drawn.items():
+            end = begin + len(views)
             try:
-                if isinstance(item, Conversation):
-                    conversations.append((len(results) - 1, self._draw(item)))
-                elif isinstance(item, Document):
-                    documents.append((len(results) - 1, item))
-                else:
-                    results[-1] = [self._tokenised(item)]
+                results[at] = self._fitting(items[at], _together(weighed[begin:end]))
             except MaskError as error:
-                results[-1] = error
-        drawn = [each for _, views in conversations for each in views]
-        origins = [items[index].origin for index, views in conversations for _ in views]
-        weighed = iter(self._weighed(origins, drawn))
-        for index, views in conversations:
-            try:
-                results[index] = self._fitting(items[index], _together(list(islice(weighed, len(views)))))
-            except MaskError as error:
-                results[index] = error
-        for index, segmented in [each for each in documents if each[1].trained is not None]:
-            try:
-                results[index] = [self._segmented(segmented)]
-            except MaskError as error:
-                results[index] = error
-        documents = [each for each in documents if each[1].trained is None]
-        texts = [document.text for _, document in documents]
-        read = self._tokenizer(texts, **_BARE)["input_ids"] if texts else []
-        for (index, document), ids in zip(documents, read, strict=True):
-            try:
-                results[index] = [self._document(document, ids)]
-            except MaskError as error:
-                results[index] = error
-        return results
+                results[at] = error
+            begin = end
+        for at, found in zip(others, self._documents.encode([*others.values()]), strict=True):
+            results[at] = found if isinstance(found, MaskError) else [found]
+        return [results[at] for at in range(len(items))]
 
     def _fitting(self, item: Item, encoded: list[Encoded]) -> list[Encoded]:
         """Under `data.overlong: drop_oldest`, the examples of as many of the last exchanges as are short enough."""
@@ -287,8 +271,10 @@ class ChatEncoder:
         return _together(self._weighed([origin] * len(drawn), drawn))
 
     def _weighed(self, origins: Sequence[str], drawn: Sequence[Drawn]) -> list[Encoded | MaskError]:
-        tokens = self._text_encoder.encode([each.text for each in drawn], [each.trust for each in drawn])
-        return self._weigher.weigh(origins, drawn, tokens)
+        if not drawn:
+            return []
+        found = self._text_encoder.encode_all([each.text for each in drawn], [each.trust for each in drawn])
+        return self._weigher.weigh(origins, drawn, *found)
 
     def _stopped(self, error: TemplateHogs) -> MaskError:
         return MaskError(f"{template_name(self._tokenizer)}: {error}", "template-hogs")
@@ -333,10 +319,10 @@ class ChatEncoder:
         """Whether texts by a skeleton are transformers' texts; where they are not, all is found out anew."""
         assert self._finder is not None, "there is a template"
         messages = conversation.messages
-        if self._finder.habits.takes_blocks or any(len(message) > 2 for message in messages):
+        if self._finder.habits.takes_blocks or max(map(len, messages)) > 2:
             messages = fitted(messages, self._finder.habits)
         try:
-            return all(self._theirs.render_plain(messages[:number]) == each.text for number, each in drawn)
+            return all([self._theirs.render_plain(messages[:number]) == each.text for number, each in drawn])
         except Exception:  # A template may raise anything.
             return False
 
@@ -470,89 +456,6 @@ class ChatEncoder:
         is_answer = role == "assistant" and source.field != "role"
         return ASSISTANT if is_answer else UNTRUSTED, number
 
-    def _document(self, document: Document, ids: list[int]) -> Encoded:
-        """Plain text may hold control tokens of its own, such as a conversation that was rendered before."""
-        eos = self._tokenizer.eos_token_id
-        if eos is None:
-            raise MaskError(
-                f"the tokenizer {self._tokenizer.name_or_path} has no eos token, so a text would have no end", "no-stop"
-            )
-        ids = self._enclosed(ids)
-        tokens = np.array(ids if ids[-1:] == [eos] else [*ids, eos], np.int32)
-        self._weigher.check_ids(tokens)
-        control = int(self._text_encoder.is_control(tokens[1:-1]).sum())
-        return Encoded(
-            Example(tokens, np.full(len(tokens), document.weight, np.float32)),
-            np.full(len(tokens), WRITERS.index("other"), np.uint8),
-            np.array([len(tokens)], np.int32),
-            True,
-            document.origin,
-            {"control_tokens_in_text": control} if control else {},
-        )
-
-    def _enclosed(self, ids: list[int]) -> list[int]:
-        """Tokens with what the tokenizer writes around a text, such as BOS, unless the text has that already."""
-        if self._around is None:
-            bare = self._tokenizer("a", **_BARE)["input_ids"]
-            whole = self._tokenizer("a", **_BARE | {"add_special_tokens": True})["input_ids"]
-            at = next((at for at in range(len(whole)) if bare and whole[at : at + len(bare)] == bare), 0)
-            self._around = whole[:at], whole[at + len(bare) :]
-        before, after = self._around
-        has_before = has_after = False
-        if before and before[0] in ids:
-            at = ids.index(before[0])  # Blanks may precede it.
-            has_before = ids[at : at + len(before)] == before and not self._tokenizer.decode(ids[:at]).strip()
-        if after:
-            has_after = ids[-len(after) :] == after
-        return [*([] if has_before else before), *ids, *([] if has_after else after)]
-
-    def _segmented(self, document: Document) -> Encoded:
-        """Text with parts that are trained, as it stands: what begins and ends a turn is in it."""
-        assert document.trained is not None
-        (tokens,) = self._text_encoder.encode([document.text], [bytes([TRUSTED]) * len(document.text)])
-        assert not isinstance(tokens, ControlError), "all of it may act"
-        weights, ends, straddling = np.zeros(len(tokens.ids), np.float32), [], 0
-        for start, end in document.trained:
-            inside = (tokens.ends > start) & (tokens.starts < end)
-            if inside.any():  # Some tokenizers have no token for some characters.
-                weights[inside] = document.weight
-                straddling += int(np.sum(inside & ((tokens.starts < start) | (tokens.ends > end))))
-                ends.append(int(np.nonzero(inside)[0][-1]) + 1)
-        if not ends:
-            raise MaskError("no token of the trained segments is left", "nothing-trained")
-        counts = {
-            "straddling_tokens": straddling,
-            "tokenised_without_stop": int(not self._weigher.is_stop(tokens.ids[ends[-1] - 1])),
-        }
-        return Encoded(
-            Example(tokens.ids, weights),
-            np.full(len(tokens.ids), WRITERS.index("other"), np.uint8),
-            np.array(sorted(set(ends)), np.int32),
-            False,
-            document.origin,
-            {name: count for name, count in counts.items() if count},
-        )
-
-    def _tokenised(self, item: Tokenised) -> Encoded:
-        """Tokens as the row has them; that a trained part of them ends without a stop token is counted."""
-        tokens, weights = np.array(item.tokens, np.int32), np.array(item.loss_weights, np.float32)
-        self._weigher.check_ids(tokens)
-        trained = weights > 0
-        is_end = trained & ~np.append(trained[1:], False)
-        ends = np.nonzero(is_end)[0] + 1
-        unstopped = int((is_end & ~self._weigher.is_stop(tokens)).any())
-        return Encoded(
-            Example(tokens, weights),
-            np.full(len(tokens), WRITERS.index("other"), np.uint8),
-            ends.astype(np.int32),
-            False,
-            item.origin,
-            {"tokenised_without_stop": unstopped} if unstopped else {},
-        )
-
-
-_BARE: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-
 
 def _together(results: Sequence[Encoded | MaskError]) -> list[Encoded]:
     """The examples of one conversation; raises what is wrong with any of them."""
@@ -561,9 +464,9 @@ def _together(results: Sequence[Encoded | MaskError]) -> list[Encoded]:
         if isinstance(each, MaskError):
             raise each
         encoded.append(each)
-    lengths = [len(each.example.tokens) for each in encoded]
-    if repeated := sum(lengths) - max(lengths):
-        encoded[-1].counts["repeated_tokens"] = repeated
+    if len(encoded) > 1:
+        lengths = [len(each.example.tokens) for each in encoded]
+        encoded[-1].counts["repeated_tokens"] = sum(lengths) - max(lengths)
     return encoded
 
 

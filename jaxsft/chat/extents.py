@@ -10,10 +10,11 @@ Of all other tokenizers, and of texts that one does not spell (changed by Unicod
 control token swallows), the tokenizer is asked for the places.
 """
 
+import itertools
 import json
-from array import array
-from collections.abc import Sequence
-from itertools import chain
+import operator
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,51 @@ class Tokens(NamedTuple):
     """Control tokens that the data spelt, and that were made ordinary text of."""
 
 
+class Window(NamedTuple):
+    """The tokens of many texts, which lie one behind the other, a character apart, so that no token of one touches the
+    next, and numpy finds the tokens of all places at once:
+
+        text   0 . . . . . . _ 7 . . . . _        "_" belongs to no token
+        place 2 of the second text is 9 of the window
+    """
+
+    ids: np.ndarray
+    """int32 [T]"""
+    starts: np.ndarray
+    """int64 [T]: first character of each token, in the window."""
+    ends: np.ndarray
+    """int64 [T]"""
+    bounds: list[int]
+    """Text i has the tokens from `bounds[i]` to `bounds[i + 1]`."""
+    shifts: list[int]
+    """Where in the window each text begins, and where another one would."""
+    splits: dict[int, int]
+    """By text, control tokens that were made ordinary text of, where there are any."""
+
+    def of(self, at: int) -> Tokens:
+        """The tokens of one text, in its own characters."""
+        span = slice(self.bounds[at], self.bounds[at + 1])
+        shift = self.shifts[at]
+        return Tokens(self.ids[span], self.starts[span] - shift, self.ends[span] - shift, self.splits.get(at, 0))
+
+    def replaced(self, others: Mapping[int, Tokens]) -> "Window":
+        """The same with other tokens of some texts."""
+        texts = range(len(self.shifts) - 1)
+        return window_of([others[at] if at in others else self.of(at) for at in texts], self.shifts) if others else self
+
+
+def window_of(tokens: Sequence[Tokens], shifts: list[int]) -> Window:
+    """A window of texts that were tokenised one by one; `shifts` as it has them."""
+    counts = [len(each.ids) for each in tokens]
+    shift = np.repeat(np.array(shifts[:-1], np.int64), counts)
+    ids, starts, ends = (
+        np.concatenate([np.zeros(0, dtype), *(each[at] for each in tokens)])
+        for at, dtype in enumerate((np.int32, np.int64, np.int64))
+    )
+    splits = {at: each.num_split for at, each in enumerate(tokens) if each.num_split}
+    return Window(ids, starts + shift, ends + shift, [0, *accumulate(counts)], shifts, splits)
+
+
 class Reader:
     """Tokenises texts as they are; picklable."""
 
@@ -40,52 +86,37 @@ class Reader:
         self._backend = backend
         self._spelling = _Spelling(backend) if _is_byte_level(backend) else None
 
-    def read(self, texts: Sequence[str]) -> list[Tokens]:
+    def read(self, texts: Sequence[str]) -> Window:
         """Tokens of whole texts, nothing added to them."""
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
             self._backend.no_padding()
+        shifts = [0, *accumulate(len(text) + 1 for text in texts)]
         if self._spelling is None:
-            return self._asked(texts)
-        found, raws, spelt, unspelt = [], [], [], []
+            return window_of(self._asked(texts), shifts)
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        for at, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            ids, raw = encoding.ids, text.encode()
-            if b"".join(map(self._spelling.__getitem__, ids)) == raw:
-                found.append(array("i", ids))
-                raws.append(raw)
-                spelt.append(at)
-            else:
-                unspelt.append(at)
-        results: list[Any] = [None] * len(texts)
-        for at, tokens in zip(spelt, self._placed(found, raws), strict=True):
-            results[at] = tokens
-        if unspelt:
-            for at, tokens in zip(unspelt, self._asked([texts[at] for at in unspelt]), strict=True):
-                results[at] = tokens
-        return results
-
-    def _placed(self, found: Sequence[array], raws: Sequence[bytes]) -> list[Tokens]:
-        """Tokens of texts that they spell byte for byte; `raws` are the texts in UTF-8."""
-        assert self._spelling is not None
-        counts = np.array([len(ids) for ids in found], np.int64)
-        ids = np.frombuffer(bytearray().join(found), np.int32)
-        ends = np.cumsum(self._spelling.lengths[ids])
-        starts = ends - self._spelling.lengths[ids]
-        whole = b"".join(raws)
-        if not whole.isascii():
+        bounds = [0, *accumulate(map(len, encodings))]
+        found = chain.from_iterable(map(operator.attrgetter("ids"), encodings))
+        ids = np.fromiter(found, np.int32, bounds[-1])
+        spelt, starts, ends = self._spelling.spelt(ids)
+        # Where all together are the same bytes, and each text as many as its tokens, each text is spelt.
+        raws = [text.encode() for text in texts]
+        reached = np.append(np.int64(0), ends)[bounds]
+        is_spelt = np.diff(reached) == np.fromiter(map(len, raws), np.int64, len(raws))
+        if not is_spelt.all() or spelt != b"".join(raws):
+            pairs = zip(raws, itertools.pairwise(reached.tolist()), strict=True)
+            is_spelt = np.array([spelt[begin:end] == raw for raw, (begin, end) in pairs])
+        if not spelt.isascii():
             # Characters that begin before each byte: a token may begin or end inside of one.
-            begins = (np.frombuffer(whole, np.uint8) & 0xC0) != 0x80
-            before = np.concatenate([[0], np.cumsum(begins)])
-            starts, ends = before[starts + 1] - 1, before[ends]
-        bounds = [0, *np.cumsum(counts).tolist()]
-        results, shift = [], 0
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            span = slice(begin, end)
-            results.append(Tokens(ids[span], starts[span] - shift, ends[span] - shift, 0))
-            shift = int(ends[end - 1]) if end else 0
-        return results
+            begins = (np.frombuffer(spelt, np.uint8) & 0xC0) != 0x80
+            before = np.append(0, np.cumsum(begins))
+            starts, ends, reached = before[starts + 1] - 1, before[ends], before[reached]
+        shift = np.repeat(np.array(shifts[:-1], np.int64) - reached[:-1], np.diff(bounds))
+        window = Window(ids, starts + shift, ends + shift, bounds, shifts, {})
+        unspelt = np.flatnonzero(~is_spelt).tolist()
+        asked = self._asked([texts[at] for at in unspelt]) if unspelt else []
+        return window.replaced(dict(zip(unspelt, asked, strict=True)))
 
     def _asked(self, texts: Sequence[str]) -> list[Tokens]:
         """The same by the places that the tokenizer gives."""
@@ -113,38 +144,64 @@ def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray
     return np.minimum(starts, covered), ends
 
 
-class _Spelling(dict[int, bytes]):
+class _Spelling:
     """The bytes that each token stands for; of those that were asked for, since a vocabulary is large."""
 
     def __init__(self, backend: Any) -> None:
-        super().__init__()
         self._backend = backend
         self._added = {id: token.content for id, token in backend.get_added_tokens_decoder().items()}
-        self.lengths = np.zeros(2**16, np.int64)
-        """Of these bytes, by id; of those that were asked for."""
+        self._bytes = np.zeros(0, np.uint8)
+        """Of all of them, one behind the other."""
+        self._firsts = np.zeros(2**16, np.int32)
+        """By id, where its bytes begin."""
+        self._lengths = np.zeros(2**16, np.int64)
+        """By id, how many they are; 0 of those that were not asked for yet."""
 
-    def __missing__(self, id: int) -> bytes:
+    def spelt(self, ids: np.ndarray) -> tuple[bytes, np.ndarray, np.ndarray]:
+        """What tokens spell together; and the first byte of each and the end of its bytes, int64 [T] each."""
+        if len(ids) and (most := int(ids.max())) >= len(self._lengths):
+            self._firsts, self._lengths = (
+                np.append(each, np.zeros(most, each.dtype)) for each in (self._firsts, self._lengths)
+            )
+        lengths = self._lengths[ids]
+        if not lengths.all():
+            self._learn(list(set(ids[lengths == 0].tolist())))
+            lengths = self._lengths[ids]
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        places = np.repeat(self._firsts[ids] - starts, lengths)
+        places += np.arange(len(places))
+        return self._bytes[places].tobytes(), starts, ends
+
+    def _learn(self, ids: list[int]) -> None:
+        pieces = [self._piece(id) for id in ids]
+        lengths = np.array([len(piece) for piece in pieces])
+        self._firsts[ids], self._lengths[ids] = len(self._bytes) + np.cumsum(lengths) - lengths, lengths
+        self._bytes = np.frombuffer(self._bytes.tobytes() + b"".join(pieces), np.uint8)
+
+    def _piece(self, id: int) -> bytes:
         if id in self._added:
-            piece = self._added[id].encode()
-        else:
-            token = self._backend.id_to_token(id) or ""
-            # What is no byte of any text makes the comparison fail.
-            piece = bytes([_BYTES.get(char, 0xFF) for char in token]) or b"\xff"
-        self[id] = piece
-        if id >= len(self.lengths):
-            self.lengths = np.resize(self.lengths, 2 * id)
-        self.lengths[id] = len(piece)
-        return piece
+            return self._added[id].encode() or _NO_TEXT
+        try:
+            return (self._backend.id_to_token(id) or "").translate(_BYTES).encode("latin-1") or _NO_TEXT
+        except UnicodeEncodeError:
+            return _NO_TEXT
 
     def __reduce__(self) -> Any:
         return _Spelling, (self._backend,)
 
 
-def _byte_names() -> dict[str, int]:
-    """The character by which byte-level vocabularies write each byte, as GPT-2's does."""
+_NO_TEXT = b"\xff"
+"""No byte of any text: it makes the comparison fail."""
+
+
+def _byte_names() -> dict[int, int]:
+    """By the character by which byte-level vocabularies write it, as GPT-2's does, each byte; 0xFF by all others."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+    return {byte: byte if byte in shown else 0xFF for byte in range(0x100)} | {
+        0x100 + at: byte for at, byte in enumerate(others)
+    }
 
 
 _BYTES = _byte_names()

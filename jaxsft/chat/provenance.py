@@ -15,6 +15,7 @@ right, and what became of the data is then said to be unknown, never guessed.
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, SupportsIndex
 
 Run = tuple[int, int, int]
@@ -303,33 +304,32 @@ def dump_json(value: Any, *, ensure_ascii: bool, indent: Any, separators: Any, s
         return plain
     item_separator, key_separator = separators or (", " if indent is None else ",", ": ")
     step = " " * indent if isinstance(indent, int) else indent
+    parts: list[str] = []
 
-    def dump(value: Any, depth: int) -> Iterator[str]:
+    def dump(value: Any, depth: int) -> None:
         if isinstance(value, dict):
             items = sorted(value.items()) if sort_keys else list(value.items())
-            yield from within("{", "}", [(pair(key), item) for key, item in items], depth)
+            within("{", "}", [((quoted(key), key_separator), item) for key, item in items], depth)
         elif isinstance(value, list | tuple):
-            yield from within("[", "]", [((), item) for item in value], depth)
+            within("[", "]", [((), item) for item in value], depth)
         elif isinstance(value, Traced):
-            yield _quoted(value, ensure_ascii)
+            parts.append(_quoted(value, ensure_ascii))
         else:
-            yield json.dumps(value, **options)
+            parts.append(json.dumps(value, **options))
 
-    def pair(key: Any) -> tuple[str, str]:
-        quoted = _quoted(key, ensure_ascii) if isinstance(key, Traced) else json.dumps({key: 0}, **options)[1:-4]
-        return quoted, key_separator
+    def quoted(key: Any) -> str:
+        return _quoted(key, ensure_ascii) if isinstance(key, Traced) else json.dumps({key: 0}, **options)[1:-4]
 
-    def within(opening: str, closing: str, items: list[tuple[tuple[str, ...], Any]], depth: int) -> Iterator[str]:
-        yield opening
+    def within(opening: str, closing: str, items: list[tuple[tuple[str, ...], Any]], depth: int) -> None:
+        between = "" if step is None else "\n" + step * (depth + 1)
+        parts.append(opening)
         for at, (before, item) in enumerate(items):
-            yield item_separator if at else ""
-            yield "" if step is None else "\n" + step * (depth + 1)
-            yield from before
-            yield from dump(item, depth + 1)
-        yield "" if step is None or not items else "\n" + step * depth
-        yield closing
+            parts.extend((item_separator + between if at else between, *before))
+            dump(item, depth + 1)
+        parts.append(("" if step is None or not items else "\n" + step * depth) + closing)
 
-    traced = join(dump(value, 0))
+    dump(value, 0)
+    traced = join(parts)
     return traced if traced == plain else unknown(plain)
 
 
@@ -365,11 +365,8 @@ def dump_python(value: Any) -> str:
 
 def _quoted(text: Traced, ensure_ascii: bool) -> str:
     """A JSON string; each character of the data owns the escape that it is written as."""
-    return _escaped(
-        text,
-        json.dumps(str.__str__(text), ensure_ascii=ensure_ascii),
-        lambda char: json.dumps(char, ensure_ascii=ensure_ascii)[1:-1],
-    )
+    quote = encode_basestring_ascii if ensure_ascii else encode_basestring
+    return _escaped(text, quote(str.__str__(text)), lambda char: quote(char)[1:-1])
 
 
 def _escaped(text: Traced, quoted: str, escape: Callable[[str], str]) -> str:

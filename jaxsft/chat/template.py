@@ -8,6 +8,7 @@ first.
 
 import datetime
 import functools
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -190,7 +191,7 @@ class ChatTemplate:
         name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
         try:
             template = _compiled(self._sources[name], self._today, kind, threading.get_ident())  # type: ignore[arg-type]
-            template.environment.left = allowance  # type: ignore[attr-defined]
+            template.environment.begin(messages, allowance)  # type: ignore[attr-defined]
             return template.render(
                 **self._variables
                 | {"messages": messages[:num_messages], "tools": tools}
@@ -240,8 +241,46 @@ class _Plain(Metered):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.filters["tojson"] = _tojson
+        self.filters["tojson"] = _plain_json
         self._judged: dict[tuple[type, str], bool] = {}
+        self._messages: list[Message] | None = None
+        self._dumped: dict[tuple[Any, ...], tuple[Any, str, int]] = {}
+        """What `tojson` made in renders of these messages, and what that cost."""
+
+    def begin(self, messages: list[Message], allowance: int) -> None:
+        """To be called before each render: what is rendered, and what that may cost."""
+        self.left = allowance
+        if messages is not self._messages:
+            self._messages = messages
+            self._dumped.clear()
+
+    def meter(self) -> None:
+        super().meter()
+        self.filters["tojson"] = self._remembering(self.filters["tojson"])
+
+    def _remembering(self, tojson: Any) -> Any:
+        """The filter, which does once what each render of the same messages asks of it; tools are large.
+
+        No template can change what it is given.
+        """
+
+        @functools.wraps(tojson)
+        def wrapped(value: Any, *args: Any, **kwargs: Any) -> Any:
+            options = *args, *kwargs.values()
+            if not isinstance(value, dict | list) or any([type(each) not in _CONSTANTS for each in options]):
+                return tojson(value, *args, **kwargs)
+            key = id(value), len(args), *kwargs, *((type(each), each) for each in options)
+            known = self._dumped.get(key)
+            if known is not None:
+                self.spend(known[2])
+                return known[1]
+            before = self.left
+            dumped = tojson(value, *args, **kwargs)
+            if len(self._dumped) < _MOST_DUMPED:
+                self._dumped[key] = value, dumped, before - self.left
+            return dumped
+
+        return wrapped
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         # What templates do most, `message.role`, without asking for an attribute that no dict has.
@@ -265,6 +304,9 @@ class _Plain(Metered):
         return judged
 
 
+_MOST_DUMPED = 128
+"""Texts that are kept; a template may make ever new objects."""
+_CONSTANTS = frozenset([bool, int, type(None)])
 _OF_DICTS = frozenset(dir(dict))
 _FORMATS = frozenset(["format", "format_map"])
 _MOST_JUDGED = 1000
@@ -373,6 +415,12 @@ def _tojson(
     return dump_json(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _plain_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 @jinja2.pass_environment
 def _join(environment: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
@@ -399,4 +447,4 @@ def _string(value: Any) -> str:
     return dump_python(value) if isinstance(value, dict | list) and holds_traced(value) else soft_str(value)
 
 
-_FILTERS = {"string": _string, "join": _join, "safe": _safe, "indent": _indent}
+_FILTERS = {"tojson": _tojson, "string": _string, "join": _join, "safe": _safe, "indent": _indent}

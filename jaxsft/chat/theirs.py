@@ -18,7 +18,8 @@ class Theirs:
     def __init__(self, tokenizer: Tokenizer, variables: dict[str, Any]) -> None:
         self._tokenizer, self._variables = tokenizer, variables
         self._source = tokenizer.get_chat_template() if _has_one(tokenizer) else None
-        self._given = {**tokenizer.special_tokens_map, **variables}
+        fixed = {"tools": None, "documents": None, "add_generation_prompt": False}
+        self._given = {**tokenizer.special_tokens_map, **variables, **fixed}
 
     def render(
         self, messages: Sequence[Message], *, tools: Any = None, kwargs: dict[str, Any], prompt: bool = False
@@ -38,8 +39,7 @@ class Theirs:
         template = _template(self._source) if self._source is not None else None
         if template is None:
             return self.render(messages, kwargs={})
-        variables = self._given | {"messages": messages, "tools": None, "documents": None}
-        return template.render(variables | {"add_generation_prompt": False})
+        return template.render(self._given | {"messages": messages})
 
 
 def _has_one(tokenizer: Tokenizer) -> bool:
@@ -49,8 +49,15 @@ def _has_one(tokenizer: Tokenizer) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _template(source: str) -> Any:
-    """The compiled template that transformers keeps; None where a version of it has another way."""
+    """The program that transformers has compiled; None where a version of it has another way."""
     from transformers.utils import chat_template_utils
 
     compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-    return compiled and compiled(source)
+    if compiled is None:
+        return None
+    found = compiled(source)
+    code = {"name": found.name, "__file__": found.filename, "blocks": found.blocks, "root": found.root_render_func}
+    lines = "&".join(f"{line}={place}" for line, place in found.debug_info)
+    # The same with the functions that it may call in one dict: all of them are gone through in every render, which a
+    # chain of maps makes slow.
+    return type(found).from_module_dict(found.environment, code | {"debug_info": lines}, dict(found.globals))

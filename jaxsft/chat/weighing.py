@@ -3,26 +3,24 @@
 In: texts with their trained turns, in characters (`turns.py`), and their tokens (`control.py`). Out: `Encoded`
 examples, or why one has none. A token is trained if it shares a character with a turn; tokens that share one character
 (the bytes of an emoji) are trained together. The weights of every example get a last look (`invariant.py`).
-
-All texts of a window lie one behind the other, a character apart, so that numpy finds the tokens of all places at once:
-
-    text   0 . . . . . . _ 7 . . . . _        "_" belongs to no token
-    place 2 of the second text is 9 of the window
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxsft.batch import Example
-from jaxsft.chat.control import ControlError
-from jaxsft.chat.extents import Tokens
+from jaxsft.chat.control import ControlError, TextEncoder
+from jaxsft.chat.extents import Tokens, Window
 from jaxsft.chat.invariant import Given, check_weights, weighs_outside
 from jaxsft.chat.parts import token_weights
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.turns import Turn
+
+WRITERS = ("template", "system", "user", "assistant", "tool", "other")
+"""Who wrote the characters of a token."""
 
 
 class Encoded(NamedTuple):
@@ -30,7 +28,7 @@ class Encoded(NamedTuple):
 
     example: Example
     writers: np.ndarray
-    """uint8 [T]: who wrote the last character of each token, an index into `WRITERS` of `encoder.py`."""
+    """uint8 [T]: who wrote the last character of each token, an index into `WRITERS`."""
     turn_ends: np.ndarray
     """int32 [turns]: for each trained turn, the index after its stop token; ascending."""
     is_text: bool
@@ -62,43 +60,6 @@ class Drawn(NamedTuple):
     """What the last look is told where it has to look closer."""
 
 
-class _Window(NamedTuple):
-    """The tokens of many texts, one after the other."""
-
-    ids: np.ndarray
-    """int32 [T]"""
-    starts: np.ndarray
-    """int64 [T]: characters of the window."""
-    ends: np.ndarray
-    bounds: list[int]
-    """Text i has the tokens from `bounds[i]` to `bounds[i + 1]`."""
-    shifts: list[int]
-    """Where in the window each text begins."""
-    weights: np.ndarray
-    """float32 [T], 0 to begin with."""
-    writers: np.ndarray
-    """uint8 [T]"""
-
-
-def _window(drawn: Sequence[Drawn], found: Sequence[Tokens]) -> _Window:
-    counts = [len(tokens.ids) for tokens in found]
-    shifts = [0, *accumulate(len(each.text) + 1 for each in drawn)]
-    ids = np.concatenate([tokens.ids for tokens in found])
-    shift = np.repeat(np.array(shifts[:-1], np.int64), counts)
-    starts = np.concatenate([tokens.starts for tokens in found]) + shift
-    ends = np.concatenate([tokens.ends for tokens in found]) + shift
-    chars = np.frombuffer(b"\0".join([*(each.writers for each in drawn), b""]), np.uint8)
-    return _Window(
-        ids,
-        starts,
-        ends,
-        [0, *accumulate(counts)],
-        shifts,
-        np.zeros(len(ids), np.float32),
-        chars[np.maximum(ends - 1, shift)],
-    )
-
-
 class _Place(NamedTuple):
     """A turn in tokens of the window."""
 
@@ -114,7 +75,14 @@ class _Place(NamedTuple):
     """The first token that begins behind all of the turn."""
 
 
-def _places(window: _Window, drawn: Sequence[Drawn]) -> Iterator[_Place]:
+def _writers(window: Window, drawn: Sequence[Drawn]) -> np.ndarray:
+    """Who wrote the last character of each token, uint8 [T]; of one without characters, of the one before it."""
+    chars = np.frombuffer(b"\0".join([*(each.writers for each in drawn), b""]), np.uint8)
+    firsts = np.repeat(np.array(window.shifts[:-1], np.int64), np.diff(window.bounds))
+    return chars[np.maximum(window.ends - 1, firsts)]
+
+
+def _places(window: Window, drawn: Sequence[Drawn]) -> Iterator[_Place]:
     """Of all turns, text by text."""
     chars = []
     for shift, each in zip(window.shifts, drawn, strict=False):
@@ -155,7 +123,7 @@ class Weigher:
         stop_texts: Sequence[str],
         closing: str,
         every_stop: bool,
-        vocabulary_size: int,
+        text_encoder: TextEncoder,
         tokenizer_name: str,
         template_name: str,
     ) -> None:
@@ -165,59 +133,49 @@ class Weigher:
             stop_texts: how they are written.
             closing: what the template writes after every answer.
             every_stop: the stop token of every turn is trained, not only that of the last.
-            vocabulary_size: one more than the largest id.
+            text_encoder: knows which ids there are.
             tokenizer_name: for errors.
             template_name: likewise.
         """
         self._stops, self._stop_texts, self._closing = np.array(stops, np.int64), list(stop_texts), closing
-        self._every_stop, self._vocabulary_size = every_stop, vocabulary_size
+        self._every_stop, self._text_encoder = every_stop, text_encoder
         self._tokenizer_name, self._template_name = tokenizer_name, template_name
-        self._is_stop = np.zeros(max([vocabulary_size, *(id + 1 for id in stops)]), bool)
-        self._is_stop[self._stops] = True
+        self._stop_ids = frozenset(map(int, stops))
 
     def is_stop(self, ids: np.ndarray) -> np.ndarray:
         """Which ids end an answer, bool like `ids`."""
-        return self._is_stop[ids]
+        return np.isin(ids, self._stops)
 
     def check_ids(self, ids: np.ndarray) -> None:
         """Refuses ids that the tokenizer does not have."""
-        size = self._vocabulary_size
-        if not self._knows(ids):
+        if not self._text_encoder.knows(ids):
+            size = self._text_encoder.vocabulary_size
             bad = int(ids[(ids < 0) | (ids >= size)][0])
             raise MaskError(f"token {bad} is not one of the {size} of {self._tokenizer_name}", "unknown-token")
 
-    def _knows(self, ids: np.ndarray) -> bool:
-        return not len(ids) or bool(ids.min() >= 0 and ids.max() < self._vocabulary_size)
-
     def weigh(
-        self, origins: Sequence[str], drawn: Sequence[Drawn], found: Sequence[Tokens | ControlError]
+        self, origins: Sequence[str], drawn: Sequence[Drawn], window: Window, errors: Mapping[int, ControlError]
     ) -> list[Encoded | MaskError]:
-        """The example of each text with its tokens, or why there is none; `origins` are those of the rows."""
-        results: dict[int, Encoded | MaskError] = {}
-        tokens: dict[int, Tokens] = {}
-        for at, each in enumerate(found):
-            if isinstance(each, ControlError):
-                results[at] = MaskError(str(each), "control-token")
-            else:
-                tokens[at] = each
-        if tokens:
-            some = [origins[at] for at in tokens], [drawn[at] for at in tokens], list(tokens.values())
-            results |= zip(tokens, self._weighed(*some), strict=True)
-        return [results[at] for at in range(len(found))]
+        """The example of each text with its tokens, or why there is none.
 
-    def _weighed(
-        self, origins: Sequence[str], drawn: Sequence[Drawn], found: Sequence[Tokens]
-    ) -> list[Encoded | MaskError]:
-        window = _window(drawn, found)
+        Args:
+            origins: those of the rows.
+            drawn: the texts.
+            window: their tokens.
+            errors: by text, why its tokens are of no use.
+        """
+        weights, writers = np.zeros(len(window.ids), np.float32), _writers(window, drawn)
         places = _places(window, drawn)
-        are_known = self._knows(window.ids)
+        are_known = self._text_encoder.knows(window.ids)
         known: list[_Weighed | MaskError] = []
-        for at, (each, tokens) in enumerate(zip(drawn, found, strict=True)):
+        for at, each in enumerate(drawn):
             some = list(islice(places, len(each.turns)))
             try:
+                if at in errors:
+                    raise MaskError(str(errors[at]), "control-token")
                 if not are_known:
-                    self.check_ids(tokens.ids)
-                known.append(self._weigh(window, at, each, some, tokens.num_split))
+                    self.check_ids(window.of(at).ids)
+                known.append(self._weighed(window, weights, at, each, some))
             except MaskError as error:
                 known.append(error)
         # The last look, at all examples at once; where it finds anything, at that one by itself.
@@ -226,38 +184,43 @@ class Weigher:
             for shift, each in zip(window.shifts, drawn, strict=False)
             for a, b in each.free or ()
         ]
-        wrong = np.flatnonzero(weighs_outside(free, window.starts, window.ends, window.weights))
-        suspects = set(np.searchsorted(window.bounds, wrong, "right").tolist())
+        wrong = np.flatnonzero(weighs_outside(free, window.starts, window.ends, weights))
+        suspects = set((np.searchsorted(window.bounds, wrong, "right") - 1).tolist())
         results: list[Encoded | MaskError] = []
-        for at, (origin, each, tokens, weighed) in enumerate(zip(origins, drawn, found, known, strict=True)):
+        for at, (origin, each, weighed) in enumerate(zip(origins, drawn, known, strict=True)):
             if isinstance(weighed, MaskError):
                 results.append(weighed)
                 continue
             span = slice(window.bounds[at], window.bounds[at + 1])
-            ids, weights, writers = tokens.ids, window.weights[span], window.writers[span]
+            example, own = Example(window.ids[span], weights[span]), writers[span]
             try:
                 if weighed.appended is not None:
-                    ids, weights, writers = self._with_stop(each, weighed, tokens, weights, writers)
-                if (at + 1 in suspects or weighed.appended is not None) and each.free is not None:
-                    count = min(len(weights), len(tokens.starts))
+                    example, own = self._with_stop(each, weighed, window.of(at), example, own)
+                if (at in suspects or weighed.appended is not None) and each.free is not None:
+                    tokens = window.of(at)
+                    count = min(len(own), len(tokens.starts))
                     extents = tokens.starts[:count], tokens.ends[:count]
-                    check_weights(each.look(), *extents, weights[:count], name=self._template_name)
+                    check_weights(each.look(), *extents, example.loss_weights[:count], name=self._template_name)
             except MaskError as error:
                 results.append(error)
                 continue
             ends = np.array(weighed.turn_ends, np.int32)
-            results.append(Encoded(Example(ids, weights), writers, ends, False, origin, weighed.counts))
+            results.append(Encoded(example, own, ends, False, origin, weighed.counts))
         return results
 
-    def _weigh(self, window: _Window, at: int, drawn: Drawn, places: Sequence[_Place], num_split: int) -> _Weighed:
-        """Sets the weights of one text in the window."""
+    def _weighed(
+        self, window: Window, weights: np.ndarray, at: int, drawn: Drawn, places: Sequence[_Place]
+    ) -> _Weighed:
+        """Sets the weights of one text in those of the window."""
         begin, stop = window.bounds[at], window.bounds[at + 1]
-        shift, weights = window.shifts[at], window.weights
+        shift = window.shifts[at]
         of_parts = greatest = None
         if drawn.parts is not None:
-            starts, ends = window.starts[begin:stop] - shift, window.ends[begin:stop] - shift
-            of_parts, greatest = token_weights(drawn.parts, starts, ends)
-        counts = drawn.counts | {"split_control_tokens": num_split, "unrolled_examples": int(drawn.is_unrolled)}
+            tokens = window.of(at)
+            of_parts, greatest = token_weights(drawn.parts, tokens.starts, tokens.ends)
+        counts = drawn.counts | {"split_control_tokens": window.splits.get(at, 0)}
+        if drawn.is_unrolled:
+            counts["unrolled_examples"] = 1
         turn_ends, appended = [], None
         for turn, place in zip(drawn.turns, places, strict=True):
             last = self._last_token(window, drawn, turn, place)
@@ -282,8 +245,9 @@ class Weigher:
                     counts["straddling_parts"] = counts.get("straddling_parts", 0) + straddling
             if has_stop and not (self._every_stop or turn.message == drawn.last_message):
                 weights[last] = 0
-            straddling = sum([max(0, min(place.begins, behind) - first) for first, behind in spans])
-            counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + straddling
+            if place.first < place.begins:
+                straddling = sum([max(0, min(place.begins, behind) - first) for first, behind in spans])
+                counts["straddling_tokens"] = counts.get("straddling_tokens", 0) + straddling
             name = f"turns_by_{turn.found_by}"
             counts[name] = counts.get(name, 0) + 1
             turn_ends.append(end - begin)
@@ -293,7 +257,7 @@ class Weigher:
             counts["appended_stops"] = 1
         return _Weighed(turn_ends, {name: count for name, count in counts.items() if count}, appended)
 
-    def _last_token(self, window: _Window, drawn: Drawn, turn: Turn, place: _Place) -> int | None:
+    def _last_token(self, window: Window, drawn: Drawn, turn: Turn, place: _Place) -> int | None:
         """The last trained token of a turn, its stop token; None where that must be appended."""
         if turn.stop is None:
             layout = drawn.look().layout
@@ -308,7 +272,7 @@ class Weigher:
         if start == end:  # Of another role, and not ended by one.
             return place.end - 1
         for at in range(place.stop, place.behind_stop):
-            if self._is_stop[window.ids[at]]:
+            if int(window.ids[at]) in self._stop_ids:
                 return at
         raise MaskError(
             f"message {turn.message + 1}: the stop token {drawn.text[start:end]!r} that follows it is not one token "
@@ -327,10 +291,10 @@ class Weigher:
             )
 
     def _with_stop(
-        self, drawn: Drawn, weighed: _Weighed, tokens: Tokens, weights: np.ndarray, writers: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, weights and writers of an example behind whose last turn a stop token is appended."""
-        turn, ids = weighed.appended, tokens.ids
+        self, drawn: Drawn, weighed: _Weighed, tokens: Tokens, example: Example, writers: np.ndarray
+    ) -> tuple[Example, np.ndarray]:
+        """An example with its writers, behind whose last turn a stop token is appended."""
+        turn, (ids, weights) = weighed.appended, example
         assert turn is not None
         after = drawn.text[turn.content_end :]
         is_said = turn.found_by != "all" and drawn.look().layout.ends_with(turn.message) == "content"
@@ -343,18 +307,16 @@ class Weigher:
         stop = dict(zip(self._stop_texts, self._stops, strict=True)).get(turn.appended or "", self._stops[0])
         is_trained = self._every_stop or turn.message == drawn.last_message
         weighed.turn_ends[-1] += 1
-        return (
-            np.append(ids, np.int32(stop)),
-            np.append(weights, np.float32(turn.weight if is_trained else 0)),
-            np.append(writers, np.uint8(0)),
-        )
+        weight = np.float32(turn.weight if is_trained else 0)
+        example = Example(np.append(ids, np.int32(stop)), np.append(weights, weight))
+        return example, np.append(writers, np.uint8(0))
 
 
 _NONE = np.zeros(0, np.int64)
 
 
 def _without(
-    spans: list[tuple[int, int]], window: _Window, seen_only: Sequence[tuple[int, int]]
+    spans: list[tuple[int, int]], window: Window, seen_only: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """Spans of tokens without those that lie in some characters of the window altogether."""
     for start, end in seen_only:

@@ -33,10 +33,12 @@ def convert(
     trained; None means that any turn will do. Nor may a row have any column of `refused`.
     """
     known = FORMATS[format]
-    fields = {name: value for name, value in rename(row.fields, columns).items() if value is not None}
+    there = rename(row.fields, columns) if columns else row.fields
+    fields = {name: value for name, value in there.items() if value is not None}
     try:
         _check_kind(fields)
-        _check_refused(fields, refused, format)
+        if refused:
+            _check_refused(fields, refused, format)
         if "instruction" in known.columns and "input" in known.optional and says(fields.get("input")):
             fields.setdefault("instruction", "")  # The question may stand in `input` alone.
         for name in known.columns:
@@ -92,7 +94,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url", 
 
 def _check_kind(fields: dict[str, Any]) -> None:
     """Refuses rows with images, audio or video, and rows that say whether an answer is good."""
-    for name in _MEDIA:
+    for name in () if fields.keys().isdisjoint(_MEDIA) else _MEDIA:
         # A number or a flag may count or mark something, all else is a picture or where to find one.
         if fields.get(name) and not isinstance(fields[name], bool | int | float):
             raise BadRow("image-or-audio", f"column {name!r}: only text is supported, no images, audio or video")
@@ -143,12 +145,16 @@ def _check_unread(fields: dict[str, Any], known: Format, items: Sequence[Item], 
     whose = ALIASES.get(mask.lower()) if isinstance(mask, str) and "mask" not in spelling.ignored else "user"
     if is_chat and whose not in ("user", "system"):
         raise BadRow("unknown-flag", f"mask: {short(mask)} is not to be trained; use data.train_on, and ignore_keys")
+    unread = [name for name, values in fields.items() if isinstance(values, list) and name not in known.columns]
+    if not unread:
+        return
     counts: set[int] = set()
     for item in items:
         if isinstance(item, Conversation):
             counts |= {len(item.messages), sum(message["role"] == "assistant" for message in item.messages)}
-    for name, values in fields.items():
-        if not isinstance(values, list) or name in (*known.columns, *known.optional, *spelling.ignored):
+    for name in unread:
+        values = fields[name]
+        if name in (*known.optional, *spelling.ignored):
             continue
         if len(values) not in counts or not all(isinstance(value, bool | int | float) for value in values):
             continue

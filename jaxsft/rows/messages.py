@@ -92,6 +92,9 @@ def read_messages(
     messages: list[Message] = []
     unknown: dict[str, list[Any]] = {}
     for number, turn in enumerate(turns, start=1):
+        if (plain := _plain(turn, spelling)) is not None:
+            messages.append(plain)
+            continue
         read, is_call = _read_turn(turn, f"{where} {number}", spelling, unknown)
         for message in read:
             before: Message = (messages or after or [{}])[-1]
@@ -138,6 +141,21 @@ def read_template_kwargs(kwargs: Any) -> dict[str, Any]:
     return kwargs
 
 
+def _plain(turn: Any, spelling: Spelling) -> Message | None:
+    """Most turns are a role and a text and nothing else, and are as they stand; None where one needs reading."""
+    if type(turn) is not dict or len(turn) != 2 or spelling.keys or spelling.ignored:
+        return None
+    role, content = turn.get("role"), turn.get("content")
+    if role not in _SPEAKERS or spelling.roles.get(role, role) != role:
+        return None
+    if type(content) is not str or "\0" in content or not content or content.isspace():
+        return None
+    return {"role": role, "content": content}
+
+
+_SPEAKERS = ("user", "assistant", "system")
+
+
 def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, list[Any]]) -> tuple[list[Message], bool]:
     """The messages of one turn (blocks of tool results are messages of their own), and whether it is a bare call.
 
@@ -146,7 +164,6 @@ def _read_turn(turn: Any, where: str, spelling: Spelling, unknown: dict[str, lis
     message = _with_role(turn, where, spelling)
     role = message["role"]
     where = f"{where} ({role})"
-    # Most turns are a role and a text, and nothing else.
     if len(message) == 2 and type(message.get("content")) is str and role != CALLER:
         check_text(message["content"], f"{where}: content")
         _check_not_empty(message, where)

@@ -221,7 +221,9 @@ PREFERENCE = (
     "columns={messages: chosen} where they are lists of messages, columns={completion: chosen} where they are texts"
 )
 _TOOLS = ("tools", "functions")
-_ROW = ("system", "system_prompt", *_TOOLS, "chat_template_kwargs", "weight", "train", "mask_history")
+_SETTINGS = ("chat_template_kwargs", "weight", "train", "mask_history")
+"""Columns that say how a row is rendered and trained."""
+_ROW = ("system", "system_prompt", *_TOOLS, *_SETTINGS)
 _CONTEXT = ("context", "article", "passage")
 
 FORMATS: dict[str, Format] = {
@@ -289,6 +291,9 @@ def _conversation(
             messages = [{"role": "system", "content": text}, *messages]
             trained_from += trained_from > 0
     tools = _tools(fields, messages, spelling)
+    unread = unread_keys(messages, spelling)
+    if fields.keys().isdisjoint(_SETTINGS):
+        return Conversation(messages, tools, {}, trained_from, unread_keys=unread)
     history_masked = read_flag(_setting(fields, "mask_history", False), "mask_history")
     return Conversation(
         messages,
@@ -297,7 +302,7 @@ def _conversation(
         trained_from,
         weight=_row_weight(fields),
         train_on="last_turn" if history_masked else None,
-        unread_keys=unread_keys(messages, spelling),
+        unread_keys=unread,
     )
 
 

@@ -168,10 +168,11 @@ def bad_rows(problems: Sequence[Problem], what: str) -> DataError:
 def _read_files(paths: Sequence[Path]) -> Iterator[tuple[str, Parse]]:
     for path in paths:
         suffix, compression = _kind(path) or ("", "")
+        name = str(path)
         place: int | str = 0
         try:
             for place, parse in READERS[suffix](path, compression):
-                yield f"{path}:{place}", parse
+                yield f"{name}:{place}", parse
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
             if not compression or isinstance(error, PermissionError):
                 raise DataError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None

@@ -1,5 +1,6 @@
 """Rows to examples on disk: counted without a gap, cached under all that determines them, and whole or not there."""
 
+import gc
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from jaxsft.batches.portions import encode_rows, merged_reports
 from jaxsft.batches.prepare import chunks, open_source, prepare, read_items
-from jaxsft.batches.workers import Workers
+from jaxsft.batches.workers import Workers, seldom_collected
 from jaxsft.chat.encoder import ChatEncoder, stop_ids
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.rows import formats
@@ -380,3 +381,30 @@ def test_rows_in_portions_of_any_size_give_the_same_and_a_bad_one_among_them_is_
     assert sorted(problem.origin for problem in found[0][-1]) == [f"{setting.source}:11", f"{setting.source}:26"]
     with pytest.raises(DataError, match=r"rows\.jsonl:11: control-token: .*<\|im_end\|>"):
         setting(control_tokens="error", seq_len=30, overlong="truncate")
+
+
+def test_garbage_is_looked_for_as_before_once_rows_are_encoded():
+    def state():
+        return gc.get_threshold(), gc.get_freeze_count()
+
+    before, more = state(), [[] for _ in range(100)]
+    for failing in (False, True):
+        try:
+            with seldom_collected():
+                (first, *others), frozen = state()
+                assert first > before[0][0] and others == [*before[0][1:]] and frozen >= before[1] + len(more)
+                assert not failing or 1 / 0
+        except ZeroDivisionError:
+            assert failing
+        assert state() == before
+    # Threads that prepare at once do not end in the order in which they began.
+    one, other = seldom_collected(), seldom_collected()
+    one.__enter__(), other.__enter__()
+    one.__exit__(None, None, None), other.__exit__(None, None, None)
+    assert state() == before
+    try:
+        gc.set_threshold(0)  # never
+        with seldom_collected():
+            assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*before[0])

@@ -40,7 +40,7 @@ def make_tokenizer(kind, **flags):
 def test_a_spelling_in_the_vocabulary_is_read_letter_by_letter(kind, flags):
     tokenizer = make_tokenizer(kind, **flags)
     encoder = TextEncoder(tokenizer, stops=[2], policy="split")
-    (tokens,) = encoder.encode([TEXT], [TRUST])
+    tokens = encoder.encode(TEXT, TRUST)
     assert np.isin(tokens.ids, [0, 1, 2]).sum() == 2 and tokens.num_split == 1
     assert "".join(tokenizer.convert_ids_to_tokens(tokens.ids.tolist())) == TEXT
     assert [TEXT[start:end] for start, end in zip(tokens.starts, tokens.ends, strict=True)] == (
@@ -51,14 +51,14 @@ def test_a_spelling_in_the_vocabulary_is_read_letter_by_letter(kind, flags):
 def test_a_spelling_that_is_all_of_the_text_is_read_letter_by_letter_too():
     for kind in ("unigram", "bpe", "bpe of whole words"):
         tokenizer = make_tokenizer(kind)
-        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>"], [bytes([UNTRUSTED] * 3)])
+        tokens = TextEncoder(tokenizer, stops=[2], policy="split").encode("<s>", bytes([UNTRUSTED] * 3))
         assert tokenizer.convert_ids_to_tokens(tokens.ids.tolist()) in (["<", "s", ">"], ["<s", ">"])
 
 
 def test_text_without_a_spelling_is_encoded_as_the_tokenizer_does():
     for kind in ("unigram", "bpe", "word"):
         tokenizer = make_tokenizer(kind)
-        (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode(["<s>a</s>"], [bytes(8)])
+        tokens = TextEncoder(tokenizer, stops=[2], policy="split").encode("<s>a</s>", bytes(8))
         assert tokens.ids.tolist() == tokenizer("<s>a</s>", add_special_tokens=False)["input_ids"]
 
 
@@ -67,7 +67,7 @@ def test_blanks_that_a_control_token_swallows_may_be_anybody_s():
     text = "a  </s>  b"
     trust = bytearray([UNTRUSTED] * len(text))
     trust[3:7] = bytes([TRUSTED] * 4)
-    (tokens,) = TextEncoder(tokenizer, stops=[2], policy="split").encode([text], [bytes(trust)])
+    tokens = TextEncoder(tokenizer, stops=[2], policy="split").encode(text, bytes(trust))
     assert tokens.num_split == 0 and tokens.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -78,14 +78,41 @@ def test_an_assistant_may_write_what_is_neither_special_nor_a_stop():
     tokenizer.add_tokens([AddedToken("/ab/", special=False)])
     encoder = TextEncoder(tokenizer, stops=[2], policy="split")
     trust = bytes([ASSISTANT] * 4)
-    (mine,), (other,) = encoder.encode(["/ab/"], [trust]), encoder.encode(["/ab/"], [bytes([UNTRUSTED] * 4)])
+    mine, other = encoder.encode("/ab/", trust), encoder.encode("/ab/", bytes([UNTRUSTED] * 4))
     assert len(mine.ids) == 1 and len(other.ids) == 4
-    (stop,) = TextEncoder(tokenizer, stops=mine.ids.tolist(), policy="split").encode(["/ab/"], [trust])
+    stop = TextEncoder(tokenizer, stops=mine.ids.tolist(), policy="split").encode("/ab/", trust)
     assert len(stop.ids) == 4
 
 
 def test_what_cannot_be_written_as_ordinary_text_is_refused():
     text = TEXT + "\U000f0000"  # A character of the names that control tokens are given meanwhile.
     trust = TRUST + bytes([UNTRUSTED])
-    (found,) = TextEncoder(make_tokenizer("bpe"), stops=[2], policy="split").encode([text], [trust])
-    assert isinstance(found, ControlError)
+    encoder = TextEncoder(make_tokenizer("bpe"), stops=[2], policy="split")
+    with pytest.raises(ControlError, match="cannot write as ordinary text"):
+        encoder.encode(text, trust)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_of_many_texts_each_is_what_it_is_alone(kind):
+    refused = TEXT + "\U000f0000", TRUST + bytes([UNTRUSTED])
+    pairs = [("", b""), (TEXT, TRUST), ("<s>a</s>", bytes(8)), refused, ("ab", bytes(2)), (TEXT, bytes(len(TEXT)))] * 2
+    encoder = TextEncoder(make_tokenizer(kind), stops=[2], policy="split")
+    window, errors = encoder.encode_all(*map(list, zip(*pairs, strict=True)))
+    assert errors.keys() == {3, 9} and window.splits == {1: 1, 7: 1}
+    for at, (text, trust) in enumerate(pairs):
+        if at in errors:
+            continue
+        assert window.shifts[at] == sum(len(before) + 1 for before, _ in pairs[:at])
+        for together, alone in zip(window.of(at), encoder.encode(text, trust), strict=True):
+            assert np.array_equal(together, alone)
+
+
+def test_an_id_is_known_up_to_the_largest_one_though_others_below_it_are_nobody_s():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 5}, unk_token="<unk>"))
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend), stops=[], policy="split")
+    assert encoder.vocabulary_size == 6 and not encoder.is_control(np.array([0, 3, 5, 99])).any()
+    for ids, are_known in [([], True), ([0, 5], True), ([3], True), ([6, 0], False), ([-1], False), ([5, -1], False)]:
+        assert encoder.knows(np.array(ids, np.int32)) == are_known

@@ -14,7 +14,7 @@ from jaxsft.chat.control import Tokenizer
 from jaxsft.chat.encoder import ChatEncoder, stop_ids
 from jaxsft.chat.metered import TemplateHogs, allowance
 from jaxsft.chat.starts import MaskError
-from jaxsft.chat.template import ChatTemplate, TemplateError, number_sources
+from jaxsft.chat.template import ChatTemplate, TemplateError, TracingEnvironment, _compiled, _Plain, number_sources
 from jaxsft.config import DataConfig
 from jaxsft.rows.items import Conversation
 from jaxsft.rows.sources import DataError
@@ -216,3 +216,26 @@ def test_endless_recursion_is_a_refusal_in_one_line():
     template = ChatTemplate("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {})
     with pytest.raises(TemplateError, match="RecursionError"):
         template.render(number_sources(conversation().messages, None, {}), 2)
+
+
+def test_tools_that_are_dumped_again_cost_the_same_again_and_are_never_those_of_another_row():
+    template = ChatTemplate(
+        "{{ tools | tojson }}{{ tools | tojson(indent=2) }}{{ tools | tojson(indent=1) }}{{ tools | tojson(2) }}", {}
+    )
+    tools = [{"name": word, "parameters": {"type": "object", "of": ["<é>", 1, None]}} for word in ("a", "bc")]
+    messages = [{"role": "user", "content": "Hi"}]
+    rows = [number_sources(messages, [tool], {}) for tool in tools]
+    for kind in (_Plain, TracingEnvironment):
+        environment = _compiled(template._sources["default"], None, kind, threading.get_ident()).environment
+        for row, tool in zip(rows, tools, strict=True):
+            texts, costs = [], []
+            for _ in range(3):
+                is_traced = kind is TracingEnvironment
+                texts.append(template.render(row, 1) if is_traced else template.render_plain(row, 1))
+                costs.append(row.allowance - environment.left)
+            dumped = [json.dumps([tool], ensure_ascii=False, indent=step) for step in (None, 2, 1)]
+            assert set(texts) == {"".join(dumped) + json.dumps([tool])} and len(set(costs)) == 1 and costs[0] > 0
+            if is_traced:
+                assert len({text.runs for text in texts}) == 1
+                owners = {source for _, source, _ in texts[-1].runs} - {0}
+                assert {row.sources[owner - 1].text for owner in owners} >= {tool["name"], "parameters", "<é>"}

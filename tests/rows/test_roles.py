@@ -3,7 +3,7 @@
 import pytest
 
 from jaxsft.rows import formats
-from jaxsft.rows.messages import Spelling
+from jaxsft.rows.messages import Spelling, read_messages
 from jaxsft.rows.roles import ALIASES, CALLER, NAMES, read_role
 from jaxsft.rows.sources import Row
 from jaxsft.rows.strict import BadRow
@@ -74,3 +74,24 @@ def test_a_role_that_nobody_knows_is_refused_with_what_cures_it():
         assert "message 3" in str(error.value) and f"{{{role}: assistant}}" in str(error.value)
         for ours in ("assistant", role):
             assert read_role(role, "", {role: ours}) == ours
+
+
+@pytest.mark.parametrize("role", [*NAMES, "human", "Assistant", "gpt", CALLER, "doctor", "", None, 3, ["user"]])
+def test_a_turn_of_a_role_and_a_text_alone_is_read_like_any_other(role):
+    """Which is not looked into where the config says nothing of keys."""
+
+    def read(turn, **spelling):
+        try:
+            return read_messages([turn], Spelling(**spelling))
+        except BadRow as bad:
+            return bad.code, str(bad)
+
+    roles = {"user": "user", "gpt": "assistant", "system": "developer", "doctor": "doctor"}
+    for declared in ({}, roles, {"assistant": "user"}):
+        for content in ("Hi", " \n", "", "\u3000", "a\0b", None, 3, ["a"], [{"type": "text", "text": "a"}]):
+            for turn in ({"role": role, "content": content}, {"content": content, "role": role}):
+                alone = read(turn, roles=declared)
+                assert alone == read(turn, roles=declared, ignored=("no such key",))
+                assert alone == read({**turn, "none": None}, roles=declared)
+                if isinstance(alone, list):
+                    assert list(alone[0]) == ["role", "content"] or "tool_calls" in alone[0]
