@@ -92,7 +92,8 @@ def seldom_collected() -> Iterator[None]:
     look at all of it again and again takes longer than to weigh the tokens.
     """
     first, *others = gc.get_threshold()
-    if first == 0 or first >= _GARBAGE:  # Never, or as seldom already: of threads that do this at once, one does it.
+    # Never, or as seldom already: of threads that do this at once, one does it. What others have frozen stays so.
+    if first == 0 or first >= _GARBAGE or gc.get_freeze_count():
         yield
         return
     gc.freeze()

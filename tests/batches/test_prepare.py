@@ -406,5 +406,12 @@ def test_garbage_is_looked_for_as_before_once_rows_are_encoded():
         gc.set_threshold(0)  # never
         with seldom_collected():
             assert gc.get_threshold()[0] == 0
+        gc.set_threshold(*before[0])
+        gc.freeze()  # somebody else's, who means it to last
+        frozen = state()
+        with seldom_collected():
+            assert state() == frozen
+        assert state() == frozen
     finally:
         gc.set_threshold(*before[0])
+        gc.unfreeze()
