@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from jaxsft.training import loss_in_blocks
+from jaxsft.config import MeshConfig
+from jaxsft.mesh import make_mesh
+from jaxsft.training import compiler_options, loss_in_blocks
 from jaxsft.training.program import total_bytes
 
 WIDTH, MLP_WIDTH, NUM_LAYERS, VOCAB_SIZE = 256, 512, 2, 4096
@@ -28,8 +30,10 @@ ROWS, LENGTH = 8, 128
 
 TOPOLOGIES = {"v4:2x2x1": 8, "v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
 """Name -> devices; two on each chip of v4 and tpu7x."""
-ASYNCHRONOUS = {"v5e", "tpu7x"}
-"""Families for which the compiler, by itself, gathers the weights of a layer while it computes."""
+ASYNCHRONOUS = {"v5e", "v6e", "tpu7x"}
+"""Families for which the compiler gathers the weights of a layer while it computes: by itself, or as it is told to."""
+KINDS = {"TPU v6 lite": "v6e:2x2"}
+"""Kind of device that there are options for -> a topology."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,46 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     text = tpu_compile.describe(compiled, config)
     assert f"fsdp {num_devices // 2} x tensor 2; 8 rows of 128; remat full" in text
     assert f"layers    all-gather          fsdp{number:>28,}" in text
+
+
+@pytest.mark.parametrize(("kind", "version"), compiler_options.TPU)
+def test_each_of_the_options_of_a_version_makes_gathers_asynchronous(tpu_compile, model, monkeypatch, kind, version):
+    if (installed := compiler_options.libtpu_version()) != version:
+        pytest.skip(f"this is libtpu {installed}")
+    config = tpu_compile.read_config(model, [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}"])
+
+    def number_and_share(options):
+        monkeypatch.setitem(compiler_options.TPU, (kind, version), options)
+        compiled = tpu_compile.compile_step(config, KINDS[kind])
+        assert set(compiled.mesh.values()) == {1, 4}
+        # Of the layers: the table, which this small model's loss gathers first of all, is as large as they are.
+        of_layers = [each for each in compiled.report.collectives if each.scope == "layers"]
+        return compiled.report.num_async, tpu_compile.async_share(compiled.report._replace(collectives=of_layers))
+
+    options = compiler_options.TPU[kind, version]
+    assert number_and_share({}) == (0, 0.0)
+    number, share = number_and_share(options)
+    assert number >= 10 and share > 0.9
+    for name in options:
+        assert number_and_share({key: value for key, value in options.items() if key != name})[0] < number
+
+
+def test_other_versions_and_other_devices_have_no_options_and_it_is_said(tpu_compile, monkeypatch):
+    def mesh_of(topology):
+        return make_mesh(MeshConfig(), tpu_compile.devices_of(topology))
+
+    monkeypatch.setattr(compiler_options, "TPU", {("TPU v6 lite", "1.2.3"): {"some_flag": "true"}})
+    monkeypatch.setattr(compiler_options, "libtpu_version", lambda: "1.2.3")
+    assert compiler_options.compiler_options(mesh_of("v6e:2x2")) == {"some_flag": "true"}
+    assert compiler_options.describe_options(mesh_of("v6e:2x2")) == "libtpu 1.2.3, some_flag=true"
+    assert compiler_options.compiler_options(mesh_of("v5e:2x2")) == {}
+    said = compiler_options.describe_options(mesh_of("v5e:2x2"))
+    assert said == "libtpu 1.2.3, no options: none are known to help on TPU v5 lite"
+    monkeypatch.setattr(compiler_options, "libtpu_version", lambda: "1.2.4")
+    assert compiler_options.compiler_options(mesh_of("v6e:2x2")) == {}
+    said = compiler_options.describe_options(mesh_of("v6e:2x2"))
+    assert said == "libtpu 1.2.4, no options: tried with 1.2.3 only"
+    assert compiler_options.describe_options(make_mesh(MeshConfig())) is None
 
 
 def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model, monkeypatch):

@@ -23,13 +23,10 @@ from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated,
 from jaxsft.model.abstract import Model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.training.compiler_options import compiler_options
 from jaxsft.training.loss import LossSums, next_token_loss
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.optim import make_optimizer, make_schedule
-
-ONE_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
-"""What a step is compiled with for one CPU device: vectors of 512 bits where it has them (AVX-512), of which XLA by
-itself takes 256. Attention of one layer then takes 0.91 to 0.97 of the time."""
 
 
 class TrainState(NamedTuple):
@@ -228,7 +225,7 @@ def make_train_step(
         in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=ONE_CPU_OPTIONS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=compiler_options(mesh),
     )
 
 
