@@ -8,7 +8,7 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -51,13 +51,14 @@ COPY_AXES = tuple(axis for axis in TOKEN_AXES if axis not in WIDTH_AXES)
 """Along these, devices have different tokens, and the same part of the width of what is not cut by experts."""
 
 
-def partition_spec(axes: str) -> PartitionSpec:
+def partition_spec(axes: str, *, over: Collection[str] = AXES) -> PartitionSpec:
     """The PartitionSpec of an array whose dims are named by letters.
 
     A mesh axis cuts one dim at most, the first that asks for it: `"b t d"` gives
-    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`.
+    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`, and
+    `P("tensor", None)` where it is cut over `("tensor",)` only.
     """
-    used: set[str] = set()
+    used = set(AXES).difference(over)
     spec: list[Any] = []
     for letter in axes.split():
         free = tuple(axis for axis in DIM_AXES[letter] if axis not in used)

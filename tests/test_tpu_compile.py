@@ -74,6 +74,10 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     assert 2 * once <= gathered <= 3 * once and number % NUM_LAYERS == 0
     reduced = sum(totals.get(("layers", kind, ("fsdp",)), (0, 0))[1] for kind in ("reduce-scatter", "all-reduce"))
     assert 2 * once <= reduced < 3 * once  # gradients are float32
+    # Over `tensor`, what attention and MLP add (the former again in the backward pass), and the gradients by what goes
+    # into either, in bfloat16.
+    hidden = ROWS // (num_devices // 2) * LENGTH * WIDTH * 2
+    assert totals["layers", "all-reduce", ("tensor",)][1] == NUM_LAYERS * 5 * hidden
     assert math.prod(compiled.mesh.values()) == num_devices
     assert (tpu_compile.async_share(compiled.report) > 0.3) == (family in ASYNCHRONOUS)
 

@@ -98,9 +98,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and this layer's cached keys and values [B, S, K, H] with the new ones written."""
         config = self.config
-        q = constrain(self.q_proj(x), "b t n h")
-        k = constrain(self.k_proj(x), "b t k h")
-        v = constrain(self.v_proj(x), "b t k h")
+        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x)
+        q, k, v = (constrain(y, f"b t {heads} h") for y, heads in zip(projected, "nkk", strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if kind.rope is not None:
