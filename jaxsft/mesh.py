@@ -56,15 +56,25 @@ def partition_spec(axes: str, *, over: Collection[str] = AXES) -> PartitionSpec:
 
     A mesh axis cuts one dim at most, the first that asks for it: `"b t d"` gives
     `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`, and
-    `P("tensor", None)` where it is cut over `("tensor",)` only.
+    `P("tensor", None)` where it is cut over `("tensor",)` only. Axes that are not free (`free_axes`) are not named.
     """
-    used = set(AXES).difference(over)
+    used = set(AXES).difference(free_axes(over))
     spec: list[Any] = []
     for letter in axes.split():
         free = tuple(axis for axis in DIM_AXES[letter] if axis not in used)
         used.update(free)
         spec.append(free[0] if len(free) == 1 else free or None)
     return PartitionSpec(*spec)
+
+
+def free_axes(axes: Collection[str]) -> tuple[str, ...]:
+    """Those of some mesh axes that are the partitioner's, where arrays are whole along them.
+
+    Along the others `jax.shard_map` is under way: arrays are a device's own part, and what is summed up over tokens
+    here is one summand of several.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in axes if axis not in manual)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

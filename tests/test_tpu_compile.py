@@ -86,6 +86,17 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     assert f"layers    all-gather          fsdp{number:>28,}" in text
 
 
+def test_copies_sum_up_their_gradients_once_a_step(tpu_compile, model):
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={4 * ROWS}", f"train.microbatch_size={ROWS}"]
+    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2"])
+    compiled = tpu_compile.compile_step(config, "v5e:2x4")
+    assert {axis: size for axis, size in compiled.mesh.items() if size > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
+    between = [each for each in compiled.report.collectives if "data" in each.axes]
+    assert {each.times for each in between} == {1}
+    gradients = 4 * NUM_PARAMS / 4
+    assert gradients <= sum(each.num_bytes for each in between) < 1.02 * gradients
+
+
 @pytest.mark.parametrize(("kind", "version"), compiler_options.TPU)
 def test_each_of_the_options_of_a_version_makes_gathers_asynchronous(tpu_compile, model, monkeypatch, kind, version):
     if (installed := compiler_options.libtpu_version()) != version:
@@ -96,14 +107,14 @@ def test_each_of_the_options_of_a_version_makes_gathers_asynchronous(tpu_compile
         monkeypatch.setitem(compiler_options.TPU, (kind, version), options)
         compiled = tpu_compile.compile_step(config, KINDS[kind])
         assert set(compiled.mesh.values()) == {1, 4}
-        # Of the layers: the table, which this small model's loss gathers first of all, is as large as they are.
+        # Of the layers: the table of so small a model is as large as they are.
         of_layers = [each for each in compiled.report.collectives if each.scope == "layers"]
         return compiled.report.num_async, tpu_compile.async_share(compiled.report._replace(collectives=of_layers))
 
     options = compiler_options.TPU[kind, version]
     assert number_and_share({}) == (0, 0.0)
     number, share = number_and_share(options)
-    assert number >= 10 and share > 0.9
+    assert number >= 10 and share > 0.6
     for name in options:
         assert number_and_share({key: value for key, value in options.items() if key != name})[0] < number
 
