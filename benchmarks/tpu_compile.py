@@ -13,6 +13,7 @@ import pathlib
 import sys
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -29,6 +30,7 @@ from jaxsft.mesh import batch_sharding, check_divisible, make_mesh
 from jaxsft.model.abstract import abstract_model
 from jaxsft.model.families.known import decoder_config
 from jaxsft.setup import Setup
+from jaxsft.training import compiler_options
 from jaxsft.training.program import Report, read_program, total_bytes
 from jaxsft.training.step import abstract_state, make_train_step
 
@@ -46,6 +48,7 @@ class Compiled(NamedTuple):
     report: Report
     seconds: float
     """Of the processor, for tracing and compiling."""
+    options: str
     text: str
 
 
@@ -55,10 +58,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value, as of run.py")
     parser.add_argument("--topology", required=True, help="such as v6e:8x8, v5e:16x16, v5p:4x4x4, tpu7x:2x2x1")
     parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="without the compiler options that a run has")
     parser.add_argument("--text", type=pathlib.Path, help="where the compiled program is written to, as text")
     args = parser.parse_intermixed_args()
     config = read_config(args.config, args.overrides)
-    compiled = compile_step(config, args.topology, num_slices=args.slices)
+    compiled = compile_step(config, args.topology, num_slices=args.slices, plain=args.plain)
     if args.text:
         args.text.write_text(compiled.text)
     print(describe(compiled, config))
@@ -75,18 +79,13 @@ def read_config(path: pathlib.Path, overrides: list[str]) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def compile_step(config: Config, topology: str, *, num_slices: int = 1) -> Compiled:
-    """Compiles the step of a config for every device of a topology.
+def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: bool = False) -> Compiled:
+    """Compiles the step of a config for every device of a topology, `plain` without the options that are for it.
 
     Raises:
         ConfigError: model, batch and mesh do not go together.
     """
-    # No TPU is looked for, and several processes may compile at once.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    jax.config.update("jax_platforms", "cpu")
-    options = {} if num_slices == 1 else {"num_slices": num_slices}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    mesh = make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices_of(topology, num_slices=num_slices))
     path = pathlib.Path(config.model.path)
     if path.suffix == ".json":
         structure = decoder_config(json.loads(path.read_text()))
@@ -100,9 +99,11 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1) -> Compi
     check_divisible(mesh, model.params, sizes)
 
     frozen = nnx.State({})
-    step = make_train_step(
-        model, frozen, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
-    )
+    with mock.patch.dict(compiler_options.TPU, clear=plain):
+        step = make_train_step(
+            model, frozen, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
+        )
+        options = compiler_options.describe_options(mesh)
     dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
     batch = jax.tree.map(
         lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh)), dtypes
@@ -119,8 +120,18 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1) -> Compi
         memory.temp_size_in_bytes,
         read_program(text, mesh.shape),
         seconds,
+        options or "no options",
         text,
     )
+
+
+def devices_of(topology: str, *, num_slices: int = 1) -> list[Any]:
+    """Devices to compile for, none of which is there."""
+    # No TPU is looked for, and several processes may compile at once.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    options = {} if num_slices == 1 else {"num_slices": num_slices}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def describe(compiled: Compiled, config: Config) -> str:
@@ -133,6 +144,7 @@ def describe(compiled: Compiled, config: Config) -> str:
         f"{config.model.path}: {mesh}; {rows}; remat {config.model.remat}",
         f"peak {compiled.peak_bytes / GIB:.2f} GiB on each device: arguments {compiled.argument_bytes / GIB:.2f}, "
         f"temporary {compiled.temp_bytes / GIB:.2f}; compiled in {compiled.seconds:.0f} processor seconds",
+        f"compiled by {compiled.options}",
         f"asynchronous collectives: {compiled.report.num_async}; share of all gathered bytes: "
         f"{async_share(compiled.report):.2f}",
         "",

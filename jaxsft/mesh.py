@@ -8,7 +8,7 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -51,19 +51,30 @@ COPY_AXES = tuple(axis for axis in TOKEN_AXES if axis not in WIDTH_AXES)
 """Along these, devices have different tokens, and the same part of the width of what is not cut by experts."""
 
 
-def partition_spec(axes: str) -> PartitionSpec:
+def partition_spec(axes: str, *, over: Collection[str] = AXES) -> PartitionSpec:
     """The PartitionSpec of an array whose dims are named by letters.
 
     A mesh axis cuts one dim at most, the first that asks for it: `"b t d"` gives
-    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`.
+    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`, and
+    `P("tensor", None)` where it is cut over `("tensor",)` only. Axes that are not free (`free_axes`) are not named.
     """
-    used: set[str] = set()
+    used = set(AXES).difference(free_axes(over))
     spec: list[Any] = []
     for letter in axes.split():
         free = tuple(axis for axis in DIM_AXES[letter] if axis not in used)
         used.update(free)
         spec.append(free[0] if len(free) == 1 else free or None)
     return PartitionSpec(*spec)
+
+
+def free_axes(axes: Collection[str]) -> tuple[str, ...]:
+    """Those of some mesh axes that are the partitioner's, where arrays are whole along them.
+
+    Along the others `jax.shard_map` is under way: arrays are a device's own part, and what is summed up over tokens
+    here is one summand of several.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in axes if axis not in manual)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:

@@ -1,15 +1,18 @@
 """Meshes over TPU topologies, by what the TPU's own library says of them; no TPU is there, and nothing is compiled."""
 
+import functools
 import itertools
 import math
 import random
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from meshes import factorisations
 
 from jaxsft.config import ConfigError, MeshConfig
-from jaxsft.mesh import AXES, make_mesh, mesh_shape, slices_of
+from jaxsft.mesh import AXES, TOKEN_AXES, constrain, free_axes, make_mesh, mesh_shape, partition_spec, slices_of
 
 FLAT = ["2x2", "2x4", "2x8", "2x16", "4x4", "4x8", "4x16", "8x8", "8x16", "16x16"]
 CUBES = [
@@ -115,3 +118,24 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do():
     with pytest.raises(ConfigError, match="fsdp 4 does not fit 8 devices"):
         mesh_shape(MeshConfig(fsdp=4), 8)
     assert mesh_shape(MeshConfig(fsdp=4), 8, num_slices=2)["data"] == 2
+
+
+def test_axes_that_are_under_way_by_hand_are_named_no_more():
+    seen = {}
+
+    def look(x, name):
+        seen[name] = free_axes(TOKEN_AXES), partition_spec("b t d"), partition_spec("v d", over=("tensor",))
+        return constrain(x, "b t")
+
+    def both(x):
+        inside = functools.partial(look, name="inside")
+        spec = PartitionSpec("data")
+        return jax.shard_map(inside, in_specs=spec, out_specs=spec, axis_names={"data"})(look(x, "outside"))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        jax.jit(both).lower(jax.ShapeDtypeStruct((8, 4), np.float32))
+    table = PartitionSpec("tensor", None)
+    rows = PartitionSpec(("data", "fsdp", "expert"), "context", None)
+    assert seen["outside"] == (("data", "fsdp", "expert", "context"), rows, table)
+    rows = PartitionSpec(("fsdp", "expert"), "context", None)
+    assert seen["inside"] == (("fsdp", "expert", "context"), rows, table)

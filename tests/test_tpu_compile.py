@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from jaxsft.training import loss_in_blocks
+from jaxsft.config import MeshConfig
+from jaxsft.mesh import make_mesh
+from jaxsft.training import compiler_options, loss_in_blocks
 from jaxsft.training.program import total_bytes
 
 WIDTH, MLP_WIDTH, NUM_LAYERS, VOCAB_SIZE = 256, 512, 2, 4096
@@ -28,8 +30,10 @@ ROWS, LENGTH = 8, 128
 
 TOPOLOGIES = {"v4:2x2x1": 8, "v5e:2x2": 4, "v5p:2x2x1": 4, "v6e:2x2": 4, "tpu7x:2x2x1": 8}
 """Name -> devices; two on each chip of v4 and tpu7x."""
-ASYNCHRONOUS = {"v5e", "tpu7x"}
-"""Families for which the compiler, by itself, gathers the weights of a layer while it computes."""
+ASYNCHRONOUS = {"v5e", "v6e", "tpu7x"}
+"""Families for which the compiler gathers the weights of a layer while it computes: by itself, or as it is told to."""
+KINDS = {"TPU v6 lite": "v6e:2x2"}
+"""Kind of device that there are options for -> a topology."""
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +74,67 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     assert 2 * once <= gathered <= 3 * once and number % NUM_LAYERS == 0
     reduced = sum(totals.get(("layers", kind, ("fsdp",)), (0, 0))[1] for kind in ("reduce-scatter", "all-reduce"))
     assert 2 * once <= reduced < 3 * once  # gradients are float32
+    # Over `tensor`, what attention and MLP add (the former again in the backward pass), and the gradients by what goes
+    # into either, in bfloat16.
+    hidden = ROWS // (num_devices // 2) * LENGTH * WIDTH * 2
+    assert totals["layers", "all-reduce", ("tensor",)][1] == NUM_LAYERS * 5 * hidden
     assert math.prod(compiled.mesh.values()) == num_devices
     assert (tpu_compile.async_share(compiled.report) > 0.3) == (family in ASYNCHRONOUS)
 
     text = tpu_compile.describe(compiled, config)
     assert f"fsdp {num_devices // 2} x tensor 2; 8 rows of 128; remat full" in text
     assert f"layers    all-gather          fsdp{number:>28,}" in text
+
+
+def test_copies_sum_up_their_gradients_once_a_step(tpu_compile, model):
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={4 * ROWS}", f"train.microbatch_size={ROWS}"]
+    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2"])
+    compiled = tpu_compile.compile_step(config, "v5e:2x4")
+    assert {axis: size for axis, size in compiled.mesh.items() if size > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
+    between = [each for each in compiled.report.collectives if "data" in each.axes]
+    assert {each.times for each in between} == {1}
+    gradients = 4 * NUM_PARAMS / 4
+    assert gradients <= sum(each.num_bytes for each in between) < 1.02 * gradients
+
+
+@pytest.mark.parametrize(("kind", "version"), compiler_options.TPU)
+def test_each_of_the_options_of_a_version_makes_gathers_asynchronous(tpu_compile, model, monkeypatch, kind, version):
+    if (installed := compiler_options.libtpu_version()) != version:
+        pytest.skip(f"this is libtpu {installed}")
+    config = tpu_compile.read_config(model, [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}"])
+
+    def number_and_share(options):
+        monkeypatch.setitem(compiler_options.TPU, (kind, version), options)
+        compiled = tpu_compile.compile_step(config, KINDS[kind])
+        assert set(compiled.mesh.values()) == {1, 4}
+        # Of the layers: the table of so small a model is as large as they are.
+        of_layers = [each for each in compiled.report.collectives if each.scope == "layers"]
+        return compiled.report.num_async, tpu_compile.async_share(compiled.report._replace(collectives=of_layers))
+
+    options = compiler_options.TPU[kind, version]
+    assert number_and_share({}) == (0, 0.0)
+    number, share = number_and_share(options)
+    assert number >= 10 and share > 0.6
+    for name in options:
+        assert number_and_share({key: value for key, value in options.items() if key != name})[0] < number
+
+
+def test_other_versions_and_other_devices_have_no_options_and_it_is_said(tpu_compile, monkeypatch):
+    def mesh_of(topology):
+        return make_mesh(MeshConfig(), tpu_compile.devices_of(topology))
+
+    monkeypatch.setattr(compiler_options, "TPU", {("TPU v6 lite", "1.2.3"): {"some_flag": "true"}})
+    monkeypatch.setattr(compiler_options, "libtpu_version", lambda: "1.2.3")
+    assert compiler_options.compiler_options(mesh_of("v6e:2x2")) == {"some_flag": "true"}
+    assert compiler_options.describe_options(mesh_of("v6e:2x2")) == "libtpu 1.2.3, some_flag=true"
+    assert compiler_options.compiler_options(mesh_of("v5e:2x2")) == {}
+    said = compiler_options.describe_options(mesh_of("v5e:2x2"))
+    assert said == "libtpu 1.2.3, no options: none are known to help on TPU v5 lite"
+    monkeypatch.setattr(compiler_options, "libtpu_version", lambda: "1.2.4")
+    assert compiler_options.compiler_options(mesh_of("v6e:2x2")) == {}
+    said = compiler_options.describe_options(mesh_of("v6e:2x2"))
+    assert said == "libtpu 1.2.4, no options: tried with 1.2.3 only"
+    assert compiler_options.describe_options(make_mesh(MeshConfig())) is None
 
 
 def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model, monkeypatch):

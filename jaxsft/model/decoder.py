@@ -16,6 +16,7 @@ from flax import nnx
 from jaxsft.mesh import constrain
 from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.attention import attention
+from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
@@ -98,9 +99,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and this layer's cached keys and values [B, S, K, H] with the new ones written."""
         config = self.config
-        q = constrain(self.q_proj(x), "b t n h")
-        k = constrain(self.k_proj(x), "b t k h")
-        v = constrain(self.v_proj(x), "b t k h")
+        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x)
+        q, k, v = (constrain(y, f"b t {heads} h") for y, heads in zip(projected, "nkk", strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if kind.rope is not None:
@@ -175,45 +175,6 @@ class Layers(nnx.Module):
             # In the compute dtype, the factor itself would be rounded.
             out = (out.astype(jnp.float32) * scale).astype(out.dtype)
         return constrain(x + out, "b t d")
-
-
-class Embedding(nnx.Module):
-    """A table with a row [D] for each token or position, of embeddings or of an output projection."""
-
-    def __init__(self, axes: str, rows: int, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        """Random rows; those from `rows` on only fill up the table, and are zeros."""
-        shape = tuple(config.sizes[letter] for letter in axes.split())
-        table = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
-        self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0), axes=axes)
-
-    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Rows [B, T, D] of ids [B, T], in `dtype`; an id outside is clamped."""
-        # Looked up where the table lies, and only then cut by positions, and by rows: in one step, from one axis to two
-        # or from two axes to one, it would all be replicated.
-        return constrain(constrain(_look_up(dtype, self.weight[...], ids), "u p d"), "u t d")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _look_up(dtype: jnp.dtype, table: jax.Array, ids: jax.Array) -> jax.Array:
-    """`table[ids]` in `dtype`, whose gradient is summed over tokens in float32, whatever the dtypes.
-
-    In bfloat16 a frequent token would soon add nothing to the sum of those before: of 16,384, 7% arrived.
-    """
-    return table[ids].astype(dtype)
-
-
-def _look_up_forward(dtype: jnp.dtype, table: jax.Array, ids: jax.Array) -> tuple[jax.Array, Any]:
-    # A stand-in [V, 0] carries the rows and the dtype that the gradient must have.
-    return _look_up(dtype, table, ids), (ids, jnp.zeros((len(table), 0), table.dtype))
-
-
-def _look_up_backward(dtype: jnp.dtype, kept: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
-    ids, like = kept
-    sums = jnp.zeros((len(like), gradient.shape[-1]), jnp.float32)
-    return sums.at[ids].add(gradient.astype(jnp.float32), mode="clip").astype(like.dtype), None
-
-
-_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Decoder(nnx.Module):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import COPY_AXES, DIM_AXES, WIDTH_AXES, partition_spec
+from jaxsft.mesh import COPY_AXES, DIM_AXES, WIDTH_AXES, free_axes, partition_spec
 from jaxsft.model.layers import precision
 
 MAX_BLOCK = 512
@@ -80,7 +80,7 @@ def fill_up(x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array]:
     if mesh.empty:
         return x, is_token
     fill = [
-        (0, -size % math.prod(mesh.shape[axis] for axis in DIM_AXES[letter]))
+        (0, -size % math.prod(mesh.shape[axis] for axis in free_axes(DIM_AXES[letter])))
         for letter, size in zip("bt", is_token.shape, strict=True)
     ]
     return jnp.pad(x, (*fill, (0, 0))), jnp.pad(is_token, fill)
@@ -114,7 +114,8 @@ def _experts_forward(gating: Gating, inputs: Inputs) -> tuple[jax.Array, Inputs]
 
 
 def _experts_backward(gating: Gating, inputs: Inputs, y_gradient: jax.Array) -> Any:
-    local = functools.partial(_local_gradients, gating)
+    copy_axes = tuple(axis for axis in free_axes(COPY_AXES) if axis != "expert")
+    local = functools.partial(_local_gradients, gating, copy_axes)
     x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, y_gradient)
     return ((x_gradient, None, scores_gradient, weights_gradient),)
 
@@ -161,6 +162,7 @@ def _local(
 
 def _local_gradients(
     gating: Gating,
+    copy_axes: tuple[str, ...],
     x: jax.Array,
     chosen: jax.Array,
     scores: jax.Array,
@@ -169,7 +171,10 @@ def _local_gradients(
     *,
     on_mesh: bool,
 ) -> tuple[jax.Array, jax.Array, ExpertWeights]:
-    """One device's part of the backward pass: gradients by x, scores and weights; gate and up are computed again."""
+    """One device's part of the backward pass: gradients by x, scores and weights; gate and up are computed again.
+
+    Those by weights are sums over all devices along `copy_axes` and those that cut the width.
+    """
     shapes, num_tokens, dtype, exact = (x.shape, scores.shape), x.shape[0] * x.shape[1], x.dtype, precision(x.dtype)
     x, chosen, scores, maps = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
     y_gradient = _gather_tokens(y_gradient, on_mesh=on_mesh)
@@ -213,7 +218,7 @@ def _local_gradients(
     scores_gradient = scores_gradient.reshape(scores.shape)
     x_gradient, scores_gradient = (_scatter(each, on_mesh=on_mesh) for each in (x_gradient, scores_gradient))
     if on_mesh:
-        sums = _map_weights(_reduce_over_rows, sums)
+        sums = _map_weights(functools.partial(_reduce_over_rows, copy_axes), sums)
     weights_gradient = jax.tree.map(lambda each, weight: each.astype(weight.dtype), sums, weights)
     return x_gradient.reshape(shapes[0]).astype(dtype), scores_gradient.reshape(shapes[1]), weights_gradient
 
@@ -287,14 +292,14 @@ def _scatter(each: jax.Array, *, on_mesh: bool) -> jax.Array:
     return jax.lax.psum(jax.lax.psum_scatter(each, "expert", scatter_dimension=0, tiled=True), "tensor")
 
 
-def _reduce_over_rows(axes: str, gradient: jax.Array) -> jax.Array:
+def _reduce_over_rows(copy_axes: tuple[str, ...], axes: str, gradient: jax.Array) -> jax.Array:
     """The gradient of a weight, summed over all rows and cut by its width as the weight is."""
     letters = axes.split()
     if "d" in letters:
         gradient = jax.lax.psum_scatter(gradient, WIDTH_AXES, scatter_dimension=letters.index("d"), tiled=True)
     else:
         gradient = jax.lax.psum(gradient, WIDTH_AXES)
-    return jax.lax.psum(gradient, tuple(axis for axis in COPY_AXES if axis != "expert"))
+    return jax.lax.psum(gradient, copy_axes)
 
 
 # Choices in blocks.

@@ -10,14 +10,14 @@ dim `l`, and what runs inside the scan over layers is the same module with that 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsft.mesh import constrain, on_one_device
+from jaxsft.mesh import constrain, on_one_device, partition_spec
 
 Sizes = Mapping[str, int]
 """Letter of a dim to its size."""
@@ -56,13 +56,63 @@ def _product_backward(dims: str, kept: tuple[jax.Array, jax.Array], gradient: ja
         gradients, inputs = gradient.reshape(num_tokens, -1), x.reshape(num_tokens, num_inputs)
         by_x = einsum("to,io->ti", gradients, weight.reshape(num_inputs, -1)).reshape(x.shape)
         return by_x, summed("ti,to->io", inputs, gradients).reshape(weight.shape).astype(stored.dtype)
-    factors, of_y = dims.split(" -> ")
-    of_x, of_weight = factors.split(", ")
+    of_x, of_weight, of_y = _letters(dims)
     by_x = einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight)
     return by_x, summed(f"{of_x}, {of_y} -> {of_weight}", x, gradient).astype(stored.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _letters(dims: str) -> tuple[str, str, str]:
+    """Those of `x`, of the weight and of what comes out: of `"b t d, d f -> b t f"`, `b t d`, `d f` and `b t f`."""
+    factors, of_y = dims.split(" -> ")
+    of_x, of_weight = factors.split(", ")
+    return of_x, of_weight, of_y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(all_dims: tuple[str, ...], x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+    """The `_product` of `x` with each of some weights whose outputs are cut over `tensor`.
+
+    Of the gradient by `x`, each device there has one summand for each product. Left to the partitioner, each of these
+    is summed up over `tensor` by itself; here a device adds up its own before that, which is then done once.
+    """
+    return _products_forward(all_dims, x, weights)[0]
+
+
+def _products_forward(all_dims: tuple[str, ...], x: jax.Array, weights: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+    return [_product_forward(dims, x, weight)[0] for dims, weight in zip(all_dims, weights, strict=True)], (x, weights)
+
+
+def _products_backward(
+    all_dims: tuple[str, ...], kept: tuple[jax.Array, list[jax.Array]], gradients: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
+    x, weights = kept
+    exact, letters = precision(x.dtype), [_letters(dims) for dims in all_dims]
+
+    def by_x(weights: list[jax.Array], gradients: list[jax.Array]) -> jax.Array:
+        summands = [
+            jnp.einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight, precision=exact)
+            for (of_x, of_weight, of_y), weight, gradient in zip(letters, weights, gradients, strict=True)
+        ]
+        return jax.lax.psum(sum(summands), "tensor")
+
+    gathered = [partition_spec(of_weight, over=("tensor",)) for _, of_weight, _ in letters]
+    x_gradient = jax.shard_map(
+        by_x,
+        in_specs=(gathered, [partition_spec(of_y) for *_, of_y in letters]),
+        out_specs=partition_spec(letters[0][0]),
+        check_vma=False,
+    )([weight.astype(x.dtype) for weight in weights], gradients)
+    by_weights = [
+        jnp.einsum(f"{of_x}, {of_y} -> {of_weight}", x, gradient, precision=exact, preferred_element_type=jnp.float32)
+        for (of_x, of_weight, of_y), gradient in zip(letters, gradients, strict=True)
+    ]
+    return x_gradient, [each.astype(weight.dtype) for each, weight in zip(by_weights, weights, strict=True)]
+
+
+_products.defvjp(_products_forward, _products_backward)
 
 
 class Linear(nnx.Module):
@@ -81,11 +131,25 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _product(self.einsum, x, self.weight[...])
+        return self._with_bias(_product(self.einsum, x, self.weight[...]))
+
+    def _with_bias(self, y: jax.Array) -> jax.Array:
         if self.bias is None:
             return y
         # In float32, in which its gradient is then summed over tokens.
-        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
+
+    @staticmethod
+    def each(maps: Sequence["Linear"], x: jax.Array) -> Iterable[jax.Array]:
+        """What each of some maps makes of the same `x`, their outputs being cut over `tensor`.
+
+        On a mesh with that axis, their gradients by `x` are reduced over it together.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.shape["tensor"] == 1:
+            return (each(x) for each in maps)
+        ys = _products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
+        return (each._with_bias(y) for each, y in zip(maps, ys, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +225,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = [self.up_proj(x)] if self.gate_proj is None else [self.gate_proj(x), self.up_proj(x)]
-        return self.down_proj(constrain(self.activation(*inner), "b t f"))
+        inner = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+        return self.down_proj(constrain(self.activation(*Linear.each(inner, x)), "b t f"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, on_one_device, partition_spec
+from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, free_axes, on_one_device, partition_spec
 from jaxsft.model.layers import Logits, precision
 from jaxsft.training import loss_in_blocks
 from jaxsft.training.chunks import trained_first
@@ -105,7 +105,7 @@ def _over_mesh(
         local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
     sums = (PartitionSpec(), PartitionSpec())
     return jax.shard_map(
-        functools.partial(local, logits, with_gradients=with_gradients),
+        functools.partial(local, logits, with_gradients=with_gradients, token_axes=free_axes(TOKEN_AXES)),
         in_specs=(hidden_spec, table_spec, rows, rows),
         out_specs=(sums, hidden_spec, table) if with_gradients else sums,
         check_vma=False,
@@ -131,8 +131,12 @@ def _local(
     *,
     with_gradients: bool,
     on_mesh: bool,
+    token_axes: tuple[str, ...] = (),
 ) -> Any:
-    """One device's part: (loss sum, correct sum), and their gradients by hidden and unembedding when asked for."""
+    """One device's part: (loss sum, correct sum), and their gradients by hidden and unembedding when asked for.
+
+    Sums are those of all devices along `token_axes`.
+    """
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     exact = precision(hidden.dtype)
@@ -159,14 +163,15 @@ def _local(
     carry = (zero, zero), (gradients if with_gradients else ())
     sums, gradients = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
     if on_mesh:
-        sums = jax.lax.psum(sums, TOKEN_AXES)
+        sums = jax.lax.psum(sums, token_axes)
     if not with_gradients:
         return sums
     hidden_gradient, unembedding_gradient = gradients
     if on_mesh:
         hidden_gradient = jax.lax.psum(hidden_gradient, "tensor")
         unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
-        unembedding_gradient = jax.lax.psum(unembedding_gradient, COPY_AXES)
+        copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
+        unembedding_gradient = jax.lax.psum(unembedding_gradient, copy_axes)
     return sums, hidden_gradient.reshape(shape), unembedding_gradient
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES
+from jaxsft.mesh import COPY_AXES, WIDTH_AXES
 from jaxsft.model.layers import Logits, precision
 from jaxsft.training.chunks import trained_first
 
@@ -86,6 +86,7 @@ def loss_in_blocks(
     weights: jax.Array,
     *,
     with_gradients: bool,
+    token_axes: tuple[str, ...],
 ) -> Any:
     """One device's part, within `shard_map`: (loss sum, correct sum), and gradients by hidden and by `table` if asked.
 
@@ -97,6 +98,7 @@ def loss_in_blocks(
         targets: int32 [B, T], of the whole vocabulary.
         weights: float32 [B, T].
         with_gradients: see above; that by `table` has its shape.
+        token_axes: sums are those of all devices along these.
     """
     shape, (num_rows, _) = hidden.shape, table.shape
     first_id = jax.lax.axis_index("tensor") * num_rows
@@ -144,7 +146,7 @@ def loss_in_blocks(
         return over_chunks(see_chunk, softmax)
 
     softmax = _over_tensor(over_blocks(see, _nothing_seen(chunks.order.size)))
-    sums = jax.lax.psum(_sums(softmax, tokens.weight), TOKEN_AXES)
+    sums = jax.lax.psum(_sums(softmax, tokens.weight), token_axes)
     if not with_gradients:
         return sums
 
@@ -172,7 +174,8 @@ def loss_in_blocks(
     by_place = jax.lax.psum(by_place, "tensor")
     hidden_gradient = jnp.zeros(flat[0].shape, jnp.float32)
     hidden_gradient = hidden_gradient.at[chunks.order].set(by_place, mode="drop", unique_indices=True)
-    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, COPY_AXES)
+    copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
+    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, copy_axes)
 
 
 def _cut(tree: Any, start: jax.Array, count: int) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxsft.batch import Batch
 from jaxsft.config import OptimConfig
@@ -23,13 +23,10 @@ from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated,
 from jaxsft.model.abstract import Model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.training.compiler_options import compiler_options
 from jaxsft.training.loss import LossSums, next_token_loss
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.optim import make_optimizer, make_schedule
-
-ONE_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
-"""What a step is compiled with for one CPU device: vectors of 512 bits where it has them (AVX-512), of which XLA by
-itself takes 256. Attention of one layer then takes 0.91 to 0.97 of the time."""
 
 
 class TrainState(NamedTuple):
@@ -125,13 +122,46 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
     The routers' losses are of all tokens of the step, however it is cut. They enter times the sum of all weights, by
     which the gradients are divided later. Balance multiplies shares of choices by probabilities: where there are
     several microbatches, a first forward pass counts the choices of all (a third more time, and exact).
+
+    Where there are several microbatches, devices along `data` add up what they make of their own rows, and their sums
+    are summed up over all of them once. Left to the partitioner, that would be done for every microbatch.
     """
     num_tokens = jnp.maximum(jnp.sum(microbatches.segment_ids > 0, dtype=jnp.float32), 1.0)
     weight_sum = divisor(microbatches.loss_weights.sum())
+    sums = functools.partial(_sums_of_rows, graphdef, optim=optim)
+    mesh = jax.sharding.get_abstract_mesh()
+    if microbatches.tokens.shape[0] == 1 or mesh.empty or mesh.shape["data"] == 1:
+        return sums(params, frozen, microbatches, num_tokens, weight_sum, copy_axes=())
+    whole = PartitionSpec()
+    return jax.shard_map(
+        functools.partial(sums, copy_axes=("data",)),
+        in_specs=(whole, whole, PartitionSpec(None, "data"), whole, whole),
+        out_specs=whole,
+        axis_names={"data"},
+        check_vma=False,
+    )(params, frozen, microbatches, num_tokens, weight_sum)
+
+
+def _sums_of_rows(
+    graphdef: Any,
+    params: Any,
+    frozen: Any,
+    microbatches: Batch,
+    num_tokens: jax.Array,
+    weight_sum: jax.Array,
+    *,
+    optim: OptimConfig,
+    copy_axes: tuple[str, ...],
+) -> Summed:
+    """`summed_gradients`, of rows that some mesh axes have cut already, over which the sums then are summed up."""
+
+    def over_copies(sums: Any) -> Any:
+        return jax.lax.psum(sums, copy_axes) if copy_axes else sums
+
     nothing_routed = _nothing_routed(nnx.merge(graphdef, params, frozen).config)
     all_counts = None
     if nothing_routed is not None and optim.router_balance > 0 and microbatches.tokens.shape[0] > 1:
-        all_counts = _all_counts(graphdef, params, frozen, microbatches, nothing_routed.counts)
+        all_counts = over_copies(_all_counts(graphdef, params, frozen, microbatches, nothing_routed.counts))
 
     def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[LossSums, RouterSums | None]]:
         sums, router = forward_loss(graphdef, params, frozen, batch)
@@ -151,7 +181,7 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
     no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed
     total, _ = jax.lax.scan(add, nothing, microbatches)
-    return Summed(*total)
+    return Summed(*over_copies(total))
 
 
 def _nothing_routed(config: DecoderConfig) -> RouterSums | None:
@@ -228,7 +258,7 @@ def make_train_step(
         in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=ONE_CPU_OPTIONS if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=compiler_options(mesh),
     )
 
 

@@ -23,6 +23,7 @@ from jaxsft.config import Config
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import write_whole
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.training.compiler_options import describe_options
 from jaxsft.training.metrics import num_params
 from jaxsft.training.step import TrainState
 
@@ -61,6 +62,8 @@ def start_summary(
             "gradients per device, activations besides",
         ),
     ]
+    if (options := describe_options(mesh)) is not None:
+        lines.append(("compiler", options))
     longest = seq_len
     if isinstance(loader, Loader):
         longest = min(max(source.report["longest"]["tokens"] for source in loader.dataset.sources), seq_len)

@@ -288,3 +288,25 @@ def test_rows_of_a_table_move_to_their_devices_and_none_holds_those_of_others(ax
     moved = [each for each in sent if each.num_bytes > max(table, num_rows * length * 4)]
     assert {each.kind for each in moved} == {"all-to-all"} and len(moved) <= 2 * len(axes)
     assert {each.num_bytes for each in moved} == {num_rows * length * width * 4 // 8}
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 4, "fsdp": 2}, {"tensor": 2, "data": 2, "context": 2}], ids=str)
+def test_a_layer_reduces_its_hidden_states_over_tensor_four_times(axes):
+    """What attention and MLP add, forward; the gradients by what goes into either, backward."""
+    num_rows, length, num_layers = 8, 16, 4
+    config = dataclasses.replace(CONFIG, layers=(LayerKind(),) * num_layers, num_kv_heads=4)
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config)))
+    mesh = make_mesh(MeshConfig(**axes))
+    rows = [jax.ShapeDtypeStruct((num_rows, length), jnp.int32, sharding=batch_sharding(mesh))] * 3
+
+    def total(state, *rows):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, state)(*rows).hidden))
+
+    with jax.set_mesh(mesh):
+        sharded = shardings(mesh, abstract)
+        step = jax.jit(jax.grad(total), in_shardings=(sharded, *[batch_sharding(mesh)] * 3), out_shardings=sharded)
+        sent = read_program(step.lower(abstract, *rows).compile(AS_FOR_USERS).as_text(), mesh.shape).collectives
+    of_layers = [each for each in sent if each.scope == "layers" and each.axes == ("tensor",)]
+    assert {each.kind for each in of_layers} == {"all-reduce"}
+    num_bytes = num_rows * length * config.hidden_size * 4 * axes["tensor"] // 8
+    assert sum(each.times * each.num_bytes for each in of_layers) == 4 * num_layers * num_bytes

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -17,12 +18,13 @@ from jaxsft.batches.loader import Loader
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
-from jaxsft.mesh import make_mesh
+from jaxsft.mesh import batch_sharding, make_mesh
 from jaxsft.model.abstract import abstract_model
 from jaxsft.model.architecture import LayerKind
 from jaxsft.model.decoder import Decoder
 from jaxsft.setup import Setup
 from jaxsft.training.metrics import Totals, summarise
+from jaxsft.training.program import read_program
 from jaxsft.training.step import (
     abstract_state,
     attention_pairs,
@@ -109,11 +111,34 @@ def test_loss_and_gradients_are_equal_on_every_mesh(run, on_one_device, name):
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 4])
-@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2}, {"data": 2}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
 def test_loss_and_gradients_are_equal_for_every_accumulation(run, on_one_device, num_microbatches, sizes):
-    mesh = mesh_of(sizes["fsdp"], **sizes)
+    mesh = mesh_of(math.prod(sizes.values()), **sizes)
     batch = make_loader(run).batch(0)
     assert_equal(gradients_of(run, [batch], mesh, num_microbatches=num_microbatches), on_one_device)
+
+
+@pytest.mark.parametrize("model", ["run", "mixture"])
+def test_what_is_of_all_copies_is_summed_up_once_a_step(request, model):
+    """Over `data`, by the compiled program: nothing within the loops over microbatches and layers."""
+    config, pretrained, _ = request.getfixturevalue(model)
+    mesh, num_microbatches = mesh_of(data=2, fsdp=2, tensor=2), 4
+    step = make_train_step(
+        pretrained.model, FROZEN, config.optim, num_steps=12, num_microbatches=num_microbatches, mesh=mesh
+    )
+    rows = jax.ShapeDtypeStruct((16, 128), jnp.int32, sharding=batch_sharding(mesh))
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32, sharding=rows.sharding), rows, rows)
+    with jax.set_mesh(mesh):
+        lowered = step.lower(abstract_state(pretrained.model.params, config.optim, mesh), FROZEN, batch)
+        report = read_program(lowered.compile(AS_FOR_USERS).as_text(), mesh.shape)
+    assert {each.times for each in report.collectives} >= {1, num_microbatches}
+    over_copies = [each for each in report.collectives if "data" in each.axes]
+    assert {each.times for each in over_copies} == {1}
+    gradients = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+        for leaf in jax.tree.leaves(abstract_state(pretrained.model.params, config.optim, mesh).params)
+    )
+    assert gradients <= sum(each.num_bytes for each in over_copies) < 1.01 * gradients + 4096
 
 
 def test_loss_and_gradients_are_equal_packed_or_one_example_per_row(run):
@@ -202,11 +227,11 @@ def test_the_losses_of_routers_are_added_as_they_are_written(mixture, mixture_on
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 4])
-@pytest.mark.parametrize("sizes", [{}, {"expert": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"expert": 2}, {"data": 2, "context": 2}], ids=str)
 def test_the_losses_of_routers_are_equal_for_every_accumulation(
     mixture, mixture_on_one_device, num_microbatches, sizes
 ):
-    mesh = mesh_of(sizes.get("expert", 1), **sizes)
+    mesh = mesh_of(math.prod(sizes.values()), **sizes)
     batch = make_loader(mixture).batch(0)
     assert_equal(gradients_of(mixture, [batch], mesh, num_microbatches=num_microbatches), mixture_on_one_device)
 
