@@ -98,6 +98,8 @@ MESHES = {
     "tensor 4 x fsdp 2": {"tensor": 4, "fsdp": 2},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "context 2 x fsdp 4": {"context": 2, "fsdp": 4},
+    "context 4 x tensor 2": {"context": 4, "tensor": 2},
+    "context 8": {"context": 8},
     "expert 2 x data 4": {"expert": 2, "data": 4},
 }
 
@@ -230,6 +232,7 @@ MIXTURE_MESHES = [
     {"expert": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "expert": 4},
     {"context": 2, "expert": 2, "fsdp": 2},
+    {"context": 4, "expert": 2},
 ]
 
 
