@@ -14,8 +14,8 @@ TILE = 64
 """Queries, and keys, of a small tile: few enough that short examples meet little of each other."""
 SMALL_IN_LARGE = 8
 """On CPUs a large tile has so many small ones along each side. It takes their place where those needed hold at least
-half of the pairs that it computes, as larger matmuls take half the time. TPUs and GPUs make nothing of small matmuls:
-there, all tiles are of the size of a large one, in a single loop (several would copy the gradients of all keys)."""
+half of the pairs that it computes, as larger matmuls take half the time. Elsewhere all tiles are of the size of a large
+one: with loops over several kinds, the compiler for TPUs copied the gradients of all keys from one loop to the next."""
 STRIPS = 4
 """A large tile on the diagonal, in which no query sees the keys after it, is computed in so many strips of queries,
 each with the keys up to its end: 10 of 16 parts."""

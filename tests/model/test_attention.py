@@ -10,9 +10,9 @@ from compilation import AS_FOR_USERS
 from naive_attention import naive
 
 from jaxsft.model import attention as module
-from jaxsft.model import needed as tiles
 from jaxsft.model.attention import attention
 from jaxsft.model.decoder import KEPT
+from jaxsft.model.needed import SMALL_IN_LARGE, Cut, Kind, Rule, needed_tiles
 
 SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
 POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
@@ -118,15 +118,15 @@ def test_a_window_spares_the_work_of_keys_out_of_reach(place):
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("lengths", [[[3, 29, 1, 14, 17], [64]], [[40, 24], [9, 9, 9, 9, 9, 9, 10]]])
 def test_tiles_hold_every_allowed_pair_once_and_none_is_without(lengths, window, place):
-    tile, side = 2, 2 * tiles.SMALL_IN_LARGE
+    tile, side = 2, 2 * SMALL_IN_LARGE
     positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths], np.int32)
     segment_ids = np.array([np.repeat(np.arange(len(row)), row) for row in lengths], np.int32)
-    rule = tiles.Rule(1.0, window, None)
+    rule = Rule(1.0, window, None)
     allowed = np.asarray(rule.allowed((segment_ids, segment_ids), (positions, positions)))
-    cut, order = tiles.Cut(tile, tiles.SMALL_IN_LARGE, 64, on_mesh=False), jnp.zeros(1, jnp.int32)
-    found = tiles.needed_tiles(rule, cut, jnp.asarray(positions), order, order)
+    cut, order = Cut(tile, SMALL_IN_LARGE, 64, on_mesh=False), jnp.zeros(1, jnp.int32)
+    found = needed_tiles(rule, cut, jnp.asarray(positions), order, order)
     needed = {kind: np.asarray(of_kind) for kind, of_kind in found}
-    on, off, small = (tiles.Kind(side, True), tiles.Kind(side, False), tiles.Kind(tile, False))
+    on, off, small = (Kind(side, True), Kind(side, False), Kind(tile, False))
     assert set(needed) == {on, off, small}
 
     computed = np.zeros_like(allowed, int)
