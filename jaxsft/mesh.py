@@ -33,8 +33,10 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "e": ("expert",),
     "p": (),
     "a": (),
+    "g": (),
     "h": (),
     "l": (),
+    "s": (),
 }
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over.
 
@@ -82,6 +84,13 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def is_cut_evenly(shape: Sequence[int], axes: str) -> bool:
+    """Whether the mesh in scope cuts each dim of an array into equal parts; without one, it does."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ways = (math.prod(sizes.get(axis, 1) for axis in free_axes(DIM_AXES[letter])) for letter in axes.split())
+    return all(size % number == 0 for size, number in zip(shape, ways, strict=True))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

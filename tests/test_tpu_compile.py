@@ -147,3 +147,22 @@ def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model,
     reduced = [totals.get(("loss", kind, ("fsdp",)), (0, 0)) for kind in ("reduce-scatter", "all-reduce")]
     assert table * 4 <= sum(num_bytes for _, num_bytes in reduced) < 1.01 * table * 4
     assert max(array.num_bytes for array in compiled.report.arrays if array.scope == "loss") <= table * 4 // 8
+
+
+def test_of_rows_that_are_cut_keys_are_gathered_for_a_whole_layer_and_their_gradients_reduced_in_float32(
+    tpu_compile, model
+):
+    overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}", "mesh.context=2"]
+    compiled = tpu_compile.compile_step(tpu_compile.read_config(model, overrides), "v6e:2x2")
+    layers = [each for each in compiled.report.collectives if each.scope == "layers"]
+    assert not any(each.is_open for each in layers)  # none within attention's loops over tiles
+    gathered, reduced = (
+        [each for each in layers if each.axes == ("context",) and (each.kind == "all-gather") == is_gathered]
+        for is_gathered in (True, False)
+    )
+    # Keys and values are gathered in two parts: forward, and twice backward at most, where the layer is computed again.
+    of_part = ROWS // 2 * LENGTH // 2 * 2 * 64 * 2
+    assert {each.num_bytes for each in gathered} == {of_part}
+    assert 2 * 4 * NUM_LAYERS <= sum(each.times for each in gathered) <= 3 * 4 * NUM_LAYERS
+    assert {each.num_bytes for each in reduced} == {2 * of_part}
+    assert sum(each.times for each in reduced) == 4 * NUM_LAYERS

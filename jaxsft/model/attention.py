@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsft.mesh import constrain, on_cpu, on_one_device
+from jaxsft.mesh import constrain, is_cut_evenly, on_cpu, on_one_device
 from jaxsft.model.layers import precision
-from jaxsft.model.tiles import SAVED_NAME, TILE, Rule, attention_in_tiles
+from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
+from jaxsft.model.tiles import SAVED_NAME, Rows, attention_in_tiles
 
 BLOCK_SIZE = 128
 """Queries whose scores exist at once."""
@@ -40,6 +41,7 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    order: jax.Array | None = None,
     block_size: int | None = None,
 ) -> jax.Array:
     """Causal attention within segments, with float32 softmax, in memory linear in T.
@@ -63,8 +65,10 @@ def attention(
         window: keys that a query sees at most, counted back from its own position; all if left out.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: [N], a score of each head for attending to nothing (gpt-oss).
-        block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S]. On one CPU device
-            the side of a tile (`tiles.py`), of which no scores are kept. If left out, what is fast.
+        order: int32, the chunks of the row in the order in which devices along `context` hold them (`balance.py`), for
+            self-attention on such a mesh; as they are in the row if left out.
+        block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S]. Where it goes by
+            tiles (`tiles.py`) the side of one, and no scores are kept. If left out, what is fast.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
@@ -72,8 +76,11 @@ def attention(
     num_queries, num_keys = q.shape[1], k.shape[1]
     is_self = num_keys == num_queries
     rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
-    if is_self and on_cpu() and on_one_device() and num_queries > (tile := block_size or TILE):
-        return _in_tiles(q, k, v, rule, sinks, segment_ids=q_segment_ids, positions=q_positions, tile=tile)
+    if is_self and (cut := _tiles_of(len(q), num_queries, block_size, order)) is not None:
+        order = jnp.arange(num_queries // cut.chunk) if order is None else order
+        rows = Rows(q_segment_ids, q_positions, kv_segment_ids, kv_positions, order)
+        return attention_in_tiles(rule, cut, q, k, v, sinks, rows)
+    assert order is None, "only tiles know of an order"
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     block_size, dense = block_size or BLOCK_SIZE, functools.partial(_dense, rule=rule, sinks=sinks)
     # Queries that fill up the last block are padding: finite, and cut off again.
@@ -91,24 +98,18 @@ def attention(
     return _saved(out[:, :num_queries])
 
 
-def _in_tiles(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rule: Rule,
-    sinks: jax.Array | None,
-    *,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    tile: int,
-) -> jax.Array:
-    """Self-attention in tiles of queries and keys (`tiles.py`), of a length that need not be a multiple of them."""
-    num_queries = q.shape[1]
-    # What fills up the last tile is a segment of its own: finite, and cut off again.
-    fill = -num_queries % tile
-    arrays = (_fill(x, fill) for x in (q, k, v))
-    out = attention_in_tiles(rule, tile, *arrays, sinks, _fill(segment_ids, fill, -1), _fill(positions, fill))
-    return out[:, :num_queries]
+def _tiles_of(num_rows: int, length: int, tile: int | None, order: jax.Array | None) -> Cut | None:
+    """How self-attention is cut into tiles; None where it goes over blocks of queries."""
+    in_large = SMALL_IN_LARGE if on_cpu() else 1
+    tile = tile or TILE * SMALL_IN_LARGE // in_large
+    if on_one_device():
+        return Cut(tile, in_large, length, on_mesh=False) if on_cpu() and length > tile else None
+    num_parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    if num_parts == 1 or not is_cut_evenly((num_rows, length), "b t"):
+        return None
+    chunk = length // (num_parts if order is None else len(order))
+    num_tiles = -(-chunk // tile)
+    return Cut(-(-chunk // num_tiles), in_large, chunk, on_mesh=True)  # as even as it goes, with little to fill up
 
 
 def _in_stages(queries: list[jax.Array], keys: list[jax.Array], dense: Callable, *, block_size: int) -> jax.Array:

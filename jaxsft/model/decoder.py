@@ -16,6 +16,7 @@ from flax import nnx
 from jaxsft.mesh import constrain
 from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.attention import attention
+from jaxsft.model.balance import balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
@@ -70,6 +71,8 @@ class Slots(NamedTuple):
     q_positions: jax.Array
     kv_segment_ids: jax.Array
     kv_positions: jax.Array
+    order: jax.Array | None
+    """Of the chunks of a row, where it is not that of the row (`balance.py`)."""
     start: jax.Array | int
 
 
@@ -126,6 +129,7 @@ class Attention(nnx.Module):
             window=kind.window,
             soft_cap=config.attention_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
+            order=slots.order,
         )
         return self.o_proj(mixed), cached
 
@@ -219,10 +223,15 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
         """
+        order = balanced_order(*tokens.shape) if cache is None else None
+        if order is not None:
+            tokens, segment_ids, positions = (balance(x, "b t") for x in (tokens, segment_ids, positions))
         hidden = self._embed(tokens, positions)
-        slots, cached = self._slots(segment_ids, positions, cache)
+        slots, cached = self._slots(segment_ids, positions, cache, order)
         hidden, (cached, router) = self._run(hidden, slots, cached)
         hidden = self.norm(hidden)
+        if order is not None:
+            hidden = restore(hidden, "b t d")
         if cache is not None:
             k, v = cached
             cache = Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
@@ -231,7 +240,7 @@ class Decoder(nnx.Module):
     def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
         graphdef, weights = nnx.split(self.layers)
-        slots, _ = self._slots(segment_ids, positions, None)
+        slots, _ = self._slots(segment_ids, positions, None, None)
         stream = [self._embed(tokens, positions)]
         for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
             stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
@@ -245,8 +254,13 @@ class Decoder(nnx.Module):
             hidden += self.embed_positions(positions, self.compute_dtype)
         return constrain(hidden, "b t d")
 
-    def _slots(self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[Slots, Any]:
+    def _slots(
+        self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None, order: jax.Array | None
+    ) -> tuple[Slots, Any]:
         all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
+        if order is not None:
+            # Gathered here, once for all layers.
+            all_segment_ids, all_positions = (constrain(x, "b s") for x in (segment_ids, positions))
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             all_segment_ids = write(cache.segment_ids, segment_ids, cache.length, axis=1)
@@ -257,7 +271,7 @@ class Decoder(nnx.Module):
         if any(rope.depends_on_length for rope in self.config.ropes):
             lengths = example_lengths(segment_ids, all_segment_ids, all_positions)
         rotations = tuple(rotation(rope, positions, lengths) for rope in self.config.ropes)
-        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, start), cached
+        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start), cached
 
     @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:

@@ -41,6 +41,8 @@ class Collective(NamedTuple):
     """One of `SCOPES`, or empty: the rest of the step."""
     is_async: bool
     """Other work may be done meanwhile."""
+    is_open: bool
+    """Within a loop whose end is computed, so that `times` says how often all such loops are come to, not turned."""
 
 
 class Array(NamedTuple):
@@ -104,7 +106,9 @@ def read_program(text: str, mesh_shape: Mapping[str, int]) -> Report:
     entry, computations = _computations(text)
     collectives: list[Collective] = []
     largest: dict[str, Array] = {}  # by scope
-    for instruction, visit in _visited(computations, entry, _Visit(1, "", is_inner=False, is_async=False)):
+    for instruction, visit in _visited(
+        computations, entry, _Visit(1, "", is_inner=False, is_async=False, is_open=False)
+    ):
         if (kind := _kind(instruction, visit)) is not None:
             collectives.append(_collective(kind, instruction, computations[visit.computation], visit, mesh_shape))
         if not visit.is_inner and instruction.opcode not in _MAKE_NOTHING:
@@ -143,6 +147,8 @@ class _Visit(NamedTuple):
     is_inner: bool
     """Within a fusion: its instructions write nothing to memory."""
     is_async: bool
+    is_open: bool
+    """Within a loop whose end is computed."""
     computation: str = ""
 
 
@@ -169,8 +175,9 @@ def _visited(computations: dict[str, _Computation], name: str, visit: _Visit) ->
         if each.opcode == "while":
             body = re.search(r"body=%?([\w.\-]+)", each.rest)
             assert body
-            times = visit.times * (_trip_count(each, computation, computations) or 1)
-            yield from _visited(computations, body[1], here._replace(times=times))
+            count = _trip_count(each, computation, computations)
+            inside = here._replace(times=visit.times * (count or 1), is_open=visit.is_open or count is None)
+            yield from _visited(computations, body[1], inside)
         elif each.opcode in ("fusion", "call", "conditional", "async-start", "call-start"):
             is_inner = visit.is_inner or each.opcode == "fusion"
             inside = here._replace(is_inner=is_inner, is_async=visit.is_async or each.opcode.endswith("-start"))
@@ -259,7 +266,7 @@ def _collective(
         visit.is_async or instruction.opcode.endswith("-start") or "async_collective_fusion_config" in instruction.rest
     )
     axes = _axes(_groups(instruction.rest, mesh_shape), mesh_shape)
-    return Collective(kind, axes, max(before, after), visit.times, visit.scope, is_async)
+    return Collective(kind, axes, max(before, after), visit.times, visit.scope, is_async, visit.is_open)
 
 
 def _arrays(shape: str) -> Iterator[tuple[str, int, bool]]:

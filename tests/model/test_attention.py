@@ -1,4 +1,4 @@
-"""Attention against the naive formula: dense scores, repeated key/value heads, one softmax."""
+"""Attention on one device against the naive formula; positions cut over devices are test_context.py's."""
 
 import functools
 
@@ -7,29 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilation import AS_FOR_USERS
+from naive_attention import naive
 
 from jaxsft.model import attention as module
-from jaxsft.model import tiles
 from jaxsft.model.attention import attention
 from jaxsft.model.decoder import KEPT
+from jaxsft.model.needed import SMALL_IN_LARGE, Cut, Kind, Rule, needed_tiles
 
 SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
 POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
-
-
-def naive(q, k, v, segment_ids, positions, scale=None, window=None, soft_cap=None, sinks=None):
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * (scale or 1 / np.sqrt(q.shape[-1]))
-    if soft_cap:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    distance = positions[:, :, None] - positions[:, None, :]
-    allowed = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance >= 0) & (distance < (window or 1e9))
-    nothing = jnp.full((1, q.shape[2], 1, 1), -jnp.inf) if sinks is None else sinks[None, :, None, None]
-    highest = jnp.maximum(scores.max(-1, keepdims=True), nothing)
-    weights = jnp.where(allowed[:, None], jnp.exp(scores - highest), 0)
-    total = weights.sum(-1, keepdims=True) + jnp.exp(nothing - highest)
-    return jnp.einsum("bnts,bsnh->btnh", weights / total, v)
 
 
 STATIC = ("block_size", "scale", "window", "soft_cap")
@@ -132,13 +118,15 @@ def test_a_window_spares_the_work_of_keys_out_of_reach(place):
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("lengths", [[[3, 29, 1, 14, 17], [64]], [[40, 24], [9, 9, 9, 9, 9, 9, 10]]])
 def test_tiles_hold_every_allowed_pair_once_and_none_is_without(lengths, window, place):
-    tile, side = 2, 2 * tiles.SMALL_IN_LARGE
+    tile, side = 2, 2 * SMALL_IN_LARGE
     positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths], np.int32)
     segment_ids = np.array([np.repeat(np.arange(len(row)), row) for row in lengths], np.int32)
-    rule = tiles.Rule(1.0, window, None)
+    rule = Rule(1.0, window, None)
     allowed = np.asarray(rule.allowed((segment_ids, segment_ids), (positions, positions)))
-    needed = {kind: np.asarray(of_kind) for kind, of_kind in tiles._needed(rule, tile, jnp.asarray(positions))}
-    on, off, small = (tiles.Kind(side, True), tiles.Kind(side, False), tiles.Kind(tile, False))
+    cut, order = Cut(tile, SMALL_IN_LARGE, 64, on_mesh=False), jnp.zeros(1, jnp.int32)
+    found = needed_tiles(rule, cut, jnp.asarray(positions), order, order)
+    needed = {kind: np.asarray(of_kind) for kind, of_kind in found}
+    on, off, small = (Kind(side, True), Kind(side, False), Kind(tile, False))
     assert set(needed) == {on, off, small}
 
     computed = np.zeros_like(allowed, int)
@@ -232,14 +220,15 @@ def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
 @pytest.mark.parametrize("place", ["on one CPU"], indirect=True)
 @pytest.mark.parametrize(("remat", "num_loops"), [("none", 4), ("dots", 6), ("full", 6)])
 def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pass(remat, num_loops, place):
-    """There are two sizes of tiles, so two loops each time."""
+    """There are two sizes of tiles, so two loops each time; and the loops over layers, without which XLA would see that
+    a layer is computed twice."""
 
     def loss(q, k, v):
-        layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=KEPT[remat])
-        return (layer(q, k, v) ** 2).sum()
+        layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=KEPT[remat], prevent_cse=False)
+        return (jax.lax.scan(lambda q, _: (layer(q, k, v), None), q, length=3)[0] ** 2).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile(AS_FOR_USERS)
-    assert compiled.as_text().count(" while(") == num_loops
+    assert compiled.as_text().count(" while(") == 2 + num_loops
 
 
 @pytest.mark.parametrize("place", ["on one CPU"], indirect=True)

@@ -1,5 +1,6 @@
 """The decoder: packed rows, the cache, remat, meshes, and random weights."""
 
+import collections
 import dataclasses
 
 import jax
@@ -133,7 +134,7 @@ def test_layers_of_a_pattern_run_in_their_order_with_or_without_a_rest():
     for num_layers in (2, 3, 7):
         config = dataclasses.replace(CONFIG, layers=(PATTERN * 3)[:num_layers], ropes=ROPES)
         model = make(config)
-        slots, _ = model._slots(segment_ids, positions, None)
+        slots, _ = model._slots(segment_ids, positions, None, None)
         x = model.embed_tokens(tokens, jnp.float32)
         graphdef, weights = nnx.split(model.layers)
         for index, kind in enumerate(config.layers):
@@ -212,8 +213,9 @@ def test_every_weight_names_its_dims_and_no_two_draws_are_equal():
 
 
 def on_mesh(mesh):
-    """Random weights, hidden states and gradients, made on a mesh."""
-    rows = [np.repeat(each, 8, axis=0) for each in row(7, 12, 3, size=32)]
+    """Random weights, and gradients, hidden states and residual stream, made on a mesh."""
+    lengths = [(7, 12, 3), (32,), (1,) * 16 + (16,), ()] * 2
+    rows = [np.concatenate(each) for each in zip(*(row(*of_row, size=32) for of_row in lengths), strict=True)]
     graphdef, abstract = nnx.split(jax.eval_shape(make))
 
     def value_and_gradient(state):
@@ -221,7 +223,7 @@ def on_mesh(mesh):
             hidden = nnx.merge(graphdef, state)(*rows).hidden
             return projected(hidden), hidden
 
-        return jax.grad(loss, has_aux=True)(state)
+        return jax.grad(loss, has_aux=True)(state), nnx.merge(graphdef, state).residuals(*rows)
 
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: nnx.state(make()), out_shardings=shardings(mesh, abstract))()
@@ -233,7 +235,13 @@ def on_one_device():
     return on_mesh(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]
+MESHES = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"context": 8},
+    {"data": 2, "context": 4},
+]
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
@@ -243,6 +251,35 @@ def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(ax
     for ours, theirs in zip(jax.tree.leaves(results), jax.tree.leaves(on_one_device[1]), strict=True):
         ours, theirs = np.asarray(ours), np.asarray(theirs)
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_keys_and_values_are_gathered_once_a_pass_and_nothing_is_sent_within_attention(remat):
+    """Forward and backward in two parts each, of which each device has one chunk; their gradients are reduced once."""
+    num_layers, num_rows, length = 4, 4, 256
+    config = dataclasses.replace(CONFIG, layers=(LayerKind(),) * num_layers)
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config, remat=remat)))
+    mesh = make_mesh(MeshConfig(context=4, fsdp=2))
+    rows = [jax.ShapeDtypeStruct((num_rows, length), jnp.int32, sharding=batch_sharding(mesh))] * 3
+
+    def total(state, *rows):
+        return projected(nnx.merge(graphdef, state)(*rows).hidden)
+
+    with jax.set_mesh(mesh):
+        placed = shardings(mesh, abstract)
+        step = jax.jit(jax.grad(total), in_shardings=(placed, *[batch_sharding(mesh)] * 3), out_shardings=placed)
+        text = step.lower(abstract, *rows).compile(AS_FOR_USERS).as_text()
+    sent = read_program(text, mesh.shape).collectives
+    assert not any(each.is_open for each in sent)
+    of_part = num_rows // 2 * length // 2 * config.num_kv_heads * config.head_dim * 4
+    times = collections.Counter()
+    for each in sent:
+        # The others are of weights, and of rows on their way into the layers and out of them.
+        if each.axes == ("context",) and each.scope == "layers":
+            assert each.num_bytes == of_part or each.kind == "all-reduce"
+            times[each.kind, each.num_bytes] += each.times
+    assert times["all-gather", of_part] == num_layers * 2 * 2 * 2
+    assert times["reduce-scatter", of_part] == num_layers * 2 * 2
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"fsdp": 2, "context": 4}], ids=str)

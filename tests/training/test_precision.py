@@ -168,17 +168,18 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("axes", [{"fsdp": 1}, {"fsdp": 8}, {"context": 2, "fsdp": 4}], ids=str)
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmoe", "gpt_oss"])
-def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, num_devices):
-    """By the program itself: sums, scatters, and what products of matrices put into weights, or loops into keys."""
+def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, axes):
+    """By the program itself: sums, scatters, sums over devices, and what products put into weights, or loops into
+    keys."""
     config = config_of(name)
     make = make_model(config, "bfloat16", param_dtype)
     graphdef, params = abstract_model(make)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), make_batch(config.vocab_size))
     compute = functools.partial(summed_gradients, graphdef, frozen=nnx.State({}), optim=OptimConfig())
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:num_devices])):
+    with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])):
         traced = jax.make_jaxpr(lambda params, batch: compute(params, microbatches=batch))(params, batch)
 
     def is_rounded(variable):
@@ -187,10 +188,11 @@ def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, num_device
     # Of one layer, or of a table.
     weights = {math.prod(leaf.shape[at:]) for leaf in jax.tree.leaves(params) for at in (0, 1)}
     keys = (ROWS, LENGTH, config.num_kv_heads, config.head_dim)
-    num_products = 0
+    num_products = num_over_devices = 0
     for equation in equations(traced.jaxpr):
         out, kind = equation.outvars[0], equation.primitive.name
-        if kind in ("reduce_sum", "cumsum") or kind.startswith("scatter-add"):
+        if kind in ("reduce_sum", "cumsum", "psum", "reduce_scatter") or kind.startswith("scatter-add"):
+            num_over_devices += kind == "reduce_scatter"
             assert not is_rounded(out), equation
         if kind == "dot_general" and LENGTH * ROWS in _contracted(equation):
             num_products += 1
@@ -198,6 +200,7 @@ def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, num_device
         if kind == "scan":
             assert not any(is_rounded(each) and each.aval.shape == keys for each in equation.outvars), equation
     assert num_products >= 4 - (config.routing is not None) * 3
+    assert num_over_devices >= 4 or "context" not in axes  # the gradients of keys and of values, in two parts
 
 
 def _contracted(equation):

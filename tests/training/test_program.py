@@ -79,6 +79,12 @@ def test_collectives_are_counted_with_their_axes_and_bytes_and_the_turns_of_thei
     }
 
 
+def test_what_is_in_a_loop_whose_end_is_computed_says_so():
+    assert {(each.scope, each.kind, each.axes) for each in report().collectives if each.is_open} == {
+        ("loss", "all-reduce", ("tensor",))
+    }
+
+
 def test_the_largest_array_of_each_part_is_found():
     largest = {array.scope: array for array in report().arrays}
     assert largest["layers"].num_bytes == 4096 and largest["layers"].shape == "f32[8,128]"

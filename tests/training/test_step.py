@@ -100,6 +100,8 @@ MESHES = {
     "tensor 4 x fsdp 2": {"tensor": 4, "fsdp": 2},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
     "context 2 x fsdp 4": {"context": 2, "fsdp": 4},
+    "context 4 x tensor 2": {"context": 4, "tensor": 2},
+    "context 8": {"context": 8},
     "expert 2 x data 4": {"expert": 2, "data": 4},
 }
 
@@ -255,6 +257,7 @@ MIXTURE_MESHES = [
     {"expert": 2, "fsdp": 2, "tensor": 2},
     {"data": 2, "expert": 4},
     {"context": 2, "expert": 2, "fsdp": 2},
+    {"context": 4, "expert": 2},
 ]
 
 
@@ -315,6 +318,18 @@ def test_a_run_compiles_its_step_once(run, sizes):
         for index in range(2):
             eval_step(state.params, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
     assert eval_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"context": 4, "fsdp": 2}], ids=str)
+def test_evaluation_gives_the_same_sums_on_every_mesh(run, sizes):
+    config, pretrained, _ = run
+    batch, sums = make_loader(run).batch(0), []
+    for mesh in (mesh_of(1), mesh_of(**sizes)):
+        params, step = load_params(pretrained, mesh, seed=config.seed), make_eval_step(pretrained.model, FROZEN, mesh)
+        with jax.set_mesh(mesh):
+            placed = put_batch(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch), batch.tokens.shape, mesh)
+            sums.append(jax.device_get(step(params, FROZEN, placed)))
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 
 def test_parameters_and_moments_are_cut_by_the_table(run):
