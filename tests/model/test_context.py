@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from meshes import factorisations
 from naive_attention import naive
 
@@ -211,6 +212,33 @@ def test_a_row_that_is_not_divided_by_twice_the_devices_is_attended_to_as_well(l
         assert balanced_order(ROWS, length) is None
         given = value_and_gradients(in_order(None, True, ()), *arrays_of(4, 2, length))
     assert_equal(given, expected(4, 2, length, True, ()))
+
+
+def test_copies_that_sum_up_their_gradients_later_have_their_own_summands_here():
+    """As in a step of several microbatches, where `data` is under way by hand."""
+    names = ("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions")
+    segment_ids, positions = packed_rows()
+    rows = dict(zip(names, (segment_ids, segment_ids, positions, positions), strict=True))
+    inputs = arrays_of(4, 2)
+
+    def of_copy(inputs, rows):
+        q, k, v, cotangent, sinks = inputs
+        out, vjp = jax.vjp(lambda *each: attention(*each[:3], sinks=each[3], block_size=2, **rows), q, k, v, sinks)
+        *gradients, of_sinks = vjp(cotangent)
+        return out, (*gradients, jax.lax.psum(of_sinks, "data"))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, context=2, tensor=2))):
+        cut, whole = PartitionSpec("data"), PartitionSpec()
+        specs = [cut] * 4 + [whole]
+        copies = jax.shard_map(
+            of_copy,
+            in_specs=(specs, dict.fromkeys(names, cut)),
+            out_specs=(cut, (cut, cut, cut, whole)),
+            axis_names={"data"},
+            check_vma=False,
+        )
+        given = jax.jit(copies)(inputs, rows)
+    assert_equal(given, expected(4, 2, LENGTH, True, ()))
 
 
 def test_bfloat16_is_added_up_in_float32_over_devices_too():
