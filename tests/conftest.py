@@ -44,7 +44,11 @@ FLAGS = [
 ]  # fmt: skip
 
 
-LONGEST = ("test_quickstart.py", "test_templates.py", "test_families.py", "test_step.py", "test_train.py")
+LONGEST = (
+    "test_quickstart.py", "test_templates.py", "test_families.py", "test_step.py", "test_train.py",
+    "test_compare_real.py", "test_api.py", "test_precision.py", "test_families_on_a_mesh.py", "test_tpu_compile.py",
+    "test_compare_trl.py", "test_parity.py", "test_context.py", "test_datasets.py",
+)  # fmt: skip
 """Files that take minutes: begun first, so that at the end no worker waits for one of them."""
 
 

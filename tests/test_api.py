@@ -62,10 +62,11 @@ def test_nothing_is_imported_before_it_is_asked_for(repo):
 
 @pytest.mark.parametrize("before", ["", "import jaxsft.train; ", "from jaxsft.train import run; "])
 def test_train_can_be_called_whoever_has_imported_its_module(repo, tiny_config, tmp_path, before):
-    code = f"{before}import jaxsft; print(jaxsft.train(jaxsft.load_config({str(tiny_config)!r}, "
-    code += f"['run_dir={tmp_path}/run', 'train.steps=1'])))"
+    # Refused once it has looked at the devices, which is long after it was called.
+    config = f"jaxsft.load_config({str(tiny_config)!r}, ['run_dir={tmp_path}/run', 'mesh.tensor=3'])"
+    code = f"{before}import jaxsft; print(jaxsft.train({config}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repo)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0", done.stderr
+    assert "ConfigError: mesh: tensor 3 does not fit" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_events_tell_what_the_files_of_the_run_hold(tiny_config, tmp_path):
