@@ -193,13 +193,16 @@ def tokenizer_key(tokenizer: Any) -> str:
 
 
 def is_same_tokenizer(one: Any, other: Any) -> bool:
-    """Whether two tokenizers have the same key; for a large vocabulary found in a fraction of the time."""
+    """Whether two tokenizers have the same key, found in a fraction of the time where their vocabulary is large.
+
+    Both are left without truncation and padding, which transformers sets anew in every call.
+    """
     specials = [{name: str(token) for name, token in each.special_tokens_map.items()} for each in (one, other)]
     return specials[0] == specials[1] and _backend_text(one) == _backend_text(other)
 
 
 def _backend_text(tokenizer: Any) -> str:
-    """JSON of the Rust tokenizer without settings of the last call, which decide nothing and are made anew by each."""
+    """JSON of the Rust tokenizer without settings of the last call, which decide nothing here."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from test_templates import load
+from tokenizers import normalizers
 
 from jaxsft.chat.extents import Reader
 
@@ -53,6 +54,15 @@ def test_places_are_those_of_the_tokenizer(make_tokenizer):
 def test_on_real_tokenizers(material):
     are_spelt = {folder.name: bool(check(load(folder))._spelling) for folder in (material / "tokenizers").iterdir()}
     assert are_spelt["smollm2"] and are_spelt["qwen3"] and not are_spelt["llama-2"]
+
+
+def test_bytes_are_compared_also_where_they_are_as_many(make_tokenizer):
+    backend = make_tokenizer().backend_tokenizer
+    backend.normalizer = normalizers.Replace("xx", "é")  # two characters of two bytes, and one of two
+    reader, some = Reader(backend), ["a xx b", "no such", "xx"]
+    for mine, asked in zip(read(reader, some), reader._asked(some), strict=True):
+        assert [each.tolist() for each in mine[:3]] == [each.tolist() for each in asked[:3]]
+    assert read(reader, some)[0].ends[-1] == len("a xx b")
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
