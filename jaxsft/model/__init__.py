@@ -4,6 +4,6 @@ In: tokens, segment ids and positions [B, T]. Out: the final norm's output [B, T
 
 To read: `architecture.py` is what a decoder computes, as data; `decoder.py` computes it, of `embedding.py`,
 `layers.py`, `rope.py`, `attention.py` (`tiles.py`, with `needed.py`, on one CPU, and on devices that share rows, in the
-order of `balance.py`) and `experts.py` (`dispatch.py`); `abstract.py` is a decoder without its values; `families/` has a file for each family
-of models, which reads its `config.json` by `fields.py` and `bounds.py`.
+order of `balance.py`) and `experts.py` (`dispatch.py`); `abstract.py` is a decoder without its values; `families/` has
+a file for each family of models, which reads its `config.json` by `fields.py` and `bounds.py`.
 """

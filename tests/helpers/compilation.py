@@ -3,8 +3,8 @@
 Almost all of the suite's time was XLA making programs fast. Without that, the same program of operations is compiled in
 a tenth of the time; what it computes differs by rounding. The quickstart, the comparisons with PyTorch in
 tests/compare, answers of a real model, and what counts loops, bytes or FLOPs in a compiled program are compiled as for
-users. To run all tests like that: `XLA_FLAGS="--xla_backend_optimization_level=3 --xla_llvm_disable_expensive_passes=false
---xla_cpu_use_fusion_emitters=true"`, the last of them for jax 0.10 only.
+users. To run all tests like that: `XLA_FLAGS="--xla_backend_optimization_level=3
+--xla_llvm_disable_expensive_passes=false --xla_cpu_use_fusion_emitters=true"`, the last of them for jax 0.10 only.
 """
 
 import os
