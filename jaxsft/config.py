@@ -58,9 +58,10 @@ class ModelConfig(Section):
     unroll: bool = False
     """Layers one after the other in the compiled program instead of one scanned: faster on CPU, slow to compile.
     Checkpoints are the same."""
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "attention", "full", "offload"] = "full"
     """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
-    and unrolled layers), all but the outputs of matmuls, or each whole layer."""
+    and unrolled layers), all but attention, or each whole layer. With "offload", what a layer then begins from waits in
+    the host's memory."""
 
 
 def _with_text_values(value: Any) -> Any:
