@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
+AttentionKernel = Literal["auto", "splash", "xla"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -58,6 +59,9 @@ class ModelConfig(Section):
     unroll: bool = False
     """Layers one after the other in the compiled program instead of one scanned: faster on CPU, slow to compile.
     Checkpoints are the same."""
+    attention: AttentionKernel = "auto"
+    """What computes attention in training: TPU kernels (`splash`), XLA's operations in blocks (`xla`), or the former
+    where they can be had (`auto`). The log says which and why; a kernel is held against the formula before step 1."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
     and unrolled layers), all but the outputs of matmuls, or each whole layer."""

@@ -27,8 +27,17 @@ from jaxsft.batches.stream import StreamLoader
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import Config, ConfigError, SourceConfig
 from jaxsft.disk.writing import at_home
-from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, check_positions, open_model, open_tokenizer
+from jaxsft.folders.pretrained import (
+    OpenTokenizer,
+    Pretrained,
+    check_positions,
+    compute_dtype,
+    open_model,
+    open_tokenizer,
+)
 from jaxsft.mesh import check_divisible, make_mesh
+from jaxsft.model.attention import choose_kernel
+from jaxsft.model.kernel_check import check_kernel
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.records import Preview
 from jaxsft.rows.strict import DataError
@@ -141,6 +150,27 @@ class Setup:
         key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
         sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
         check_divisible(mesh, self.pretrained.model.params, sizes)
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """What computes attention, and why: a line for the log. A kernel is held against the formula first.
+
+        Raises:
+            ConfigError: the kernel that is asked for cannot be had, or computes something else.
+        """
+        model, structure = self.config.model, self.pretrained.decoder_config
+        dtype = compute_dtype(model)
+        tokens = self.config.train.microbatch_rows, self.config.data.seq_len
+        q, k = (
+            jax.ShapeDtypeStruct((*tokens, heads, structure.head_dim), dtype)
+            for heads in (structure.num_heads, structure.num_kv_heads)
+        )
+        with jax.set_mesh(self.mesh):
+            choice = choose_kernel(model.attention, q, k)
+            said = f"{choice.kernel} ({choice.why})"
+            if choice.kernel == "xla":
+                return said
+            return f"{said}; apart from the formula by {check_kernel(model.attention, structure, dtype):.2%} at most"
 
     @functools.cached_property
     def examiner(self) -> Examiner | None:

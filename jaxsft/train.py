@@ -205,6 +205,7 @@ def _check(setup: Setup) -> None:
     setup.check_fit()
     check_profile(setup.config.log, setup.num_steps, setup.folder / "profile")
     setup.check_overlap()
+    _ = setup.attention  # a kernel is checked before a weight is read
 
 
 def _first_state(setup: Setup, checkpointer: Checkpointer, stop: StopSignal, console: Console) -> TrainState:
@@ -231,6 +232,7 @@ def _summary(setup: Setup, state: TrainState) -> str:
         setup.mesh,
         num_steps=setup.num_steps,
         decoder_config=setup.pretrained.decoder_config,
+        attention=setup.attention,
         notes=setup.notes,
     )
 
