@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import AxisType
 from naive_attention import naive
 
-from jaxsft.config import MeshConfig
+from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import AXES, make_mesh
 from jaxsft.model.attention import attention, choose_kernel
 from jaxsft.model.balance import balanced_order
 from jaxsft.model.decoder import KEPT
-from jaxsft.model.splash import LANES, Places, block_sizes, even_block
+from jaxsft.model.splash import LANES, Places, block_sizes, even_block, largest_block
 
 LENGTH = 240
 """Two blocks of 128, of which the second is filled up; chunks of 30 on 4 devices, of 60 on 2."""
