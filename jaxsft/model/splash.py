@@ -132,8 +132,17 @@ class Places(masks.Mask):
         return self.num_devices * self.filled[0], self.filled[1]
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        queries, keys = index
-        return np.asarray(self.mask_function(self.q_sequence[queries, None], np.arange(keys.start, keys.stop)[None]))
+        """Which of some queries sees which of some keys: bool [queries, keys], or [1, 1] where it is all of one kind.
+
+        Of the blocks of long rows, nearly all are, and the kernels then ask no more of them.
+        """
+        queries, keys = self.q_sequence[index[0]], np.arange(index[1].start, index[1].stop)
+        first, last, window = queries.min(), queries.max(), self.window or self.length + 1
+        if last < keys[0] or first - keys[-1] >= window:
+            return np.zeros((1, 1), np.bool_)
+        if first >= keys[-1] and last - keys[0] < window:
+            return np.ones((1, 1), np.bool_)
+        return np.asarray(self.mask_function(queries[:, None], keys[None]))
 
 
 @dataclasses.dataclass(frozen=True)

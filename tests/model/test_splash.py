@@ -209,7 +209,7 @@ def test_one_backward_kernel_is_for_rows_whose_gradients_are_small():
     assert is_fused(4096, 4096 * row) and not is_fused(8192, 8192 * row) and not is_fused(4096, 2 * 4096 * row)
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [None, 40, 128])
 def test_places_are_those_of_the_row_whatever_the_order(window):
     order = (2, 0, 3, 1)
     places = Places(order, 2, 200, 128, window)
@@ -217,9 +217,15 @@ def test_places_are_those_of_the_row_whatever_the_order(window):
     queries = places.q_sequence.reshape(2, 128)
     np.testing.assert_array_equal(queries[:, :100], row)
     assert (queries[:, 100:] == row[:, -1:]).all()
-    sees = places[slice(0, 256), slice(0, 256)].reshape(2, 128, 256)[:, :100]
-    back = row[..., None] - np.arange(256)
-    np.testing.assert_array_equal(sees, (back >= 0) & (back < (window or 256)))
+    back = queries.reshape(-1, 1) - np.arange(256)
+    expected, kinds = (back >= 0) & (back < (window or 256)), set()
+    for step in (1, 64, 128, 256):
+        for query, key in itertools.product(range(0, 256, step), range(0, 256, step)):
+            at = slice(query, query + step), slice(key, key + step)
+            block = places[at]
+            kinds.add((step, block.size == 1, bool(block.any())))
+            np.testing.assert_array_equal(np.broadcast_to(block, (step, step)), expected[at])
+    assert {(64, False, True), (64, True, False)} <= kinds  # in part and not at all
 
 
 # The choice.
