@@ -69,6 +69,8 @@ def _splash_problem(platform: str, kind: str, q: Any, k: Any) -> str | None:
         return f"it runs on TPUs, not on {kind}"
     if platform == "tpu" and q.dtype != jnp.bfloat16:
         return f"on TPUs it multiplies in bfloat16, and model.compute_dtype is {q.dtype}"
+    if platform == "tpu" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "no mesh is in scope that says how arrays are cut"
     for shape, letters in ((q.shape, "b t n h"), (k.shape, "b t k h")):
         if not is_cut_evenly(shape, letters):
             sizes = ", ".join(f"{size} {letter}" for size, letter in zip(shape, letters.split(), strict=True))
