@@ -9,6 +9,7 @@ import pytest
 from naive_attention import naive
 
 from jaxsft.config import ConfigError, MeshConfig
+from jaxsft.config_files import load_config
 from jaxsft.mesh import make_mesh
 from jaxsft.model import kernel_check
 from jaxsft.model.architecture import LayerKind
@@ -16,6 +17,7 @@ from jaxsft.model.attention import attention
 from jaxsft.model.families.known import decoder_config
 from jaxsft.model.kernel_check import check_kernel, formula, packed_rows
 from jaxsft.model.needed import Rule
+from jaxsft.setup import Setup
 
 CONFIG = dataclasses.replace(
     decoder_config(
@@ -150,6 +152,17 @@ def test_what_does_not_run_is_an_error_of_the_config():
 
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])), pytest.raises(ConfigError, match="does not run"):
         check_kernel("splash", CONFIG, "float32", attend=attend)
+
+
+def test_the_summary_says_what_computes_attention_and_why(tiny_config):
+    def line(*overrides):
+        return Setup(load_config(tiny_config, overrides)).attention
+
+    assert line() == "xla (there is no kernel for cpu)"
+    assert line("model.attention=xla") == "xla (as asked for)"
+    by_splash = line("model.attention=splash")
+    assert by_splash.startswith("splash (as asked for; on a CPU it is interpreted")
+    assert by_splash.endswith("apart from the formula by 0.00% at most")
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 16])
