@@ -110,8 +110,8 @@ FAULTS = {
     "the next token": (of_the_future, "output by "),
     "no soft cap": (no_soft_cap, "output by "),
     "no sinks": (no_sinks, "output by "),
-    "a gradient": (half_the_gradient_by_keys, "tokens of an example: gradient by keys by 50"),
-    "not a number": (not_a_number, "output by nan%"),
+    "a gradient": (half_the_gradient_by_keys, "tokens of an example: gradient by keys by "),
+    "not a number": (not_a_number, "output, which is not finite"),
 }
 
 

@@ -14,7 +14,6 @@ from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import AXES, make_mesh
 from jaxsft.model.attention import attention, choose_kernel
 from jaxsft.model.balance import balanced_order
-from jaxsft.model.decoder import KEPT
 from jaxsft.model.splash import LANES, Places, block_sizes, even_block, largest_block
 
 LENGTH = 240
@@ -169,17 +168,6 @@ def test_no_segment_feels_another():
             assert np.any(np.asarray(gradient)[segment_ids == segment] != 0)
 
 
-@pytest.mark.parametrize(("remat", "num_calls"), [("none", 3), ("full", 4)])
-def test_what_a_layer_keeps_spares_its_backward_pass_the_forward_kernel(remat, num_calls, monkeypatch):
-    """Calls are one forward, and two backward; elsewhere it runs forward once more."""
-    monkeypatch.setattr("jaxsft.model.splash.FUSED_BYTES", 0)
-    layer = jax.checkpoint(lambda *arrays: splash(*arrays), policy=KEPT[remat])
-    arrays = arrays_of(num_rows=1)[:4]
-    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        traced = str(jax.make_jaxpr(jax.grad(lambda *arrays: layer(*arrays).sum(), (0, 1, 2)))(*arrays))
-    assert traced.count("pallas_call[") == num_calls
-
-
 # Blocks.
 
 
@@ -191,12 +179,12 @@ def test_blocks_fill_up_little(size, largest, block):
     assert even_block(size, largest) == block
 
 
-def test_any_row_goes_in_blocks_that_the_kernels_take_and_wastes_less_than_a_quarter():
+def test_any_row_goes_in_blocks_that_the_kernels_take_and_fills_up_less_than_half_of_the_largest():
     for size, largest in itertools.product(range(1, 6000, 37), (128, 256, 512, 1024)):
         block = even_block(size, largest)
         assert block % LANES == 0 and block <= largest
         filled = -(-size // block) * block
-        assert filled - size < max(LANES, size / 3), (size, largest, block)
+        assert filled - size < max(LANES, min(size, largest / 2)), (size, largest, block)
         blocks = block_sizes(Places((0,), 1, size, largest, None), own_bytes=1)
         assert blocks.block_kv_compute % LANES == 0 and blocks.block_kv % blocks.block_kv_compute == 0
 
