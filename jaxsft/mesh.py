@@ -86,11 +86,15 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def num_parts(letter: str) -> int:
+    """Into how many parts the mesh in scope cuts a dim of this letter; without one, it is whole."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in free_axes(DIM_AXES[letter]))
+
+
 def is_cut_evenly(shape: Sequence[int], axes: str) -> bool:
     """Whether the mesh in scope cuts each dim of an array into equal parts; without one, it does."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    ways = (math.prod(sizes.get(axis, 1) for axis in free_axes(DIM_AXES[letter])) for letter in axes.split())
-    return all(size % number == 0 for size, number in zip(shape, ways, strict=True))
+    return all(size % num_parts(letter) == 0 for size, letter in zip(shape, axes.split(), strict=True))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -220,10 +224,17 @@ def _arrange_slice(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.
 
 def on_cpu() -> bool:
     """Whether what is being traced runs on a CPU: on the mesh in scope, or where JAX puts it without one."""
+    return platform_and_kind()[0] == "cpu"
+
+
+def platform_and_kind() -> tuple[str, str]:
+    """Of the devices that what is being traced runs on, such as "tpu" and "TPU v5 lite", wherever it is compiled."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return jax.default_backend() == "cpu"
-    return mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu"
+        device = jax.devices()[0]
+        return device.platform, device.device_kind
+    device = mesh.abstract_device
+    return ("", "") if device is None else (device.platform, device.device_kind)
 
 
 def on_one_device() -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -27,13 +28,27 @@ from jaxsft.batches.stream import StreamLoader
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import Config, ConfigError, SourceConfig
 from jaxsft.disk.writing import at_home
-from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, check_positions, open_model, open_tokenizer
+from jaxsft.folders.pretrained import (
+    OpenTokenizer,
+    Pretrained,
+    check_positions,
+    compute_dtype,
+    open_model,
+    open_tokenizer,
+)
 from jaxsft.mesh import check_divisible, make_mesh
+from jaxsft.model.abstract import with_attention
+from jaxsft.model.attention import choose_kernel
+from jaxsft.model.kernel_check import check_kernel
+from jaxsft.model.packed import share_of_whole_rows
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.records import Preview
 from jaxsft.rows.strict import DataError
 from jaxsft.training.run_folder import template_date
 from jaxsft.training.step import put_batch
+
+COUNTED_ROWS = 64
+"""Of the first batch, by which a kernel is chosen."""
 
 
 class Setup:
@@ -141,6 +156,44 @@ class Setup:
         key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
         sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
         check_divisible(mesh, self.pretrained.model.params, sizes)
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """What computes attention, and why: a line for the log. From now on, `pretrained` is a model that does so.
+
+        A kernel is held against the formula first.
+
+        Raises:
+            ConfigError: the kernel that is asked for cannot be had, or computes something else.
+        """
+        model, structure = self.config.model, self.pretrained.decoder_config
+        dtype = compute_dtype(model)
+        tokens = self.config.train.microbatch_rows, self.config.data.seq_len
+        q, k = (
+            jax.ShapeDtypeStruct((*tokens, heads, structure.head_dim), dtype)
+            for heads in (structure.num_heads, structure.num_kv_heads)
+        )
+        with jax.set_mesh(self.mesh):
+            choice = choose_kernel(model.attention, q, k)
+            if model.attention == "auto" and choice.kernel != "xla":
+                choice = choose_kernel(model.attention, q, k, share=self._share_of_whole_rows())
+            said = f"{choice.kernel} ({choice.why})"
+            if choice.kernel != "xla":
+                said += f"; apart from the formula by {check_kernel(choice.kernel, structure, dtype):.2%} at most"
+        self.pretrained = self.pretrained._replace(model=with_attention(self.pretrained.model, choice.kernel))
+        return said
+
+    def _share_of_whole_rows(self) -> float:
+        """What kernels for packed rows compute of the first rows, the same on every process."""
+        rows = self.loader.batch(0, slice(0, min(self.config.train.batch_size, COUNTED_ROWS)))
+        structure = self.pretrained.decoder_config
+        return share_of_whole_rows(
+            np.asarray(rows.segment_ids),
+            np.asarray(rows.positions),
+            group_size=structure.num_heads // structure.num_kv_heads,
+            head_dim=structure.head_dim,
+            windows=[kind.window for kind in structure.layers],
+        )
 
     @functools.cached_property
     def examiner(self) -> Examiner | None:

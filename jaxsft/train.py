@@ -203,6 +203,7 @@ def _check(setup: Setup) -> None:
     """Opens all that the run needs but weights, in the order in which mistakes are found soonest."""
     check_writers(setup.config.log)
     setup.check_fit()
+    _ = setup.attention  # a kernel is checked before a weight is read, and is that of all that follows
     check_profile(setup.config.log, setup.num_steps, setup.folder / "profile")
     setup.check_overlap()
 
@@ -231,6 +232,7 @@ def _summary(setup: Setup, state: TrainState) -> str:
         setup.mesh,
         num_steps=setup.num_steps,
         decoder_config=setup.pretrained.decoder_config,
+        attention=setup.attention,
         notes=setup.notes,
     )
 

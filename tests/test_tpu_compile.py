@@ -4,10 +4,16 @@ import importlib.util
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
 from jaxsft.config import MeshConfig
-from jaxsft.mesh import make_mesh
+from jaxsft.mesh import make_mesh, partition_spec
+from jaxsft.model import splash
+from jaxsft.model.attention import attention
+from jaxsft.model.splash import largest_block
 from jaxsft.training import compiler_options, loss_in_blocks
 from jaxsft.training.program import total_bytes
 
@@ -52,6 +58,11 @@ def model(tmp_path_factory):
     return path
 
 
+def num_kernels(compiled, phase):
+    """Calls of a kernel of splash attention in a program."""
+    return sum(" custom-call(" in line and f"splash_mha_{phase}" in line for line in compiled.text.splitlines())
+
+
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}", "mesh.tensor=2"]
@@ -65,6 +76,8 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
     arguments = (3 * 4 * NUM_PARAMS + 2 * 5 * 4 * ROWS * LENGTH) / num_devices
     assert arguments <= compiled.argument_bytes < 1.4 * arguments
     assert compiled.peak_bytes > compiled.argument_bytes
+    # With full remat, the forward kernel is in the backward loop over layers, too.
+    assert num_kernels(compiled, "fwd") == 2 and num_kernels(compiled, "dkv") == 1
 
     totals = total_bytes(compiled.report.collectives)
     assert {axes for _, _, axes in totals} <= {("fsdp",), ("tensor",), ("fsdp", "tensor")}
@@ -88,8 +101,9 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
 
 def test_copies_sum_up_their_gradients_once_a_step(tpu_compile, model):
     overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={4 * ROWS}", f"train.microbatch_size={ROWS}"]
-    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2"])
+    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2", "model.remat=none"])
     compiled = tpu_compile.compile_step(config, "v5e:2x4")
+    assert num_kernels(compiled, "fwd") == num_kernels(compiled, "dkv") == 1  # its results are kept
     assert {axis: size for axis, size in compiled.mesh.items() if size > 1} == {"data": 2, "fsdp": 2, "tensor": 2}
     between = [each for each in compiled.report.collectives if "data" in each.axes]
     assert {each.times for each in between} == {1}
@@ -149,20 +163,50 @@ def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model,
     assert max(array.num_bytes for array in compiled.report.arrays if array.scope == "loss") <= table * 4 // 8
 
 
+@pytest.mark.parametrize(("attention", "num_parts"), [("splash", 1), ("xla", 2)])
 def test_of_rows_that_are_cut_keys_are_gathered_for_a_whole_layer_and_their_gradients_reduced_in_float32(
-    tpu_compile, model
+    tpu_compile, model, attention, num_parts
 ):
     overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}", "mesh.context=2"]
-    compiled = tpu_compile.compile_step(tpu_compile.read_config(model, overrides), "v6e:2x2")
+    config = tpu_compile.read_config(model, [*overrides, f"model.attention={attention}"])
+    compiled = tpu_compile.compile_step(config, "v6e:2x2")
     layers = [each for each in compiled.report.collectives if each.scope == "layers"]
     assert not any(each.is_open for each in layers)  # none within attention's loops over tiles
     gathered, reduced = (
         [each for each in layers if each.axes == ("context",) and (each.kind == "all-gather") == is_gathered]
         for is_gathered in (True, False)
     )
-    # Keys and values are gathered in two parts: forward, and twice backward at most, where the layer is computed again.
-    of_part = ROWS // 2 * LENGTH // 2 * 2 * 64 * 2
+    # Keys and values are gathered whole or in two parts: forward, and twice backward at most, where the layer is
+    # computed again.
+    of_part, times = ROWS // 2 * LENGTH * 2 * 64 * 2 // num_parts, 2 * num_parts * NUM_LAYERS
     assert {each.num_bytes for each in gathered} == {of_part}
-    assert 2 * 4 * NUM_LAYERS <= sum(each.times for each in gathered) <= 3 * 4 * NUM_LAYERS
+    assert 2 * times <= sum(each.times for each in gathered) <= 3 * times
     assert {each.num_bytes for each in reduced} == {2 * of_part}
-    assert sum(each.times for each in reduced) == 4 * NUM_LAYERS
+    assert sum(each.times for each in reduced) == times
+
+
+@pytest.mark.parametrize(
+    ("topology", "head_dim", "fused"), [("v5e:2x2", 256, False), ("v6e:2x2", 128, True), ("v5p:2x2x1", 128, True)]
+)
+def test_splash_compiles_in_its_largest_blocks_with_all_that_models_ask_of_it(tpu_compile, topology, head_dim, fused):
+    """In the step above, rows are shorter than a block."""
+    mesh = make_mesh(MeshConfig(), tpu_compile.devices_of(topology)[:1])
+    size = largest_block(mesh.devices.flat[0].device_kind, head_dim)
+    length = 2 * size
+
+    def gradients(q, k, v, sinks, segment_ids):
+        options = dict.fromkeys(("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions"), segment_ids)
+        options |= {"window": size + 100, "soft_cap": 50.0, "sinks": sinks, "kernel": "splash"}
+        return attention(q, k, v, **options).astype(jnp.float32).sum()
+
+    def array(axes, shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
+
+    arrays = [
+        array(f"b t {letter} h", (1, length, heads, head_dim)) for letter, heads in (("n", 4), ("k", 2), ("k", 2))
+    ]
+    arrays += [array("n", (4,), jnp.float32), array("b t", (1, length), jnp.int32)]
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splash, "FUSED_BYTES", 2**62 if fused else 0)
+        text = jax.jit(jax.grad(gradients, (0, 1, 2, 3))).lower(*arrays).compile().as_text()
+    assert "splash_mha_dkv" in text and ("splash_mha_dq" in text) != fused

@@ -176,6 +176,7 @@ def decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callabl
             param_dtype=config.param_dtype,
             remat=config.remat,
             unroll=config.unroll,
+            attention=config.attention,
             rngs=rngs,
         )
 

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxsft.config import AttentionKernel
 from jaxsft.mesh import shardings
 from jaxsft.model.decoder import Decoder
 
@@ -25,6 +26,13 @@ class Model(NamedTuple):
 def abstract_model(make_decoder: Callable[[nnx.Rngs], Decoder]) -> Model:
     """The structure of a decoder, without allocating it."""
     return Model(*nnx.split(nnx.eval_shape(lambda: make_decoder(nnx.Rngs(0))), nnx.Param))
+
+
+def with_attention(model: Model, kernel: AttentionKernel) -> Model:
+    """The same decoder, whose attention is computed by a kernel."""
+    decoder = nnx.merge(*model)
+    decoder.layers.self_attn.kernel = kernel
+    return Model(*nnx.split(decoder, nnx.Param))
 
 
 def random_params(make_decoder: Callable[[nnx.Rngs], Decoder], mesh: Mesh, *, seed: int) -> Any:

@@ -3,20 +3,25 @@
 In: queries, keys and values by head, and of each its segment and its position. Out: what each query gathers.
 
 One function; what may attend to what follows from segment ids and positions alone, so a packed row, a padded row and a
-half-filled cache are one case. Projections and rotary positions are `decoder.py`'s.
+half-filled cache are one case. Projections and rotary positions are `decoder.py`'s. By which program it is computed,
+`choose_kernel` says, and nothing else.
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import constrain, is_cut_evenly, on_cpu, on_one_device
+from jaxsft.config import AttentionKernel, ConfigError
+from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_device, platform_and_kind
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
+from jaxsft.model.packed import packed_attention
 from jaxsft.model.remat import keep
+from jaxsft.model.splash import largest_block, splash_attention
 from jaxsft.model.tiles import Rows, attention_in_tiles
 
 BLOCK_SIZE = 128
@@ -25,6 +30,70 @@ BLOCK_SIZE = 128
 NUM_STAGES = 4
 """Self-attention goes over its blocks in so many loops of growing key length: 5/8 of the work of one loop over all
 keys, where unrolling every block would save 1/2 but compile for long, and hold the scores of many blocks at once."""
+
+
+MATMULS_OF_PACKED = 9 / 7
+"""Matrix products of a block, forward and backward, to those of splash attention, whose backward pass can be one
+kernel."""
+
+WORTH_IT = 0.5
+"""`auto` takes the kernels for packed rows where they compute at most this share of what splash attention computes.
+They were never timed on a TPU; twice as slow for a block, they would still be ahead."""
+
+
+class Choice(NamedTuple):
+    """What computes attention, and why that."""
+
+    kernel: Literal["splash", "packed", "xla"]
+    why: str
+
+
+def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | None = None) -> Choice:
+    """What computes self-attention of arrays of these shapes and dtypes on the mesh in scope.
+
+    Args:
+        wanted: `model.attention`.
+        q: [B, T, N, H], or anything with its shape and dtype, as is `k`.
+        k: [B, T, K, H].
+        share: of the pairs of queries and keys that splash attention computes, those that the kernels for packed rows
+            do (`packed.share_of_whole_rows`), if that is known.
+
+    Raises:
+        ConfigError: a kernel is asked for that cannot be had; says why.
+    """
+    platform, kind = platform_and_kind()
+    if wanted == "xla":
+        return Choice("xla", "as asked for")
+    if wanted == "auto" and platform != "tpu":
+        return Choice("xla", f"there is no kernel for {kind or 'unknown devices'}")
+    if (problem := _kernel_problem(platform, kind, q, k)) is not None:
+        if wanted != "auto":
+            raise ConfigError(f"model.attention: {wanted}, but {problem}; set it to xla, or leave it out")
+        return Choice("xla", problem)
+    if wanted != "auto" and platform == "cpu":
+        return Choice(wanted, "as asked for; on a CPU it is interpreted, which is slow and good for tests only")
+    if wanted == "packed":
+        return Choice("packed", "as asked for")
+    blocks = f"{kind}, blocks of up to {largest_block(kind, q.shape[-1])}"
+    if wanted == "splash" or share is None:
+        return Choice("splash", blocks)
+    part = f"packed rows need {share * MATMULS_OF_PACKED:.0%} of the matrix products of splash attention"
+    return Choice("packed" if share * MATMULS_OF_PACKED <= WORTH_IT else "splash", f"{blocks}; {part}")
+
+
+def _kernel_problem(platform: str, kind: str, q: Any, k: Any) -> str | None:
+    """Why there is no kernel for TPUs."""
+    if platform not in ("tpu", "cpu"):
+        return f"it runs on TPUs, not on {kind}"
+    if platform == "tpu" and q.dtype != jnp.bfloat16:
+        return f"on TPUs it multiplies in bfloat16, and model.compute_dtype is {q.dtype}"
+    if platform == "tpu" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+        return "no mesh is in scope that says how arrays are cut"
+    for shape, letters in ((q.shape, "b t n h"), (k.shape, "b t k h")):
+        if not is_cut_evenly(shape, letters):
+            sizes = ", ".join(f"{size} {letter}" for size, letter in zip(shape, letters.split(), strict=True))
+            return f"the mesh does not cut {sizes} evenly"
+    return None
 
 
 @jax.named_scope("attention")
@@ -41,8 +110,9 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    order: jax.Array | None = None,
+    order: Sequence[int] | None = None,
     block_size: int | None = None,
+    kernel: AttentionKernel = "xla",
 ) -> jax.Array:
     """Causal attention within segments, with float32 softmax, in memory linear in T.
 
@@ -65,10 +135,16 @@ def attention(
         window: keys that a query sees at most, counted back from its own position; all if left out.
         soft_cap: scores become soft_cap * tanh(score / soft_cap) (Gemma 2).
         sinks: [N], a score of each head for attending to nothing (gpt-oss).
-        order: int32, the chunks of the row in the order in which devices along `context` hold them (`balance.py`), for
+        order: the chunks of the row in the order in which devices along `context` hold them (`balance.py`), for
             self-attention on such a mesh; as they are in the row if left out.
         block_size: queries computed at once; keeps [B, N, block, S] scores instead of [B, N, T, S]. Where it goes by
-            tiles (`tiles.py`) the side of one, and no scores are kept. If left out, what is fast.
+            tiles (`tiles.py`) the side of one, of a kernel the most in a block, and no scores are kept. If left out,
+            what is fast.
+        kernel: of self-attention where positions grow by exactly 1 from one token of a segment to the next, what is to
+            compute it (`choose_kernel`).
+
+    Raises:
+        ConfigError: a kernel is asked for that cannot be had.
 
     Returns:
         [B, T, N, H] in the dtype of `q`.
@@ -76,9 +152,35 @@ def attention(
     num_queries, num_keys = q.shape[1], k.shape[1]
     is_self = num_keys == num_queries
     rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
+    chosen = choose_kernel(kernel, q, k).kernel if is_self else "xla"
+    if chosen == "splash":
+        return splash_attention(
+            rule,
+            q,
+            k,
+            v,
+            sinks,
+            (q_segment_ids, kv_segment_ids),
+            order=order,
+            largest_block=block_size or largest_block(platform_and_kind()[1], q.shape[-1]),
+            interpret=on_cpu(),
+        )
+    if chosen == "packed":
+        return packed_attention(
+            rule,
+            q,
+            k,
+            v,
+            sinks,
+            (q_segment_ids, kv_segment_ids),
+            (q_positions, kv_positions),
+            order=order,
+            block_size=block_size,
+            interpret=on_cpu(),
+        )
     if is_self and (cut := _tiles_of(len(q), num_queries, block_size, order)) is not None:
-        order = jnp.arange(num_queries // cut.chunk) if order is None else order
-        rows = Rows(q_segment_ids, q_positions, kv_segment_ids, kv_positions, order)
+        chunks = jnp.arange(num_queries // cut.chunk) if order is None else jnp.asarray(order, jnp.int32)
+        rows = Rows(q_segment_ids, q_positions, kv_segment_ids, kv_positions, chunks)
         return attention_in_tiles(rule, cut, q, k, v, sinks, rows)
     assert order is None, "only tiles know of an order"
     sinks = None if sinks is None else sinks.astype(jnp.float32)
@@ -98,16 +200,15 @@ def attention(
     return _saved(out[:, :num_queries])
 
 
-def _tiles_of(num_rows: int, length: int, tile: int | None, order: jax.Array | None) -> Cut | None:
+def _tiles_of(num_rows: int, length: int, tile: int | None, order: Sequence[int] | None) -> Cut | None:
     """How self-attention is cut into tiles; None where it goes over blocks of queries."""
     in_large = SMALL_IN_LARGE if on_cpu() else 1
     tile = tile or TILE * SMALL_IN_LARGE // in_large
     if on_one_device():
         return Cut(tile, in_large, length, on_mesh=False) if on_cpu() and length > tile else None
-    num_parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
-    if num_parts == 1 or not is_cut_evenly((num_rows, length), "b t"):
+    if num_parts("t") == 1 or not is_cut_evenly((num_rows, length), "b t"):
         return None
-    chunk = length // (num_parts if order is None else len(order))
+    chunk = length // (num_parts("t") if order is None else len(order))
     num_tiles = -(-chunk // tile)
     return Cut(-(-chunk // num_tiles), in_large, chunk, on_mesh=True)  # as even as it goes, with little to fill up
 

@@ -15,21 +15,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxsft.mesh import is_cut_evenly, partition_spec
 
 
-def balanced_order(num_rows: int, length: int) -> jax.Array | None:
-    """Which chunk of the row lies in each place: int32 [2 * devices along `context`], `[0, 7, 1, 6, 2, 5, 3, 4]` of 4.
+@jax.tree_util.register_static
+class Order(tuple[int, ...]):
+    """Which chunk of a row lies in each place. Known when a program is traced, it has no leaves."""
+
+
+def balanced_order(num_rows: int, length: int) -> Order | None:
+    """Which chunk of the row lies in each place: 2 for each device along `context`, (0, 7, 1, 6, 2, 5, 3, 4) for 4.
 
     None where rows stay as they are: positions are not cut, or not evenly into twice as many chunks as devices.
     """
     size = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     if size == 1 or length % (2 * size) or not is_cut_evenly((num_rows, length), "b t"):
         return None
-    front = np.arange(size, dtype=np.int32)
-    return jnp.asarray(np.stack([front, 2 * size - 1 - front], axis=1).reshape(-1))
+    return Order(chunk for device in range(size) for chunk in (device, 2 * size - 1 - device))
 
 
 def balance(x: jax.Array, axes: str) -> jax.Array:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
 from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.attention import attention
-from jaxsft.model.balance import balance, balanced_order, restore
+from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
@@ -59,7 +60,7 @@ class Slots(NamedTuple):
     q_positions: jax.Array
     kv_segment_ids: jax.Array
     kv_positions: jax.Array
-    order: jax.Array | None
+    order: Order | None
     """Of the chunks of a row, where it is not that of the row (`balance.py`)."""
     start: jax.Array | int
 
@@ -67,8 +68,9 @@ class Slots(NamedTuple):
 class Attention(nnx.Module):
     """The attention half of a layer, from normed residual stream to what is added to it."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, kernel: AttentionKernel, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
+        self.kernel = kernel
         shared: dict[str, Any] = dict(std=config.initializer_range, dtype=dtype, rngs=rngs)
         self.q_proj = Linear("d -> n h", config.sizes, bias=config.qkv_bias, **shared)
         self.k_proj = Linear("d -> k h", config.sizes, bias=config.qkv_bias, **shared)
@@ -118,6 +120,7 @@ class Attention(nnx.Module):
             soft_cap=config.attention_soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
             order=slots.order,
+            kernel=self.kernel if cached is None else "xla",
         )
         return self.o_proj(mixed), cached
 
@@ -125,13 +128,13 @@ class Attention(nnx.Module):
 class Layers(nnx.Module):
     """All layers at once (every weight has a leading `l`), or one of them (inside the scan, without it)."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, kernel: AttentionKernel, dtype: jnp.dtype, rngs: nnx.Rngs):
         def norm(name: str) -> Norm | None:
             return Norm("l d", config.sizes, config.norm, dtype=dtype) if name in config.norms else None
 
         self.config = config
         self.pre_attention_norm = norm("pre_attention")
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, kernel=kernel, dtype=dtype, rngs=rngs)
         self.post_attention_norm = norm("post_attention")
         self.pre_mlp_norm = norm("pre_mlp")
         shared: dict[str, Any] = dict(bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -181,12 +184,14 @@ class Decoder(nnx.Module):
         param_dtype: jnp.dtype | str,
         remat: Remat,
         unroll: bool = False,
+        attention: AttentionKernel = "auto",
         rngs: nnx.Rngs,
     ):
         """Random weights: normal(initializer_range), norms ones, biases zeros, each weight of its own key of `rngs`.
 
         Args:
             unroll: each layer is compiled by itself, in place of one period of layers that is run again and again.
+            attention: what computes attention without a cache (`attention.choose_kernel`).
         """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
@@ -196,7 +201,7 @@ class Decoder(nnx.Module):
         table = functools.partial(Embedding, config=config, dtype=dtype, rngs=rngs)
         self.embed_tokens = table("v d", config.vocab_size)
         self.embed_positions = table("p d", config.max_position) if config.learned_positions else None
-        self.layers = Layers(config, dtype=dtype, rngs=rngs)
+        self.layers = Layers(config, kernel=attention, dtype=dtype, rngs=rngs)
         self.norm = Norm("d", config.sizes, config.norm, dtype=dtype)
         self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
@@ -244,7 +249,7 @@ class Decoder(nnx.Module):
         return constrain(hidden, "b t d")
 
     def _slots(
-        self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None, order: jax.Array | None
+        self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None, order: Order | None
     ) -> tuple[Slots, Any]:
         all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
         if order is not None:

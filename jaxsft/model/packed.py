@@ -1,24 +1,30 @@
 """Self-attention of packed rows on TPUs, block by block: those (queries x keys) that hold an allowed pair.
 
-In and out as in `attention.py`, for one device: its queries, and all keys of its rows. A row of many short examples
-costs what these cost: the sum of the squares of their lengths, in whole blocks, where kernels that go by the place in
-the row alone compute half the square of its length. Which blocks are needed is known when the step runs. They are made
-into a list (`pairs_of`), over which the grid of a kernel runs, and in which it looks up what to read and write.
+In and out as in `attention.py`, which calls this where it can be had. A row of many short examples costs what these
+cost: the sum of the squares of their lengths, in whole blocks, where kernels that go by the place in the row alone
+compute half the square of its length. Which blocks are needed is known when the step runs. They are made into a list
+(`pairs_of`), over which the grid of a kernel runs, and in which it looks up what to read and write.
 
 One kernel goes forward, one makes the gradients by queries, one those by keys and values (FlashAttention 2, Dao 2023,
 algorithms 1 and 2). All of them hold scores turned, [keys, queries]: what there is one of for each query, such as the
 softmax's total, then lies in rows, as a TPU wants it. Queries of a group are computed together, so that a block of keys
 is read once for all of them.
+
+On a mesh each device calls them on its own rows, heads and queries, and holds the keys of whole rows for one layer.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxsft.mesh import num_parts, partition_spec
+from jaxsft.model.keys import in_order_of_row, whole_rows
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import Rule
 from jaxsft.model.remat import keep
@@ -57,12 +63,12 @@ class Pairs(NamedTuple):
     queries: jax.Array
     """int32 [at most all pairs + 1]: row * blocks of queries in a row + number in the row."""
     keys: jax.Array
-    count: jax.Array
+    num_pairs: jax.Array
     """int32 []: how many of them are to be computed; what comes after them says nothing."""
 
 
 def block_sizes(group_size: int, head_dim: int) -> tuple[int, int]:
-    """Queries and keys of a block: about 512 lines of queries x heads of a group, and 256 keys.
+    """Queries and keys of a block: 512 lines of queries x heads of a group or a little more, and 256 keys.
 
     Smaller ones leave out more of what no query sees, larger ones spend less on their way. Not measured on a TPU.
     """
@@ -70,11 +76,90 @@ def block_sizes(group_size: int, head_dim: int) -> tuple[int, int]:
     return max(lines // group_size // LANES, 1) * LANES, 256
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def packed_attention(
+    rule: Rule,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    sinks: jax.Array | None,
+    segment_ids: tuple[jax.Array, jax.Array],
+    positions: tuple[jax.Array, jax.Array],
+    *,
+    order: Sequence[int] | None,
+    block_size: int | None,
+    interpret: bool,
+) -> jax.Array:
+    """As `attention.attention` of T queries to the T keys of the same tokens; padding gives zeros.
+
+    Args:
+        rule: scale, window and soft cap.
+        q: [B, T, N, H], which the mesh in scope cuts evenly.
+        k: [B, T, K, H], as is `v`.
+        sinks: [N], or none.
+        segment_ids: int32 [B, T] of queries, and of keys; 0 is padding.
+        positions: as `segment_ids`.
+        order: chunks of the row in the order in which devices hold them, those of a device growing; as they are in the
+            row if left out.
+        block_size: queries, and keys, of a block; if left out, those of `block_sizes`.
+        interpret: run without a TPU, for tests.
+
+    Returns:
+        [B, T, N, H] in the dtype of `q`.
+    """
+    num_devices, length = num_parts("t"), q.shape[1]
+    order = tuple(range(num_devices) if order is None else order)
+    sizes = (block_size,) * 2 if block_size else block_sizes(q.shape[2] // k.shape[2], q.shape[3])
+    blocks = Blocks(*sizes, interpret=interpret)
+    places = np.arange(length, dtype=np.int32).reshape(len(order), -1)[list(order)].reshape(num_devices, -1)
+    assert (np.diff(places, axis=1) > 0).all(), "the chunks of a device stand in the order of the row"
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, *ids: jax.Array) -> jax.Array:
+        own = jax.lax.axis_index("context") if num_devices > 1 else 0
+        of_keys = [in_order_of_row(x, order) for x in ids[2:]]
+        rows = Rows(ids[0], ids[1], jnp.asarray(places)[own], *of_keys)
+        k, v = (whole_rows(x, order, num_devices) for x in (k, v))
+        return attention_of_blocks(rule, blocks, q, k, v, sinks, rows)
+
+    inputs = (q, k, v, sinks, segment_ids[0], positions[0], segment_ids[1], positions[1])
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*inputs)
+    in_specs = tuple(map(partition_spec, ("b t n h", "b t k h", "b t k h", "n", "b t", "b t", "b s", "b s")))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=partition_spec("b t n h"), check_vma=False)(*inputs)
+
+
+def share_of_whole_rows(
+    segment_ids: np.ndarray,
+    positions: np.ndarray,
+    *,
+    group_size: int,
+    head_dim: int,
+    windows: Sequence[int | None],
+) -> float:
+    """What these kernels compute of such rows [B, T], as a share of what they compute of rows of one example each.
+
+    That is about what kernels compute that go by the place in the row alone.
+
+    Args:
+        windows: of each layer.
+    """
+    blocks = Blocks(*block_sizes(group_size, head_dim), interpret=True)
+    places = np.arange(segment_ids.shape[1], dtype=np.int32)
+
+    def num_pairs(segment_ids: np.ndarray, positions: np.ndarray) -> int:
+        """Of all layers."""
+        rows = Rows(segment_ids, positions, jnp.asarray(places), segment_ids, positions)
+        of_window = {window: pairs_of(Rule(1.0, window, None), blocks, rows)[0].num_pairs for window in set(windows)}
+        return sum(int(of_window[window]) for window in windows)
+
+    whole = num_pairs(np.ones_like(segment_ids), np.broadcast_to(places, segment_ids.shape))
+    return num_pairs(segment_ids, positions) / whole
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attention_of_blocks(
     rule: Rule, blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, rows: Rows
 ) -> jax.Array:
-    """As `attention.attention`, of a device's queries to all keys of its rows; padding gives zeros.
+    """One device's part: its queries to all keys of its rows.
 
     Args:
         rule: scale, window and soft cap.
@@ -279,7 +364,7 @@ def _query_kernel(rule: Rule, of_q: Any, of_kv: Any, *refs: Any) -> None:
         sums[...] = jnp.zeros_like(sums)
 
     k = inputs[1][...]
-    _, by_product = _by_products(rule, tuple(inputs))
+    by_product = _by_products(rule, tuple(inputs))[1]
     sums[...] += _dot(by_product.astype(k.dtype), k, (0, 0))
 
     @pl.when(_is_last(of_q, number))
@@ -329,7 +414,7 @@ def _run(
 
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
-        grid=(len(inputs[0][0]), pairs.count),
+        grid=(len(inputs[0][0]), pairs.num_pairs),
         in_specs=[spec(array.shape, by) for array, by in inputs],
         out_specs=[spec(shape.shape, by) for shape, by in outputs],
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
@@ -395,7 +480,7 @@ def _backward(rule: Rule, blocks: Blocks, kept: Any, gradient: jax.Array) -> tup
         [(jax.ShapeDtypeStruct(x.shape, x.dtype), "head kv") for x in (arrays.k, arrays.v)],
         [(blocks.keys, x.shape[3]) for x in (k, v)],
     )
-    of_sinks = None
+    of_sinks: Any = None
     if sinks is not None:
         taken = jnp.exp(_sink_lines(blocks, sinks, len(arrays.q))[:, None] - log_total) * mean
         of_sinks = -taken.sum(axis=(1, 2)).reshape(len(taken), -1, blocks.queries).sum(axis=2)
@@ -409,4 +494,4 @@ def _backward(rule: Rule, blocks: Blocks, kept: Any, gradient: jax.Array) -> tup
     )
 
 
-packed_attention.defvjp(_forward, _backward)
+attention_of_blocks.defvjp(_forward, _backward)

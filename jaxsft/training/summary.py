@@ -36,9 +36,15 @@ def start_summary(
     *,
     num_steps: int,
     decoder_config: DecoderConfig,
+    attention: str,
     notes: Sequence[str] = (),
 ) -> str:
-    """What the user should know before the first step, with the arithmetic behind it."""
+    """What the user should know before the first step, with the arithmetic behind it.
+
+    Args:
+        attention: what computes it, and why.
+        notes: sentences about tokenizer, model and sources.
+    """
     _, seq_len = loader.shape
     count, filling = num_params(state.params, decoder_config)
     filled = f", and {filling:,} that fill up its vocabulary" if filling else ""
@@ -62,6 +68,7 @@ def start_summary(
             "gradients per device, activations besides",
         ),
     ]
+    lines.append(("attention", attention))
     if (options := describe_options(mesh)) is not None:
         lines.append(("compiler", options))
     longest = seq_len

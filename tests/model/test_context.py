@@ -29,7 +29,7 @@ def test_a_row_is_balanced_in_pairs_from_both_ends_and_comes_back(size):
         order = balanced_order(*x.shape[:2])
         balanced = jax.jit(lambda x: balance(x, "b t h"))(x)
         back = jax.jit(lambda x: restore(x, "b t h"))(balanced)
-    assert order.tolist() == [chunk for device in range(size) for chunk in (device, 2 * size - 1 - device)]
+    assert list(order) == [chunk for device in range(size) for chunk in (device, 2 * size - 1 - device)]
     np.testing.assert_array_equal(balanced, x[:, order])
     np.testing.assert_array_equal(back, x)
     assert {shard.data.shape for shard in balanced.addressable_shards} == {(2, 2, 3)}
@@ -46,11 +46,14 @@ def test_a_row_stays_as_it_is_where_it_cannot_be_balanced():
 
 def pairs_computed(order, size, chunk, tile, window=None):
     """Of each device along `context`, for one example over the whole row: pairs of the tiles that it computes."""
-    cut, own = Cut(tile, SMALL_IN_LARGE, chunk, on_mesh=True), np.asarray(order).reshape(size, -1)
+    cut, order = Cut(tile, SMALL_IN_LARGE, chunk, on_mesh=True), jnp.asarray(order)
+    own = np.asarray(order).reshape(size, -1)
     pairs = []
     for device in own:
         positions = (device[:, None] * chunk + np.arange(chunk)).reshape(1, -1)
-        needed = needed_tiles(Rule(1.0, window, None), cut, jnp.asarray(positions), jnp.asarray(device), order)
+        needed = needed_tiles(
+            Rule(1.0, window, None), cut, jnp.asarray(positions), jnp.asarray(device), jnp.asarray(order)
+        )
         pairs.append(sum(int(of_kind.sum()) * 2 * kind.enough() for kind, of_kind in needed))
     return pairs
 
@@ -158,7 +161,7 @@ def in_order(order, with_sinks, options, block_size=2):
             q_positions=positions,
             kv_positions=positions,
             sinks=sinks if with_sinks else None,
-            order=None if order is None else jnp.asarray(order),
+            order=order,
             block_size=block_size,
             **dict(options),
         )
@@ -183,7 +186,7 @@ def test_attention_and_its_gradients_are_those_of_one_device_on_every_mesh(numbe
     heads = (4, 2) if axes["tensor"] <= 2 else (8, 4)
     with_sinks, options = number % 2 == 0, OPTIONS[number % len(OPTIONS)]
     with jax.set_mesh(make_mesh(MeshConfig(**axes))):
-        function = in_order(balanced_order(ROWS, LENGTH).tolist(), with_sinks, options)
+        function = in_order(balanced_order(ROWS, LENGTH), with_sinks, options)
         given = value_and_gradients(function, *arrays_of(*heads))
     assert_equal(given, expected(*heads, LENGTH, with_sinks, options))
 
@@ -193,7 +196,7 @@ def test_where_all_tiles_are_of_one_size_it_is_the_same(options, monkeypatch):
     """As on TPUs and GPUs."""
     monkeypatch.setattr(module, "on_cpu", lambda: False)
     with jax.set_mesh(make_mesh(MeshConfig(context=4, tensor=2))):
-        function = in_order(balanced_order(ROWS, LENGTH).tolist(), True, options, block_size=5)
+        function = in_order(balanced_order(ROWS, LENGTH), True, options, block_size=5)
         given = value_and_gradients(function, *arrays_of(4, 2))
     assert_equal(given, expected(4, 2, LENGTH, True, options))
 
@@ -244,7 +247,7 @@ def test_copies_that_sum_up_their_gradients_later_have_their_own_summands_here()
 def test_bfloat16_is_added_up_in_float32_over_devices_too():
     rounded = arrays_of(4, 2, dtype=jnp.bfloat16)
     with jax.set_mesh(make_mesh(MeshConfig(context=8))):
-        given = value_and_gradients(in_order(balanced_order(ROWS, LENGTH).tolist(), True, ()), *rounded)
+        given = value_and_gradients(in_order(balanced_order(ROWS, LENGTH), True, ()), *rounded)
 
     def exact(q, k, v, sinks):
         return naive(q, k, v, *packed_rows(), sinks=sinks)

@@ -1,15 +1,26 @@
 """The kernels for packed rows, run without a TPU, against the naive formula; and which blocks they go over."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from naive_attention import naive
 
+from jaxsft.config import ConfigError, MeshConfig
+from jaxsft.config_files import load_config
+from jaxsft.mesh import make_mesh
+from jaxsft.model.architecture import LayerKind
+from jaxsft.model.attention import attention, choose_kernel
+from jaxsft.model.balance import balanced_order
+from jaxsft.model.families.known import decoder_config
+from jaxsft.model.kernel_check import check_kernel
 from jaxsft.model.needed import Rule
-from jaxsft.model.packed import Blocks, Rows, block_sizes, packed_attention, pairs_of
+from jaxsft.model.packed import Blocks, Rows, attention_of_blocks, block_sizes, pairs_of, share_of_whole_rows
+from jaxsft.setup import Setup
 
 LENGTHS = [[100, 150, 30, 7], [300], [1] * 40 + [130, 90]]
 LENGTH = 300
@@ -59,7 +70,7 @@ def both(num_heads, num_kv_heads, head_dim, options, with_sinks, dtype=jnp.float
     cut = Blocks(**{"queries": 128, "keys": 128} | blocks, interpret=True)
 
     def ours(q, k, v, sinks):
-        return packed_attention(rule, cut, q, k, v, sinks, ROWS)
+        return attention_of_blocks(rule, cut, q, k, v, sinks, ROWS)
 
     def formula(q, k, v, sinks):
         return naive(q, k, v, SEGMENTS, POSITIONS, sinks=sinks, **options)
@@ -115,7 +126,7 @@ def test_the_lists_hold_every_block_with_an_allowed_pair_once_and_few_others(siz
 
     by_queries, by_keys = pairs_of(Rule(1.0, window, None), Blocks(queries, keys, True), rows)
     for pairs, sorted_by in ((by_queries, by_queries.queries), (by_keys, by_keys.keys)):
-        count = int(pairs.count)
+        count = int(pairs.num_pairs)
         listed = np.zeros_like(needed)
         np.add.at(listed, (pairs.queries[:count], pairs.keys[:count]), 1)
         assert listed.max() == 1 and (listed >= needed).all() and listed.any(axis=0).all() | (pairs is by_queries)
@@ -133,7 +144,18 @@ def test_rows_cost_the_squares_of_their_examples_and_not_of_their_length():
     rows = Rows(segment_ids, positions, jnp.arange(length), segment_ids, positions)
     queries, keys = block_sizes(4, 128)
     pairs, _ = pairs_of(Rule(1.0, None, None), Blocks(queries, keys, True), rows)
-    assert int(pairs.count) * queries * keys < 0.2 * length**2 / 2
+    assert int(pairs.num_pairs) * queries * keys < 0.2 * length**2 / 2
+
+
+def test_the_share_of_packed_rows_is_that_of_their_pairs_and_of_whole_rows_all():
+    def share(lengths, *windows):
+        return share_of_whole_rows(*packed_rows(lengths, 2048), group_size=1, head_dim=64, windows=windows)
+
+    assert share([[2048]] * 2, None) == 1.0 and share([[2048]], None, 300) == 1.0
+    # In blocks of 512 and 256: 4 of queries against 2, 4, 6 and 8 of keys, and against 2 each.
+    assert share([[512] * 4], None) == 8 / 20
+    assert share([[512] * 4], 100) == pytest.approx(8 / 11)
+    assert share([[512] * 4], 100, None, None) == pytest.approx(24 / 51)
 
 
 def test_queries_may_be_a_part_of_the_row():
@@ -148,7 +170,7 @@ def test_queries_may_be_a_part_of_the_row():
     rows = Rows(segment_ids[:, own], positions[:, own], jnp.array(own), segment_ids, positions)
 
     def ours(q, k, v, sinks):
-        return packed_attention(Rule(0.25, None, None), Blocks(128, 128, True), q[:, own], k, v, None, rows)
+        return attention_of_blocks(Rule(0.25, None, None), Blocks(128, 128, True), q[:, own], k, v, None, rows)
 
     def formula(q, k, v, sinks):
         return naive(q, k, v, segment_ids, positions, scale=0.25)[:, own]
@@ -159,3 +181,117 @@ def test_queries_may_be_a_part_of_the_row():
     np.testing.assert_allclose(out[is_token], expected[is_token], atol=2e-6)
     for mine, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=5e-6)
+
+
+# Behind `attention`, on meshes.
+
+
+def by_attention(q, k, v, sinks, *, order=None, **options):
+    """Of rows whose chunks are put into an order and taken out of it again."""
+    segment_ids, positions = packed_rows([[100, 1, 60, 40], [240], [3] * 20 + [130, 2], [120] * 2], 240)
+    places = np.arange(240)
+    if order is not None:
+        places = places.reshape(len(order), -1)[np.array(order)].reshape(-1)
+    of_keys = [segment_ids[:, places], positions[:, places]]
+    out = attention(
+        *(x[:, places] for x in (q, k, v)),
+        q_segment_ids=of_keys[0],
+        kv_segment_ids=of_keys[0],
+        q_positions=of_keys[1],
+        kv_positions=of_keys[1],
+        sinks=sinks,
+        order=order,
+        block_size=128,
+        **options,
+    )
+    return jnp.where((segment_ids > 0)[:, :, None, None], out[:, np.argsort(places)], 0)
+
+
+MESHES = [
+    ({}, {"window": 50, "scale": 0.7}),
+    ({"fsdp": 2, "context": 2, "tensor": 2}, {"window": 129, "soft_cap": 1.5}),
+    ({"data": 2, "context": 4}, {}),
+    ({"data": 2, "expert": 2, "tensor": 2}, {"window": 1}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("axes", "options"), MESHES, ids=str)
+def test_every_mesh_computes_what_our_own_attention_does(axes, options, dtype):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = [(4, 240, heads, 16) for heads in (4, 2, 2, 4)]
+    q, k, v, cotangent = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=False))
+    sinks = jax.random.normal(keys[4], (4,))
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[: None if axes else 1])
+    with jax.set_mesh(mesh):
+        attend = functools.partial(by_attention, order=balanced_order(4, 240), kernel="packed", **options)
+        ours = with_gradients(attend, cotangent, (q, k, v), sinks)
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    attend = functools.partial(by_attention, kernel="xla", **options)
+    theirs = with_gradients(attend, cotangent.astype(jnp.float32), exact, sinks)
+    assert {leaf.dtype for leaf in jax.tree.leaves(ours)[:4]} == {jnp.dtype(dtype)}
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        bound = {"float32": 2e-6, "bfloat16": 0.02}[dtype]
+        assert np.abs(our.astype(jnp.float32) - their).max() <= bound * np.abs(their).max()
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
+def test_the_check_before_a_run_passes_and_finds_a_window_that_is_off_by_one(axes):
+    config = decoder_config(CONFIG)
+    config = dataclasses.replace(config, layers=(LayerKind(window=7), LayerKind()), sinks=True)
+
+    def off_by_one(*arrays, **options):
+        return attention(*arrays, **options | {"window": options["window"] and options["window"] + 1})
+
+    with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[: None if axes else 1])):
+        assert check_kernel("packed", config, "float32") < 1e-5
+        with pytest.raises(ConfigError, match="model.attention: packed: .* with a window of 7: output by"):
+            check_kernel("packed", config, "float32", attend=off_by_one)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+}
+
+
+def test_auto_takes_it_where_rows_are_packed_enough(monkeypatch):
+    monkeypatch.setattr("jaxsft.model.attention.platform_and_kind", lambda: ("tpu", "TPU v5p"))
+    q, k = (jax.ShapeDtypeStruct((8, 4096, heads, 128), jnp.bfloat16) for heads in (32, 8))
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert choose_kernel("auto", q, k, share=0.38).kernel == "packed"
+        rather = choose_kernel("auto", q, k, share=0.4)
+        assert rather.kernel == "splash" and rather.why.endswith("need 51% of the matrix products of splash attention")
+        assert choose_kernel("auto", q, k).kernel == "splash"
+        assert choose_kernel("packed", q, k, share=1.0).kernel == "packed"
+
+
+def test_a_model_gets_the_kernel_that_is_asked_for(tiny_config):
+    setup = Setup(load_config(tiny_config, ["model.attention=packed"]))
+    assert setup.attention.startswith("packed (as asked for; on a CPU it is interpreted")
+    decoder = nnx.merge(*setup.pretrained.model)
+    assert decoder.layers.self_attn.kernel == "packed"
+
+
+def test_on_tpus_a_run_counts_its_rows(tiny_config, monkeypatch):
+    """As on a TPU, but for the check, which would need one."""
+    monkeypatch.setattr("jaxsft.model.attention.platform_and_kind", lambda: ("tpu", "TPU v5p"))
+    monkeypatch.setattr("jaxsft.setup.check_kernel", lambda kernel, structure, dtype: 0.001)
+    setup = Setup(load_config(tiny_config, ["model.compute_dtype=bfloat16"]))
+    batch = setup.loader.batch(0)
+    heads = setup.pretrained.decoder_config
+    share = share_of_whole_rows(
+        batch.segment_ids,
+        batch.positions,
+        group_size=heads.num_heads // heads.num_kv_heads,
+        head_dim=heads.head_dim,
+        windows=[None] * len(heads.layers),
+    )
+    assert f"packed rows need {share * 9 / 7:.0%} of the matrix products" in setup.attention

@@ -120,6 +120,14 @@ def test_loss_and_gradients_are_equal_for_every_accumulation(run, on_one_device,
     assert_equal(gradients_of(run, [batch], mesh, num_microbatches=num_microbatches), on_one_device)
 
 
+def test_loss_and_gradients_are_equal_by_the_kernels_of_tpus(tiny_config, run, on_one_device):
+    """Interpreted, under what sums up the gradients of copies once a step, with rows that are cut."""
+    config = load_config(tiny_config, ["model.attention=splash"])
+    by_splash = config, Setup(config).pretrained, run[2]
+    mesh = mesh_of(data=2, context=2, tensor=2)
+    assert_equal(gradients_of(by_splash, [make_loader(run).batch(0)], mesh, num_microbatches=2), on_one_device)
+
+
 @pytest.mark.parametrize("model", ["run", "mixture"])
 def test_what_is_of_all_copies_is_summed_up_once_a_step(request, model):
     """Over `data`, by the compiled program: nothing within the loops over microbatches and layers."""
