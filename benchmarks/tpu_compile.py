@@ -31,6 +31,7 @@ from jaxsft.model.abstract import abstract_model
 from jaxsft.model.families.known import decoder_config
 from jaxsft.setup import Setup
 from jaxsft.training import compiler_options
+from jaxsft.training.matmuls import Matmul, read_matmuls
 from jaxsft.training.program import Report, read_program, total_bytes
 from jaxsft.training.step import abstract_state, make_train_step
 
@@ -45,6 +46,8 @@ class Compiled(NamedTuple):
     peak_bytes: int
     argument_bytes: int
     temp_bytes: int
+    matmuls: list[Matmul]
+    """Of all devices."""
     report: Report
     seconds: float
     """Of the processor, for tracing and compiling."""
@@ -110,7 +113,8 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
     )
     began = time.process_time()
     with jax.set_mesh(mesh):
-        compiled = step.lower(abstract_state(model.params, config.optim, mesh), frozen, batch).compile()
+        traced = step.trace(abstract_state(model.params, config.optim, mesh), frozen, batch)
+        compiled = traced.lower().compile()
     seconds = time.process_time() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
@@ -118,6 +122,7 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
         memory.peak_memory_in_bytes,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
+        read_matmuls(traced),
         read_program(text, mesh.shape),
         seconds,
         options or "no options",
@@ -140,10 +145,14 @@ def describe(compiled: Compiled, config: Config) -> str:
     rows = f"{config.train.batch_size} rows of {config.data.seq_len:,}"
     if config.train.microbatch_size:
         rows += f", {config.train.microbatch_rows} at once"
+    flops = sum(each.flops for each in compiled.matmuls)
+    again = sum(each.flops for each in compiled.matmuls if each.is_again)
     lines = [
         f"{config.model.path}: {mesh}; {rows}; remat {config.model.remat}",
         f"peak {compiled.peak_bytes / GIB:.2f} GiB on each device: arguments {compiled.argument_bytes / GIB:.2f}, "
         f"temporary {compiled.temp_bytes / GIB:.2f}; compiled in {compiled.seconds:.0f} processor seconds",
+        f"matmuls {flops / 1e12:,.1f} TFLOP a step on all devices, of which {again / 1e12:,.1f} are computed again "
+        f"({again / (flops - again):.1%} on top)",
         f"compiled by {compiled.options}",
         f"asynchronous collectives: {compiled.report.num_async}; share of all gathered bytes: "
         f"{async_share(compiled.report):.2f}",

@@ -13,6 +13,9 @@ def main() -> int:
     if sys.platform == "win32":
         print(f"error: {WINDOWS}", file=sys.stderr)
         return 1
+    from jaxsft.interrupts import end_imports_at_once
+
+    end_imports_at_once()
     from jaxsft import cli
 
     return cli.main()

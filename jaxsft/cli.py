@@ -13,53 +13,33 @@ import pathlib
 import shlex
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import config_keys, load_config
+from jaxsft.interrupts import INTERRUPTED
 
 BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
 
 
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
-    with _ending_at_once():
-        from jaxsft.train import train
+    from jaxsft.train import train
 
     return train(_config(args), restart=args.restart)
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
     """train a small model from random weights until it follows instructions; two to three minutes on two CPU cores"""
-    with _ending_at_once():
-        from jaxsft.train import train
+    from jaxsft.train import train
 
     configs = pathlib.Path(__file__).parent / "configs"
     folder = configs / "quickstart"
     places = {"model.path": folder, "data.train": folder / "train.jsonl", "data.eval": folder / "eval.jsonl"}
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
     return train(load_config(configs / "quickstart.yaml", [*overrides, *args.overrides]), restart=args.restart)
-
-
-@contextlib.contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Ctrl-C while modules are imported, some of which would take the exception for one of their own, or show it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(BUG)
-
-    before = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def preview_command(args: argparse.Namespace) -> int:
@@ -228,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.command(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = BUG
+        code = INTERRUPTED
     except Exception as error:
         # Errors that say what the user can do carry their exit code; any other is a bug and shows where.
         code = getattr(error, "exit_code", INPUT_OUTPUT if isinstance(error, OSError) else BUG)

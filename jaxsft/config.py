@@ -62,9 +62,10 @@ class ModelConfig(Section):
     attention: AttentionKernel = "auto"
     """What computes attention in training: TPU kernels (`splash`), XLA's operations in blocks (`xla`), or the former
     where they can be had (`auto`). The log says which and why; a kernel is held against the formula before step 1."""
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "attention", "full", "offload"] = "full"
     """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
-    and unrolled layers), all but the outputs of matmuls, or each whole layer."""
+    and unrolled layers), all but attention, or each whole layer. With "offload", what a layer then begins from waits in
+    the host's memory."""
 
 
 def _with_text_values(value: Any) -> Any:

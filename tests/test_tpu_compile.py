@@ -101,7 +101,7 @@ def test_the_step_compiles_and_is_accounted_for(tpu_compile, model, topology):
 
 def test_copies_sum_up_their_gradients_once_a_step(tpu_compile, model):
     overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={4 * ROWS}", f"train.microbatch_size={ROWS}"]
-    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2", "model.remat=none"])
+    config = tpu_compile.read_config(model, [*overrides, "mesh.data=2", "mesh.tensor=2", "model.remat=attention"])
     compiled = tpu_compile.compile_step(config, "v5e:2x4")
     assert num_kernels(compiled, "fwd") == num_kernels(compiled, "dkv") == 1  # its results are kept
     assert {axis: size for axis, size in compiled.mesh.items() if size > 1} == {"data": 2, "fsdp": 2, "tensor": 2}

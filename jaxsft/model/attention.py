@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxsft.config import AttentionKernel, ConfigError
 from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_device, platform_and_kind
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
+from jaxsft.model.remat import keep
 from jaxsft.model.splash import largest_block, splash_attention
-from jaxsft.model.tiles import SAVED_NAME, Rows, attention_in_tiles
+from jaxsft.model.tiles import Rows, attention_in_tiles
 
 BLOCK_SIZE = 128
 """Queries whose scores exist at once."""
@@ -200,7 +200,7 @@ def _in_stages(queries: list[jax.Array], keys: list[jax.Array], dense: Callable,
 
 def _saved(out: jax.Array) -> jax.Array:
     """[B, T, N, H], which remat may keep, cut over the mesh."""
-    return checkpoint_name(constrain(out, "b t n h"), SAVED_NAME)
+    return keep(constrain(out, "b t n h"), "attention")
 
 
 def _fill(x: jax.Array, count: int, value: int = 0) -> jax.Array:

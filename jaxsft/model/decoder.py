@@ -7,7 +7,7 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +21,8 @@ from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm, precision
+from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
-from jaxsft.model.tiles import SAVED_NAME
-
-_MATMULS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-
-KEPT: dict[str, Callable[..., bool] | None] = {
-    "none": jax.checkpoint_policies.save_from_both_policies(
-        _MATMULS, jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
-    ),
-    "dots": _MATMULS,
-    "full": None,
-}
-"""Remat -> what a layer of the scan keeps for the backward pass, beside its input. With "none", that is the outputs of
-matmuls and attention; norms, rotations and activations cost less to compute again than to write and read."""
 
 
 class Cache(NamedTuple):
@@ -161,9 +149,10 @@ class Layers(nnx.Module):
         self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
     ) -> tuple[jax.Array, Any]:
         """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
+        x = keep(x, "input")
         normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
         mixed, cached = self.self_attn(normed, slots, cached, kind)
-        after = self._add(x, mixed, self.post_attention_norm)
+        after = keep(self._add(x, mixed, self.post_attention_norm), "residual")
         mlp_input = x if self.config.parallel else after
         if self.pre_mlp_norm is not None:
             mlp_input = self.pre_mlp_norm(mlp_input)
@@ -193,7 +182,7 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: jnp.dtype | str,
         param_dtype: jnp.dtype | str,
-        remat: Literal["none", "dots", "full"],
+        remat: Remat,
         unroll: bool = False,
         attention: AttentionKernel = "auto",
         rngs: nnx.Rngs,
@@ -293,7 +282,7 @@ class Decoder(nnx.Module):
             if self.remat == "none" and (not in_scan or self.config.routing is not None):
                 return layer
             # A scan is already a barrier against common-subexpression elimination.
-            return jax.checkpoint(layer, policy=KEPT[self.remat], prevent_cse=not in_scan)
+            return jax.checkpoint(layer, policy=POLICIES[self.remat], prevent_cse=not in_scan)
 
         def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any, *, in_scan: bool) -> tuple[jax.Array, Any]:
             outs = []

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain, on_one_device, partition_spec
+from jaxsft.model.remat import keep
 
 Sizes = Mapping[str, int]
 """Letter of a dim to its size."""
@@ -41,7 +42,6 @@ def _product(dims: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _product_forward(dims: str, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not a call of `_product`: what remat keeps are matmuls, and those inside a rule of its own it does not see.
     return jnp.einsum(dims, x, weight.astype(x.dtype), precision=precision(x.dtype)), (x, weight)
 
 
@@ -134,10 +134,10 @@ class Linear(nnx.Module):
         return self._with_bias(_product(self.einsum, x, self.weight[...]))
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
-        if self.bias is None:
-            return y
-        # In float32, in which its gradient is then summed over tokens.
-        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
+        if self.bias is not None:
+            # In float32, in which its gradient is then summed over tokens.
+            y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
+        return keep(y, "linear")
 
     @staticmethod
     def each(maps: Sequence["Linear"], x: jax.Array) -> Iterable[jax.Array]:

@@ -20,14 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxsft.mesh import TOKEN_AXES, free_axes, partition_spec
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import Cut, Kind, Rule, needed_tiles
-
-SAVED_NAME = "attention"
-"""Name of what a layer can keep for its backward pass, where it keeps no more of it than matmuls and attention."""
+from jaxsft.model.remat import keep
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 """Score of a pair that is not allowed. Maxima begin above it, so exp(score - maximum) is exactly 0 from the start."""
@@ -75,7 +72,7 @@ _INPUTS = ("b t n h", "b t k h", "b t k h", "n", _ROWS)
 def _forward(rule: Rule, cut: Cut, *inputs: Any) -> tuple[jax.Array, Any]:
     results = _over_mesh(cut, functools.partial(_local, rule, cut), inputs, _INPUTS, ("b t n h", "b k t g"))
     # Remat keeps both, so that it runs no loop again.
-    out, log_total = (checkpoint_name(x, SAVED_NAME) for x in results)
+    out, log_total = (keep(x, "attention") for x in results)
     return out, (*inputs, out, log_total)
 
 

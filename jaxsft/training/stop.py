@@ -10,10 +10,13 @@ import signal
 import socket
 import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from jaxsft.interrupts import is_importing
 
 STOPPED = 75
 """Exit code of a run that goes on when it is started again."""
@@ -60,25 +63,30 @@ class StopSignal:
             signal.set_wakeup_fd(wakeup)
             self._wakeup[1].close()  # ends the thread
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         again, self._received = self._received, signal.Signals(number).name
         if not self._can_save or (again and number == signal.SIGINT):
-            self._end()
+            self._end(frame)
 
     def can_save(self) -> None:
         """From now on there is something to save: a first signal waits for `at`. Before, it ends all at once."""
         if self._received is not None:  # a library caught the exception
-            self._end()
+            self._end(None)
         self._can_save = True
 
-    def _end(self) -> None:
+    def _end(self, frame: FrameType | None) -> None:
         self._interrupted.set()
         if not self._can_save:
             # Written here, since the process may end before the thread has; and not by print, which the signal may have
             # interrupted.
             os.write(2, f"\n{self._received}: stopping; nothing was begun\n".encode())
         if self._received == "SIGTERM":
+            if is_importing(frame):
+                os._exit(STOPPED)
             raise SystemExit(STOPPED)  # nothing is lost: started again, it begins as now
+        before = self._previous.get(signal.SIGINT)
+        if callable(before):  # the program's own way, which ends it where a module is imported
+            before(signal.SIGINT, frame)
         raise KeyboardInterrupt
 
     def _answer(self, reader: socket.socket) -> None:

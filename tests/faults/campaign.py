@@ -179,10 +179,7 @@ def kill_trial(
         process.send_signal(number)
         code, err = finish(process)
         names.append(number.name)
-        # A C++ library that is interrupted while it is imported aborts; nothing has begun then.
-        is_import = number == signal.SIGINT and "_find_and_load" in err and "KeyboardInterrupt" in err
-        expected_codes = (0, STOPPED, 1, -number, *([-signal.SIGABRT] if is_import else []))
-        if number != signal.SIGKILL and code not in expected_codes:
+        if number != signal.SIGKILL and code not in (0, STOPPED, 1, -number):
             return Outcome("kill", False, f"{'+'.join(names)}: exit code {code}: {err[-2000:]}")
     code, err = finish(start(config, overrides_of(place)))
     if code != 0:

@@ -11,8 +11,8 @@ from naive_attention import naive
 
 from jaxsft.model import attention as module
 from jaxsft.model.attention import attention
-from jaxsft.model.decoder import KEPT
 from jaxsft.model.needed import SMALL_IN_LARGE, Cut, Kind, Rule, needed_tiles
+from jaxsft.model.remat import POLICIES
 
 SEGMENTS = np.array([[1] * 11 + [2] * 17 + [3] * 5 + [0] * 4, [1] * 37], np.int32)
 POSITIONS = np.array([[*range(11), *range(17), *range(5), *range(4)], [*range(37)]], np.int32)
@@ -218,13 +218,13 @@ def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
 
 
 @pytest.mark.parametrize("place", ["on one CPU"], indirect=True)
-@pytest.mark.parametrize(("remat", "num_loops"), [("none", 4), ("dots", 6), ("full", 6)])
+@pytest.mark.parametrize(("remat", "num_loops"), [("none", 4), ("attention", 4), ("full", 6)])
 def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pass(remat, num_loops, place):
     """There are two sizes of tiles, so two loops each time; and the loops over layers, without which XLA would see that
     a layer is computed twice."""
 
     def loss(q, k, v):
-        layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=KEPT[remat], prevent_cse=False)
+        layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=POLICIES[remat], prevent_cse=False)
         return (jax.lax.scan(lambda q, _: (layer(q, k, v), None), q, length=3)[0] ** 2).sum()
 
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile(AS_FOR_USERS)

@@ -16,6 +16,7 @@ from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.layers import NormKind, gated
 from jaxsft.model.rope import Rope
+from jaxsft.training.matmuls import read_matmuls
 from jaxsft.training.program import read_program
 
 CONFIG = DecoderConfig(
@@ -169,7 +170,7 @@ def test_angles_that_depend_on_the_length_depend_on_that_of_the_example_alone():
     assert np.abs(hidden[:, 7:14] - cut).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["attention", "full", "offload"])
 def test_remat_changes_neither_value_nor_gradients(remat):
     rows = row(7, 12, size=20)
 
@@ -182,6 +183,28 @@ def test_remat_changes_neither_value_nor_gradients(remat):
         value_and_gradient(remat),
         value_and_gradient("none"),
     )
+
+
+def test_each_kind_of_remat_computes_again_what_it_says():
+    """Of a layer's matmuls by weights, whose sizes tell them apart; the last one is never needed again."""
+    config = dataclasses.replace(CONFIG, layers=(LayerKind(),) * 3, num_heads=8, hidden_size=40)
+    sizes = {"q": 40 * 64, "kv": 2 * 40 * 16, "o": 64 * 40, "gate and up": 2 * 40 * 48}
+    graphdef, abstract = nnx.split(jax.eval_shape(lambda: make(config)))
+    rows = row(7, 12, size=20)
+
+    def again(remat):
+        def loss(state):
+            decoder = nnx.merge(graphdef, state)
+            decoder.remat = remat
+            return projected(decoder(*rows).hidden)
+
+        matmuls = read_matmuls(jax.jit(jax.grad(loss)).trace(abstract))
+        return sum(each.flops for each in matmuls if each.is_again and "attention" not in each.name)
+
+    per_weight = 2 * 20 * 3
+    assert again("none") == 0
+    assert again("attention") == per_weight * (sizes["q"] + sizes["kv"] + sizes["gate and up"])
+    assert again("full") == again("offload") == per_weight * sum(sizes.values())
 
 
 def test_bfloat16_compute_is_near_float32_and_logits_are_float32():
@@ -253,7 +276,7 @@ def test_random_weights_hidden_states_and_gradients_do_not_depend_on_the_mesh(ax
         assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
 def test_keys_and_values_are_gathered_once_a_pass_and_nothing_is_sent_within_attention(remat):
     """Forward and backward in two parts each, of which each device has one chunk; their gradients are reduced once."""
     num_layers, num_rows, length = 4, 4, 256

@@ -246,7 +246,7 @@ def test_the_losses_of_routers_are_equal_for_every_accumulation(
     assert_equal(gradients_of(mixture, [batch], mesh, num_microbatches=num_microbatches), mixture_on_one_device)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["attention", "full"])
 def test_a_mixture_may_be_computed_again_in_the_backward_pass(mixture, mixture_on_one_device, remat):
     config, _, data = mixture
     model = config.model.model_copy(update={"remat": remat})

@@ -1,0 +1,71 @@
+"""A traced program, read: the matrix products of a step and their FLOPs, also of those that remat computes again.
+
+In: what `jax.jit(step).trace(...)` gives, of which nothing is compiled. Out: its `Matmul`s, for all devices together.
+A loop whose end is computed, such as that of the loss over chunks of trained tokens, counts once; a branch, as the
+largest of its kind; a kernel, as often as its grid has places, also those that it leaves out.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+AGAIN = "rematted_computation"
+"""What jax calls the part of a backward pass that computes a forward pass again."""
+
+
+class Matmul(NamedTuple):
+    """A matrix product of a program."""
+
+    flops: int
+    """Of all its runs on all devices: 2 for each product of two numbers, and its addition."""
+    dtype: str
+    """Of what comes out."""
+    shape: tuple[int, ...]
+    name: str
+    """Scopes and names of the functions that it stands in."""
+    is_again: bool
+    """It is computed a second time, for the backward pass."""
+    is_open: bool
+    """Within a loop whose end is computed, so that `flops` are those of one turn."""
+
+
+def read_matmuls(traced: Any) -> list[Matmul]:
+    """The matrix products of a traced program (`jax.stages.Traced`, or its `jaxpr`)."""
+    return list(_matmuls(_inner(getattr(traced, "jaxpr", traced)), 1, "", is_open=False))
+
+
+def _inner(jaxpr: Any) -> Any:
+    """Without the constants that are closed over."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _matmuls(jaxpr: Any, times: int, path: str, *, is_open: bool) -> Iterator[Matmul]:
+    for equation in jaxpr.eqns:
+        kind, params = equation.primitive.name, equation.params
+        name = f"{path}/{equation.source_info.name_stack}"
+        if kind == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left, out = equation.invars[0].aval, equation.outvars[0].aval
+            flops = 2 * math.prod(left.shape[dim] for dim in contracted) * math.prod(out.shape) * times
+            yield Matmul(flops, str(out.dtype), out.shape, name, AGAIN in name, is_open)
+        inner_times, branches = times, list(_parts(params))
+        if kind == "scan":
+            inner_times *= params["length"]
+        elif kind == "shard_map":  # the shapes inside are those of one device
+            inner_times *= math.prod(params["mesh"].shape.values())
+        elif kind == "pallas_call":
+            inner_times *= math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
+        of_branches = [list(_matmuls(part, inner_times, name, is_open=is_open or kind == "while")) for part in branches]
+        if kind == "cond":
+            yield from max(of_branches, key=lambda each: sum(matmul.flops for matmul in each), default=[])
+        else:
+            for each in of_branches:
+                yield from each
+
+
+def _parts(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs within an instruction."""
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(_inner(each), "eqns"):
+                yield _inner(each)
