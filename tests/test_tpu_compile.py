@@ -163,12 +163,12 @@ def test_a_table_in_blocks_is_gathered_twice_and_never_whole(tpu_compile, model,
     assert max(array.num_bytes for array in compiled.report.arrays if array.scope == "loss") <= table * 4 // 8
 
 
-@pytest.mark.parametrize(("attention", "num_parts"), [("splash", 1), ("xla", 2)])
+@pytest.mark.parametrize(("kernel", "num_parts"), [("splash", 1), ("xla", 2)])
 def test_of_rows_that_are_cut_keys_are_gathered_for_a_whole_layer_and_their_gradients_reduced_in_float32(
-    tpu_compile, model, attention, num_parts
+    tpu_compile, model, kernel, num_parts
 ):
     overrides = [f"data.seq_len={LENGTH}", f"train.batch_size={ROWS}", "mesh.context=2"]
-    config = tpu_compile.read_config(model, [*overrides, f"model.attention={attention}"])
+    config = tpu_compile.read_config(model, [*overrides, f"model.attention={kernel}"])
     compiled = tpu_compile.compile_step(config, "v6e:2x2")
     layers = [each for each in compiled.report.collectives if each.scope == "layers"]
     assert not any(each.is_open for each in layers)  # none within attention's loops over tiles
