@@ -17,9 +17,6 @@ Name = Literal["input", "linear", "attention", "residual"]
 totals; the residual stream between attention and MLP."""
 
 
-ATTENTION: Name = "attention"
-
-
 def keep(x: jax.Array, name: Name) -> jax.Array:
     """`x`, which a layer may keep under this name."""
     return checkpoint_name(x, name)

@@ -25,10 +25,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxsft.mesh import num_parts, partition_spec
 from jaxsft.model.keys import in_order_of_row, whole_rows
 from jaxsft.model.needed import Rule
-from jaxsft.model.remat import ATTENTION
+from jaxsft.model.remat import Name
 
 LANES = 128
 """So many numbers lie side by side on a TPU, and blocks are multiples of it."""
+
+KEPT_AS: Name = "attention"
+"""What the forward kernel makes, by which the backward kernels need not run it again."""
 
 SCORED_AT_ONCE = 512
 """Keys of a block whose scores are there at once; the rest of the block follows."""
@@ -74,7 +77,7 @@ def splash_attention(
         head_shards=1,
         q_seq_shards=places.num_devices,
         attn_logits_soft_cap=rule.soft_cap,
-        residual_checkpoint_name=ATTENTION,
+        residual_checkpoint_name=KEPT_AS,
         interpret=interpret,
     )
     local, inputs = functools.partial(_local, rule.scale, places), (kernel, q, k, v, sinks, *segment_ids)
