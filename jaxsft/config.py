@@ -60,14 +60,9 @@ class ModelConfig(Section):
     """Layers one after the other in the compiled program instead of one scanned: faster on CPU, slow to compile.
     Checkpoints are the same."""
     attention: AttentionKernel = "auto"
-<<<<<<< HEAD
     """What computes attention in training: JAX's TPU kernels (`splash`), ours that leave out what no query of a packed
     row sees (`packed`), XLA's operations in blocks (`xla`), or what suits devices and rows (`auto`). The log says which
     and why; a kernel is held against the formula before step 1."""
-=======
-    """What computes attention in training: TPU kernels (`splash`), XLA's operations in blocks (`xla`), or the former
-    where they can be had (`auto`). The log says which and why; a kernel is held against the formula before step 1."""
->>>>>>> splash
     remat: Literal["none", "attention", "full", "offload"] = "full"
     """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
     and unrolled layers), all but attention, or each whole layer. With "offload", what a layer then begins from waits in
