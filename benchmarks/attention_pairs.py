@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsft.batches.packing import plan
+from jaxsft.batches.packing import permutation, plan
 from jaxsft.model.needed import Rule
 from jaxsft.model.packed import Blocks, Rows, block_sizes, pairs_of
 
@@ -59,14 +59,14 @@ def read_lengths(path: pathlib.Path) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, seq_len: int, *, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions [rows, seq_len] of at most so many rows; examples that are too long are left out."""
+    """Segment ids and positions [rows, seq_len] of some rows, drawn; examples that are too long are left out."""
     lengths = lengths[lengths <= seq_len]
     packed = plan(lengths, seq_len, seed=0, packing=True)
-    num_rows = min(len(packed.row_starts) - 1, most)
-    segment_ids, positions = np.zeros((2, num_rows, seq_len), np.int32)
-    for row in range(num_rows):
+    drawn = permutation(len(packed.row_starts) - 1, seed=(0,))[:most]  # the first ones hold the longest examples
+    segment_ids, positions = np.zeros((2, len(drawn), seq_len), np.int32)
+    for row, place in enumerate(drawn):
         at = 0
-        for number, example in enumerate(packed.examples[packed.row_starts[row] : packed.row_starts[row + 1]], 1):
+        for number, example in enumerate(packed.examples[packed.row_starts[place] : packed.row_starts[place + 1]], 1):
             end = at + lengths[example]
             segment_ids[row, at:end], positions[row, at:end] = number, np.arange(end - at)
             at = end

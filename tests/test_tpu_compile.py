@@ -213,3 +213,27 @@ def test_splash_compiles_in_its_largest_blocks_with_all_that_models_ask_of_it(tp
         patch.setattr(splash, "FUSED_BYTES", 2**62 if fused else 0)
         text = jax.jit(jax.grad(gradients, (0, 1, 2, 3))).lower(*arrays).compile().as_text()
     assert "splash_mha_dkv" in text and ("splash_mha_dq" in text) != fused
+
+
+@pytest.mark.parametrize(("topology", "head_dim"), [("v5e:2x2", 256), ("v6e:2x2", 64), ("v5p:2x2x1", 128)])
+def test_kernels_for_packed_rows_compile_with_all_that_models_ask_of_them(tpu_compile, topology, head_dim):
+    mesh = make_mesh(MeshConfig(tensor=2), tpu_compile.devices_of(topology)[:4])
+    length = 600  # fills up blocks of queries and of keys
+
+    def gradients(q, k, v, sinks, segment_ids):
+        options = dict.fromkeys(("q_segment_ids", "kv_segment_ids", "q_positions", "kv_positions"), segment_ids)
+        options |= {"window": 300, "soft_cap": 50.0, "sinks": sinks, "kernel": "packed"}
+        return attention(q, k, v, **options).astype(jnp.float32).sum()
+
+    def array(axes, shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, partition_spec(axes)))
+
+    arrays = [
+        array(f"b t {letter} h", (2, length, heads, head_dim)) for letter, heads in (("n", 6), ("k", 2), ("k", 2))
+    ]
+    arrays += [array("n", (6,), jnp.float32), array("b t", (2, length), jnp.int32)]
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(gradients, (0, 1, 2, 3))).lower(*arrays).compile().as_text()
+    calls = [line for line in text.splitlines() if " custom-call(" in line and "packed_" in line]
+    kernels = [re.search(r"packed_(?:forward|by_queries|by_keys)", line)[0] for line in calls]
+    assert sorted(kernels) == ["packed_by_keys", "packed_by_queries", "packed_forward"]

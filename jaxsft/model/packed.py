@@ -391,11 +391,18 @@ def _key_kernel(rule: Rule, of_q: Any, of_kv: Any, *refs: Any) -> None:
 
 
 def _run(
-    kernel: Any, blocks: Blocks, pairs: Pairs, inputs: list[Any], outputs: list[Any], scratch: list[tuple[int, ...]]
+    name: str,
+    kernel: Any,
+    blocks: Blocks,
+    pairs: Pairs,
+    inputs: list[Any],
+    outputs: list[Any],
+    scratch: list[tuple[int, ...]],
 ) -> list[jax.Array]:
     """Runs a kernel for every head of keys, over a list of pairs.
 
     Args:
+        name: in programs and profiles.
         inputs: (array, what its blocks are looked up by).
         outputs: (shape and dtype, what its blocks are looked up by).
         scratch: shapes of float32 sums.
@@ -425,6 +432,7 @@ def _run(
         out_shape=[shape for shape, _ in outputs],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=blocks.interpret,
+        name=name,
     )
     return run(pairs.queries, pairs.keys, *(array for array, _ in inputs))
 
@@ -439,6 +447,7 @@ def _forward(rule: Rule, blocks: Blocks, *inputs: Any) -> tuple[jax.Array, Any]:
     num_kv_heads, num_blocks, lines, head_dim = arrays.q.shape
     of_sinks = [] if sinks is None else [(_sink_lines(blocks, sinks, num_kv_heads), "head")]
     out, log_total = _run(
+        "packed_forward",
         functools.partial(_forward_kernel, rule, sinks is not None),
         blocks,
         pairs,
@@ -465,6 +474,7 @@ def _backward(rule: Rule, blocks: Blocks, kept: Any, gradient: jax.Array) -> tup
     more = [(_lines(blocks, gradient, len(arrays.q)), "head q"), (log_total, "head q"), (mean, "head q")]
     inputs = [*zip(arrays, _INPUTS, strict=True), *more]
     (of_q,) = _run(
+        "packed_by_queries",
         functools.partial(_query_kernel, rule),
         blocks,
         by_queries,
@@ -473,6 +483,7 @@ def _backward(rule: Rule, blocks: Blocks, kept: Any, gradient: jax.Array) -> tup
         [(lines, q.shape[3])],
     )
     of_k, of_v = _run(
+        "packed_by_keys",
         functools.partial(_key_kernel, rule),
         blocks,
         by_keys,
