@@ -159,12 +159,15 @@ def test_the_share_of_packed_rows_is_that_of_their_pairs_and_of_whole_rows_all()
 
 
 def test_queries_may_be_a_part_of_the_row():
-    """The first and the last of four chunks, as a device has them where positions are cut over several."""
+    """The first and the last of four chunks, as a device has them where positions are cut over several.
+
+    In the last row, nobody sees the second chunk, whose gradients are zeros all the same.
+    """
     chunk = 128
-    segment_ids, positions = packed_rows([[200, 250, 60], [512]], 4 * chunk)
+    segment_ids, positions = packed_rows([[200, 250, 60], [512], [128, 256, 128]], 4 * chunk)
     keys = jax.random.split(jax.random.key(1), 4)
-    q, g = (jax.random.normal(key, (2, 4 * chunk, 4, 16)) for key in keys[:2])
-    k, v = (jax.random.normal(key, (2, 4 * chunk, 2, 16)) for key in keys[2:])
+    q, g = (jax.random.normal(key, (3, 4 * chunk, 4, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (3, 4 * chunk, 2, 16)) for key in keys[2:])
     g *= (segment_ids > 0)[..., None, None]
     own = np.r_[:chunk, 3 * chunk : 4 * chunk]
     rows = Rows(segment_ids[:, own], positions[:, own], jnp.array(own), segment_ids, positions)
