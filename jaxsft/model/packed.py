@@ -235,11 +235,11 @@ class _Arrays(NamedTuple):
 
 def _arrays(blocks: Blocks, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> _Arrays:
     groups = q.shape[2] // k.shape[2]
+    # Of padding, and of what fills up blocks, queries are of segment -1 and keys of segment 0.
     q_ids = jnp.stack([jnp.where(rows.q_segment_ids > 0, rows.q_segment_ids, -1), rows.q_positions], axis=1)
-    kv_ids = jnp.stack([jnp.where(rows.kv_segment_ids > 0, rows.kv_segment_ids, -2), rows.kv_positions], axis=2)
+    kv_ids = _filled(jnp.stack([rows.kv_segment_ids, rows.kv_positions], axis=2), blocks.keys)
     q_ids = _filled(q_ids, blocks.queries, axis=2, value=-1)
     q_ids = jnp.swapaxes(q_ids.reshape(len(q), 2, -1, blocks.queries), 1, 2)
-    kv_ids = _filled(kv_ids, blocks.keys, value=-2)
     return _Arrays(
         _lines(blocks, q, k.shape[2]),
         _by_head(blocks, k),
