@@ -89,7 +89,7 @@ def test_equals_the_naive_formula_in_value_and_gradients(case):
     assert not np.asarray(out[~is_token]).any()
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         # Those by queries that see themselves alone are 0, but for rounding.
-        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max() + 4e-6)
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * max(np.abs(theirs).max(), 5.0))
 
 
 @pytest.mark.parametrize("sizes", [(128, 256), (256, 128)], ids=str)
