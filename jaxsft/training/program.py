@@ -127,7 +127,7 @@ _MAKE_NOTHING = {
 
 
 def hlo_lines(text: str) -> list[str]:
-    """The lines of a program, an instruction on each, without what libtpu writes of Pallas kernels on lines of its own."""
+    """The lines of a program, an instruction on each, without what libtpu writes of Pallas kernels on further lines."""
     return re.sub(r"(kernel_metadata=\{)\n[^\n]*\n(\})", r"\1\2", text).splitlines()
 
 
