@@ -16,7 +16,7 @@ from jaxsft.model import splash
 from jaxsft.model.attention import attention
 from jaxsft.model.splash import largest_block
 from jaxsft.training import compiler_options, loss_in_blocks
-from jaxsft.training.program import total_bytes
+from jaxsft.training.program import hlo_lines, total_bytes
 
 WIDTH, MLP_WIDTH, NUM_LAYERS, VOCAB_SIZE = 256, 512, 2, 4096
 SHAPE = {
@@ -61,7 +61,7 @@ def model(tmp_path_factory):
 
 def num_kernels(compiled, phase):
     """Calls of a kernel of splash attention in a program, all of which count as attention in a profile."""
-    calls = [line for line in compiled.text.splitlines() if " custom-call(" in line and f"splash_mha_{phase}" in line]
+    calls = [line for line in hlo_lines(compiled.text) if " custom-call(" in line and f"splash_mha_{phase}" in line]
     assert all(re.search(r"\battention\b", line) for line in calls)
     return len(calls)
 

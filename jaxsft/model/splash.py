@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from jaxsft.mesh import num_parts, partition_spec
 from jaxsft.model.keys import in_order_of_row, whole_rows
@@ -81,10 +81,11 @@ def splash_attention(
         interpret=interpret,
     )
     local, inputs = functools.partial(_local, rule.scale, places), (kernel, q, k, v, sinks, *segment_ids)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return local(*inputs)
-    of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "context")))
+    # Of an axis alone: a mesh of which some axes are under way already is too much for what looks at shapes here.
+    context = AbstractMesh((places.num_devices,), ("context",))
+    of_kernel = kernel.manual_sharding_spec(NamedSharding(context, PartitionSpec(None, "context")))
     in_specs = (of_kernel, *map(partition_spec, ("b t n h", "b t k h", "b t k h", "n", "b t", "b s")))
     return jax.shard_map(local, in_specs=in_specs, out_specs=partition_spec("b t n h"), check_vma=False)(*inputs)
 

@@ -17,6 +17,7 @@ from etils import epath
 from jaxsft.config import ConfigError, LogConfig
 from jaxsft.disk.pages import refuse_other_pages, write_page
 from jaxsft.disk.writing import refuse_others, write_whole
+from jaxsft.training.program import hlo_lines
 
 SKIPPED_STEPS = 3
 """Steps of a start that are not traced: the first compiles, and the next ones may still wait for data."""
@@ -270,7 +271,7 @@ def read_instructions(hlo: str) -> dict[str, Instruction]:
     lines: dict[str, tuple[str, str, str]] = {}
     members: dict[str, list[str]] = collections.defaultdict(list)
     computation = ""
-    for line in hlo.splitlines():
+    for line in hlo_lines(hlo):
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             computation = header[1]
         elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*)", line):

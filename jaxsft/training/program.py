@@ -126,6 +126,11 @@ _MAKE_NOTHING = {
 """What names arrays that are there, or are made by the parts of it."""
 
 
+def hlo_lines(text: str) -> list[str]:
+    """The lines of a program, an instruction on each, without what libtpu writes of Pallas kernels on further lines."""
+    return re.sub(r"(kernel_metadata=\{)\n[^\n]*\n(\})", r"\1\2", text).splitlines()
+
+
 def total_bytes(collectives: Sequence[Collective]) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, int]]:
     """(scope, kind, axes) -> how many a run of the program does, and the sum of their bytes."""
     totals: dict[tuple[str, str, tuple[str, ...]], tuple[int, int]] = collections.defaultdict(lambda: (0, 0))
@@ -155,7 +160,7 @@ class _Visit(NamedTuple):
 def _computations(text: str) -> tuple[str, dict[str, _Computation]]:
     computations: dict[str, _Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in hlo_lines(text):
         if header := _HEADER.match(line):
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry

@@ -104,6 +104,23 @@ def test_instructions_are_known_by_the_scopes_of_the_program():
     assert loop.kind == "other"
 
 
+def test_a_kernel_of_tpus_is_known_by_its_scope_though_it_takes_several_lines():
+    text = """HloModule jit_train_step
+ENTRY %main.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %kernel.1 = (f32[8]{0}) custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(train_step)/gradients/layers/attention/pallas_call"}
+  ROOT %out.1 = f32[8]{0} get-tuple-element(%kernel.1), index=0, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+}
+"""
+    instructions = read_instructions(text)
+    assert list(instructions) == ["p", "kernel.1", "out.1"]
+    assert instructions["kernel.1"].kind == "attention"
+
+
 def test_every_moment_goes_to_what_runs_in_it_as_counted_one_by_one():
     rng = np.random.default_rng(0)
     leaves = [Instruction(kind, False, "") for kind in ("matmul", "attention", "collectives")]
