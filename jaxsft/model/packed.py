@@ -30,6 +30,9 @@ from jaxsft.model.needed import Rule
 from jaxsft.model.remat import keep
 
 LANES = 128
+LARGEST_GROUP = 8
+"""Query heads that are computed together. Of 64, scores of the smallest block do not fit into a v5p's memory on the
+chip (VMEM); larger groups read their keys several times."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 """Score of a pair that is not allowed. Maxima begin above it, so exp(score - maximum) is exactly 0 from the start."""
 
@@ -76,6 +79,11 @@ def block_sizes(group_size: int, head_dim: int) -> tuple[int, int]:
     return max(lines // group_size // LANES, 1) * LANES, 256
 
 
+def groups_of(group_size: int) -> int:
+    """Into how many a group of query heads is cut: 1 up to 8 of them, 2 for 16, 3 for 9, 11 for 11."""
+    return next(n for n in range(1, group_size + 1) if group_size % n == 0 and group_size // n <= LARGEST_GROUP)
+
+
 def packed_attention(
     rule: Rule,
     q: jax.Array,
@@ -106,9 +114,10 @@ def packed_attention(
     Returns:
         [B, T, N, H] in the dtype of `q`.
     """
-    num_devices, length = num_parts("t"), q.shape[1]
+    num_devices, length, group_size = num_parts("t"), q.shape[1], q.shape[2] // k.shape[2]
+    num_groups = groups_of(group_size)
     order = tuple(range(num_devices) if order is None else order)
-    sizes = (block_size,) * 2 if block_size else block_sizes(q.shape[2] // k.shape[2], q.shape[3])
+    sizes = (block_size,) * 2 if block_size else block_sizes(group_size // num_groups, q.shape[3])
     blocks = Blocks(*sizes, interpret=interpret)
     places = np.arange(length, dtype=np.int32).reshape(len(order), -1)[list(order)].reshape(num_devices, -1)
     assert (np.diff(places, axis=1) > 0).all(), "the chunks of a device stand in the order of the row"
@@ -117,7 +126,7 @@ def packed_attention(
         own = jax.lax.axis_index("context") if num_devices > 1 else 0
         of_keys = [in_order_of_row(x, order) for x in ids[2:]]
         rows = Rows(ids[0], ids[1], jnp.asarray(places)[own], *of_keys)
-        k, v = (whole_rows(x, order, num_devices) for x in (k, v))
+        k, v = (jnp.repeat(whole_rows(x, order, num_devices), num_groups, axis=2) for x in (k, v))
         return attention_of_blocks(rule, blocks, q, k, v, sinks, rows)
 
     inputs = (q, k, v, sinks, segment_ids[0], positions[0], segment_ids[1], positions[1])
@@ -142,7 +151,7 @@ def share_of_whole_rows(
     Args:
         windows: of each layer.
     """
-    blocks = Blocks(*block_sizes(group_size, head_dim), interpret=True)
+    blocks = Blocks(*block_sizes(group_size // groups_of(group_size), head_dim), interpret=True)
     places = np.arange(segment_ids.shape[1], dtype=np.int32)
 
     def num_pairs(segment_ids: np.ndarray, positions: np.ndarray) -> int:

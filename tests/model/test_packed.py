@@ -19,7 +19,7 @@ from jaxsft.model.balance import balanced_order
 from jaxsft.model.families.known import decoder_config
 from jaxsft.model.kernel_check import check_kernel
 from jaxsft.model.needed import Rule
-from jaxsft.model.packed import Blocks, Rows, attention_of_blocks, block_sizes, pairs_of, share_of_whole_rows
+from jaxsft.model.packed import Blocks, Rows, attention_of_blocks, block_sizes, groups_of, pairs_of, share_of_whole_rows
 from jaxsft.setup import Setup
 
 LENGTHS = [[100, 150, 30, 7], [300], [1] * 40 + [130, 90]]
@@ -236,6 +236,24 @@ def test_every_mesh_computes_what_our_own_attention_does(axes, options, dtype):
     for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         bound = {"float32": 2e-6, "bfloat16": 0.02}[dtype]
         assert np.abs(our.astype(jnp.float32) - their).max() <= bound * np.abs(their).max()
+
+
+@pytest.mark.parametrize(("group_size", "num_groups"), [(1, 1), (8, 1), (9, 3), (11, 11), (12, 2), (16, 2), (64, 8)])
+def test_large_groups_are_cut_into_equal_ones_of_at_most_eight(group_size, num_groups):
+    assert groups_of(group_size) == num_groups
+
+
+def test_large_groups_are_computed_as_small_ones_are():
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (
+        jax.random.normal(key, (4, 240, heads, 8)) for key, heads in zip(keys, (36, 2, 2, 36), strict=True)
+    )
+    ours, theirs = (
+        with_gradients(functools.partial(by_attention, kernel=kernel), cotangent, (q, k, v), None)
+        for kernel in ("packed", "xla")
+    )
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert np.abs(our - their).max() <= 2e-6 * np.abs(their).max()
 
 
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str)
