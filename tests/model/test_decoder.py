@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 from flax import nnx
 
 from jaxsft.config import MeshConfig
@@ -268,7 +268,7 @@ def test_keys_and_values_are_gathered_once_a_pass_and_nothing_is_sent_within_att
     with jax.set_mesh(mesh):
         placed = shardings(mesh, abstract)
         step = jax.jit(jax.grad(total), in_shardings=(placed, *[batch_sharding(mesh)] * 3), out_shardings=placed)
-        text = step.lower(abstract, *rows).compile(AS_FOR_USERS).as_text()
+        text = step.lower(abstract, *rows).compile(TO_READ).as_text()
     sent = read_program(text, mesh.shape).collectives
     assert not any(each.is_open for each in sent)
     of_part = num_rows // 2 * length // 2 * config.num_kv_heads * config.head_dim * 4
@@ -297,7 +297,7 @@ def test_weights_are_cut_over_all_devices_and_only_a_layer_at_a_time_is_gathered
 
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), in_shardings=(sharded, None, None, None), out_shardings=sharded)
-        memory = step.lower(abstract, *rows).compile(AS_FOR_USERS).memory_analysis()
+        memory = step.lower(abstract, *rows).compile(TO_READ).memory_analysis()
     whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
     assert memory.argument_size_in_bytes < 1.1 * whole / 8 + 8 * 16 * 12
     assert memory.temp_size_in_bytes < whole / 2
@@ -342,7 +342,7 @@ def test_a_layer_reduces_its_hidden_states_over_tensor_four_times(axes):
     with jax.set_mesh(mesh):
         sharded = shardings(mesh, abstract)
         step = jax.jit(jax.grad(total), in_shardings=(sharded, *[batch_sharding(mesh)] * 3), out_shardings=sharded)
-        sent = read_program(step.lower(abstract, *rows).compile(AS_FOR_USERS).as_text(), mesh.shape).collectives
+        sent = read_program(step.lower(abstract, *rows).compile(TO_READ).as_text(), mesh.shape).collectives
     of_layers = [each for each in sent if each.scope == "layers" and each.axes == ("tensor",)]
     assert {each.kind for each in of_layers} == {"all-reduce"}
     num_bytes = num_rows * length * config.hidden_size * 4 * axes["tensor"] // 8
