@@ -3,17 +3,15 @@
 All three models get a rope scaling, to be missing in one of the two programs. Ours runs once per model.
 """
 
-import concurrent.futures
 import json
-import multiprocessing
 import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
+from one_device import process_of_one_device
 
 from jaxsft.compare import ours
 from jaxsft.compare.hf import make_report, write_request
@@ -97,10 +95,7 @@ def _change(path: pathlib.Path, **changes: Any) -> None:
 @pytest.fixture(scope="module")
 def one_device():
     """A process that has one device, which need not cut the rows."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("XLA_FLAGS")
-            assert pool.submit(jax.device_count).result() == 1
+    with process_of_one_device(xla_flags=None) as pool:
         yield pool
 
 
