@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from compilation import TO_RUN_LONG
 
 from jaxsft.cli import main
 
@@ -33,7 +34,9 @@ def test_the_list_of_datasets_is_whole(material):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_dataset_is_previewed_and_trained(material, config, tmp_path, name, capsys):
+def test_a_real_dataset_is_previewed_and_trained(material, config, tmp_path, name, capsys, monkeypatch):
+    # One program for all of them, whose rows are long.
+    monkeypatch.setattr("jaxsft.training.step.compiler_options", lambda mesh: TO_RUN_LONG)
     overrides = [f"data.train.0.path={material}/data/{name}", *COLUMNS.get(name, []), f"run_dir={tmp_path}/run"]
     overrides += ["data.seq_len=1024"] if name in LONG else []
     assert main(["preview", str(config), *overrides]) == 0
