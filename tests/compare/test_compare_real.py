@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from compilation import xla_flags
 from one_device import process_of_one_device
 
 from jaxsft.compare import ours
@@ -28,6 +29,8 @@ class Case(NamedTuple):
     overrides: list[str]
     num_steps: int
     num_layers: int
+    xla_flags: str | None = None
+    """Of our run; None is as for users."""
 
 
 def quickstart(request, folder) -> Case:
@@ -60,7 +63,8 @@ def smollm2(request, folder) -> Case:
     model = _scaled(request.getfixturevalue("smollm2"), folder / "source")
     config = request.getfixturevalue("repo") / "configs" / "smollm2_gsm8k.yaml"
     overrides = [f"model.path={model}", f"data.train={folder}/train.jsonl", "data.seq_len=160", "train.batch_size=2"]
-    return Case(config, overrides, num_steps=1, num_layers=30)
+    # Compiled as for users, its one step would take three times as long; the small models are.
+    return Case(config, overrides, num_steps=1, num_layers=30, xla_flags=xla_flags(1))
 
 
 def _first_lines(path: pathlib.Path, count: int) -> str:
@@ -92,21 +96,14 @@ def _change(path: pathlib.Path, **changes: Any) -> None:
     _write(path, json.loads(path.read_text()) | changes)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """A process that has one device, which need not cut the rows."""
-    with process_of_one_device(xla_flags=None) as pool:
-        yield pool
-
-
 @pytest.fixture(scope="module", params=[quickstart, stories260k, smollm2], ids=lambda case: case.__name__)
 def case(request, tmp_path_factory) -> Case:
     return request.param(request, tmp_path_factory.mktemp("case"))
 
 
 @pytest.fixture(scope="module")
-def exchange(case, one_device, tmp_path_factory):
-    """The folder of a comparison after ours ran."""
+def exchange(case, tmp_path_factory):
+    """The folder of a comparison after ours ran, on one device, which need not cut the rows."""
     folder = tmp_path_factory.mktemp("exchange")
     overrides = [
         *case.overrides,
@@ -115,8 +112,9 @@ def exchange(case, one_device, tmp_path_factory):
         "data.template_date=2026-01-01",
     ]
     config = load_config(case.config, overrides)
-    one_device.submit(write_request, config, folder, num_steps=case.num_steps).result()
-    one_device.submit(ours.main, folder).result()
+    with process_of_one_device(xla_flags=case.xla_flags) as pool:
+        pool.submit(write_request, config, folder, num_steps=case.num_steps).result()
+        pool.submit(ours.main, folder).result()
     yield folder
     shutil.rmtree(folder)  # gigabytes
 
