@@ -29,7 +29,7 @@ class Case(NamedTuple):
     overrides: list[str]
     num_steps: int
     num_layers: int
-    xla_flags: str | None = None
+    xla_flags: str | None
     """Of our run; None is as for users."""
 
 
@@ -38,7 +38,7 @@ def quickstart(request, folder) -> Case:
     (folder / "train.jsonl").write_text(_first_lines(configs / "quickstart" / "train.jsonl", 400))
     model = _scaled(configs / "quickstart", folder / "source")
     overrides = [f"model.path={model}", f"data.train={folder}/train.jsonl", "train.batch_size=4"]
-    return Case(configs / "quickstart.yaml", overrides, num_steps=2, num_layers=2)
+    return Case(configs / "quickstart.yaml", overrides, num_steps=2, num_layers=2, xla_flags=xla_flags(1))
 
 
 def stories260k(request, folder) -> Case:
@@ -54,7 +54,7 @@ train: {{batch_size: 4, microbatch_size: 2, steps: 100}}
 optim: {{learning_rate: 1e-3, warmup_steps: 10, weight_decay: 0.1}}
 """
     )
-    return Case(folder / "stories.yaml", [], num_steps=2, num_layers=5)
+    return Case(folder / "stories.yaml", [], num_steps=2, num_layers=5, xla_flags=xla_flags(1))
 
 
 def smollm2(request, folder) -> Case:
@@ -63,8 +63,7 @@ def smollm2(request, folder) -> Case:
     model = _scaled(request.getfixturevalue("smollm2"), folder / "source")
     config = request.getfixturevalue("repo") / "configs" / "smollm2_gsm8k.yaml"
     overrides = [f"model.path={model}", f"data.train={folder}/train.jsonl", "data.seq_len=160", "train.batch_size=2"]
-    # Compiled as for users, its one step would take three times as long; the small models are.
-    return Case(config, overrides, num_steps=1, num_layers=30, xla_flags=xla_flags(1))
+    return Case(config, overrides, num_steps=1, num_layers=30, xla_flags=None)
 
 
 def _first_lines(path: pathlib.Path, count: int) -> str:

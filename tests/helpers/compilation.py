@@ -1,9 +1,9 @@
 """How tests compile: without making fast what runs once or twice, and as for users what is itself looked at.
 
 Almost all of the suite's time was XLA making programs fast. Without that, the same program of operations is compiled in
-a tenth of the time; what it computes differs by rounding. The quickstart, the comparisons with PyTorch in
-tests/compare and answers of a real model are compiled as for users; where loops, bytes or FLOPs are counted in a
-compiled program, these are as for users. To run all tests like that: `XLA_FLAGS="--xla_backend_optimization_level=3
+a tenth of the time; what it computes differs by rounding. The quickstart, and SmolLM2's answers and its comparison with
+PyTorch, are compiled as for users; where loops, bytes or FLOPs are counted in a compiled program, these are as for
+users. To run all tests like that: `XLA_FLAGS="--xla_backend_optimization_level=3
 --xla_llvm_disable_expensive_passes=false --xla_cpu_use_fusion_emitters=true"`, the last of them for jax 0.10 only.
 """
 
