@@ -19,13 +19,9 @@ from jaxsft.training.checkpoint import sealed_steps
 
 @pytest.fixture
 def place(tmp_path, repo, tiny_model, monkeypatch):
-    """A folder with the configs of the checkout, as the current one; the quickstart has a tiny model and fewer rows."""
+    """A folder with the configs of the checkout, as the current one; the quickstart's model is a tiny one."""
     shutil.copytree(repo / "configs", tmp_path / "configs")
-    quickstart = tmp_path / "configs" / "quickstart"
-    shutil.copy(tiny_model / "config.json", quickstart)
-    for name, count in (("train.jsonl", 400), ("eval.jsonl", 32)):
-        lines = (quickstart / name).read_text().splitlines(keepends=True)[:count]
-        (quickstart / name).write_text("".join(lines))
+    shutil.copy(tiny_model / "config.json", tmp_path / "configs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
