@@ -1,6 +1,7 @@
 """Eight simulated CPU devices for every test, and the real material where this machine has it."""
 
 import atexit
+import gc
 import json
 import os
 import pathlib
@@ -32,6 +33,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # PyTorch's threads wait by spinning, which takes the cores away from the other workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Of the million objects of imported libraries hardly one becomes garbage: to look at them after each 700 new ones took
+# a quarter of all tracing.
+gc.set_threshold(50_000)
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 MATERIAL = pathlib.Path(os.environ.get("JAXSFT_MATERIAL", REPO.parent / "shared" / "material"))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,9 +18,10 @@ from jaxsft.training.checkpoint import sealed_steps
 
 
 @pytest.fixture
-def place(tmp_path, repo, monkeypatch):
-    """A folder with the configs of the checkout, as the current one."""
-    (tmp_path / "configs").symlink_to(repo / "configs")
+def place(tmp_path, repo, tiny_model, monkeypatch):
+    """A folder with the configs of the checkout, as the current one; the quickstart's model is a tiny one."""
+    shutil.copytree(repo / "configs", tmp_path / "configs")
+    shutil.copy(tiny_model / "config.json", tmp_path / "configs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -30,6 +32,14 @@ def config_of(tiny_config, tmp_path, *overrides):
 
 def hashes(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_config, tmp_path_factory):
+    """A run from its beginning to its end: its folder, and the events that it told."""
+    folder = tmp_path_factory.mktemp("whole")
+    events = list(jaxsft.run(config_of(tiny_config, folder, "eval.every=6")))
+    return folder / "run", events
 
 
 def test_the_examples_of_the_docs_run_as_they_stand(place, repo, capsys):
@@ -69,10 +79,10 @@ def test_train_can_be_called_whoever_has_imported_its_module(repo, tiny_config, 
     assert "ConfigError: mesh: tensor 3 does not fit" in done.stderr.splitlines()[-1], done.stderr
 
 
-def test_events_tell_what_the_files_of_the_run_hold(tiny_config, tmp_path):
-    events = list(jaxsft.run(config_of(tiny_config, tmp_path, "eval.every=6")))
+def test_events_tell_what_the_files_of_the_run_hold(whole, tiny_config):
+    folder, events = whole
     kinds = [(type(event).__name__, event.step) for event in events]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     told = [event for event in events if isinstance(event, jaxsft.Line | jaxsft.Evaluated)]
     assert [event.step for event in told] == [line["step"] for line in lines]
     assert [event.metrics.get("loss") for event in told] == [line.get("loss") for line in lines]
@@ -82,15 +92,14 @@ def test_events_tell_what_the_files_of_the_run_hold(tiny_config, tmp_path):
     assert {4, 8, 12} <= {event.step for event in saved} and all(
         event.folder.name == str(event.step) for event in saved
     )
-    assert events[-1].export == tmp_path / "run" / "export"
-    again = list(jaxsft.run(config_of(tiny_config, tmp_path, "eval.every=6")))
-    assert again == [jaxsft.Finished(12, tmp_path / "run" / "export")]
+    assert events[-1].export == folder / "export"
+    again = list(jaxsft.run(config_of(tiny_config, folder.parent, "eval.every=6")))
+    assert again == [jaxsft.Finished(12, folder / "export")]
 
 
 @pytest.mark.parametrize("leave_at", [("Evaluated", 0), ("Line", 1), ("Line", 6), ("Saved", 8), ("Evaluated", 12)])
-def test_who_leaves_the_loop_stops_the_run_and_it_goes_on_as_if_it_had_not(tiny_config, tmp_path, leave_at):
+def test_who_leaves_the_loop_stops_the_run_and_it_goes_on_as_if_it_had_not(whole, tiny_config, tmp_path, leave_at):
     kind, step = leave_at
-    list(jaxsft.run(config_of(tiny_config, tmp_path / "whole")))
     config = config_of(tiny_config, tmp_path / "left")
     for event in jaxsft.run(config):
         if (type(event).__name__, event.step) == leave_at:
@@ -99,7 +108,7 @@ def test_who_leaves_the_loop_stops_the_run_and_it_goes_on_as_if_it_had_not(tiny_
     assert sealed_steps(left / "checkpoints")[-1:] == [step] * (step > 0)
     assert not (left / "run.lock").exists() and not (left / "export").exists()
     assert jaxsft.train(config) == 0
-    assert hashes(left / "export") == hashes(tmp_path / "whole" / "run" / "export")
+    assert hashes(left / "export") == hashes(whole[0] / "export")
 
 
 def test_an_error_in_the_loop_of_a_user_is_a_stop_as_well(tiny_config, tmp_path):
@@ -113,24 +122,24 @@ def test_an_error_in_the_loop_of_a_user_is_a_stop_as_well(tiny_config, tmp_path)
     assert sealed_steps(tmp_path / "run" / "checkpoints") == [3] and not (tmp_path / "run" / "run.lock").exists()
 
 
-def test_a_loop_by_hand_does_what_train_does(tiny_config, tmp_path):
+def test_a_loop_by_hand_does_what_train_does(whole, tiny_config, tmp_path):
+    run, _ = whole
     config = config_of(tiny_config, tmp_path)
-    assert jaxsft.train(config) == 0
     data, model = jaxsft.prepare(config), jaxsft.load_model(config)
     step = jaxsft.train_step(config, model, num_steps=data.num_steps)
     state = jaxsft.init_state(config, model)
     for number in range(data.num_steps):
         state, metrics = step(state, data.batch(number))
     jaxsft.export(model, tmp_path / "by-hand", state.params)
-    assert hashes(tmp_path / "by-hand") == hashes(tmp_path / "run" / "export")
+    assert hashes(tmp_path / "by-hand") == hashes(run / "export")
     with pytest.raises(ValueError, match="pass params=state.params"):
         jaxsft.generate(model, [[{"role": "user", "content": "hi"}]])
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-2])
     assert float(metrics.sums.loss_sum / metrics.sums.weight_sum) == pytest.approx(last["loss"], rel=1e-6)
     result = jaxsft.evaluate(config, model, state.params)
-    final = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result.metrics["eval_loss"] == final["eval_loss"]
-    exported = jaxsft.load_model(tmp_path / "run" / "export")
+    exported = jaxsft.load_model(run / "export")
     assert jaxsft.evaluate(config, exported).metrics["eval_loss"] == final["eval_loss"]  # of the model that is given
 
 

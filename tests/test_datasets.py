@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from compilation import TO_RUN_LONG
 
 from jaxsft.cli import main
 
@@ -23,7 +24,7 @@ def config(material, tmp_path_factory):
     (folder / "base.yaml").write_text(
         f"model: {{path: {material}/models/stories260K, remat: none}}\n"
         f"data: {{train: nothing.jsonl, chat_template: chatml, seq_len: 512, cache: {folder}/cache}}\n"
-        "train: {batch_size: 8, steps: 5}\nlog: {every: 5}\n"
+        "train: {batch_size: 8, steps: 2}\nlog: {every: 2}\n"
     )
     return folder / "base.yaml"
 
@@ -33,13 +34,14 @@ def test_the_list_of_datasets_is_whole(material):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_dataset_is_previewed_and_trained(material, config, tmp_path, name, capsys):
+def test_a_real_dataset_is_previewed_and_trained(material, config, tmp_path, name, capsys, monkeypatch):
+    # One program for all of them, whose rows are long.
+    monkeypatch.setattr("jaxsft.training.step.compiler_options", lambda mesh: TO_RUN_LONG)
     overrides = [f"data.train.0.path={material}/data/{name}", *COLUMNS.get(name, []), f"run_dir={tmp_path}/run"]
-    steps = 2 if name in LONG else 5
-    overrides += ["data.seq_len=1024", f"train.steps={steps}", f"log.every={steps}"] if name in LONG else []
+    overrides += ["data.seq_len=1024"] if name in LONG else []
     assert main(["preview", str(config), *overrides]) == 0
     assert name in capsys.readouterr().out
     assert main(["train", str(config), *overrides]) == 0
     (line,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert line["step"] == steps and 0 < line["loss"] < 12
+    assert line["step"] == 2 and 0 < line["loss"] < 12
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()

@@ -21,7 +21,8 @@ from etils import epath
 
 from jaxsft.cli import main
 from jaxsft.config_files import load_config
-from jaxsft.train import Due, due_after, train
+from jaxsft.train import Due, due_after, run, train
+from jaxsft.training.events import Saved
 
 EXACT = ("loss", "accuracy", "grad_norm", "learning_rate", "total_tokens", "rows_crc")
 
@@ -191,14 +192,18 @@ def test_other_settings_are_said_when_a_run_is_continued(tiny_config, tmp_path, 
     assert "changed since this run began: train.steps: 4 -> 5" in output
 
 
+def stop_at(step, config, overrides):
+    """A run in this process that is left when it has saved a step."""
+    for event in run(load_config(config, [*overrides, f"checkpoint.every={step}"])):
+        if isinstance(event, Saved):
+            assert event.step == step
+            break
+
+
 def test_counts_are_whole_when_a_run_is_continued_off_the_cadence_of_its_lines(whole_run, tiny_config, tmp_path):
     folder = tmp_path / "counted"
-    overrides = [f"run_dir={folder}", "log.every=5", "checkpoint.every=100"]
-    process = start(tiny_config, overrides)
-    wait_for_step(folder, 5, process)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 75
-    # Here and below a run goes on in this process, as the calm one ran: what it starts from is in its folder alone.
+    overrides = [f"run_dir={folder}", "log.every=5"]
+    stop_at(7, tiny_config, overrides)
     assert main(["train", str(tiny_config), *overrides]) == 0
     ours, expected = metrics(folder)[0], metrics(whole_run)[0]
     assert ours[12]["total_tokens"] == expected[12]["total_tokens"]
@@ -214,13 +219,15 @@ def test_killed_at_random_and_continued_equals_never_killed_bitwise(whole_run, t
     time.sleep(chance.random() * 0.2)
     process.kill()
     process.communicate()
+    # Here and below a run goes on in this process, as the calm one ran: what it starts from is in its folder alone.
     assert main(["train", str(tiny_config), *overrides]) == 0
     assert_same_run(folder, whole_run)
 
 
 def test_sigterm_saves_exits_with_75_and_the_same_command_continues(whole_run, tiny_config, tmp_path):
     folder = tmp_path / "stopped"
-    process = start(tiny_config, [f"run_dir={folder}", "checkpoint.every=100"])
+    overrides = [f"run_dir={folder}", "checkpoint.every=100"]
+    process = start(tiny_config, overrides)
     wait_for_step(folder, 3, process)
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
@@ -228,18 +235,14 @@ def test_sigterm_saves_exits_with_75_and_the_same_command_continues(whole_run, t
     (saved,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 3 <= saved <= 12
     assert f"SIGTERM: saved step {saved}" in output
-    code, output = finish(start(tiny_config, [f"run_dir={folder}", "checkpoint.every=100"]))
-    assert code == 0, output
+    assert main(["train", str(tiny_config), *overrides]) == 0
     assert_same_run(folder, whole_run)
 
 
 def test_a_run_continued_on_another_device_count_sees_the_same_rows(whole_run, tiny_config, tmp_path):
     folder = tmp_path / "moved"
-    overrides = [f"run_dir={folder}", "checkpoint.every=100"]
-    process = start(tiny_config, overrides)
-    wait_for_step(folder, 4, process)
-    process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == 75
+    overrides = [f"run_dir={folder}"]
+    stop_at(5, tiny_config, overrides)
     code, output = finish(start(tiny_config, overrides, devices=2))
     assert code == 0, output
     ours, expected = metrics(folder)[0], metrics(whole_run)[0]

@@ -1,13 +1,11 @@
 """What is asked of held-out conversations, and which answers are right: the tokens that are trained, and no others."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from compilation import xla_flags
 from conversations import CASES, assistant, call, system, tool, user
+from one_device import process_of_one_device, said_by
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -417,23 +415,28 @@ def write_run(folder, repo, template, rows, **sections):
     return folder / "config.yaml"
 
 
-def run(command, config, repo):
-    """On one device: eight simulated ones of a tiny model mostly wait for each other."""
-    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    words = [sys.executable, "run.py", command, str(config)]
-    done = subprocess.run(words, cwd=repo, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run():
+    """`run(command, config)` is what a command says."""
+    # Code that is made faster a little, as some train for 80 steps.
+    with process_of_one_device(xla_flags=f"{xla_flags(1)} --xla_backend_optimization_level=1") as pool:
+
+        def run(command, config):
+            code, said = pool.submit(said_by, [command, str(config)]).result()
+            assert code == 0, said
+            return said
+
+        yield run
 
 
 @pytest.mark.parametrize("template", [THINKING, OPENED, HARMONY], ids=["empty thought", "prompt thinks", "channels"])
-def test_a_model_that_has_learnt_its_rows_answers_all_of_them_exactly(repo, tmp_path, template):
+def test_a_model_that_has_learnt_its_rows_answers_all_of_them_exactly(run, repo, tmp_path, template):
     rows = [
         {"messages": RAIN},
         {"messages": BARE},
         {"messages": [user("Hi"), assistant("Hello"), user("Bye"), assistant("So long", reasoning_content="Hm")]},
     ]
-    output = run("train", write_run(tmp_path, repo, template, rows), repo)
+    output = run("train", write_run(tmp_path, repo, template, rows))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = (line for line in lines if "eval_loss" in line)
     num_questions = sum(message["role"] == "assistant" for row in rows for message in row["messages"])
@@ -443,14 +446,14 @@ def test_a_model_that_has_learnt_its_rows_answers_all_of_them_exactly(repo, tmp_
     assert 'calls get_weather({"city": "Ulm"})' in output and '"Bonn"' in output
 
 
-def test_the_shown_answers_are_the_first_questions_and_only_exact_match_asks_the_others(repo, tmp_path):
+def test_the_shown_answers_are_the_first_questions_and_only_exact_match_asks_the_others(run, repo, tmp_path):
     rows = [{"messages": [user(str(n)), assistant("a"), user("c"), assistant("d")]} for n in range(3)]
     settings = {"samples": 3, "exact_match": False, "max_new_tokens": 4}
     config = write_run(tmp_path, repo, DEAF, rows, eval=settings, train={"steps": 1})
-    shown = [line for line in run("evaluate", config, repo).splitlines() if line.startswith("  prompt")]
+    shown = [line for line in run("evaluate", config).splitlines() if line.startswith("  prompt")]
     assert [line.split("    ")[1] for line in shown] == ["user: 0", "user: 0 | assistant: a | user: c", "user: 1"]
     config = write_run(tmp_path, repo, DEAF, rows, eval=settings | {"exact_match": True, "ask": "last"})
-    output = run("evaluate", config, repo)
+    output = run("evaluate", config)
     assert "of 3 answers" in output and "user: 2 | assistant: a | user: c" in output
     assert "held-out eval: 3 of 3 questions are asked as they are trained" in output
 

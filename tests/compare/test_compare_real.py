@@ -3,17 +3,16 @@
 All three models get a rope scaling, to be missing in one of the two programs. Ours runs once per model.
 """
 
-import concurrent.futures
 import json
-import multiprocessing
 import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
+from compilation import xla_flags
+from one_device import process_of_one_device
 
 from jaxsft.compare import ours
 from jaxsft.compare.hf import make_report, write_request
@@ -30,6 +29,8 @@ class Case(NamedTuple):
     overrides: list[str]
     num_steps: int
     num_layers: int
+    xla_flags: str | None
+    """Of our run; None is as for users."""
 
 
 def quickstart(request, folder) -> Case:
@@ -37,7 +38,7 @@ def quickstart(request, folder) -> Case:
     (folder / "train.jsonl").write_text(_first_lines(configs / "quickstart" / "train.jsonl", 400))
     model = _scaled(configs / "quickstart", folder / "source")
     overrides = [f"model.path={model}", f"data.train={folder}/train.jsonl", "train.batch_size=4"]
-    return Case(configs / "quickstart.yaml", overrides, num_steps=2, num_layers=2)
+    return Case(configs / "quickstart.yaml", overrides, num_steps=2, num_layers=2, xla_flags=xla_flags(1))
 
 
 def stories260k(request, folder) -> Case:
@@ -53,7 +54,7 @@ train: {{batch_size: 4, microbatch_size: 2, steps: 100}}
 optim: {{learning_rate: 1e-3, warmup_steps: 10, weight_decay: 0.1}}
 """
     )
-    return Case(folder / "stories.yaml", [], num_steps=2, num_layers=5)
+    return Case(folder / "stories.yaml", [], num_steps=2, num_layers=5, xla_flags=xla_flags(1))
 
 
 def smollm2(request, folder) -> Case:
@@ -62,7 +63,7 @@ def smollm2(request, folder) -> Case:
     model = _scaled(request.getfixturevalue("smollm2"), folder / "source")
     config = request.getfixturevalue("repo") / "configs" / "smollm2_gsm8k.yaml"
     overrides = [f"model.path={model}", f"data.train={folder}/train.jsonl", "data.seq_len=160", "train.batch_size=2"]
-    return Case(config, overrides, num_steps=1, num_layers=30)
+    return Case(config, overrides, num_steps=1, num_layers=30, xla_flags=None)
 
 
 def _first_lines(path: pathlib.Path, count: int) -> str:
@@ -94,24 +95,14 @@ def _change(path: pathlib.Path, **changes: Any) -> None:
     _write(path, json.loads(path.read_text()) | changes)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """A process that has one device, which need not cut the rows."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("XLA_FLAGS")
-            assert pool.submit(jax.device_count).result() == 1
-        yield pool
-
-
 @pytest.fixture(scope="module", params=[quickstart, stories260k, smollm2], ids=lambda case: case.__name__)
 def case(request, tmp_path_factory) -> Case:
     return request.param(request, tmp_path_factory.mktemp("case"))
 
 
 @pytest.fixture(scope="module")
-def exchange(case, one_device, tmp_path_factory):
-    """The folder of a comparison after ours ran."""
+def exchange(case, tmp_path_factory):
+    """The folder of a comparison after ours ran, on one device, which need not cut the rows."""
     folder = tmp_path_factory.mktemp("exchange")
     overrides = [
         *case.overrides,
@@ -120,8 +111,9 @@ def exchange(case, one_device, tmp_path_factory):
         "data.template_date=2026-01-01",
     ]
     config = load_config(case.config, overrides)
-    one_device.submit(write_request, config, folder, num_steps=case.num_steps).result()
-    one_device.submit(ours.main, folder).result()
+    with process_of_one_device(xla_flags=case.xla_flags) as pool:
+        pool.submit(write_request, config, folder, num_steps=case.num_steps).result()
+        pool.submit(ours.main, folder).result()
     yield folder
     shutil.rmtree(folder)  # gigabytes
 

@@ -140,7 +140,7 @@ def damage_trial(
         shutil.rmtree(place, ignore_errors=True)
 
 
-# In processes of their own.
+# In processes of their own. What is let be after that goes on in this one: what it starts from is in its folder alone.
 
 
 def start(
@@ -181,7 +181,7 @@ def kill_trial(
         names.append(number.name)
         if number != signal.SIGKILL and code not in (0, STOPPED, 1, -number):
             return Outcome("kill", False, f"{'+'.join(names)}: exit code {code}: {err[-2000:]}")
-    code, err = finish(start(config, overrides_of(place)))
+    code, _, err = run_here(config, overrides_of(place))
     if code != 0:
         return Outcome("kill", False, f"after {'+'.join(names)}: exit code {code}: {err[-2000:]}")
     found = difference(result_of(place / "run"), expected)
@@ -198,7 +198,7 @@ def disk_trial(
         return Outcome("disk full", False, f"at {most_bytes:,} bytes: exit code {code}: {err[-2000:]}")
     if code == 74 and "bytes free" not in err:
         return Outcome("disk full", False, f"at {most_bytes:,} bytes: {err[-500:]}")
-    again, err = finish(start(config, overrides_of(place)))
+    again, _, err = run_here(config, overrides_of(place))
     if again != 0:
         return Outcome("disk full", False, f"then, with room: exit code {again}: {err[-2000:]}")
     found = difference(result_of(place / "run"), expected)

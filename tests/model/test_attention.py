@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 from naive_attention import naive
 
 from jaxsft.model import attention as module
@@ -48,6 +48,17 @@ def with_gradients(function, cotangent, arrays, sinks=None, **options):
     return value, vjp(cotangent)
 
 
+SINKS = np.array([0.3, -2.0, 5.0, 0.0, 1.0, -0.5], np.float32)
+
+
+@functools.cache
+def of_formula(num_kv_heads=2, *, with_sinks=False, options=()):
+    """What `with_gradients` gives of the naive formula, for the arrays and the cotangent of the tests."""
+    arrays = qkv(num_kv_heads=num_kv_heads)
+    found = with_gradients(naive, cotangent_of(arrays), arrays, SINKS if with_sinks else None, **dict(options))
+    return jax.device_get(found)
+
+
 @pytest.fixture(autouse=True, scope="module", params=["on one CPU", "elsewhere"])
 def place(request):
     """Both ways of computing it."""
@@ -64,13 +75,16 @@ def qkv(num_heads=6, num_kv_heads=2, head_dim=8, length=37, scale=1.0):
     return [scale * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+def cotangent_of(arrays):
+    return jax.random.normal(jax.random.key(1), arrays[0].shape, arrays[0].dtype)
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("block_size", [2, 4, 5, 9, 37, 512])
 def test_equals_the_naive_formula_in_value_and_gradients_for_every_block_size(num_kv_heads, block_size):
     arrays = qkv(num_kv_heads=num_kv_heads)
-    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-    expected, expected_gradients = with_gradients(naive, cotangent, arrays)
-    given, gradients = with_gradients(packed, cotangent, arrays, block_size=block_size)
+    expected, expected_gradients = of_formula(num_kv_heads)
+    given, gradients = with_gradients(packed, cotangent_of(arrays), arrays, block_size=block_size)
     np.testing.assert_allclose(given, expected, atol=2e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-6)
@@ -90,11 +104,9 @@ OPTIONS = [
 @pytest.mark.parametrize("block_size", [2, 512])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_windows_soft_caps_scales_and_sinks_equal_the_naive_formula(options, block_size, with_sinks):
-    arrays = qkv()
-    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-    sinks = jnp.array([0.3, -2.0, 5.0, 0.0, 1.0, -0.5]) if with_sinks else None
-    expected, expected_gradients = with_gradients(naive, cotangent, arrays, sinks, **options)
-    given, gradients = with_gradients(packed, cotangent, arrays, sinks, block_size=block_size, **options)
+    arrays, sinks = qkv(), SINKS if with_sinks else None
+    expected, expected_gradients = of_formula(with_sinks=with_sinks, options=tuple(options.items()))
+    given, gradients = with_gradients(packed, cotangent_of(arrays), arrays, sinks, block_size=block_size, **options)
     np.testing.assert_allclose(given, expected, atol=3e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
@@ -107,7 +119,7 @@ def test_a_window_spares_the_work_of_keys_out_of_reach(place):
     def flops(window):
         arrays = [jax.ShapeDtypeStruct((1, 2048, heads, 16), jnp.float32) for heads in (4, 2, 2)]
         ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-        compiled = packed.lower(*arrays, ids, ids, block_size=128, window=window).compile(AS_FOR_USERS)
+        compiled = packed.lower(*arrays, ids, ids, block_size=128, window=window).compile(TO_READ)
         # The loop over blocks is counted once, so this is the work of a block.
         return compiled.cost_analysis()["flops"]
 
@@ -199,7 +211,7 @@ def test_queries_against_a_longer_cache_equal_the_same_queries_in_the_sequence()
 def test_bfloat16_in_bfloat16_out_with_a_float32_softmax(block_size):
     arrays = [x.astype(jnp.bfloat16) for x in qkv()]
     exact = [x.astype(jnp.float32) for x in arrays]
-    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape, jnp.bfloat16)
+    cotangent = cotangent_of(arrays)
     given, gradients = with_gradients(packed, cotangent, arrays, block_size=block_size)
     expected, expected_gradients = with_gradients(naive, cotangent.astype(jnp.float32), exact)
     for ours, other in zip([given, *gradients], [expected, *expected_gradients], strict=True):
@@ -212,7 +224,7 @@ def test_memory_of_the_backward_pass_grows_linearly_with_the_length():
         arrays = [jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (4, 2, 2)]
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         gradient = jax.grad(lambda q, k, v, s, p: packed(q, k, v, s, p, 64).sum(), (0, 1, 2))
-        return jax.jit(gradient).lower(*arrays, ids, ids).compile(AS_FOR_USERS).memory_analysis().temp_size_in_bytes
+        return jax.jit(gradient).lower(*arrays, ids, ids).compile(TO_READ).memory_analysis().temp_size_in_bytes
 
     assert bytes_at(8192) < 4.5 * bytes_at(2048)
 
@@ -227,7 +239,7 @@ def test_what_a_layer_keeps_spares_its_backward_pass_the_loops_of_the_forward_pa
         layer = jax.checkpoint(lambda *a: packed(*a, block_size=4), policy=POLICIES[remat], prevent_cse=False)
         return (jax.lax.scan(lambda q, _: (layer(q, k, v), None), q, length=3)[0] ** 2).sum()
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile(AS_FOR_USERS)
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*qkv()).compile(TO_READ)
     assert compiled.as_text().count(" while(") == 2 + num_loops
 
 
@@ -238,13 +250,13 @@ def test_the_only_large_tile_of_a_row_is_computed_where_it_is_needed_and_nowhere
     segment_ids = jnp.repeat(jnp.arange(len(lengths)), jnp.array(lengths))[None] + 1
     positions = jnp.concatenate([jnp.arange(length) for length in lengths])[None]
     arrays = [x[:1, :20] for x in qkv()]
-    cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+    cotangent = cotangent_of(arrays)
 
     def gradients(function, **more):
         def run(arrays):
             return jax.vjp(lambda *a: function(*a, segment_ids, positions, **more), *arrays)[1](cotangent)
 
-        return jax.jit(run).lower(arrays).compile(AS_FOR_USERS)
+        return jax.jit(run).lower(arrays).compile(TO_READ)
 
     compiled = gradients(packed, block_size=2)
     for ours, theirs in zip(compiled(arrays), gradients(naive)(arrays), strict=True):

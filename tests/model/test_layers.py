@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 from flax import nnx
 
 from jaxsft.config import MeshConfig
@@ -42,7 +42,7 @@ def gradients_of(mesh, dtype, *, together):
     with jax.set_mesh(mesh):
         placed = jax.device_put(weights, shardings(mesh, weights))
         compute = jax.jit(jax.grad(functools.partial(objective, graphdef=graphdef, together=together), argnums=(0, 1)))
-        compiled = compute.lower(placed, x).compile(AS_FOR_USERS)
+        compiled = compute.lower(placed, x).compile(TO_READ)
         gradients = jax.device_get(compiled(placed, x))
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)], compiled
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh
@@ -121,7 +121,7 @@ def temporary_bytes(function, rows):
     inputs = make_inputs(rows=rows, seq_len=512, width=32, vocab_size=8192)
     hidden, unembedding, targets, weights = inputs
     gradient = jax.grad(lambda h, u: function(h, u, targets, weights), argnums=(0, 1))
-    return jax.jit(gradient).lower(hidden, unembedding).compile(AS_FOR_USERS).memory_analysis().temp_size_in_bytes
+    return jax.jit(gradient).lower(hidden, unembedding).compile(TO_READ).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary():

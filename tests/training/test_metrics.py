@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 from etils import epath
 from flax import nnx
 
@@ -201,7 +201,7 @@ def xla_flops(config, *, num_tokens):
         logits = model.logits(model(tokens, jnp.ones_like(tokens), jnp.arange(num_tokens)[None]).hidden)
         return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1))
 
-    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(AS_FOR_USERS)
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens).compile(TO_READ)
     return compiled.cost_analysis()["flops"], matmul_params(params, config)
 
 

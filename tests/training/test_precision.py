@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from placing import place
 
 from jaxsft.batch import Batch
 from jaxsft.config import MeshConfig, OptimConfig
@@ -60,8 +61,8 @@ def make_batch(vocab_size):
     )
 
 
-def gradients_of(make, params, batch, mesh, *, num_microbatches=1):
-    """Of the loss sum, as float64 on the host."""
+def gradients_of(make, several_params, batch, mesh, *, num_microbatches=1):
+    """Of the loss sum by each of several parameters, all float64 and on the host."""
     graphdef = abstract_model(make).graphdef
 
     @jax.jit
@@ -71,19 +72,27 @@ def gradients_of(make, params, batch, mesh, *, num_microbatches=1):
 
     with jax.set_mesh(mesh):
         placed = put_batch(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch), batch.tokens.shape, mesh)
-        return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(compute(params, placed)))
+        found = [jax.device_get(compute(place(params, mesh), placed)) for params in several_params]
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
+
+
+@functools.cache
+def exact_of(name):
+    """Parameters on the host, the gradients of float32 in float32, and those where only the weights are rounded."""
+    config = config_of(name)
+    batch, exact = make_batch(config.vocab_size), make_model(config, "float32")
+    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = jax.device_get(random_params(exact, one_device, seed=0))
+    of_rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    gradients = gradients_of(exact, [params, of_rounded], batch, one_device)
+    return params, *gradients
 
 
 def check(name, mesh, *, num_microbatches=1):
     config = config_of(name)
-    batch = make_batch(config.vocab_size)
-    exact, rounded = make_model(config, "float32"), make_model(config, "bfloat16")
-    one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = random_params(exact, one_device, seed=0)
-    of_rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
-    expected = gradients_of(exact, params, batch, one_device)
-    moved = gradients_of(exact, of_rounded, batch, one_device)
-    given = gradients_of(rounded, random_params(exact, mesh, seed=0), batch, mesh, num_microbatches=num_microbatches)
+    params, expected, moved = exact_of(name)
+    batch, rounded = make_batch(config.vocab_size), make_model(config, "bfloat16")
+    (given,) = gradients_of(rounded, [params], batch, mesh, num_microbatches=num_microbatches)
     largest = max(map(np.linalg.norm, jax.tree.leaves(expected)))
     beyond = {}
     leaves = jax.tree_util.tree_flatten_with_path(expected)[0]

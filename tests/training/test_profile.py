@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import TO_READ
 from etils import epath
 
 from jaxsft.config_files import load_config
@@ -88,7 +88,7 @@ def test_instructions_are_known_by_the_scopes_of_the_program():
         return w - 0.1 * value
 
     shapes = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    text = jax.jit(train_step).lower(shapes, shapes).compile(AS_FOR_USERS).as_text()
+    text = jax.jit(train_step).lower(shapes, shapes).compile(TO_READ).as_text()
     instructions = read_instructions(text)
     kinds = {
         names: {each.kind for each in instructions.values() if re.search(names, each.op_name)}

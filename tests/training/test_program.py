@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilation import AS_FOR_USERS
+from compilation import AS_FOR_USERS, TO_READ
 from jax.sharding import PartitionSpec
 
 from jaxsft.config import MeshConfig
@@ -43,8 +43,8 @@ def test_groups_in_an_unknown_form_are_no_guess():
 
 
 @functools.cache
-def report():
-    """Of a program with known collectives, compiled for 8 devices."""
+def program():
+    """A mesh of 8 devices, and a program for it with known collectives, lowered."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 
     def local(x):
@@ -64,8 +64,21 @@ def report():
     spec = PartitionSpec(("data", "fsdp"), "tensor")
     with jax.set_mesh(mesh):
         function = jax.jit(jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False))
-        text = function.lower(jax.ShapeDtypeStruct((16, 256), jnp.float32)).compile(AS_FOR_USERS).as_text()
-    return read_program(text, mesh.shape)
+        return mesh, function.lower(jax.ShapeDtypeStruct((16, 256), jnp.float32))
+
+
+@functools.cache
+def report():
+    mesh, lowered = program()
+    return read_program(lowered.compile(TO_READ).as_text(), mesh.shape)
+
+
+def test_what_tests_read_of_a_program_is_what_users_get():
+    _, lowered = program()
+    ours, theirs = lowered.compile(TO_READ), lowered.compile(AS_FOR_USERS)
+    assert "fusion(" in ours.as_text() and ours.as_text() == theirs.as_text()
+    assert ours.cost_analysis() == theirs.cost_analysis()
+    assert ours.memory_analysis().temp_size_in_bytes == theirs.memory_analysis().temp_size_in_bytes
 
 
 def test_collectives_are_counted_with_their_axes_and_bytes_and_the_turns_of_their_loops():
@@ -94,10 +107,6 @@ def test_the_largest_array_of_each_part_is_found():
 
 
 def test_what_a_fusion_makes_on_the_way_is_no_array():
-    text = (
-        jax.jit(lambda x: jnp.sum(jnp.sin(x)[:, None] * jnp.cos(x)))
-        .lower(np.zeros(512, np.float32))
-        .compile(AS_FOR_USERS)
-    )
-    (largest,) = read_program(text.as_text(), {"data": 1}).arrays
+    lowered = jax.jit(lambda x: jnp.sum(jnp.sin(x)[:, None] * jnp.cos(x))).lower(np.zeros(512, np.float32))
+    (largest,) = read_program(lowered.compile(TO_READ).as_text(), {"data": 1}).arrays
     assert largest.num_bytes <= 4 * 512
