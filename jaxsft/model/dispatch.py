@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import COPY_AXES, DIM_AXES, WIDTH_AXES, free_axes, partition_spec
+from jaxsft.mesh import COPY_AXES, DIM_AXES, cut_axes, free_axes, partition_spec
 from jaxsft.model.layers import precision
 
 MAX_BLOCK = 512
@@ -44,6 +44,9 @@ class ExpertWeights(NamedTuple):
 
 
 WEIGHT_AXES = ("e d f", "e d f", "e f d", "e f", "e f", "e d")
+
+WIDTH_AXES = cut_axes("e d")[1]
+"""Those that cut the width of the weights."""
 
 
 def _map_weights(f: Callable, *trees: Any) -> ExpertWeights:
@@ -114,8 +117,7 @@ def _experts_forward(gating: Gating, inputs: Inputs) -> tuple[jax.Array, Inputs]
 
 
 def _experts_backward(gating: Gating, inputs: Inputs, y_gradient: jax.Array) -> Any:
-    copy_axes = tuple(axis for axis in free_axes(COPY_AXES) if axis != "expert")
-    local = functools.partial(_local_gradients, gating, copy_axes)
+    local = functools.partial(_local_gradients, gating, free_axes(COPY_AXES))
     x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, y_gradient)
     return ((x_gradient, None, scores_gradient, weights_gradient),)
 
