@@ -31,9 +31,9 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 def cast(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`weight.astype(dtype)` to the bit, where a weight is used in matmuls of that dtype.
 
-    To bfloat16 in two steps, of which the first does it all. In one, the compiler for TPUs takes it out of the loop over
-    layers: it rounds the weights of all layers before the first, and keeps them beside the stored ones until the last
-    gradient is there (libtpu 0.0.42.1; of an optimization barrier it takes no notice).
+    To bfloat16 in two steps, of which the first does it all. One step alone the compiler for TPUs takes out of the loop
+    over layers: it rounds the weights of all layers before the first, and keeps them beside the stored ones until the
+    last gradient is there (v5p, libtpu 0.0.42.1; of an optimization barrier it takes no notice).
     """
     if dtype == jnp.bfloat16 and weight.dtype == jnp.float32:
         weight = jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7)
