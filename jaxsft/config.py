@@ -312,7 +312,7 @@ class MeshConfig(Section):
     fsdp: PositiveInt | None = None
     """Devices that split the parameters and the rows; left out: all that the other axes leave over."""
     expert: PositiveInt = 1
-    """Devices that split the experts and the rows."""
+    """Devices that split the experts and the rows, and all other parameters too."""
     context: PositiveInt = 1
     """Devices that split the positions of a row, and the parameters."""
     tensor: PositiveInt = 1

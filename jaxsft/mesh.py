@@ -23,9 +23,9 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 DIM_AXES: dict[str, tuple[str, ...]] = {
     "b": ("data", "fsdp", "expert"),
-    "u": ("data", "expert"),
+    "u": ("data",),
     "t": ("context",),
-    "d": ("fsdp", "context"),
+    "d": ("fsdp", "expert", "context"),
     "n": ("tensor",),
     "k": ("tensor",),
     "f": ("tensor",),
@@ -38,10 +38,12 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "l": (),
     "s": (),
 }
-"""Letter of a dim (the glossary of names) to the mesh axes that it is cut over.
+"""Letter of a dim (the glossary of names) to the mesh axes that it is cut over, where no dim before it is (`cut_axes`).
 
-Devices along `context` have the same weights to work with, so weights are cut over them too. `u` are rows on the way
-out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as `"b t d"`.
+Devices that have different tokens have the same weights to work with, so the width of weights is cut over all of them
+but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `u` are
+rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
+`"b t d"`.
 """
 
 ROW_AXES = DIM_AXES["b"]
@@ -50,22 +52,35 @@ TOKEN_AXES = (*ROW_AXES, *DIM_AXES["t"])
 
 WIDTH_AXES = DIM_AXES["d"]
 COPY_AXES = tuple(axis for axis in TOKEN_AXES if axis not in WIDTH_AXES)
-"""Along these, devices have different tokens, and the same part of the width of what is not cut by experts."""
+"""Along these, devices have different tokens, and the same parts of all weights."""
+
+
+def cut_axes(axes: str) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that cut each dim of an array, of whose letters `axes` is made; axes of size 1 among them.
+
+    A mesh axis cuts one dim at most, the first that asks for it: of `"v d"`, the width is cut over
+    `("fsdp", "expert", "context")`, and of `"e d f"` over `("fsdp", "context")`.
+    """
+    used: set[str] = set()
+    cut = []
+    for letter in axes.split():
+        cut.append(tuple(axis for axis in DIM_AXES[letter] if axis not in used))
+        used.update(cut[-1])
+    return tuple(cut)
 
 
 def partition_spec(axes: str, *, over: Collection[str] = AXES) -> PartitionSpec:
-    """The PartitionSpec of an array whose dims are named by letters.
+    """The PartitionSpec of an array whose dims are named by letters, by `cut_axes`.
 
-    A mesh axis cuts one dim at most, the first that asks for it: `"b t d"` gives
-    `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives `P("tensor", ("fsdp", "context"))`, and
-    `P("tensor", None)` where it is cut over `("tensor",)` only. Axes that are not free (`free_axes`) are not named.
+    `"b t d"` gives `P(("data", "fsdp", "expert"), "context", None)`, `"v d"` gives
+    `P("tensor", ("fsdp", "expert", "context"))`, and `P("tensor", None)` where it is cut over `("tensor",)` only. Axes
+    that are not free (`free_axes`) are not named.
     """
-    used = set(AXES).difference(free_axes(over))
+    named = free_axes(over)
     spec: list[Any] = []
-    for letter in axes.split():
-        free = tuple(axis for axis in DIM_AXES[letter] if axis not in used)
-        used.update(free)
-        spec.append(free[0] if len(free) == 1 else free or None)
+    for cut in cut_axes(axes):
+        cut = tuple(axis for axis in cut if axis in named)
+        spec.append(cut[0] if len(cut) == 1 else cut or None)
     return PartitionSpec(*spec)
 
 
@@ -94,7 +109,9 @@ def num_parts(letter: str) -> int:
 
 def is_cut_evenly(shape: Sequence[int], axes: str) -> bool:
     """Whether the mesh in scope cuts each dim of an array into equal parts; without one, it does."""
-    return all(size % num_parts(letter) == 0 for size, letter in zip(shape, axes.split(), strict=True))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ways = (math.prod(sizes.get(axis, 1) for axis in free_axes(cut)) for cut in cut_axes(axes))
+    return all(size % number == 0 for size, number in zip(shape, ways, strict=True))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -255,19 +272,19 @@ def check_divisible(mesh: Mesh, tree: Any, sizes: dict[str, int]) -> None:
         ConfigError: all dims that do not divide, with the axis they are cut over.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
-    dims: dict[tuple[str, int], str] = {}
+    dims: dict[tuple[str, int, tuple[str, ...]], str] = {}
     for path, leaf in leaves:
-        name = ".".join(str(key.key) for key in path)
-        for letter, size in zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True):
-            dims.setdefault((letter, size), name)
+        name, axes = ".".join(str(key.key) for key in path), leaf.get_metadata("axes")
+        for letter, size, cut in zip(axes.split(), leaf.shape, cut_axes(axes), strict=True):
+            dims.setdefault((letter, size, cut), name)
     for name, size in sizes.items():
         label, letter = name.rstrip(")").split(" (")
-        dims.setdefault((letter, size), label)
+        dims.setdefault((letter, size, DIM_AXES[letter]), label)
     problems = []
-    for (letter, size), name in dims.items():
-        ways = int(np.prod([mesh.shape[axis] for axis in DIM_AXES[letter]]))
+    for (letter, size, cut), name in dims.items():
+        ways = math.prod(mesh.shape[axis] for axis in cut)
         if size % ways:
-            over = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in DIM_AXES[letter] if mesh.shape[axis] > 1)
+            over = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in cut if mesh.shape[axis] > 1)
             problems.append(f"  {name}: {DIM_WORDS[letter]} is {size}, not a multiple of {ways} ({over})")
     if problems:
         raise ConfigError("the mesh does not fit this model and batch:\n" + "\n".join(problems))

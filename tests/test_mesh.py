@@ -8,11 +8,22 @@ import random
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 from meshes import factorisations
 
 from jaxsft.config import ConfigError, MeshConfig
-from jaxsft.mesh import AXES, TOKEN_AXES, constrain, free_axes, make_mesh, mesh_shape, partition_spec, slices_of
+from jaxsft.mesh import (
+    AXES,
+    TOKEN_AXES,
+    check_divisible,
+    constrain,
+    free_axes,
+    make_mesh,
+    mesh_shape,
+    partition_spec,
+    slices_of,
+)
 
 FLAT = ["2x2", "2x4", "2x8", "2x16", "4x4", "4x8", "4x16", "8x8", "8x16", "16x16"]
 CUBES = [
@@ -139,3 +150,29 @@ def test_axes_that_are_under_way_by_hand_are_named_no_more():
     assert seen["outside"] == (("data", "fsdp", "expert", "context"), rows, table)
     rows = PartitionSpec(("fsdp", "expert"), "context", None)
     assert seen["inside"] == (("fsdp", "expert", "context"), rows, table)
+
+
+def test_a_mesh_axis_cuts_one_dim_of_a_weight_and_no_other():
+    width = ("fsdp", "expert", "context")
+    assert partition_spec("l d n h") == PartitionSpec(None, width, "tensor", None)
+    assert partition_spec("v d") == PartitionSpec("tensor", width)
+    assert partition_spec("l e d f") == PartitionSpec(None, "expert", ("fsdp", "context"), "tensor")
+    assert partition_spec("l e f d") == PartitionSpec(None, "expert", "tensor", ("fsdp", "context"))
+    assert partition_spec("l d e") == PartitionSpec(None, width, None)
+
+
+def test_widths_are_refused_by_the_axes_that_cut_them():
+    """Of experts, `expert` cuts the number: so a width of 12 fits, which it does not elsewhere."""
+
+    def weight(axes, *shape):
+        return nnx.Param(jax.ShapeDtypeStruct(shape, np.float32), axes=axes)
+
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=4))
+    experts = {"up": weight("l e d f", 2, 16, 12, 3)}
+    check_divisible(mesh, experts, {})
+    with pytest.raises(ConfigError) as refused:
+        check_divisible(mesh, experts | {"q": weight("l d n h", 2, 12, 1, 5)}, {"train.batch_size (b)": 4})
+    assert str(refused.value).splitlines()[1:] == [
+        "  q: model width is 12, not a multiple of 8 (mesh.fsdp 2 x mesh.expert 4)",
+        "  train.batch_size: number of rows is 4, not a multiple of 8 (mesh.fsdp 2 x mesh.expert 4)",
+    ]

@@ -1,5 +1,6 @@
 """The step, compiled by the real compiler for one small topology of each family of TPUs, none of which is there."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -8,12 +9,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxsft.config import MeshConfig
-from jaxsft.mesh import make_mesh, partition_spec
+from jaxsft.mesh import make_mesh, partition_spec, shardings
 from jaxsft.model import splash
 from jaxsft.model.attention import attention
+from jaxsft.model.layers import Linear
 from jaxsft.model.splash import largest_block
 from jaxsft.training import compiler_options, loss_in_blocks
 from jaxsft.training.program import hlo_lines, total_bytes
@@ -134,6 +137,26 @@ def test_each_of_the_options_of_a_version_makes_gathers_asynchronous(tpu_compile
     assert number >= 10 and share > 0.6
     for name in options:
         assert number_and_share({key: value for key, value in options.items() if key != name})[0] < number
+
+
+def test_weights_are_rounded_layer_by_layer(tpu_compile):
+    """Not those of all layers before the first, which would then be kept."""
+    sizes = {"l": 32, "d": 512, "f": 512}
+
+    def make():
+        return Linear("d -> f", sizes, bias=False, std=0.1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    graphdef, weights = nnx.split(nnx.eval_shape(make))
+    mesh = make_mesh(MeshConfig(), tpu_compile.devices_of("v5p:2x2x1"))
+    rows = jax.ShapeDtypeStruct((8, 64, 512), jnp.bfloat16, sharding=NamedSharding(mesh, partition_spec("b t d")))
+
+    @functools.partial(jax.jit, in_shardings=(shardings(mesh, weights), rows.sharding))
+    def run(weights, x):
+        return jax.lax.scan(lambda x, of_layer: (jnp.tanh(nnx.merge(graphdef, of_layer)(x)), None), x, weights)[0]
+
+    with jax.set_mesh(mesh):
+        memory = run.lower(weights, rows).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 32 * 512 * 512 * 2 / 4
 
 
 def test_other_versions_and_other_devices_have_no_options_and_it_is_said(tpu_compile, monkeypatch):

@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsft.mesh import COPY_AXES, DIM_AXES, WIDTH_AXES, free_axes, partition_spec
-from jaxsft.model.layers import precision
+from jaxsft.mesh import COPY_AXES, DIM_AXES, cut_axes, free_axes, partition_spec
+from jaxsft.model.layers import cast, precision
 
 MAX_BLOCK = 512
 """Rows of a block at most: enough for a matmul to hide the reading of its weights."""
 MIN_BLOCK = 8
+
+WEIGHTS_AT_ONCE = 2**25
+"""Numbers of the experts' weights that are gathered at once, where their width is cut: 64 MiB in bfloat16, and 128 MiB
+for their gradients in float32. Larger experts are gathered one by one."""
 
 Gating = Callable[[jax.Array, jax.Array], jax.Array]
 """(gate, up) -> what the down projection is given, elementwise."""
@@ -44,6 +48,9 @@ class ExpertWeights(NamedTuple):
 
 
 WEIGHT_AXES = ("e d f", "e d f", "e f d", "e f", "e f", "e d")
+
+WIDTH_AXES = cut_axes("e d")[1]
+"""Those that cut the width of the weights."""
 
 
 def _map_weights(f: Callable, *trees: Any) -> ExpertWeights:
@@ -114,8 +121,7 @@ def _experts_forward(gating: Gating, inputs: Inputs) -> tuple[jax.Array, Inputs]
 
 
 def _experts_backward(gating: Gating, inputs: Inputs, y_gradient: jax.Array) -> Any:
-    copy_axes = tuple(axis for axis in free_axes(COPY_AXES) if axis != "expert")
-    local = functools.partial(_local_gradients, gating, copy_axes)
+    local = functools.partial(_local_gradients, gating, free_axes(COPY_AXES))
     x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, y_gradient)
     return ((x_gradient, None, scores_gradient, weights_gradient),)
 
@@ -146,17 +152,20 @@ def _local(
 ) -> jax.Array:
     """One device's part of the forward pass."""
     shape, num_tokens = x.shape, x.shape[0] * x.shape[1]
-    x, chosen, scores, maps = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
-    plan = make_plan(chosen, maps.gate.shape[0], axis_size=x.shape[0] // num_tokens)
+    x, chosen, scores = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
+    plan = make_plan(chosen, weights.gate.shape[0], axis_size=x.shape[0] // num_tokens)
 
-    def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
-        expert, token, choice = block_of(plan, i)
-        of_expert = _select(maps, expert)
-        down = _down(gating, of_expert, *_gate_and_up(of_expert, _rows(x, token)), x.dtype)
-        score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)
-        return y.at[token].add(score[:, None] * down, mode="drop", unique_indices=True)
+    def add_group(group: _Group, y: jax.Array) -> jax.Array:
+        def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
+            expert, token, choice = block_of(plan, i)
+            of_expert = _select(group.maps, expert - group.start)
+            down = _down(gating, of_expert, *_gate_and_up(of_expert, _rows(x, token)), x.dtype)
+            score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)
+            return y.at[token].add(score[:, None] * down, mode="drop", unique_indices=True)
 
-    y = jax.lax.fori_loop(0, plan.num_blocks, add_block, jnp.zeros(x.shape, jnp.float32))
+        return jax.lax.fori_loop(group.first_block, group.end_block, add_block, y)
+
+    y = _over_groups(add_group, jnp.zeros(x.shape, jnp.float32), weights, plan, x.dtype, on_mesh=on_mesh)
     return _scatter(y, on_mesh=on_mesh).reshape(shape).astype(x.dtype)
 
 
@@ -176,51 +185,69 @@ def _local_gradients(
     Those by weights are sums over all devices along `copy_axes` and those that cut the width.
     """
     shapes, num_tokens, dtype, exact = (x.shape, scores.shape), x.shape[0] * x.shape[1], x.dtype, precision(x.dtype)
-    x, chosen, scores, maps = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
+    x, chosen, scores = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
     y_gradient = _gather_tokens(y_gradient, on_mesh=on_mesh)
-    plan = make_plan(chosen, maps.gate.shape[0], axis_size=x.shape[0] // num_tokens)
+    plan = make_plan(chosen, weights.gate.shape[0], axis_size=x.shape[0] // num_tokens)
     matmul = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
-    def add_block(i: jax.Array, carry: Any) -> Any:
+    def add_group(group: _Group, carry: Any) -> Any:
+        def add_block(i: jax.Array, carry: Any) -> Any:
+            x_gradient, scores_gradient, sums = carry
+            expert, token, choice = block_of(plan, i)
+            of_expert = _select(group.maps, expert - group.start)
+            rows, row_gradient = _rows(x, token), _rows(y_gradient, token)
+            score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)[:, None]
+            inner, gating_gradient = jax.vjp(gating, *_gate_and_up(of_expert, rows))
+
+            # y = score * (inner @ down + bias), so that its gradient by the score needs no second down projection.
+            inner_gradient = matmul("cd,fd->cf", row_gradient, of_expert.down)
+            score_gradient = jnp.sum(inner * inner_gradient, axis=-1)
+            if of_expert.down_bias is not None:
+                score_gradient += jnp.sum(row_gradient * of_expert.down_bias, axis=-1)
+            gate_gradient, up_gradient = (each.astype(dtype) for each in gating_gradient(score * inner_gradient))
+            scored = score * row_gradient
+            of_rows = matmul("cf,df->cd", gate_gradient, of_expert.gate)
+            of_rows += matmul("cf,df->cd", up_gradient, of_expert.up)
+            parts = ExpertWeights(
+                matmul("cd,cf->df", rows, gate_gradient),
+                matmul("cd,cf->df", rows, up_gradient),
+                matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
+                *(
+                    None if sums.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
+                    for each in (gate_gradient, up_gradient, scored)
+                ),
+            )
+            return (
+                x_gradient.at[token].add(of_rows, mode="drop", unique_indices=True),
+                scores_gradient.at[choice].set(score_gradient, mode="drop", unique_indices=True),
+                jax.tree.map(lambda total, part: total.at[expert - group.start].add(part), sums, parts),
+            )
+
+        x_gradient, scores_gradient, weights_gradient = carry
+        nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, jnp.float32), group.maps)
+        carry = x_gradient, scores_gradient, nothing
+        carry = jax.lax.fori_loop(group.first_block, group.end_block, add_block, carry)
         x_gradient, scores_gradient, sums = carry
-        expert, token, choice = block_of(plan, i)
-        of_expert = _select(maps, expert)
-        rows, row_gradient = _rows(x, token), _rows(y_gradient, token)
-        score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)[:, None]
-        inner, gating_gradient = jax.vjp(gating, *_gate_and_up(of_expert, rows))
+        if on_mesh:
+            sums = _map_weights(functools.partial(_reduce_over_rows, copy_axes), sums)
+        return x_gradient, scores_gradient, _put(weights_gradient, sums, group.start)
 
-        # y = score * (inner @ down + bias), so that its gradient by the score needs no second down projection.
-        inner_gradient = matmul("cd,fd->cf", row_gradient, of_expert.down)
-        score_gradient = jnp.sum(inner * inner_gradient, axis=-1)
-        if of_expert.down_bias is not None:
-            score_gradient += jnp.sum(row_gradient * of_expert.down_bias, axis=-1)
-        gate_gradient, up_gradient = (each.astype(dtype) for each in gating_gradient(score * inner_gradient))
-        scored = score * row_gradient
-        of_rows = matmul("cf,df->cd", gate_gradient, of_expert.gate) + matmul("cf,df->cd", up_gradient, of_expert.up)
-        parts = ExpertWeights(
-            matmul("cd,cf->df", rows, gate_gradient),
-            matmul("cd,cf->df", rows, up_gradient),
-            matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
-            *(
-                None if sums.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
-                for each in (gate_gradient, up_gradient, scored)
-            ),
-        )
-        return (
-            x_gradient.at[token].add(of_rows, mode="drop", unique_indices=True),
-            scores_gradient.at[choice].set(score_gradient, mode="drop", unique_indices=True),
-            jax.tree.map(lambda total, part: total.at[expert].add(part), sums, parts),
-        )
-
-    no_gradients = jax.tree.map(lambda each: jnp.zeros(each.shape, jnp.float32), (x, scores.reshape(-1), maps))
-    gradients = jax.lax.fori_loop(0, plan.num_blocks, add_block, no_gradients)
-    x_gradient, scores_gradient, sums = gradients
+    of_tokens = jnp.zeros(x.shape, jnp.float32), jnp.zeros(scores.size, jnp.float32)
+    carry = *of_tokens, jax.tree.map(jnp.zeros_like, weights)
+    gradients = _over_groups(add_group, carry, weights, plan, dtype, on_mesh=on_mesh)
+    x_gradient, scores_gradient, weights_gradient = gradients
     scores_gradient = scores_gradient.reshape(scores.shape)
     x_gradient, scores_gradient = (_scatter(each, on_mesh=on_mesh) for each in (x_gradient, scores_gradient))
-    if on_mesh:
-        sums = _map_weights(functools.partial(_reduce_over_rows, copy_axes), sums)
-    weights_gradient = jax.tree.map(lambda each, weight: each.astype(weight.dtype), sums, weights)
     return x_gradient.reshape(shapes[0]).astype(dtype), scores_gradient.reshape(shapes[1]), weights_gradient
+
+
+def _put(weights: ExpertWeights, some: ExpertWeights, start: jax.Array) -> ExpertWeights:
+    """Weights of which some are those of the experts from `start` on."""
+
+    def put(weight: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(weight, part.astype(weight.dtype), start, 0)
+
+    return jax.tree.map(put, weights, some)
 
 
 def _gate_and_up(of_expert: ExpertWeights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -257,26 +284,75 @@ def _rows(x: jax.Array, token: jax.Array) -> jax.Array:
 
 def _gather(
     x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, on_mesh: bool
-) -> tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]:
-    """Tokens [M, ...] of all devices along `expert`, and this device's experts, numbered from 0, in all their width."""
-    maps = weights._replace(
-        gate=weights.gate.astype(x.dtype), up=weights.up.astype(x.dtype), down=weights.down.astype(x.dtype)
-    )
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [M, ...] of all devices along `expert`, what they chose in numbers of this device's experts from 0 on."""
     x, chosen, scores = (_gather_tokens(each, on_mesh=on_mesh) for each in (x, chosen, scores))
     if not on_mesh:
-        return x, chosen, scores, maps
+        return x, chosen, scores
+    num_local = weights.gate.shape[0]
+    local = chosen - jax.lax.axis_index("expert") * num_local
+    return x, jnp.where((local >= 0) & (local < num_local), local, num_local), scores
+
+
+class _Group(NamedTuple):
+    """Experts of this device that are worked with together, and their blocks."""
+
+    maps: ExpertWeights
+    """In all their width."""
+    start: jax.Array
+    """int32 []: the first of them."""
+    first_block: jax.Array
+    end_block: jax.Array
+
+
+def _over_groups(
+    add: Callable, carry: Any, weights: ExpertWeights, plan: "Plan", dtype: jnp.dtype, *, on_mesh: bool
+) -> Any:
+    """`add(group, carry)` of each group of experts in turn.
+
+    Every device takes part in what is gathered, so groups are equally many and large everywhere.
+    """
+    num_experts = weights.gate.shape[0]
+    count = _group_size(weights) if on_mesh else num_experts
+    ends = jnp.concatenate([jnp.zeros_like(plan.block_ends, shape=1), plan.block_ends])
+
+    def add_group(number: jax.Array | int, carry: Any) -> Any:
+        start = jnp.asarray(number * count)
+        some = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, start, count), weights)
+        return add(_Group(_whole(some, dtype, on_mesh=on_mesh), start, ends[start], ends[start + count]), carry)
+
+    if count == num_experts:
+        return add_group(0, carry)
+    return jax.lax.fori_loop(0, num_experts // count, add_group, carry)
+
+
+def _group_size(weights: ExpertWeights) -> int:
+    """How many of this device's experts are gathered at once: all where they are small, or not cut by their width."""
+    num_experts, sizes = weights.gate.shape[0], jax.sharding.get_abstract_mesh().shape
+    ways = math.prod(sizes[axis] for axis in WIDTH_AXES)
+    if ways == 1:
+        return num_experts
+    numbers = ways * (weights.gate.size + weights.up.size + weights.down.size)
+    most = max(WEIGHTS_AT_ONCE * num_experts // numbers, 1)
+    return max(size for size in range(1, num_experts + 1) if num_experts % size == 0 and size <= most)
+
+
+def _whole(weights: ExpertWeights, dtype: jnp.dtype, *, on_mesh: bool) -> ExpertWeights:
+    """Weights in the dtype of the matmuls, and biases, gathered over the devices that cut their width."""
+    gate, up, down = (cast(each, dtype) for each in (weights.gate, weights.up, weights.down))
+    maps = weights._replace(gate=gate, up=up, down=down)
+    if not on_mesh:
+        return maps
 
     def gather(axes: str, weight: jax.Array) -> jax.Array:
         letters = axes.split()
         return jax.lax.all_gather(weight, WIDTH_AXES, axis=letters.index("d"), tiled=True) if "d" in letters else weight
 
     maps = _map_weights(gather, maps)
-    if maps.down_bias is not None:
-        # The parts of F are summed up over `tensor`; the bias belongs to one of them.
-        maps = maps._replace(down_bias=jnp.where(jax.lax.axis_index("tensor") == 0, maps.down_bias, 0))
-    num_local = maps.gate.shape[0]
-    local = chosen - jax.lax.axis_index("expert") * num_local
-    return x, jnp.where((local >= 0) & (local < num_local), local, num_local), scores, maps
+    if maps.down_bias is None:
+        return maps
+    # The parts of F are summed up over `tensor`; the bias belongs to one of them.
+    return maps._replace(down_bias=jnp.where(jax.lax.axis_index("tensor") == 0, maps.down_bias, 0))
 
 
 def _gather_tokens(each: jax.Array, *, on_mesh: bool) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.model.layers import Linear
+from jaxsft.model.layers import Linear, cast
 from jaxsft.training.program import read_program, total_bytes
 
 SIZES = {"l": 1, "d": 64, "n": 8, "k": 4, "h": 16, "f": 96}
@@ -70,3 +70,17 @@ def test_gradients_by_one_input_are_reduced_over_tensor_once(sizes):
     _, compiled = gradients_of(mesh, "float32", together=True)
     totals = total_bytes(read_program(compiled.as_text(), mesh.shape).collectives)
     assert totals["", "all-reduce", ("tensor",)] == (1, 4 * 32 * SIZES["d"] * 4 // (8 // sizes["tensor"]))
+
+
+def test_weights_are_rounded_to_the_nearest_bfloat16_and_ties_to_even():
+    """By their bits: of numbers of all sizes, subnormal and infinite ones, halves, and what rounds to infinity."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    bits[: 2**12] >>= 9  # subnormal
+    bits[-6:] = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x80000000]
+    weights = bits.view(np.float32)
+    weights = weights[~np.isnan(weights)]
+    rounded = np.asarray(jax.jit(cast, static_argnums=1)(weights, jnp.dtype(jnp.bfloat16)))
+    halves, ends = weights.view(np.uint32) & 0xFFFF, weights.view(np.uint32) >> 16
+    expected = ends + ((halves > 0x8000) | ((halves == 0x8000) & (ends % 2 == 1)))
+    np.testing.assert_array_equal(rounded.view(np.uint16), expected)
+    assert cast(rounded, jnp.dtype(jnp.float32)).dtype == jnp.float32

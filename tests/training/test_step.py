@@ -332,6 +332,8 @@ def test_a_mixture_compiles_its_step_once_and_reports_its_routers(mixture):
     assert 1.9 < line["router_balance"] < 4 and line["router_z"] > 0 and 1 < line["router_max_share"] < 2
     expert = state.params["layers"]["mlp"]["experts"]["up_proj"]["weight"].get_value()
     assert expert.shape == (2, 4, 32, 16) and expert.addressable_shards[0].data.shape == (2, 2, 16, 8)
+    query = state.params["layers"]["self_attn"]["q_proj"]["weight"].get_value()
+    assert query.addressable_shards[0].data.size == query.size // 8  # its width over experts too
 
 
 def make_step(run, mesh, *, num_microbatches=1, **optim):
