@@ -192,7 +192,7 @@ def test_no_more_than_a_group_of_experts_is_gathered_at_once(monkeypatch):
     mesh = make_mesh(MeshConfig(fsdp=4, expert=2))
     with jax.set_mesh(mesh):
         grad = jax.jit(jax.grad(lambda s, x: (nnx.merge(graphdef, one_layer(s))(x, is_token)[0] ** 2).sum()))
-        compiled = grad.lower(jax.device_put(state, shardings(mesh, state)), x).compile(AS_FOR_USERS)
+        compiled = grad.lower(jax.device_put(state, shardings(mesh, state)), x).compile(TO_READ)
     sent = [each for each in read_program(compiled.as_text(), mesh.shape).collectives if each.axes == ("fsdp",)]
     assert {(each.kind, each.num_bytes, each.times) for each in sent} == {
         ("all-gather", 2 * 16 * 12 * 4, 2),
