@@ -183,8 +183,13 @@ class Setup:
         self.pretrained = self.pretrained._replace(model=with_attention(self.pretrained.model, choice.kernel))
         return said
 
-    def _share_of_whole_rows(self) -> float:
-        """What kernels for packed rows compute of the first rows, the same on every process."""
+    def _share_of_whole_rows(self) -> float | None:
+        """What kernels for packed rows compute of the first rows, the same on every process; None of a stream.
+
+        Rows of a stream are not read before the run has its folder, nor again when it goes on.
+        """
+        if isinstance(self.loader, StreamLoader):
+            return None
         rows = self.loader.batch(0, slice(0, min(self.config.train.batch_size, COUNTED_ROWS)))
         structure = self.pretrained.decoder_config
         return share_of_whole_rows(
