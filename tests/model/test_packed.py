@@ -316,3 +316,6 @@ def test_on_tpus_a_run_counts_its_rows(tiny_config, monkeypatch):
         windows=[None] * len(heads.layers),
     )
     assert f"packed rows need {share * 9 / 7:.0%} of the matrix products" in setup.attention
+    # Rows of a stream are not read before the run has its folder.
+    streamed = Setup(load_config(tiny_config, ["model.compute_dtype=bfloat16", "data.stream=true", "train.steps=2"]))
+    assert streamed.attention.startswith("splash (TPU v5p, blocks of up to 1024); apart")
