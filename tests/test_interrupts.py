@@ -24,7 +24,9 @@ def run(tmp_path, script, *, name="SIGINT"):
     return done.returncode, done.stdout, done.stderr
 
 
-GUARDED = "from jaxsft.interrupts import end_imports_at_once; end_imports_at_once()\n"
+# A program that is started in the background of a script ignores Ctrl-C; so may these tests.
+BY_DEFAULT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+GUARDED = BY_DEFAULT + "from jaxsft.interrupts import end_imports_at_once; end_imports_at_once()\n"
 
 
 def test_an_import_cannot_drop_it(tmp_path):
@@ -62,8 +64,13 @@ def test_while_a_run_starts_as_well(tmp_path, name, code):
     assert (returned, out) == (code, "") and f"{name}: stopping; nothing was begun" in err
 
 
+def test_a_program_that_ignores_it_goes_on_to(tmp_path):
+    script = GUARDED.replace("signal.default_int_handler", "signal.SIG_IGN") + "import swallows; print('went on')"
+    assert run(tmp_path, script) == (0, "on its way\nwent on\n", "")
+
+
 def test_the_command_is_guarded():
-    script = "import signal, sys; sys.argv = ['jaxsft', 'keys']\nfrom jaxsft.__main__ import main; main()"
+    script = BY_DEFAULT + "import sys; sys.argv = ['jaxsft', 'keys']\nfrom jaxsft.__main__ import main; main()"
     script += "; print(signal.getsignal(signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "_end_or_raise" in done.stdout.splitlines()[-1], done.stderr

@@ -393,6 +393,10 @@ def _quieten() -> None:
     What they say is in the error that is raised; it is shown in one line.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    # Of several writes that fail, one is waited for; of the others Python says that nobody asked.
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and "[os_error_code=" in str(record.exc_info[1]))
+    )
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints: what is saved comes back, on any mesh; what is unfinished or damaged does not."""
 
+import asyncio
+import gc
 import json
 import math
 import os
@@ -343,6 +345,18 @@ def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tm
     assert "Error 74 " in line and "checkpoints/7" in line and "could not be written: File too large (" in line
     assert "bytes needed" in line and "bytes free" in line
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(("words", "is_said"), [("Failed: No space [os_error_code='28']", False), ("of ours", True)])
+def test_of_several_writes_that_fail_those_that_nobody_waits_for_are_not_told_again(caplog, words, is_said):
+    checkpoint._quieten()
+
+    async def leave() -> None:
+        asyncio.get_running_loop().create_future().set_exception(ValueError(words))
+        gc.collect()
+
+    asyncio.run(leave())
+    assert ["never retrieved" in record.getMessage() for record in caplog.records] == [True] * is_said
 
 
 @pytest.mark.parametrize(
