@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxsft.batches.packing import permutation, plan
 from jaxsft.model.needed import Rule
-from jaxsft.model.packed import Blocks, Rows, block_sizes, pairs_of
+from jaxsft.model.pairs import Blocks, Rows, block_sizes, pairs_of
 
 SHAREGPT = pathlib.Path(__file__).with_name("sharegpt_lengths.csv")
 GROUP_SIZE, HEAD_DIM = 4, 128

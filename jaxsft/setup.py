@@ -40,7 +40,7 @@ from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.model.abstract import with_attention
 from jaxsft.model.attention import choose_kernel
 from jaxsft.model.kernel_check import check_kernel
-from jaxsft.model.packed import share_of_whole_rows
+from jaxsft.model.pairs import share_of_whole_rows
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.records import Preview
 from jaxsft.rows.strict import DataError

@@ -19,7 +19,8 @@ from jaxsft.model.balance import balanced_order
 from jaxsft.model.families.known import decoder_config
 from jaxsft.model.kernel_check import check_kernel
 from jaxsft.model.needed import Rule
-from jaxsft.model.packed import Blocks, Rows, attention_of_blocks, block_sizes, groups_of, pairs_of, share_of_whole_rows
+from jaxsft.model.packed import attention_of_blocks
+from jaxsft.model.pairs import Blocks, Rows, block_sizes, groups_of, pairs_of, share_of_whole_rows
 from jaxsft.setup import Setup
 
 LENGTHS = [[100, 150, 30, 7], [300], [1] * 40 + [130, 90]]
