@@ -20,6 +20,7 @@ from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_devi
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
 from jaxsft.model.packed import packed_attention
+from jaxsft.model.pairs import MOST_PAIRS, room_for_pairs
 from jaxsft.model.remat import keep
 from jaxsft.model.splash import largest_block, splash_attention
 from jaxsft.model.tiles import Rows, attention_in_tiles
@@ -30,7 +31,6 @@ BLOCK_SIZE = 128
 NUM_STAGES = 4
 """Self-attention goes over its blocks in so many loops of growing key length: 5/8 of the work of one loop over all
 keys, where unrolling every block would save 1/2 but compile for long, and hold the scores of many blocks at once."""
-
 
 MATMULS_OF_PACKED = 9 / 7
 """Matrix products of a block, forward and backward, to those of splash attention, whose backward pass can be one
@@ -56,7 +56,7 @@ def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | Non
         q: [B, T, N, H], or anything with its shape and dtype, as is `k`.
         k: [B, T, K, H].
         share: of the pairs of queries and keys that splash attention computes, those that the kernels for packed rows
-            do (`packed.share_of_whole_rows`), if that is known.
+            do (`pairs.share_of_whole_rows`), if that is known.
 
     Raises:
         ConfigError: a kernel is asked for that cannot be had; says why.
@@ -72,11 +72,16 @@ def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | Non
         return Choice("xla", problem)
     if wanted != "auto" and platform == "cpu":
         return Choice(wanted, "as asked for; on a CPU it is interpreted, which is slow and good for tests only")
+    too_many = _too_many_pairs(q, k)
     if wanted == "packed":
+        if too_many is not None:
+            raise ConfigError(f"model.attention: packed, but {too_many}; set it to splash, or leave it out")
         return Choice("packed", "as asked for")
     blocks = f"{kind}, blocks of up to {largest_block(kind, q.shape[-1])}"
     if wanted == "splash" or share is None:
         return Choice("splash", blocks)
+    if too_many is not None:
+        return Choice("splash", f"{blocks}; not those for packed rows, as {too_many}")
     part = f"packed rows need {share * MATMULS_OF_PACKED:.0%} of the matrix products of splash attention"
     return Choice("packed" if share * MATMULS_OF_PACKED <= WORTH_IT else "splash", f"{blocks}; {part}")
 
@@ -94,6 +99,19 @@ def _kernel_problem(platform: str, kind: str, q: Any, k: Any) -> str | None:
             sizes = ", ".join(f"{size} {letter}" for size, letter in zip(shape, letters.split(), strict=True))
             return f"the mesh does not cut {sizes} evenly"
     return None
+
+
+def _too_many_pairs(q: Any, k: Any) -> str | None:
+    """Why the kernels for packed rows cannot be had where splash attention can."""
+    (num_rows, length, num_heads, head_dim), num_kv_heads = q.shape, k.shape[2]
+    room = room_for_pairs(
+        num_rows // num_parts("b"),
+        length // num_parts("t"),
+        length,
+        group_size=num_heads // num_kv_heads,
+        head_dim=head_dim,
+    )
+    return None if room <= MOST_PAIRS else f"a device's rows have {room:,} pairs of blocks, more than {MOST_PAIRS:,}"
 
 
 @jax.named_scope("attention")

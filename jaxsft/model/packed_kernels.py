@@ -18,9 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxsft.model.layers import precision
 from jaxsft.model.needed import Rule
 from jaxsft.model.pairs import Blocks, Pairs
-
-LOWEST = float(jnp.finfo(jnp.float32).min)
-"""Score of a pair that is not allowed. Maxima begin above it, so exp(score - maximum) is exactly 0 from the start."""
+from jaxsft.model.tiles import LOWEST
 
 
 def run_kernel(

@@ -15,9 +15,14 @@ import numpy as np
 from jaxsft.model.needed import Rule
 
 LANES = 128
+"""So many numbers lie side by side on a TPU, and blocks are multiples of it."""
 LARGEST_GROUP = 8
 """Query heads that are computed together. Of 64, scores of the smallest block do not fit into a v5p's memory on the
 chip (VMEM); larger groups read their keys several times."""
+
+MOST_PAIRS = 2**16
+"""Of blocks, in the lists of one device. The two of a kernel lie in a memory of 1 MiB on the chip (SMEM); lists of 2^17
+do not compile for v5e, v5p or v6e."""
 
 
 class Blocks(NamedTuple):
@@ -54,7 +59,8 @@ class Pairs(NamedTuple):
 
 
 def block_sizes(group_size: int, head_dim: int) -> tuple[int, int]:
-    """Queries and keys of a block: 512 lines of queries x heads of a group or a little more, and 256 keys.
+    """Queries and keys of a block: 512 lines of queries x heads of a group (up to 1,024, as it has 128 queries at
+    least), or half of that where heads are wide, and 256 keys.
 
     Smaller ones leave out more of what no query sees, larger ones spend less on their way. Not measured on a TPU.
     """
@@ -67,6 +73,12 @@ def groups_of(group_size: int) -> int:
     return next(n for n in range(1, group_size + 1) if group_size % n == 0 and group_size // n <= LARGEST_GROUP)
 
 
+def room_for_pairs(num_rows: int, num_queries: int, num_keys: int, *, group_size: int, head_dim: int) -> int:
+    """Pairs of blocks that the lists of a device have room for, which has so many rows, queries and keys of each."""
+    queries, keys = block_sizes(group_size // groups_of(group_size), head_dim)
+    return num_rows * -(-num_queries // queries) * -(-num_keys // keys)
+
+
 def pairs_of(rule: Rule, blocks: Blocks, rows: Rows) -> tuple[Pairs, Pairs]:
     """Pairs of blocks in which a query may see a key, sorted by queries, and sorted by keys.
 
@@ -75,7 +87,7 @@ def pairs_of(rule: Rule, blocks: Blocks, rows: Rows) -> tuple[Pairs, Pairs]:
     is in some pair, so that each result is written.
     """
     num_rows, num_keys = rows.kv_segment_ids.shape
-    # Positions grow by 1 or more inside an example, so it begins no earlier than this.
+    # Positions grow by 1 inside an example, so it begins there.
     before = rows.q_positions if rule.window is None else jnp.minimum(rows.q_positions, rule.window - 1)
     begin = jnp.where(rows.q_segment_ids > 0, jnp.maximum(rows.q_places - before, 0), rows.q_places)
     begin, place = (filled(x, blocks.queries, mode="edge") for x in (begin, rows.q_places[None]))

@@ -25,10 +25,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxsft.mesh import num_parts, partition_spec
 from jaxsft.model.keys import in_order_of_row, whole_rows
 from jaxsft.model.needed import Rule
+from jaxsft.model.pairs import LANES
 from jaxsft.model.remat import Name
-
-LANES = 128
-"""So many numbers lie side by side on a TPU, and blocks are multiples of it."""
 
 KEPT_AS: Name = "attention"
 """What the forward kernel makes, by which the backward kernels need not run it again."""

@@ -295,6 +295,24 @@ def test_auto_takes_it_where_rows_are_packed_enough(monkeypatch):
         assert choose_kernel("packed", q, k, share=1.0).kernel == "packed"
 
 
+def test_lists_that_do_not_fit_on_a_chip_are_refused_and_splash_is_taken(monkeypatch):
+    """Of 4 rows of 32,768 on one device; the lists of 2 still fit."""
+    monkeypatch.setattr("jaxsft.model.attention.platform_and_kind", lambda: ("tpu", "TPU v5p"))
+
+    def choose(wanted, num_rows):
+        q, k = (jax.ShapeDtypeStruct((num_rows, 32768, heads, 128), jnp.bfloat16) for heads in (32, 8))
+        return choose_kernel(wanted, q, k, share=0.1)
+
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert choose("packed", 2).kernel == choose("auto", 2).kernel == "packed"
+        rather = choose("auto", 4)
+        assert rather.kernel == "splash" and "131,072 pairs of blocks, more than 65,536" in rather.why
+        with pytest.raises(ConfigError, match="model.attention: packed, but a device's rows have 131,072 pairs"):
+            choose("packed", 4)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        assert choose("packed", 4).kernel == "packed"
+
+
 def test_a_model_gets_the_kernel_that_is_asked_for(tiny_config):
     setup = Setup(load_config(tiny_config, ["model.attention=packed"]))
     assert setup.attention.startswith("packed (as asked for; on a CPU it is interpreted")
