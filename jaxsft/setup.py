@@ -159,9 +159,9 @@ class Setup:
 
     @functools.cached_property
     def attention(self) -> str:
-        """What computes attention, and why: a line for the log. From now on, `pretrained` is a model that does so.
+        """What computes attention, and why: a line for the log. A kernel is held against the formula first.
 
-        A kernel is held against the formula first.
+        Where the rows decide for the kernels for packed rows, `pretrained` is a model with these from now on.
 
         Raises:
             ConfigError: the kernel that is asked for cannot be had, or computes something else.
@@ -180,7 +180,8 @@ class Setup:
             said = f"{choice.kernel} ({choice.why})"
             if choice.kernel != "xla":
                 said += f"; apart from the formula by {check_kernel(choice.kernel, structure, dtype):.2%} at most"
-        self.pretrained = self.pretrained._replace(model=with_attention(self.pretrained.model, choice.kernel))
+        if choice.kernel == "packed":
+            self.pretrained = self.pretrained._replace(model=with_attention(self.pretrained.model, "packed"))
         return said
 
     def _share_of_whole_rows(self) -> float | None:
