@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
+from jaxsft.model.adapter import Adapter
 from jaxsft.model.products import product, products
 from jaxsft.model.remat import keep
 
@@ -38,27 +39,32 @@ class Linear(nnx.Module):
         axes = " ".join(["l", *outputs])
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
+        self.adapter: Adapter | None = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self._with_bias(product(self.einsum, x, self.weight[...]))
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Of x [B, T, inputs]; `keys` [B, T, 2] are what an adapter's dropout is drawn by."""
+        return self._finished(x, product(self.einsum, x, self.weight[...]), keys)
 
-    def _with_bias(self, y: jax.Array) -> jax.Array:
+    def _finished(self, x: jax.Array, y: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """With adapter and bias; kept as the sum, so that no summand is kept beside it."""
+        if self.adapter is not None:
+            y = self.adapter(x, y, self.weight[...], keys)
         if self.bias is not None:
             # In float32, in which its gradient is then summed over tokens.
             y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
         return keep(y, "linear")
 
     @staticmethod
-    def each(maps: Sequence["Linear"], x: jax.Array) -> Iterable[jax.Array]:
+    def each(maps: Sequence["Linear"], x: jax.Array, keys: jax.Array | None = None) -> Iterable[jax.Array]:
         """What each of some maps makes of the same `x`, their outputs being cut over `tensor`.
 
         On a mesh with that axis, their gradients by `x` are reduced over it together.
         """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape["tensor"] == 1:
-            return (each(x) for each in maps)
+            return (each(x, keys) for each in maps)
         ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
-        return (each._with_bias(y) for each, y in zip(maps, ys, strict=True))
+        return (each._finished(x, y, keys) for each, y in zip(maps, ys, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +139,9 @@ class MLP(nnx.Module):
         self.up_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         inner = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
-        return self.down_proj(constrain(self.activation(*Linear.each(inner, x)), "b t f"))
+        return self.down_proj(constrain(self.activation(*Linear.each(inner, x, keys)), "b t f"), keys)
 
 
 @dataclasses.dataclass(frozen=True)
