@@ -125,7 +125,13 @@ def _steps(
     first = done = int(state.step)
     model, num_microbatches = setup.pretrained.model, config.train.num_microbatches
     train_step = make_train_step(
-        model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
+        model,
+        frozen,
+        config.optim,
+        num_steps=num_steps,
+        num_microbatches=num_microbatches,
+        mesh=mesh,
+        loss=config.loss,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)
