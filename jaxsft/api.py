@@ -160,7 +160,7 @@ def train_step(
     finite, the state comes back as it was, and `metrics.skipped` is 1.
 
     Args:
-        config: `optim`, `train.batch_size` and `train.microbatch_size` are taken.
+        config: `optim`, `loss`, `train.batch_size` and `train.microbatch_size` are taken.
         model: whose structure is trained.
         num_steps: steps of the whole run, for the schedule.
     """
@@ -170,6 +170,7 @@ def train_step(
         num_steps=num_steps,
         num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
+        loss=config.loss,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

@@ -332,6 +332,39 @@ class LoraConfig(Section):
     """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
 
 
+class LossConfig(Section):
+    """What is minimised in place of the plain loss, which is reported all the same (docs/losses.md)."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of logsumexp(logits)^2 beside the loss of each trained token: it keeps the logits from drifting."""
+    dft: bool = False
+    """Multiply the loss of each token by its probability, taken as a constant (dynamic fine-tuning); not together with
+    `label_smoothing`."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Add noise to the embeddings in training: uniform, at most alpha / sqrt(tokens of the example * model width)."""
+
+    @property
+    def asked(self) -> list[str]:
+        """Keys that ask for something."""
+        return [key for key in type(self).model_fields if getattr(self, key)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the plain loss that is minimised, with or without noise."""
+        return not set(self.asked) - {"neftune_alpha"}
+
+    @model_validator(mode="after")
+    def _checked(self) -> "LossConfig":
+        if self.dft and self.label_smoothing:
+            raise ValueError(
+                "`dft` with `label_smoothing`: the first weights a loss of the target alone, the second spreads the "
+                "target over the vocabulary; give one of them"
+            )
+        return self
+
+
 class MeshConfig(Section):
     """How the devices are divided: the product of all sizes is their number."""
 
@@ -405,6 +438,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
     lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()

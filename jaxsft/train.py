@@ -132,6 +132,7 @@ def _steps(
         num_microbatches=num_microbatches,
         mesh=mesh,
         noise_seed=setup.noise_seed,
+        loss=config.loss,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)

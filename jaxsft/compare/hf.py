@@ -126,6 +126,7 @@ def _check_comparable(config: Config, num_steps: int) -> None:
         for key in ("router_balance", "router_z")
         if getattr(config.optim, key)
     ]
+    problems += [f"loss.{key}: compared is the plain loss; leave it out" for key in config.loss.asked]
     if config.data.stream:
         problems.append("data.stream: true, but only prepared rows can be compared; set it to false")
     dtypes = {"model.param_dtype": config.model.param_dtype, "optim.moment_dtype": config.optim.moment_dtype}

@@ -139,6 +139,8 @@ def _check(config: Config) -> None:
         raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
         raise ConfigError(f"{', '.join(f'optim.{key}' for key in refused)}: TRL computes another router loss; use 0")
+    if asked := config.loss.asked:
+        raise ConfigError(f"{', '.join(f'loss.{key}' for key in asked)}: compared is the plain loss; leave it out")
 
 
 # Losses and runs.

@@ -36,6 +36,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Any
     skipped: Any
     """1 where the loss or the gradient was not finite and nothing was changed."""
+    objective: Any
+    """sum of what is minimised, without the routers' losses; None where it is `sums.loss_sum`."""
     router: RouterSums | None
     """Of each layer of a mixture of experts (leading L)."""
 
@@ -207,6 +209,10 @@ def summarise(steps: Sequence[StepMetrics], totals: Totals, *, batch_positions: 
         "total_trained_tokens": totals.trained_tokens,
         "skipped_steps": totals.skipped_steps,
     }
+    if any(step.objective is not None for step in steps):
+        # Steps that a former start left may have been of the plain loss.
+        objectives = [step.sums.loss_sum if step.objective is None else step.objective for step in steps]
+        line["objective"] = divide(float(np.sum(objectives, dtype=np.float64)), sums.weight_sum)
     return line | _router_line(steps), totals
 
 
@@ -236,13 +242,16 @@ def dump_steps(steps: Sequence[StepMetrics]) -> list[list[Any]]:
 
 def load_steps(dumped: Sequence[Sequence[Any]]) -> list[StepMetrics]:
     """What `dump_steps` was given."""
-    scalars = len(LossSums._fields) + len(StepMetrics._fields) - 2
+    scalars = len(LossSums._fields) + len(StepMetrics._fields) - 3
     steps = []
     for values in dumped:
         leaves: list[Any] = [np.asarray(value, np.float32) for value in values]
-        router = RouterSums(*leaves[scalars:]) if leaves[scalars:] else None
         sums, rest = LossSums(*leaves[: len(LossSums._fields)]), leaves[len(LossSums._fields) : scalars]
-        steps.append(StepMetrics._make([sums, *rest, router]))
+        # What a step may lack: the objective, one number, and the sums of routers.
+        optional = leaves[scalars:]
+        objective = optional.pop(0) if optional and optional[0].ndim == 0 else None
+        router = RouterSums(*optional) if optional else None
+        steps.append(StepMetrics._make([sums, *rest, objective, router]))
     return steps
 
 

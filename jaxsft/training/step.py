@@ -18,15 +18,16 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsft.batch import Batch
-from jaxsft.config import OptimConfig
+from jaxsft.config import LossConfig, OptimConfig
 from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
 from jaxsft.model.abstract import Model, whole
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.model.noise import row_keys
 from jaxsft.training.compiler_options import compiler_options
-from jaxsft.training.loss import LossSums, next_token_loss
+from jaxsft.training.loss import LossSums, next_token_objective
 from jaxsft.training.metrics import StepMetrics
+from jaxsft.training.objective import PLAIN
 from jaxsft.training.optim import make_optimizer, make_schedule
 
 
@@ -91,14 +92,23 @@ def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: M
 def forward_loss(
     graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None = None
 ) -> tuple[LossSums, RouterSums | None]:
-    """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers.
+    """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers."""
+    return forward_objective(graphdef, weights, batch, noise, loss=PLAIN)[1:]
+
+
+def forward_objective(
+    graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None, *, loss: LossConfig
+) -> tuple[jax.Array, LossSums, RouterSums | None]:
+    """`forward_loss`, and before it the sum that `loss` asks to be minimised, float32 [].
 
     `noise` are the keys [B, 2] of the rows, where something is drawn.
     """
     model = nnx.merge(graphdef, weights)
     out = model(batch.tokens, batch.segment_ids, batch.positions, noise=noise)
-    sums = next_token_loss(out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits)
-    return sums, out.router
+    objective, sums = next_token_objective(
+        out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits, loss=loss
+    )
+    return objective, sums, out.router
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
@@ -117,10 +127,12 @@ class Summed(NamedTuple):
     """Sums over all microbatches of a step."""
 
     gradients: Any
-    """float32: of the loss sum, and of what the routers' losses add to it."""
+    """float32: of the sum that is minimised, and of what the routers' losses add to it."""
     loss: LossSums
     router: RouterSums | None
     """None where the model is no mixture of experts."""
+    objective: jax.Array | None
+    """The sum that is minimised, without the routers' losses; None where it is that of the loss."""
 
 
 @jax.named_scope("gradients")
@@ -132,6 +144,7 @@ def summed_gradients(
     *,
     optim: OptimConfig,
     noise: jax.Array | None = None,
+    loss: LossConfig = PLAIN,
 ) -> Summed:
     """Gradients and sums over all microbatches (leaves [A, B, T]); `noise` are the keys [A, B, 2] of their rows.
 
@@ -144,7 +157,7 @@ def summed_gradients(
     """
     num_tokens = jnp.maximum(jnp.sum(microbatches.segment_ids > 0, dtype=jnp.float32), 1.0)
     weight_sum = divisor(microbatches.loss_weights.sum())
-    sums = functools.partial(_sums_of_rows, graphdef, optim=optim)
+    sums = functools.partial(_sums_of_rows, graphdef, optim=optim, loss=loss)
     mesh = jax.sharding.get_abstract_mesh()
     if microbatches.tokens.shape[0] == 1 or mesh.empty or mesh.shape["data"] == 1:
         return sums(params, frozen, microbatches, noise, num_tokens, weight_sum, copy_axes=())
@@ -168,6 +181,7 @@ def _sums_of_rows(
     weight_sum: jax.Array,
     *,
     optim: OptimConfig,
+    loss: LossConfig,
     copy_axes: tuple[str, ...],
 ) -> Summed:
     """`summed_gradients`, of rows that some mesh axes have cut already, over which the sums then are summed up."""
@@ -184,14 +198,14 @@ def _sums_of_rows(
 
     def objective(
         params: Any, batch: Batch, noise: jax.Array | None
-    ) -> tuple[jax.Array, tuple[LossSums, RouterSums | None]]:
-        sums, router = forward_loss(graphdef, whole(params, frozen), batch, noise)
-        total = sums.loss_sum
+    ) -> tuple[jax.Array, tuple[LossSums, RouterSums | None, jax.Array | None]]:
+        total, sums, router = forward_objective(graphdef, whole(params, frozen), batch, noise, loss=loss)
+        of_tokens = None if loss.is_plain else total
         if router is not None and (optim.router_balance > 0 or optim.router_z > 0):
             counts = router.counts if all_counts is None else all_counts
             balance, z = router_losses(router._replace(counts=counts), num_tokens)
             total += weight_sum * (optim.router_balance * balance + optim.router_z * z)
-        return total, (sums, router)
+        return total, (sums, router, of_tokens)
 
     def add(total: Any, microbatch: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
         (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, *microbatch)
@@ -200,7 +214,7 @@ def _sums_of_rows(
 
     zero = jnp.zeros((), jnp.float32)
     no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed
+    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed, None if loss.is_plain else zero
     total, _ = jax.lax.scan(add, nothing, (microbatches, noise))
     return Summed(*over_copies(total))
 
@@ -239,6 +253,7 @@ def make_train_step(
     num_microbatches: int,
     mesh: Mesh,
     noise_seed: int | None = None,
+    loss: LossConfig = PLAIN,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
@@ -249,6 +264,7 @@ def make_train_step(
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
         noise_seed: of what is drawn in a step, such as adapters' dropout; None: nothing is.
+        loss: what is minimised.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
     config = nnx.merge(*model).config
@@ -258,8 +274,8 @@ def make_train_step(
         noise = None
         if noise_seed is not None:
             noise = split_rows(row_keys(noise_seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
-        summed, sums, router = summed_gradients(
-            model.graphdef, state.params, frozen, microbatches, optim=optim, noise=noise
+        summed, sums, router, objective = summed_gradients(
+            model.graphdef, state.params, frozen, microbatches, optim=optim, noise=noise, loss=loss
         )
         weight_sum = divisor(sums.weight_sum)
         grad_norm = optax.tree.norm(summed) / weight_sum
@@ -283,6 +299,7 @@ def make_train_step(
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=1.0 - is_finite,
+            objective=objective,
             router=router,
         )
         return TrainState(state.step + 1, params, opt_state), metrics
