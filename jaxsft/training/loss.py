@@ -121,7 +121,7 @@ def _over_mesh(
     if on_one_device():
         return _local(objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
     hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
-    if _is_in_blocks(unembedding):
+    if is_in_blocks(unembedding):
         local, table_spec = loss_in_blocks.loss_in_blocks, table
     else:
         local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
@@ -134,7 +134,7 @@ def _over_mesh(
     )(hidden, unembedding, targets, weights)
 
 
-def _is_in_blocks(unembedding: jax.Array) -> bool:
+def is_in_blocks(unembedding: Any) -> bool:
     """Whether the vocabulary is gone over in blocks: where the table's width is cut, and a device's rows are many.
 
     Held whole, as on one device, the table is used whole: its logits are computed once.
