@@ -337,6 +337,34 @@ class LossConfig(Section):
         return self
 
 
+Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
+
+
+class LoraConfig(Section):
+    """Adapters of low rank on a frozen model (Hu et al. 2021): `x W` becomes `x W + alpha / rank * x A B`."""
+
+    rank: PositiveInt
+    """Columns of A and rows of B."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of what adapters add, times their rank; left out: twice `rank`, whatever `rank_pattern` says."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that are set to 0 in training, the others scaled up."""
+    targets: Patterns = ["all_linear"]
+    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
+    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
+    layers\\.[0-9]\\..*_proj."""
+    exclude: Patterns = []
+    """Which of the targets get none; in the words of `targets`."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks, by regular expressions for the end of a map's name, such as {down_proj: 32}; the first counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, likewise."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
+
+
 class MeshConfig(Section):
     """How the devices are divided: the product of all sizes is their number."""
 
@@ -411,10 +439,17 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def noise_seed(self) -> int | None:
+        """Of what a step draws; None where it draws nothing."""
+        draws = self.loss.neftune_alpha or (self.lora is not None and self.lora.dropout)
+        return self.seed if draws else None
 
     @model_validator(mode="after")
     def _checked(self) -> "Config":

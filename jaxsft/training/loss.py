@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from jaxsft.config import LossConfig
 from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, free_axes, on_one_device, partition_spec
-from jaxsft.model.layers import Logits, precision
+from jaxsft.model.layers import Logits
+from jaxsft.model.products import precision
 from jaxsft.training import loss_in_blocks
 from jaxsft.training.chunks import trained_first
 from jaxsft.training.objective import PLAIN, Objective, Seen, factors, is_token, logit_sum, sums_of

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.mesh import COPY_AXES, WIDTH_AXES
-from jaxsft.model.layers import precision
+from jaxsft.model.products import precision
 from jaxsft.training.chunks import trained_first
 from jaxsft.training.objective import Objective, Seen, factors, is_token, logit_sum, sums_of
 

@@ -59,13 +59,12 @@ backward pass of one period of layers, its gathered or rounded weights included.
 
 
 def where_bytes_go(
-    model: Model, frozen: Any, optim: OptimConfig, mesh: Mesh, *, rows: int, length: int, num_microbatches: int
+    model: Model, optim: OptimConfig, mesh: Mesh, *, rows: int, length: int, num_microbatches: int
 ) -> Bytes:
     """The table of a train step. Nothing is allocated or compiled; the model is traced twice, in about a second.
 
     Args:
-        model: whose `params` are trained.
-        frozen: abstract untouched parameters.
+        model: whose `params` are trained, and whose `frozen` are not.
         optim: whose moments are counted.
         mesh: of devices that need not be there.
         rows: of one forward-backward, over all devices.
@@ -77,8 +76,8 @@ def where_bytes_go(
     # The sum over microbatches, and, where it is not the sum already, what one of them gives.
     gradients = sum(_size(leaf) * 4 for leaf in trained)
     gradients += sum(_num_bytes(leaf) for leaf in trained if num_microbatches > 1 or leaf.dtype != jnp.float32)
-    decoder = _of_one_device(nnx.merge(model.graphdef, model.params, frozen), mesh)
-    cut_params, cut_frozen = (_resized(tree, _over_tensor(mesh)) for tree in (model.params, frozen))
+    decoder = _of_one_device(nnx.merge(*model), mesh)
+    cut_params, cut_frozen = (_resized(tree, _over_tensor(mesh)) for tree in (model.params, model.frozen))
     tokens = rows // math.prod(mesh.shape[axis] for axis in ROW_AXES), length // mesh.shape["context"]
     kept = _kept_bytes(nnx.split(decoder)[0], cut_params, cut_frozen, tokens)
     table = (decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight
@@ -87,7 +86,7 @@ def where_bytes_go(
     layer = _layer_bytes(decoder, cut_params, cut_frozen, mesh, tokens)
     sizes = {
         "parameters": sum(map(_num_bytes, trained)),
-        "frozen": sum(map(_num_bytes, _placed(frozen, mesh))),
+        "frozen": sum(map(_num_bytes, _placed(model.frozen, mesh))),
         "optimizer": sum(map(_num_bytes, jax.tree.leaves(state.opt_state))),
         "gradients": gradients,
         "activations": kept,
@@ -121,8 +120,8 @@ def _mib(num_bytes: int) -> str:
 def _of_one_device(decoder: Decoder, mesh: Mesh) -> Decoder:
     """The decoder as it is to be traced: without kernels, whose arrays are those of the formula.
 
-    Of CPUs, what XLA makes of it there: bfloat16 is computed in float32, and what unrolled layers would compute again is
-    found to be there already, and kept.
+    Of CPUs, what XLA makes of it there: bfloat16 is computed in float32, and what unrolled layers would compute again
+    is found to be there already, and kept.
     """
     decoder.layers.self_attn.kernel = "xla"
     if mesh.devices.flat[0].platform == "cpu":
@@ -167,15 +166,17 @@ def _kept_bytes(graphdef: Any, params: Any, frozen: Any, tokens: tuple[int, int]
 
     jaxpr = jax.make_jaxpr(backward)(params, frozen, ids, ids, ids).jaxpr
     kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - set(jaxpr.invars)
-    on_device = [each.aval for each in kept if getattr(each.aval, "memory_space", None) != jax.memory.Space.Host]
+    on_device: list[Any] = [
+        each.aval for each in kept if getattr(each.aval, "memory_space", None) != jax.memory.Space.Host
+    ]
     return sum(aval.size * aval.dtype.itemsize for aval in on_device)
 
 
 def _layer_bytes(decoder: Decoder, params: Any, frozen: Any, mesh: Mesh, tokens: tuple[int, int]) -> int:
     """What one period of layers makes in its backward pass: all that it would keep if nothing were computed again.
 
-    Where the width of weights is cut, or they are rounded for matmuls, theirs as well, whole in the compute dtype; where
-    it is cut, the float32 gradient of the largest, before it is reduced to parts.
+    Where the width of weights is cut, or they are rounded for matmuls, theirs as well, whole in the compute dtype;
+    where it is cut, the float32 gradient of the largest, before it is reduced to parts.
     """
     period = decoder.config.period
     decoder.config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:period])
