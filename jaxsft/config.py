@@ -304,6 +304,34 @@ class OptimConfig(Section):
         return self
 
 
+Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
+
+
+class LoraConfig(Section):
+    """Adapters of low rank on a frozen model (Hu et al. 2021): `x W` becomes `x W + alpha / rank * x A B`."""
+
+    rank: PositiveInt
+    """Columns of A and rows of B."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of what adapters add, times their rank; left out: twice `rank`, whatever `rank_pattern` says."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that are set to 0 in training, the others scaled up."""
+    targets: Patterns = ["all_linear"]
+    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
+    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
+    layers\\.[0-9]\\..*_proj."""
+    exclude: Patterns = []
+    """Which of the targets get none; in the words of `targets`."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks, by regular expressions for the end of a map's name, such as {down_proj: 32}; the first counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, likewise."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
+
+
 class LossConfig(Section):
     """What is minimised in place of the plain loss, which is reported all the same (docs/losses.md)."""
 
@@ -335,34 +363,6 @@ class LossConfig(Section):
                 "target over the vocabulary; give one of them"
             )
         return self
-
-
-Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
-
-
-class LoraConfig(Section):
-    """Adapters of low rank on a frozen model (Hu et al. 2021): `x W` becomes `x W + alpha / rank * x A B`."""
-
-    rank: PositiveInt
-    """Columns of A and rows of B."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of what adapters add, times their rank; left out: twice `rank`, whatever `rank_pattern` says."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the inputs of A that are set to 0 in training, the others scaled up."""
-    targets: Patterns = ["all_linear"]
-    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
-    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
-    layers\\.[0-9]\\..*_proj."""
-    exclude: Patterns = []
-    """Which of the targets get none; in the words of `targets`."""
-    rank_pattern: dict[str, PositiveInt] = {}
-    """Other ranks, by regular expressions for the end of a map's name, such as {down_proj: 32}; the first counts."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Other alphas, likewise."""
-    rslora: bool = False
-    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023)."""
-    dora: bool = False
-    """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
 
 
 class MeshConfig(Section):

@@ -84,9 +84,12 @@ def _loss(objective: Objective, *arrays: jax.Array) -> Any:
     return _over_mesh(objective, *arrays, with_gradients=False)
 
 
-def _loss_forward(objective: Objective, *arrays: jax.Array) -> Any:
+def _loss_forward(objective: Objective, *primals: Any) -> Any:
+    arrays = [each.value for each in primals]
     hidden, unembedding, *_ = arrays
-    sums, *gradients = _over_mesh(objective, *arrays, with_gradients=True)
+    # The gradient by a table that is not trained would be as large as the table.
+    is_frozen = not primals[1].perturbed
+    sums, *gradients = _over_mesh(objective, *arrays, with_gradients=True, is_frozen=is_frozen)
     # Zero-sized stand-ins carry the dtypes that the cotangents must have.
     return sums, (*gradients, jnp.zeros(0, hidden.dtype), jnp.zeros(0, unembedding.dtype))
 
@@ -94,15 +97,13 @@ def _loss_forward(objective: Objective, *arrays: jax.Array) -> Any:
 def _loss_backward(objective: Objective, residuals: Any, cotangents: Any) -> Any:
     hidden_gradient, unembedding_gradient, hidden_like, unembedding_like = residuals
     scale = cotangents[0]
-    return (
-        (scale * hidden_gradient).astype(hidden_like.dtype),
-        (scale * unembedding_gradient).astype(unembedding_like.dtype),
-        None,
-        None,
-    )
+    by_table = None
+    if unembedding_gradient is not None:
+        by_table = (scale * unembedding_gradient).astype(unembedding_like.dtype)
+    return (scale * hidden_gradient).astype(hidden_like.dtype), by_table, None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _over_mesh(
@@ -113,6 +114,7 @@ def _over_mesh(
     weights: jax.Array,
     *,
     with_gradients: bool,
+    is_frozen: bool = False,
 ) -> Any:
     """Runs `_local` on each device's own tokens and vocabulary, and reduces once after the last chunk.
 
@@ -120,17 +122,24 @@ def _over_mesh(
     """
     unembedding = unembedding.astype(hidden.dtype)
     if on_one_device():
-        return _local(objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
+        return _local(
+            objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, is_frozen=is_frozen
+        )
     hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
     if is_in_blocks(unembedding):
         local, table_spec = loss_in_blocks.loss_in_blocks, table
     else:
         local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
     sums = (PartitionSpec(),) * (2 if objective.loss.is_plain else 3)
+    options: dict[str, Any] = {
+        "with_gradients": with_gradients,
+        "is_frozen": is_frozen,
+        "token_axes": free_axes(TOKEN_AXES),
+    }
     return jax.shard_map(
-        functools.partial(local, objective, with_gradients=with_gradients, token_axes=free_axes(TOKEN_AXES)),
+        functools.partial(local, objective, **options),
         in_specs=(hidden_spec, table_spec, rows, rows),
-        out_specs=(sums, hidden_spec, table) if with_gradients else sums,
+        out_specs=(sums, hidden_spec, None if is_frozen else table) if with_gradients else sums,
         check_vma=False,
     )(hidden, unembedding, targets, weights)
 
@@ -153,12 +162,14 @@ def _local(
     weights: jax.Array,
     *,
     with_gradients: bool,
-    on_mesh: bool,
+    is_frozen: bool,
+    on_mesh: bool = False,
     token_axes: tuple[str, ...] = (),
 ) -> Any:
     """One device's part: (objective sum, correct sum), and gradients of the first by hidden and unembedding if asked.
 
     Sums are those of all devices along `token_axes`. Behind them comes the loss sum, where it is not the objective's.
+    The gradient by an unembedding that `is_frozen` is None.
     """
     of_products = objective.logits
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
@@ -183,7 +194,8 @@ def _local(
         return sums, gradients
 
     zero = jnp.zeros((), jnp.float32)
-    gradients = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(unembedding.shape, jnp.float32))
+    of_table = None if is_frozen else jnp.zeros(unembedding.shape, jnp.float32)
+    gradients = (jnp.zeros(hidden.shape, jnp.float32), of_table)
     carry = (zero,) * (2 if objective.loss.is_plain else 3), (gradients if with_gradients else ())
     sums, gradients = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
     if on_mesh:
@@ -193,6 +205,7 @@ def _local(
     hidden_gradient, unembedding_gradient = gradients
     if on_mesh:
         hidden_gradient = jax.lax.psum(hidden_gradient, "tensor")
+    if on_mesh and not is_frozen:
         unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
         copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
         unembedding_gradient = jax.lax.psum(unembedding_gradient, copy_axes)
@@ -265,4 +278,6 @@ def _add_gradients(gradients: Any, at: jax.Array, of_products: jax.Array, x: jax
     einsum = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
     x_gradient = einsum("cv,vd->cd", of_products, unembedding)
     hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
+    if unembedding_gradient is None:
+        return hidden_gradient, None
     return hidden_gradient, unembedding_gradient + einsum("cv,cd->vd", of_products, x)

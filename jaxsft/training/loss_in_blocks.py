@@ -94,6 +94,7 @@ def loss_in_blocks(
     weights: jax.Array,
     *,
     with_gradients: bool,
+    is_frozen: bool = False,
     token_axes: tuple[str, ...],
 ) -> Any:
     """One device's part, within `shard_map`, of what `loss._local` gives: sums, and gradients by hidden and by `table`.
@@ -106,6 +107,7 @@ def loss_in_blocks(
         targets: int32 [B, T], of the whole vocabulary.
         weights: float32 [B, T].
         with_gradients: see above; that by `table` has its shape.
+        is_frozen: it is None, as the table is not trained.
         token_axes: sums are those of all devices along these.
     """
     of_products = objective.logits
@@ -159,7 +161,7 @@ def loss_in_blocks(
     if not with_gradients:
         return sums
 
-    def add_gradients(block: _Block, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add_gradients(block: _Block, gradients: Any) -> Any:
         hidden_gradient, table_gradient = gradients
         einsum = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
@@ -170,21 +172,26 @@ def loss_in_blocks(
             of_product = (of_logits * of_products.slope(logits)).astype(some.x.dtype)
             added = _cut(hidden_gradient, place, chunks.size) + einsum("cv,vd->cd", of_product, block.rows)
             hidden_gradient = jax.lax.dynamic_update_slice_in_dim(hidden_gradient, added, place, 0)
-            return hidden_gradient, rows_gradient + einsum("cv,cd->vd", of_product, some.x)
+            if not is_frozen:
+                rows_gradient += einsum("cv,cd->vd", of_product, some.x)
+            return hidden_gradient, rows_gradient
 
-        no_gradient = jnp.zeros(block.rows.shape, jnp.float32)
+        no_gradient = None if is_frozen else jnp.zeros(block.rows.shape, jnp.float32)
         hidden_gradient, rows_gradient = over_chunks(add_chunk, (hidden_gradient, no_gradient))
+        if is_frozen:
+            return hidden_gradient, None
         rows_gradient = jax.lax.psum_scatter(rows_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
         rows_gradient += _cut(table_gradient, block.start, count)
         return hidden_gradient, jax.lax.dynamic_update_slice_in_dim(table_gradient, rows_gradient, block.start, 0)
 
-    nothing = jnp.zeros(tokens.x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    nothing = jnp.zeros(tokens.x.shape, jnp.float32), None if is_frozen else jnp.zeros(table.shape, jnp.float32)
     by_place, table_gradient = over_blocks(add_gradients, nothing)
     by_place = jax.lax.psum(by_place, "tensor")
     hidden_gradient = jnp.zeros(flat[0].shape, jnp.float32)
     hidden_gradient = hidden_gradient.at[chunks.order].set(by_place, mode="drop", unique_indices=True)
     copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
-    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, copy_axes)
+    by_table = None if is_frozen else jax.lax.psum(table_gradient, copy_axes)
+    return sums, hidden_gradient.reshape(shape), by_table
 
 
 def _cut(tree: Any, start: jax.Array, count: int) -> Any:

@@ -45,7 +45,7 @@ class Bytes(NamedTuple):
     terms: tuple[Term, ...]
     """In the order of `NAMES`."""
     peak: int
-    """All of them together, of the last two the larger, as they are not needed at the same time."""
+    """What it needs at once: less than all of them together, as the loss is done when the layers' backward begins."""
 
     @property
     def largest(self) -> Term:
@@ -55,7 +55,7 @@ class Bytes(NamedTuple):
 
 NAMES = ("parameters", "frozen", "optimizer", "gradients", "activations", "one layer", "loss")
 """`activations` is what all layers keep for the backward pass, `one layer` what is computed again and made of it in the
-backward pass of one period of layers, its gathered or rounded weights included."""
+backward pass of one period of layers, its gathered or rounded weights included, `loss` all that the loss makes."""
 
 
 def where_bytes_go(
@@ -74,28 +74,27 @@ def where_bytes_go(
     state = abstract_state(model.params, optim, mesh)
     trained = jax.tree.leaves(state.params)
     # The sum over microbatches, and, where it is not the sum already, what one of them gives.
-    gradients = sum(_size(leaf) * 4 for leaf in trained)
-    gradients += sum(_num_bytes(leaf) for leaf in trained if num_microbatches > 1 or leaf.dtype != jnp.float32)
+    gradient_sum = sum(_size(leaf) * 4 for leaf in trained)
+    of_one = sum(_num_bytes(leaf) for leaf in trained if num_microbatches > 1 or leaf.dtype != jnp.float32)
     decoder = _of_one_device(nnx.merge(*model), mesh)
-    cut_params, cut_frozen = (_resized(tree, _over_tensor(mesh)) for tree in (model.params, model.frozen))
+    weights = [_resized(tree, _over_tensor(mesh)) for tree in (model.params, model.frozen)]
     tokens = rows // math.prod(mesh.shape[axis] for axis in ROW_AXES), length // mesh.shape["context"]
-    kept = _kept_bytes(nnx.split(decoder)[0], cut_params, cut_frozen, tokens)
-    table = (decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight
-    is_trained = any(leaf.shape == table.shape for leaf in trained)
-    loss = _loss_bytes(table, decoder.compute_dtype, mesh, math.prod(tokens), is_trained=is_trained)
-    layer = _layer_bytes(decoder, cut_params, cut_frozen, mesh, tokens)
     sizes = {
         "parameters": sum(map(_num_bytes, trained)),
         "frozen": sum(map(_num_bytes, _placed(model.frozen, mesh))),
         "optimizer": sum(map(_num_bytes, jax.tree.leaves(state.opt_state))),
-        "gradients": gradients,
-        "activations": kept,
-        "one layer": layer,
-        "loss": loss,
+        "gradients": gradient_sum + of_one,
+        "activations": _kept_bytes(decoder, weights, tokens),
+        "one layer": _layer_bytes(decoder, weights, mesh, tokens),
+        "loss": _loss_bytes(decoder, mesh, math.prod(tokens)),
     }
-    lowered_by = _lowered_by(decoder, optim, mesh, rows=rows)
-    terms = tuple(Term(name, sizes[name], lowered_by[name] if sizes[name] else "") for name in NAMES)
-    return Bytes(terms, sum(sizes.values()) - min(layer, loss))
+    at_loss = sizes["gradients"]
+    if not _is_cpu(mesh):  # There, gradients are made when they are needed; those of former microbatches are there.
+        at_loss = gradient_sum if num_microbatches > 1 else 0
+    held = sum(sizes[name] for name in ("parameters", "frozen", "optimizer", "activations"))
+    peak = held + max(sizes["one layer"] + sizes["gradients"], sizes["loss"] + at_loss)
+    lowered_by = _lowered_by(nnx.merge(*model), optim, mesh, rows=rows)
+    return Bytes(tuple(Term(name, sizes[name], lowered_by[name] if sizes[name] else "") for name in NAMES), peak)
 
 
 def describe_bytes(found: Bytes, *, limit: int | None = None) -> str:
@@ -103,7 +102,7 @@ def describe_bytes(found: Bytes, *, limit: int | None = None) -> str:
     shown = [term for term in found.terms if term.num_bytes]
     lines = [f"  {term.name:<12}{_mib(term.num_bytes):>14}  {term.num_bytes / found.peak:4.0%}" for term in shown]
     of = f" of {_mib(limit)}" if limit is not None else ""
-    lines.insert(0, f"each device needs about {_mib(found.peak)}{of} (`one layer` or `loss`, whichever is larger):")
+    lines.insert(0, f"each device needs about {_mib(found.peak)}{of} at once:")
     lines.append(f"  largest: {found.largest.name}; smaller with {found.largest.lowered_by}")
     if limit is not None and found.peak > limit:
         lines.append(f"  WARNING: that is {_mib(found.peak - limit)} more than a device has")
@@ -124,7 +123,7 @@ def _of_one_device(decoder: Decoder, mesh: Mesh) -> Decoder:
     is found to be there already, and kept.
     """
     decoder.layers.self_attn.kernel = "xla"
-    if mesh.devices.flat[0].platform == "cpu":
+    if _is_cpu(mesh):
         decoder.compute_dtype = jnp.dtype(jnp.float32)
         decoder.remat = "none" if decoder.unroll else decoder.remat
     return decoder
@@ -150,12 +149,19 @@ def _resized(tree: Any, resize: Resize) -> Any:
         sizes = map(resize, leaf.get_metadata("axes").split(), leaf.shape)
         return leaf.replace(jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype))
 
-    return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(of_leaf, tree, is_leaf=_is_variable)
 
 
-def _kept_bytes(graphdef: Any, params: Any, frozen: Any, tokens: tuple[int, int]) -> int:
-    """What the backward pass from hidden states [B, T, D] = `tokens` needs besides weights, on the device."""
-    ids = jax.ShapeDtypeStruct(tokens, jnp.int32)
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _kept_bytes(decoder: Decoder, weights: list[Any], tokens: tuple[int, int]) -> int:
+    """What the backward pass needs on the device besides weights, these given as [trained, frozen].
+
+    `tokens` are the rows and the positions of one device.
+    """
+    graphdef, ids = nnx.split(decoder)[0], jax.ShapeDtypeStruct(tokens, jnp.int32)
 
     def backward(params: Any, frozen: Any, *ids: jax.Array) -> list[jax.Array]:
         def hidden(params: Any) -> jax.Array:
@@ -164,7 +170,7 @@ def _kept_bytes(graphdef: Any, params: Any, frozen: Any, tokens: tuple[int, int]
         # The function that `vjp` returns is a pytree, whose leaves are what it needs.
         return jax.tree.leaves(jax.vjp(hidden, params)[1])
 
-    jaxpr = jax.make_jaxpr(backward)(params, frozen, ids, ids, ids).jaxpr
+    jaxpr = jax.make_jaxpr(backward)(*weights, ids, ids, ids).jaxpr
     kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - set(jaxpr.invars)
     on_device: list[Any] = [
         each.aval for each in kept if getattr(each.aval, "memory_space", None) != jax.memory.Space.Host
@@ -172,49 +178,59 @@ def _kept_bytes(graphdef: Any, params: Any, frozen: Any, tokens: tuple[int, int]
     return sum(aval.size * aval.dtype.itemsize for aval in on_device)
 
 
-def _layer_bytes(decoder: Decoder, params: Any, frozen: Any, mesh: Mesh, tokens: tuple[int, int]) -> int:
-    """What one period of layers makes in its backward pass: all that it would keep if nothing were computed again.
+def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: Mesh, tokens: tuple[int, int]) -> int:
+    """What one period of layers makes in its backward pass.
 
-    Where the width of weights is cut, or they are rounded for matmuls, theirs as well, whole in the compute dtype;
-    where it is cut, the float32 gradient of the largest, before it is reduced to parts.
+    On CPUs, where little is fused: all that it would keep if nothing were computed again. Elsewhere what it would keep
+    with remat "none", and as much for the gradients by that. Where the width of weights is cut, or they are rounded for
+    matmuls, theirs as well, whole in the compute dtype; where it is cut, the float32 gradient of the largest, before it
+    is reduced to parts.
     """
     period = decoder.config.period
-    decoder.config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:period])
-    decoder.remat, decoder.unroll = "none", True
 
-    def one_period(letter: str, size: int) -> int:
-        return period if letter == "l" else size
+    def kept(num_periods: int, *, unroll: bool) -> int:
+        of_some = nnx.merge(*nnx.split(decoder))  # a copy
+        of_some.config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:period] * num_periods)
+        of_some.remat, of_some.unroll = "none", unroll
+        return _kept_bytes(of_some, _with_layers(weights, num_periods * period), tokens)
 
-    params, frozen = (_resized(tree, one_period) for tree in (params, frozen))
-    made = _kept_bytes(nnx.split(decoder)[0], params, frozen, tokens)
-    weights = [
-        leaf
-        for tree in (params, frozen)
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-        if leaf.get_metadata("axes").startswith("l ")
-    ]
-    is_cut = any(mesh.shape[axis] > 1 for axis in WIDTH_AXES)
-    itemsize = decoder.compute_dtype.itemsize
-    made += sum(math.prod(leaf.shape) * itemsize for leaf in weights if is_cut or leaf.dtype.itemsize != itemsize)
-    return made + is_cut * max(math.prod(leaf.shape) // period * 4 for leaf in weights)
+    # From one period to the next in a scan, as a scan of one is unrolled, and then keeps all.
+    made = kept(1, unroll=True) if _is_cpu(mesh) else 2 * (kept(3, unroll=False) - kept(2, unroll=False))
+    variables = jax.tree.leaves(_with_layers(weights, period), is_leaf=_is_variable)
+    of_layers = [each for each in variables if "l" in each.get_metadata("axes").split()]
+    is_cut, itemsize = _is_cut(mesh), decoder.compute_dtype.itemsize
+    made += sum(math.prod(each.shape) * itemsize for each in of_layers if is_cut or each.dtype.itemsize != itemsize)
+    return made + is_cut * max(math.prod(each.shape) // period * 4 for each in of_layers)
 
 
-def _loss_bytes(table: Any, compute_dtype: jnp.dtype, mesh: Mesh, num_tokens: int, *, is_trained: bool) -> int:
+def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:
+    return [_resized(tree, lambda letter, size: num_layers if letter == "l" else size) for tree in weights]
+
+
+def _loss_bytes(decoder: Decoder, mesh: Mesh, num_tokens: int) -> int:
     """What the loss makes: logits of a chunk, the gradient by hidden states, and its own copy of the table's rows."""
-    table_rows, width = table.shape
-    is_cut = any(mesh.shape[axis] > 1 for axis in WIDTH_AXES)
+    table = (decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight
+    (table_rows, width), is_cut, itemsize = table.shape, _is_cut(mesh), decoder.compute_dtype.itemsize
     with jax.set_mesh(mesh):
         in_blocks = is_in_blocks(table)
         at_once = table_rows // mesh.shape["tensor"]
         at_once = block_rows(at_once, width) if in_blocks else at_once
         chunk = chunk_size(num_tokens, at_once)
-    # Logits and their exponentials, or what becomes of them; on CPUs the comparison with the largest besides.
-    num_logits = 3 if mesh.devices.flat[0].platform == "cpu" else 2
+    # On CPUs logits, exponentials, and where they are the largest; elsewhere logits, and their gradients rounded.
+    logits = chunk * at_once * (12 if _is_cpu(mesh) else 4 + itemsize)
     by_hidden = (2 if in_blocks else 1) * num_tokens * width * 4
-    rows = at_once * width
-    copied = rows * compute_dtype.itemsize if is_cut or table.dtype != compute_dtype else 0
-    reduced = rows * 4 if is_cut and is_trained else 0
-    return num_logits * 4 * chunk * at_once + by_hidden + copied + reduced
+    copied = at_once * width * itemsize if is_cut or table.dtype.itemsize != itemsize else 0
+    reduced = at_once * width * 4 if is_cut and isinstance(table, nnx.Param) else 0
+    return logits + by_hidden + copied + reduced
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _is_cut(mesh: Mesh) -> bool:
+    """Whether the width of weights is."""
+    return any(mesh.shape[axis] > 1 for axis in WIDTH_AXES)
 
 
 def _placed(tree: Any, mesh: Mesh) -> list[Any]:
