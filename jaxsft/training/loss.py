@@ -8,6 +8,7 @@ gathered block by block (`loss_in_blocks.py`). What is minimised is the loss, or
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,10 +127,10 @@ def _over_mesh(
             objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, is_frozen=is_frozen
         )
     hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
+    local: Callable[..., Any] = functools.partial(_local, on_mesh=True)
+    table_spec = PartitionSpec("tensor", None)
     if is_in_blocks(unembedding):
         local, table_spec = loss_in_blocks.loss_in_blocks, table
-    else:
-        local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
     sums = (PartitionSpec(),) * (2 if objective.loss.is_plain else 3)
     options: dict[str, Any] = {
         "with_gradients": with_gradients,

@@ -93,19 +93,19 @@ def where_bytes_go(
         at_loss = gradient_sum if num_microbatches > 1 else 0
     held = sum(sizes[name] for name in ("parameters", "frozen", "optimizer", "activations"))
     peak = held + max(sizes["one layer"] + sizes["gradients"], sizes["loss"] + at_loss)
-    lowered_by = _lowered_by(nnx.merge(*model), optim, mesh, rows=rows)
+    is_all_trained = not jax.tree.leaves(model.frozen)
+    lowered_by = _lowered_by(nnx.merge(*model), optim, mesh, rows=rows, is_all_trained=is_all_trained)
     return Bytes(tuple(Term(name, sizes[name], lowered_by[name] if sizes[name] else "") for name in NAMES), peak)
 
 
 def describe_bytes(found: Bytes, *, limit: int | None = None) -> str:
     """The table as lines for the terminal; `limit` is what a device has, where that is known."""
-    shown = [term for term in found.terms if term.num_bytes]
-    lines = [f"  {term.name:<12}{_mib(term.num_bytes):>14}  {term.num_bytes / found.peak:4.0%}" for term in shown]
     of = f" of {_mib(limit)}" if limit is not None else ""
-    lines.insert(0, f"each device needs about {_mib(found.peak)}{of} at once:")
-    lines.append(f"  largest: {found.largest.name}; smaller with {found.largest.lowered_by}")
+    lines = [f"{'memory':<11}a device needs about {_mib(found.peak)}{of} at once, of:"]
+    lines += [f"{'':<11}{term.name:<12}{_mib(term.num_bytes):>16}" for term in found.terms if term.num_bytes]
+    lines.append(f"{'':<11}most are {found.largest.name}; fewer with {found.largest.lowered_by}")
     if limit is not None and found.peak > limit:
-        lines.append(f"  WARNING: that is {_mib(found.peak - limit)} more than a device has")
+        lines.append(f"{'WARNING':<11}that is {_mib(found.peak - limit)} more than a device has")
     return "\n".join(lines)
 
 
@@ -250,7 +250,7 @@ def _num_bytes(leaf: Any) -> int:
 # What lowers it.
 
 
-def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int) -> dict[str, str]:
+def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int, is_all_trained: bool) -> dict[str, str]:
     """Keys that are not at their lowest already, for each entry."""
     shares = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     more = "more devices along mesh.fsdp"
@@ -263,12 +263,13 @@ def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int) 
     less_kept = {"none": "attention, or full", "attention": "full", "full": "offload", "offload": ""}
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
+    adapters = ["adapters (lora.rank)"] if is_all_trained else ["a smaller lora.rank"]
     moments = ["optim.moment_dtype bfloat16 (now float32)"] if optim.moment_dtype == "float32" else []
     found = {
         "parameters": [more],
         "frozen": [more],
-        "optimizer": [*moments, more],
-        "gradients": [more],
+        "optimizer": [*adapters, *moments, more],
+        "gradients": [*adapters, more],
         "activations": [*again, *tokens, "a smaller data.seq_len"],
         "one layer": [*tokens, "mesh.tensor", "a smaller data.seq_len"],
         "loss": [*tokens, "mesh.tensor"],
