@@ -223,12 +223,6 @@ class Setup:
         return model.split(load_weights(self.pretrained, self.mesh, seed=self.config.seed))[1]
 
     @property
-    def noise_seed(self) -> int | None:
-        """Of what a step draws; None where it draws nothing."""
-        lora = self.config.lora
-        return self.config.seed if lora is not None and lora.dropout else None
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be continued: the data in its order, and the model."""
         model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()

@@ -22,7 +22,7 @@ from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
-from jaxsft.model.noise import fold, token_keys
+from jaxsft.model.noise import fold, noise_scale, noisy, token_keys
 from jaxsft.model.products import precision
 from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
@@ -222,6 +222,7 @@ class Decoder(nnx.Module):
         *,
         cache: Cache | None = None,
         noise: jax.Array | None = None,
+        neftune_alpha: float = 0.0,
     ) -> Output:
         """Hidden states after the final norm.
 
@@ -232,13 +233,19 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
             noise: uint32 [B, 2], the keys of the rows (`noise.py`), by which adapters drop inputs; None: they do not.
+            neftune_alpha: how much noise is added to embeddings, by the same keys, as they enter the first layer's sum:
+                scaled, and without learned positions.
         """
         order = balanced_order(*tokens.shape) if cache is None else None
         keys = None if noise is None else constrain(token_keys(noise, tokens.shape[1]), "b t w")
+        scale = None
+        if neftune_alpha:
+            scale = noise_scale(segment_ids, positions, alpha=neftune_alpha, width=self.config.sizes["d"])
         if order is not None:
             keys = None if keys is None else balance(keys, "b t w")
+            scale = None if scale is None else balance(scale, "b t")
             tokens, segment_ids, positions = (balance(x, "b t") for x in (tokens, segment_ids, positions))
-        hidden = self._embed(tokens, positions)
+        hidden = self._embed(tokens, positions, keys, scale)
         slots, cached = self._slots(segment_ids, positions, cache, order)
         slots = slots._replace(keys=keys)
         hidden, (cached, router) = self._run(hidden, slots, cached)
@@ -254,15 +261,20 @@ class Decoder(nnx.Module):
         """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
         graphdef, weights = nnx.split(self.layers)
         slots, _ = self._slots(segment_ids, positions, None, None)
-        stream = [self._embed(tokens, positions)]
+        stream = [self._embed(tokens, positions, None, None)]
         for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
             stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
         return jnp.stack(stream)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None, scale: jax.Array | None
+    ) -> jax.Array:
         hidden = self.embed_tokens(tokens, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             hidden *= self.config.embedding_scale
+        if scale is not None:
+            assert keys is not None
+            hidden = noisy(constrain(hidden, "b t d"), keys, scale)
         if self.embed_positions is not None:
             hidden += self.embed_positions(positions, self.compute_dtype)
         return constrain(hidden, "b t d")
