@@ -109,7 +109,7 @@ class Setup:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model without its weights. Raises ConfigError, see `open_model`."""
-        return open_model(self.config.model, self.tokenizer, self.config.lora)
+        return open_model(self.config.model, self.tokenizer, self.config.lora, self.config.train.only)
 
     @functools.cached_property
     def loader(self) -> Loader | StreamLoader:
@@ -235,8 +235,13 @@ class Setup:
                 "model.weights": self.config.model.weights,
                 "model: config.json": hashlib.sha256(model).hexdigest()[:16],
             }
-            | ({} if self.config.lora is None else {"lora": self.config.lora.model_dump()})
+            | {key: value for key, value in self._trained if value is not None}
         )
+
+    @property
+    def _trained(self) -> list[tuple[str, Any]]:
+        lora = self.config.lora
+        return [("lora", None if lora is None else lora.model_dump()), ("train.only", self.config.train.only)]
 
     @property
     def notes(self) -> list[str]:

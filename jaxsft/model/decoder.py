@@ -6,7 +6,7 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
 from jaxsft.model.adapter import Constant
-from jaxsft.model.architecture import DecoderConfig, LayerKind
+from jaxsft.model.architecture import DecoderConfig, LayerKind, period_of
 from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
@@ -211,6 +211,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = table("v d", config.vocab_size)
         self.embed_positions = table("p d", config.max_position) if config.learned_positions else None
         self.layers = Layers(config, kernel=attention, dtype=dtype, rngs=rngs)
+        self.last_layers: Layers | None = None
+        """Those from some layer on, where they are trained and what lies before them is not (`freezing.py`)."""
         self.norm = Norm("d", config.sizes, config.norm, dtype=dtype)
         self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
@@ -259,12 +261,26 @@ class Decoder(nnx.Module):
 
     def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
-        graphdef, weights = nnx.split(self.layers)
         slots, _ = self._slots(segment_ids, positions, None, None)
         stream = [self._embed(tokens, positions, None, None)]
-        for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
-            stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
+        for stack, first, count in self._stacks():
+            graphdef, weights = nnx.split(stack)
+            for kind, of_layer in zip(self.config.layers[first : first + count], _split(weights, count), strict=True):
+                stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
         return jnp.stack(stream)
+
+    @property
+    def stacks(self) -> list[Layers]:
+        """Layers that are stacked together: mostly all of them."""
+        return [self.layers] if self.last_layers is None else [self.layers, self.last_layers]
+
+    def _stacks(self) -> Iterator[tuple[Layers, int, int]]:
+        """Stacks, the number of each one's first layer, and how many they are."""
+        first = 0
+        for stack in self.stacks:
+            count = len(jax.tree.leaves(nnx.state(stack))[0])
+            yield stack, first, count
+            first += count
 
     def _embed(
         self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None, scale: jax.Array | None
@@ -300,10 +316,25 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
-        """All layers: whole periods of their pattern in a scan, the rest (or all, unrolled) one after the other."""
-        graphdef, weights = nnx.split(self.layers)
-        kinds = self.config.layers
-        period = self.config.period
+        """All layers, stack by stack."""
+        outs = []
+        for stack, first, count in self._stacks():
+            of_stack = jax.tree.map(lambda each: each[first : first + count], cached)  # noqa: B023 (used at once)
+            x, out = self._run_stack(stack, self.config.layers[first : first + count], x, slots, of_stack)
+            outs.append(out)
+        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *outs)
+
+    def _run_stack(
+        self,
+        stack: Layers,
+        kinds: tuple[LayerKind, ...],
+        x: jax.Array,
+        slots: Slots,
+        cached: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, Any]:
+        """Whole periods of the layers' pattern in a scan, the rest (or all, unrolled) one after the other."""
+        graphdef, weights = nnx.split(stack)
+        period = period_of(kinds)
         scanned = 0 if self.unroll else len(kinds) // period * period
 
         def make_layer(kind: LayerKind, *, in_scan: bool) -> Callable:

@@ -122,7 +122,8 @@ def _of_one_device(decoder: Decoder, mesh: Mesh) -> Decoder:
     Of CPUs, what XLA makes of it there: bfloat16 is computed in float32, and what unrolled layers would compute again
     is found to be there already, and kept.
     """
-    decoder.layers.self_attn.kernel = "xla"
+    for layers in decoder.stacks:
+        layers.self_attn.kernel = "xla"
     if _is_cpu(mesh):
         decoder.compute_dtype = jnp.dtype(jnp.float32)
         decoder.remat = "none" if decoder.unroll else decoder.remat
