@@ -28,6 +28,7 @@ from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.model.abstract import whole
+from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
@@ -238,6 +239,7 @@ def _first_state(
         state = init_state(params, config.optim, mesh)
     else:
         frozen = setup.load_frozen()
+    checkpointer.beside(frozen_key(frozen))
     checkpointer.tidy()
     return state, frozen
 

@@ -8,11 +8,13 @@ numbers in half the memory. Where layers are trained from some layer on, these b
 goes further down than the first of them, nor are activations kept below it for that.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.config import ConfigError
@@ -125,6 +127,33 @@ def freeze(decoder: Decoder, is_frozen: Callable[[str], bool]) -> None:
                 if name == "weight" and is_matrix:
                     value = value.astype(decoder.compute_dtype)
                 setattr(module, name, Frozen(value, axes=variable.get_metadata("axes")))
+
+
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    def of_leaf(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for dim, size in enumerate(leaf.shape):
+            place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, dim)
+        # Whole numbers: the same sum in any order, so on any mesh.
+        factors = place * jnp.uint32(2654435761) ^ (place >> 15)
+        return jnp.stack([jnp.sum(bits * (factors | 1), dtype=jnp.uint32), jnp.sum(bits ^ factors, dtype=jnp.uint32)])
+
+    return [of_leaf(leaf) for leaf in leaves]
+
+
+def frozen_key(frozen: Any) -> str:
+    """What changes when frozen weights do, the same on every mesh: what is trained beside them is nothing without them.
+
+    Of each array, two sums over its numbers' bits by their places. No hash that withstands an attacker.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(frozen)[0]
+    if not leaves:
+        return ""
+    sums = jax.device_get(_sums_of_bits([leaf for _, leaf in leaves]))
+    text = [f"{path} {leaf.dtype} {each.tolist()}" for (path, leaf), each in zip(leaves, sums, strict=True)]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def fits(word: str, names: Sequence[str]) -> bool:

@@ -23,6 +23,7 @@ from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import write_whole
 from jaxsft.model.abstract import whole
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.lora import of_files
 from jaxsft.training.compiler_options import describe_options
 from jaxsft.training.metrics import num_params
 from jaxsft.training.step import TrainState
@@ -48,7 +49,7 @@ def start_summary(
         notes: sentences about tokenizer, model and sources.
     """
     _, seq_len = loader.shape
-    count, filling = num_params(whole(state.params, frozen), decoder_config)
+    count, filling = num_params(of_files(whole(state.params, frozen)), decoder_config)
     trained, _ = num_params(state.params, decoder_config)
     filled = f", and {filling:,} that fill up its vocabulary" if filling else ""
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
@@ -58,7 +59,7 @@ def start_summary(
             "model",
             f"{config.model.path}: {count:,} {config.model.weights} parameters in {config.model.param_dtype}{filled}",
         ),
-        *([("trained", f"{trained:,} of them, {trained / count:.2%}")] if trained < count else []),
+        *([("trained", f"{trained:,} parameters, {trained / count:.2%} of these")] if trained < count else []),
         *(_stream_lines(loader, num_steps) if isinstance(loader, StreamLoader) else _data_lines(loader, num_steps)),
         (
             "devices",
