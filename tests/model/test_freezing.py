@@ -19,7 +19,7 @@ from jaxsft.mesh import make_mesh
 from jaxsft.model.abstract import abstract_model, random_weights
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.freezing import train_only
+from jaxsft.model.freezing import frozen_key, train_only
 from jaxsft.training.step import put_batch, split_microbatches, summed_gradients
 
 TINY = pathlib.Path(__file__).parent / "tiny"
@@ -164,3 +164,33 @@ def test_what_cannot_be_trained_so_is_refused(only, said):
     with pytest.raises(ConfigError) as error:
         make_model("llama", only)(nnx.Rngs(0))
     assert all(text in str(error.value) for text in said), error.value
+
+
+def test_the_key_of_frozen_weights_is_the_same_on_every_mesh_and_sees_every_change():
+    make = make_model("qwen3_moe", ["norms"], compute_dtype="bfloat16")
+    model = abstract_model(make)
+    host = jax.device_get(random_weights(make, mesh_of(fsdp=1), seed=0))
+
+    def key_of(weights, **sizes):
+        return frozen_key(model.split(place(weights, mesh_of(**sizes)))[1])
+
+    key = key_of(host, fsdp=1)
+    assert len(key) == 16
+    assert key_of(host, fsdp=2, tensor=2) == key_of(host, expert=2, data=2) == key
+
+    def changed(path, change):
+        flat = dict(nnx.to_flat_state(host))
+        value = np.array(flat[path].get_value())
+        change(value)
+        return nnx.from_flat_state(flat | {path: flat[path].replace(value)})
+
+    def one_bit(value):
+        value.view(np.uint16).reshape(-1)[77] ^= 1
+
+    def swap(value):
+        value[[0, 1]] = value[[1, 0]]
+
+    path = ("layers", "self_attn", "q_proj", "weight")
+    others = [key_of(changed(path, change), fsdp=1) for change in (one_bit, swap)]
+    assert len({key, *others}) == 3
+    assert frozen_key(abstract_model(make_model("llama")).frozen) == ""
