@@ -191,7 +191,8 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: Mesh, tokens: tuple
 
     def kept(num_periods: int, *, unroll: bool) -> int:
         of_some = nnx.merge(*nnx.split(decoder))  # a copy
-        of_some.config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:period] * num_periods)
+        layers = decoder.config.layers[:period] * (num_periods * len(decoder.stacks))
+        of_some.config = dataclasses.replace(decoder.config, layers=layers)
         of_some.remat, of_some.unroll = "none", unroll
         return _kept_bytes(of_some, _with_layers(weights, num_periods * period), tokens)
 
@@ -264,7 +265,7 @@ def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int, 
     less_kept = {"none": "attention, or full", "attention": "full", "full": "offload", "offload": ""}
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
-    adapters = ["adapters (lora.rank)"] if is_all_trained else ["a smaller lora.rank"]
+    adapters = ["adapters (lora.rank), or some weights alone (train.only)"] if is_all_trained else []
     moments = ["optim.moment_dtype bfloat16 (now float32)"] if optim.moment_dtype == "float32" else []
     found = {
         "parameters": [more],
