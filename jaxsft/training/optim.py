@@ -1,8 +1,8 @@
-"""Schedules and optimizers.
+"""Schedules, the table of optimizers, and what becomes of their directions.
 
-In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, and an optax transformation
-that turns a gradient into a direction; the step multiplies the direction by the negative learning rate, so that the
-learning rate is a function of the step alone, whatever the optimizer has counted.
+In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, an optax transformation that
+turns a gradient into a direction (`optimizers/`), and the parameters that the direction, times the negative learning
+rate, leads to: so the learning rate is a function of the step alone, whatever the optimizer has counted.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from jaxsft.config import OptimConfig
+from jaxsft.training.optimizers.adafactor import adafactor
+from jaxsft.training.optimizers.eight_bit import adamw8bit
+from jaxsft.training.optimizers.moments import adamw, lion, sgd
+from jaxsft.training.optimizers.muon import muon
+from jaxsft.training.optimizers.params import by_path, rate_factors, replaced
+from jaxsft.training.optimizers.schedule_free import ScheduleFreeState, averaged, schedule_free_adamw
+from jaxsft.training.rounding import parameter_key, round_at_random
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -56,45 +62,57 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The transformation of `config.name`: gradient (already clipped) to direction of steepest ascent."""
-    return OPTIMIZERS[config.name](config)
+OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "adafactor": adafactor,
+    "lion": lion,
+    "muon": muon,
+    "sgd": sgd,
+    "schedule_free_adamw": schedule_free_adamw,
+}
 
 
-def _adamw(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019): Adam's direction plus `weight_decay` times the parameter."""
-    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-    return optax.chain(
-        _with_moment_dtype(adam, jnp.dtype(config.moment_dtype)),
-        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
-    )
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """The transformation of `config.name`: gradient (already clipped) to direction of steepest ascent.
+
+    Its `update` is also told the `learning_rate`, which schedule-free optimizers average by.
+    """
+    return optax.with_extra_args_support(OPTIMIZERS[config.name](config))
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {"adamw": _adamw}
+def moved(
+    config: OptimConfig, params: Any, directions: Any, learning_rate: jax.Array, *, step: jax.Array, seed: int
+) -> Any:
+    """The parameters after a step: each minus its learning rate times its direction, rounded once to its dtype.
+
+    Args:
+        config: groups with rates of their own, and whether bfloat16 is rounded at random.
+        params: before the step.
+        directions: of the optimizer, like the parameters.
+        learning_rate: of this step, outside of all groups.
+        step: its number, from 0, which with `seed` decides what is rounded up.
+        seed: of the run.
+    """
+    factors, steepest = by_path(rate_factors(config, params)), by_path(directions)
+
+    def of_leaf(path: str, param: Any) -> jax.Array:
+        old, factor = param.get_value(), factors[path].get_value()
+        rate = learning_rate if factor == 1 else learning_rate * factor
+        new = old.astype(jnp.float32) - rate * steepest[path].get_value()
+        if config.stochastic_rounding and old.dtype == jnp.bfloat16:
+            return round_at_random(new, parameter_key(seed, step, path))
+        return new.astype(old.dtype)
+
+    return replaced(params, of_leaf)
 
 
-def is_decayed(params: Any) -> Any:
-    """True for matrices; norms and biases are not decayed: seen per layer, they have one dim, or are named bias."""
+def evaluation_params(config: OptimConfig, params: Any, opt_state: Any) -> Any:
+    """The parameters that are evaluated, asked and exported, of those that are trained: most often the same.
 
-    def of_param(path: Any, param: Any) -> Any:
-        num_dims = len(param.get_metadata("axes").replace("l", " ").split())
-        is_bias = any(getattr(key, "key", None) == "bias" for key in path)
-        return param.replace(num_dims > 1 and not is_bias)
-
-    return jax.tree_util.tree_map_with_path(of_param, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _with_moment_dtype(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Keeps float moments in `dtype`, and computes with them in float32 (optax lets only the first one be chosen)."""
-
-    def cast(tree: Any, to: jnp.dtype) -> Any:
-        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-    def init(params: Any) -> Any:
-        return cast(inner.init(params), dtype)
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = inner.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(init, update)
+    Of schedule-free optimizers it is the average, made anew and cut over the mesh as the parameters are.
+    """
+    if not isinstance(opt_state, ScheduleFreeState):
+        return params
+    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(averaged, static_argnums=2, out_shardings=placed)(params, opt_state.z, config.beta1)

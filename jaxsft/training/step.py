@@ -26,7 +26,7 @@ from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.training.compiler_options import compiler_options
 from jaxsft.training.loss import LossSums, next_token_loss
 from jaxsft.training.metrics import StepMetrics
-from jaxsft.training.optim import make_optimizer, make_schedule
+from jaxsft.training.optim import make_optimizer, make_schedule, moved
 
 
 class TrainState(NamedTuple):
@@ -208,7 +208,7 @@ def divisor(weight_sum: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: Model, frozen: Any, optim: OptimConfig, *, num_steps: int, num_microbatches: int, mesh: Mesh
+    model: Model, frozen: Any, optim: OptimConfig, *, num_steps: int, num_microbatches: int, mesh: Mesh, seed: int = 0
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
@@ -219,8 +219,9 @@ def make_train_step(
         num_steps: steps of the whole run, for the schedule.
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
+        seed: of the run, for what is rounded at random.
     """
-    schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
+    schedule = make_schedule(optim, num_steps)
     config = nnx.merge(model.graphdef, model.params, frozen).config
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -240,7 +241,7 @@ def make_train_step(
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        params, opt_state = _updated(optimizer, state, gradients, learning_rate, is_finite=is_finite)
+        params, opt_state = _updated(optim, state, gradients, learning_rate, is_finite=is_finite, seed=seed)
         metrics = StepMetrics(
             sums=sums,
             tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
@@ -263,12 +264,13 @@ def make_train_step(
 
 
 def _updated(
-    optimizer: optax.GradientTransformation,
+    optim: OptimConfig,
     state: TrainState,
     gradients: Callable[[], Any],
     learning_rate: jax.Array,
     *,
     is_finite: jax.Array,
+    seed: int,
 ) -> tuple[Any, Any]:
     """The next parameters and optimizer state; the old ones where the step's numbers are not finite.
 
@@ -278,15 +280,17 @@ def _updated(
     the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
     """
 
-    def move(old: Any) -> tuple[Any, bool]:
-        directions, _ = optimizer.update(gradients(), state.opt_state, old)
-        new = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions)
-        return new, True
+    optimizer = make_optimizer(optim)
 
-    params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
-    opt_state = jax.lax.cond(
-        moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
-    )
+    def update(opt_state: Any, params: Any) -> tuple[Any, Any]:
+        return optimizer.update(gradients(), opt_state, params, learning_rate=learning_rate)
+
+    def move(old: Any) -> tuple[Any, bool]:
+        directions, _ = update(state.opt_state, old)
+        return moved(optim, old, directions, learning_rate, step=state.step, seed=seed), True
+
+    params, was_moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
+    opt_state = jax.lax.cond(was_moved, lambda old: update(old, state.params)[1], lambda old: old, state.opt_state)
     return params, opt_state
 
 
