@@ -341,8 +341,8 @@ class OptimConfig(Section):
     moment_dtype: Dtype = "float32"
     """Dtype of the first and second moments; those of adamw8bit and adafactor have their own."""
     stochastic_rounding: bool = False
-    """Round bfloat16 parameters up or down at random after each step, so that small updates count on average, instead of
-    to the nearest; needs `model.param_dtype` bfloat16."""
+    """Round bfloat16 parameters up or down at random after each step, so that small updates count on average, instead
+    of to the nearest; needs `model.param_dtype` bfloat16."""
     max_skipped: Fraction = 0.01
     """Share of the run's steps (rounded up) that may be skipped because their loss or gradient is not finite; with one
     more, or with 10 in a row, the run stops and exports nothing."""

@@ -1,8 +1,8 @@
-"""Schedules, the table of optimizers, and what becomes of their directions.
+"""Schedules, the table of optimizers, and which parameters are the model.
 
-In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, an optax transformation that
-turns a gradient into a direction (`optimizers/`), and the parameters that the direction, times the negative learning
-rate, leads to: so the learning rate is a function of the step alone, whatever the optimizer has counted.
+In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, and an optimizer
+(`optimizers/`), which is told the learning rate of each step, so that it is a function of the step alone, whatever the
+optimizer has counted.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxsft.config import OptimConfig
 from jaxsft.training.optimizers.adafactor import adafactor
 from jaxsft.training.optimizers.eight_bit import adamw8bit
 from jaxsft.training.optimizers.moments import adamw, lion, sgd
 from jaxsft.training.optimizers.muon import muon
-from jaxsft.training.optimizers.params import by_path, rate_factors, replaced
-from jaxsft.training.optimizers.schedule_free import ScheduleFreeState, averaged, schedule_free_adamw
-from jaxsft.training.rounding import parameter_key, round_at_random
+from jaxsft.training.optimizers.optimizer import Optimizer
+from jaxsft.training.optimizers.schedule_free import averaged, is_averaging, schedule_free_adamw
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -62,7 +60,7 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return schedule
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[OptimConfig], Optimizer]] = {
     "adamw": adamw,
     "adamw8bit": adamw8bit,
     "adafactor": adafactor,
@@ -73,38 +71,9 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {
 }
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """The transformation of `config.name`: gradient (already clipped) to direction of steepest ascent.
-
-    Its `update` is also told the `learning_rate`, which schedule-free optimizers average by.
-    """
-    return optax.with_extra_args_support(OPTIMIZERS[config.name](config))
-
-
-def moved(
-    config: OptimConfig, params: Any, directions: Any, learning_rate: jax.Array, *, step: jax.Array, seed: int
-) -> Any:
-    """The parameters after a step: each minus its learning rate times its direction, rounded once to its dtype.
-
-    Args:
-        config: groups with rates of their own, and whether bfloat16 is rounded at random.
-        params: before the step.
-        directions: of the optimizer, like the parameters.
-        learning_rate: of this step, outside of all groups.
-        step: its number, from 0, which with `seed` decides what is rounded up.
-        seed: of the run.
-    """
-    factors, steepest = by_path(rate_factors(config, params)), by_path(directions)
-
-    def of_leaf(path: str, param: Any) -> jax.Array:
-        old, factor = param.get_value(), factors[path].get_value()
-        rate = learning_rate if factor == 1 else learning_rate * factor
-        new = old.astype(jnp.float32) - rate * steepest[path].get_value()
-        if config.stochastic_rounding and old.dtype == jnp.bfloat16:
-            return round_at_random(new, parameter_key(seed, step, path))
-        return new.astype(old.dtype)
-
-    return replaced(params, of_leaf)
+def make_optimizer(config: OptimConfig) -> Optimizer:
+    """The optimizer of `config.name`."""
+    return OPTIMIZERS[config.name](config)
 
 
 def evaluation_params(config: OptimConfig, params: Any, opt_state: Any) -> Any:
@@ -112,7 +81,7 @@ def evaluation_params(config: OptimConfig, params: Any, opt_state: Any) -> Any:
 
     Of schedule-free optimizers it is the average, made anew and cut over the mesh as the parameters are.
     """
-    if not isinstance(opt_state, ScheduleFreeState):
+    if not is_averaging(opt_state):
         return params
     placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return jax.jit(averaged, static_argnums=2, out_shardings=placed)(params, opt_state.z, config.beta1)
+    return jax.jit(averaged, static_argnums=2, out_shardings=placed)(params, opt_state, config.beta1)

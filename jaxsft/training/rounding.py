@@ -21,6 +21,11 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def parameter_key(seed: int, step: jax.Array, path: str) -> jax.Array:
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of a step, from 0, of a run."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def key_of(step_key: jax.Array, path: str) -> jax.Array:
     """The key of a parameter at a step, by its path, so that others come and go without changing it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(path.encode()))
+    return jax.random.fold_in(step_key, zlib.crc32(path.encode()))

@@ -26,7 +26,9 @@ from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.training.compiler_options import compiler_options
 from jaxsft.training.loss import LossSums, next_token_loss
 from jaxsft.training.metrics import StepMetrics
-from jaxsft.training.optim import make_optimizer, make_schedule, moved
+from jaxsft.training.optim import make_optimizer, make_schedule
+from jaxsft.training.optimizers.optimizer import Given, Optimizer
+from jaxsft.training.rounding import step_key
 
 
 class TrainState(NamedTuple):
@@ -221,7 +223,7 @@ def make_train_step(
         mesh: where everything lives.
         seed: of the run, for what is rounded at random.
     """
-    schedule = make_schedule(optim, num_steps)
+    schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
     config = nnx.merge(model.graphdef, model.params, frozen).config
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -233,15 +235,11 @@ def make_train_step(
         if optim.clip_norm is not None:
             factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
-        def gradients() -> Any:
-            # The gradients of the mean loss, clipped. Computed where they are used, so that they are never written to
-            # memory.
-            return jax.tree.map(lambda g: g * factor, summed)
-
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        params, opt_state = _updated(optim, state, gradients, learning_rate, is_finite=is_finite, seed=seed)
+        given = Given(summed, factor, learning_rate, step_key(seed, state.step))
+        params, opt_state = _updated(optimizer, state, given, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
             tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
@@ -263,34 +261,22 @@ def make_train_step(
     )
 
 
-def _updated(
-    optim: OptimConfig,
-    state: TrainState,
-    gradients: Callable[[], Any],
-    learning_rate: jax.Array,
-    *,
-    is_finite: jax.Array,
-    seed: int,
-) -> tuple[Any, Any]:
+def _updated(optimizer: Optimizer, state: TrainState, given: Given, *, is_finite: jax.Array) -> tuple[Any, Any]:
     """The next parameters and optimizer state; the old ones where the step's numbers are not finite.
 
     The parameters are computed in one branch, and then the moments in another, so that each can be written over its old
-    values; in one branch together, the compiler would copy the old moments. Each branch calls the optimizer, and the
-    compiler drops the half of its results that the branch does not use. The first branch also returns whether it moved
-    the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
+    values; in one branch together, the compiler would copy the old moments. The first branch also returns whether it
+    moved the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
     """
 
-    optimizer = make_optimizer(optim)
-
-    def update(opt_state: Any, params: Any) -> tuple[Any, Any]:
-        return optimizer.update(gradients(), opt_state, params, learning_rate=learning_rate)
-
     def move(old: Any) -> tuple[Any, bool]:
-        directions, _ = update(state.opt_state, old)
-        return moved(optim, old, directions, learning_rate, step=state.step, seed=seed), True
+        return optimizer.move(given, state.opt_state, old), True
 
-    params, was_moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
-    opt_state = jax.lax.cond(was_moved, lambda old: update(old, state.params)[1], lambda old: old, state.opt_state)
+    def advance(old: Any) -> Any:
+        return optimizer.advance(given, old, state.params)
+
+    params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
+    opt_state = jax.lax.cond(moved, advance, lambda old: old, state.opt_state)
     return params, opt_state
 
 

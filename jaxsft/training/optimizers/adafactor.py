@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from jaxsft.config import OptimConfig
-from jaxsft.training.optimizers.params import axes_without, by_path, decayed, matrix, replaced
+from jaxsft.training.optimizers.optimizer import Optimizer, Weight, leafwise, with_decay
+from jaxsft.training.optimizers.params import axes_without, matrix
 
 DECAY_POWER = 0.8
 LEAST_SQUARE = 1e-30
@@ -21,74 +21,51 @@ LARGEST_ROOT_MEAN_SQUARE = 1.0
 
 
 class Factored(NamedTuple):
-    """Of a weight that is a matrix."""
+    """Mean squares of a weight that is a matrix, float32."""
 
-    rows: nnx.Variable
-    columns: nnx.Variable
-
-
-class AdafactorState(NamedTuple):
-    """float32 throughout."""
-
-    count: jax.Array
-    """int32 scalar: steps that were taken."""
-    squares: dict[str, Factored | nnx.Variable]
-    """By the path of the parameter; whole where it is no matrix."""
+    rows: Any
+    columns: Any
 
 
-def adafactor(config: OptimConfig) -> optax.GradientTransformation:
+def adafactor(config: OptimConfig) -> Optimizer:
     """Adafactor (Shazeer and Stern, 2018) at a given learning rate, as transformers' Trainer runs it.
 
     At step t, from 1, squares decay by 1 - t^-0.8. The direction is the gradient over the root of
     rows * columns / mean(rows), divided by its root mean square where that is above 1, plus decay. There is no first
     moment, and the learning rate is not multiplied by the size of the parameter.
     """
-    return optax.chain(optax.GradientTransformation(_init, _update), decayed(config))
+    return leafwise(
+        config,
+        scalars=lambda: jnp.zeros((), jnp.int32),
+        next_scalars=lambda count, rate: count + 1,
+        init=_init,
+        update=_update,
+    )
 
 
-def _init(params: Any) -> AdafactorState:
-    def zeros(param: Any, without: tuple[int, ...] = ()) -> nnx.Variable:
+def _init(param: Any) -> Factored | nnx.Variable:
+    def zeros(without: tuple[int, ...] = ()) -> nnx.Variable:
         shape = [size for dim, size in enumerate(param.shape) if dim not in without]
         return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes_without(param.get_metadata("axes"), without))
 
-    squares: dict[str, Factored | nnx.Variable] = {}
-    for path, param in by_path(params).items():
-        found = matrix(param.get_metadata("axes"))
-        if found is None:
-            squares[path] = zeros(param)
-        else:
-            inputs, outputs = found
-            squares[path] = Factored(zeros(param, outputs), zeros(param, inputs))
-    return AdafactorState(jnp.zeros((), jnp.int32), squares)
+    found = matrix(param.get_metadata("axes"))
+    return zeros() if found is None else Factored(rows=zeros(without=found[1]), columns=zeros(without=found[0]))
 
 
-def _update(gradients: Any, state: AdafactorState, params: Any = None) -> tuple[Any, AdafactorState]:
-    count = state.count + 1
+def _update(weight: Weight, old: Any, count: jax.Array) -> tuple[jax.Array, Any]:
     decay = 1.0 - count.astype(jnp.float32) ** -DECAY_POWER
-    directions, squares = {}, {}
-    for path, gradient in by_path(gradients).items():
-        axes, value = gradient.get_metadata("axes"), gradient.get_value()
-        directions[path], squares[path] = _of_leaf(value, axes, state.squares[path], decay)
-    return replaced(gradients, lambda path, _: directions[path]), AdafactorState(count, squares)
-
-
-def _of_leaf(gradient: jax.Array, axes: str, old: Any, decay: jax.Array) -> tuple[jax.Array, Any]:
-    square, found = jnp.square(gradient) + LEAST_SQUARE, matrix(axes)
-
-    def moved(kept: nnx.Variable, new: jax.Array) -> nnx.Variable:
-        return kept.replace(decay * kept.get_value() + (1 - decay) * new)
-
+    square, found = jnp.square(weight.gradient) + LEAST_SQUARE, matrix(weight.axes)
     if found is None:
-        new: Any = moved(old, square)
-        direction = gradient * jax.lax.rsqrt(new.get_value())
-        clipped_over = tuple(dim for dim, letter in enumerate(axes.split()) if letter != "l")
+        new: Any = decay * old + (1 - decay) * square
+        direction = weight.gradient * jax.lax.rsqrt(new)
+        dims = tuple(dim for dim, letter in enumerate(weight.axes.split()) if letter != "l")
     else:
         inputs, outputs = found
-        new = Factored(moved(old.rows, square.mean(outputs)), moved(old.columns, square.mean(inputs)))
-        rows, columns = (
-            jnp.expand_dims(kept.get_value(), gone) for kept, gone in zip(new, (outputs, inputs), strict=True)
-        )
-        direction = gradient * jax.lax.rsqrt(rows / rows.mean(inputs, keepdims=True)) * jax.lax.rsqrt(columns)
-        clipped_over = inputs + outputs
-    root = jnp.sqrt(jnp.square(direction).mean(clipped_over, keepdims=True))
-    return direction / jnp.maximum(1.0, root / LARGEST_ROOT_MEAN_SQUARE), new
+        rows = decay * old.rows + (1 - decay) * square.mean(outputs)
+        columns = decay * old.columns + (1 - decay) * square.mean(inputs)
+        new, dims = Factored(rows, columns), inputs + outputs
+        rows, columns = jnp.expand_dims(rows, outputs), jnp.expand_dims(columns, inputs)
+        shares = jax.lax.rsqrt(rows / rows.mean(inputs, keepdims=True)) * jax.lax.rsqrt(columns)
+        direction = weight.gradient * shares
+    root = jnp.sqrt(jnp.square(direction).mean(dims, keepdims=True))
+    return with_decay(direction / jnp.maximum(1.0, root / LARGEST_ROOT_MEAN_SQUARE), weight.value, weight.decay), new

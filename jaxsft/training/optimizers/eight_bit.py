@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from jaxsft.config import OptimConfig
-from jaxsft.training.optimizers.params import by_path, decayed, replaced, size_per_layer
+from jaxsft.training.optimizers.optimizer import Optimizer, Weight, leafwise, with_decay
+from jaxsft.training.optimizers.params import size_per_layer
 
 LEAST_SIZE = 4096
 """Numbers of one layer from which on a weight has codes."""
@@ -29,103 +29,110 @@ LARGEST_BLOCK, LEAST_BLOCK = 128, 32
 class Coded(NamedTuple):
     """A moment in bytes: `decode(codes) * scales`, the scale that of the block."""
 
-    codes: nnx.Variable
-    scales: nnx.Variable
+    codes: Any
+    scales: Any
 
 
-class EightBitState(NamedTuple):
-    """By the path of the parameter; a moment that has no codes is a float32 Variable."""
+class Moments(NamedTuple):
+    """Of a parameter: float32, or `Coded`, the second one as its root."""
 
-    count: jax.Array
-    """int32 scalar: steps that were taken."""
-    first: dict[str, Coded | nnx.Variable]
-    second: dict[str, Coded | nnx.Variable]
-    """As its root where it is coded."""
+    first: Any
+    second: Any
 
 
-def adamw8bit(config: OptimConfig) -> optax.GradientTransformation:
+def adamw8bit(config: OptimConfig) -> Optimizer:
     """AdamW with moments in 8 bits, for weights of 4,096 numbers a layer or more; see `encode` for the error."""
 
-    def init(params: Any) -> EightBitState:
-        leaves = by_path(params)
-        first = {path: _zeros(param, jnp.int8) for path, param in leaves.items()}
-        second = {path: _zeros(param, jnp.uint8) for path, param in leaves.items()}
-        return EightBitState(jnp.zeros((), jnp.int32), first, second)
+    def init(param: Any) -> Moments:
+        return Moments(_zeros(param, jnp.int8), _zeros(param, jnp.uint8))
 
-    def update(gradients: Any, state: EightBitState, params: Any = None) -> tuple[Any, EightBitState]:
-        count = state.count + 1
+    def update(weight: Weight, old: Moments, count: jax.Array) -> tuple[jax.Array, Moments]:
+        gradient, block = weight.gradient, None
+        if isinstance(old.first, Coded):
+            block = block_of(weight.axes, weight.value.shape)
+            old = Moments(_decoded(old.first, block), jnp.square(_decoded(old.second, block)))
+        m = config.beta1 * old.first + (1 - config.beta1) * gradient
+        v = config.beta2 * old.second + (1 - config.beta2) * jnp.square(gradient)
         corrections = [1 - beta ** count.astype(jnp.float32) for beta in (config.beta1, config.beta2)]
-        directions, first, second = {}, {}, {}
-        for path, variable in by_path(gradients).items():
-            gradient = variable.get_value()
-            m = config.beta1 * _decoded(state.first[path]) + (1 - config.beta1) * gradient
-            old = _decoded(state.second[path])
-            old = jnp.square(old) if isinstance(state.second[path], Coded) else old
-            v = config.beta2 * old + (1 - config.beta2) * jnp.square(gradient)
-            directions[path] = m / corrections[0] / (jnp.sqrt(v / corrections[1]) + config.epsilon)
-            first[path] = _coded(m, state.first[path])
-            second[path] = _coded(jnp.sqrt(v) if isinstance(state.second[path], Coded) else v, state.second[path])
-        return replaced(gradients, lambda path, _: directions[path]), EightBitState(count, first, second)
+        direction = m / corrections[0] / (jnp.sqrt(v / corrections[1]) + config.epsilon)
+        new = Moments(m, v) if block is None else Moments(_signed(m, block), _unsigned(jnp.sqrt(v), block))
+        return with_decay(direction, weight.value, weight.decay), new
 
-    return optax.chain(optax.GradientTransformation(init, update), decayed(config))
+    return leafwise(
+        config,
+        scalars=lambda: jnp.zeros((), jnp.int32),
+        next_scalars=lambda count, rate: count + 1,
+        init=init,
+        update=update,
+    )
 
 
-def block_of(axes: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """The dim that blocks go along, and their size; None for what has no codes.
+class Block(NamedTuple):
+    """Numbers that share a scale."""
+
+    dim: int
+    """That they lie along."""
+    size: int
+
+
+def block_of(axes: str, shape: tuple[int, ...]) -> Block | None:
+    """The blocks of a parameter, or of one layer of it; None for what has no codes.
 
     Heads' dims are uncut, MLP widths cut by `tensor` only, and along the width of the model lies a token's row: the
     first of these that the weight has, in blocks of its largest divisor up to 128. `"l d n h"` with heads of 64 has
     blocks of 64, `"l f d"` with an MLP of 1,536 blocks of 128.
     """
     letters = axes.split()
-    if size_per_layer(axes, shape) < LEAST_SIZE or len(letters) < 2:
+    if size_per_layer(axes, shape) < LEAST_SIZE:
         return None
     for dim in (letters.index(letter) for letter in "hfd" if letter in letters):
-        block = max(size for size in range(1, LARGEST_BLOCK + 1) if shape[dim] % size == 0)
-        if block >= LEAST_BLOCK:
-            return dim, block
+        size = max(size for size in range(1, LARGEST_BLOCK + 1) if shape[dim] % size == 0)
+        if size >= LEAST_BLOCK:
+            return Block(dim, size)
     return None
 
 
 def _zeros(param: Any, dtype: Any) -> Coded | nnx.Variable:
     axes, shape = param.get_metadata("axes"), param.shape
-    found = block_of(axes, shape)
-    if found is None:
+    block = block_of(axes, shape)
+    if block is None:
         return param.replace(jnp.zeros(shape, jnp.float32))
-    dim, block = found
     letters, sizes = axes.split(), list(shape)
-    letters[dim], sizes[dim] = "c", shape[dim] // block
+    letters[block.dim], sizes[block.dim] = "c", shape[block.dim] // block.size
     scales = nnx.Param(jnp.zeros(sizes, jnp.float32), axes=" ".join(letters))
     return Coded(param.replace(jnp.zeros(shape, dtype)), scales)
 
 
-def _decoded(moment: Coded | nnx.Variable) -> jax.Array:
-    if not isinstance(moment, Coded):
-        return moment.get_value()
-    codes, scales = moment.codes.get_value(), moment.scales.get_value()
-    num_segments = 8 if codes.dtype == jnp.uint8 else 7
-    dim = moment.scales.get_metadata("axes").split().index("c")
-    sign = jnp.sign(codes.astype(jnp.float32))
-    values = sign * decode(jnp.abs(codes.astype(jnp.int32)), num_segments)
-    return (_in_blocks(values, dim, scales.shape[dim]) * jnp.expand_dims(scales, dim + 1)).reshape(codes.shape)
+def _decoded(moment: Coded, block: Block) -> jax.Array:
+    num_segments = 8 if moment.codes.dtype == jnp.uint8 else 7
+    codes = moment.codes.astype(jnp.int32)
+    values = jnp.sign(codes).astype(jnp.float32) * decode(jnp.abs(codes), num_segments)
+    return (_in_blocks(values, block) * jnp.expand_dims(moment.scales, block.dim + 1)).reshape(codes.shape)
 
 
-def _coded(x: jax.Array, old: Coded | nnx.Variable) -> Coded | nnx.Variable:
-    if not isinstance(old, Coded):
-        return old.replace(x)
-    dim, dtype = old.scales.get_metadata("axes").split().index("c"), old.codes.get_value().dtype
-    blocks = _in_blocks(x, dim, old.scales.get_value().shape[dim])
-    scales = jnp.abs(blocks).max(dim + 1, keepdims=True)
-    shares = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)
-    if dtype == jnp.uint8:
-        codes = jnp.maximum(encode(shares, 8), (blocks > 0).astype(jnp.int32))
-    else:
-        codes = encode(shares, 7) * jnp.sign(blocks).astype(jnp.int32)
-    return Coded(old.codes.replace(codes.astype(dtype).reshape(x.shape)), old.scales.replace(scales.squeeze(dim + 1)))
+def _signed(x: jax.Array, block: Block) -> Coded:
+    shares, scales = _shares(x, block)
+    codes = encode(shares, 7) * jnp.sign(_in_blocks(x, block)).astype(jnp.int32)
+    return Coded(codes.astype(jnp.int8).reshape(x.shape), scales)
 
 
-def _in_blocks(x: jax.Array, dim: int, num_blocks: int) -> jax.Array:
-    return x.reshape(*x.shape[:dim], num_blocks, -1, *x.shape[dim + 1 :])
+def _unsigned(x: jax.Array, block: Block) -> Coded:
+    """What is not 0 gets a code above 0."""
+    shares, scales = _shares(x, block)
+    codes = jnp.maximum(encode(shares, 8), (shares > 0).astype(jnp.int32))
+    return Coded(codes.astype(jnp.uint8).reshape(x.shape), scales)
+
+
+def _shares(x: jax.Array, block: Block) -> tuple[jax.Array, jax.Array]:
+    """The sizes of numbers as shares of their block's largest, in blocks, and the largest."""
+    sizes = jnp.abs(_in_blocks(x, block))
+    scales = sizes.max(block.dim + 1)
+    divisors = jnp.where(scales > 0, scales, 1.0)
+    return sizes / jnp.expand_dims(divisors, block.dim + 1), scales
+
+
+def _in_blocks(x: jax.Array, block: Block) -> jax.Array:
+    return x.reshape(*x.shape[: block.dim], -1, block.size, *x.shape[block.dim + 1 :])
 
 
 def encode(share: jax.Array, num_segments: int) -> jax.Array:

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from jaxsft.config import ConfigError, GroupConfig, OptimConfig
@@ -73,11 +71,12 @@ def is_decayed(path: str, param: Any) -> bool:
 
 
 def decays(config: OptimConfig, params: Any) -> Any:
-    """The weight decay of each parameter, None where there is none: that of its group, or of all that are decayed."""
+    """The weight decay of each parameter: that of its group, or of all that are decayed; None where it is 0."""
 
     def of_param(path: str, param: Any) -> float | None:
-        given = [group.weight_decay for group in config.groups if group.weight_decay is not None and _is_in(path, group)]
-        return given[-1] if given else config.weight_decay if is_decayed(path, param) else None
+        given = [group.weight_decay for group in config.groups if _is_in(path, group)]
+        usual = config.weight_decay if is_decayed(path, param) else 0.0
+        return next((decay for decay in reversed(given) if decay is not None), usual) or None
 
     return replaced(params, of_param)
 
@@ -113,25 +112,6 @@ def check_groups(config: OptimConfig, params: Any) -> None:
         raise ConfigError("\n".join([*problems, "the trained parameters are:", *(f"  {path}" for path in paths)]))
 
 
-def decayed(config: OptimConfig) -> optax.GradientTransformation:
-    """Adds to each direction the decay of its parameter times the parameter, in float32."""
-
-    def update(directions: Any, state: Any, params: Any) -> Any:
-        values, all_decays = by_path(params), by_path(decays(config, params))
-
-        def of_leaf(path: str, direction: Any) -> jax.Array:
-            return with_decay(direction.get_value(), values[path].get_value(), all_decays[path].get_value())
-
-        return replaced(directions, of_leaf), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
-
-
-def with_decay(direction: jax.Array, param: jax.Array, decay: float | None) -> jax.Array:
-    """The direction of one parameter, and its decay, in float32."""
-    return direction if decay is None else direction + decay * param.astype(jnp.float32)
-
-
 def size_per_layer(axes: str, shape: tuple[int, ...]) -> int:
     """Numbers in one layer of a weight."""
     return math.prod(size for letter, size in zip(axes.split(), shape, strict=True) if letter != "l")
@@ -140,4 +120,3 @@ def size_per_layer(axes: str, shape: tuple[int, ...]) -> int:
 def axes_without(axes: str, dims: tuple[int, ...]) -> str:
     """The letters of a weight without those of some dims: of `"l d n h"` and `(2, 3)`, `"l d"`."""
     return " ".join(letter for number, letter in enumerate(axes.split()) if number not in dims)
-

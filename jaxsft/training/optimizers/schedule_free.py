@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxsft.config import OptimConfig
-from jaxsft.training.optimizers.params import by_path, decays, rate_factors, replaced, with_decay
+from jaxsft.training.optimizers.optimizer import LeafwiseState, Optimizer, Weight, leafwise, with_decay
+from jaxsft.training.optimizers.params import replaced
 
 
-class ScheduleFreeState(NamedTuple):
-    """Like the parameters, but for the scalars."""
+class Averaging(NamedTuple):
+    """What is counted."""
 
     count: jax.Array
     """int32: steps that were taken."""
@@ -23,13 +23,18 @@ class ScheduleFreeState(NamedTuple):
     """float32: of the weights of all steps, the squares of the largest learning rates so far."""
     largest_rate: jax.Array
     """float32: the largest learning rate so far."""
+
+
+class ScheduleFree(NamedTuple):
+    """Of a parameter."""
+
     z: Any
     """float32."""
-    nu: Any
+    second: Any
     """The second moment."""
 
 
-def schedule_free_adamw(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+def schedule_free_adamw(config: OptimConfig) -> Optimizer:
     """Schedule-free AdamW (Defazio et al., 2024, arXiv 2405.15682), as in the authors' AdamWScheduleFree.
 
     With u the gradient at y over the root of the corrected second moment, plus decay times y, and rate r:
@@ -38,48 +43,44 @@ def schedule_free_adamw(config: OptimConfig) -> optax.GradientTransformationExtr
     """
     dtype = jnp.dtype(config.moment_dtype)
 
-    def init(params: Any) -> ScheduleFreeState:
+    def init(param: Any) -> ScheduleFree:
         # Of float32 parameters as well a copy: z parts from y at the second step.
-        z = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        nu = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
-        zero = jnp.zeros((), jnp.float32)
-        return ScheduleFreeState(jnp.zeros((), jnp.int32), zero, zero, z, nu)
-
-    def update(
-        gradients: Any, state: ScheduleFreeState, params: Any = None, *, learning_rate: jax.Array
-    ) -> tuple[Any, ScheduleFreeState]:
-        count = state.count + 1
-        largest = jnp.maximum(state.largest_rate, learning_rate)
-        weight_sum = state.weight_sum + jnp.square(largest)
-        # A rate of 0, as after the end of a schedule, moves nothing.
-        share = jnp.where(weight_sum > 0, jnp.square(largest) / weight_sum, 0.0)
-        correction = 1.0 - config.beta2 ** count.astype(jnp.float32)
-        ys, zs, nus = by_path(params), by_path(state.z), by_path(state.nu)
-        all_decays, factors = by_path(decays(config, params)), by_path(rate_factors(config, params))
-        directions, new_z, new_nu = {}, {}, {}
-        for path, variable in by_path(gradients).items():
-            gradient, z = variable.get_value(), zs[path].get_value()
-            nu = config.beta2 * nus[path].get_value().astype(jnp.float32) + (1 - config.beta2) * jnp.square(gradient)
-            rate = learning_rate * factors[path].get_value()
-            y = ys[path].get_value().astype(jnp.float32)
-            u = with_decay(gradient / (jnp.sqrt(nu / correction) + config.epsilon), y, all_decays[path].get_value())
-            towards_z = jnp.where(rate > 0, share / rate, 0.0) * (y - z)
-            directions[path] = (1 - config.beta1 * (1 - share)) * u + towards_z
-            new_z[path], new_nu[path] = z - rate * u, nu.astype(dtype)
-        z = replaced(state.z, lambda path, _: new_z[path])
-        nu = replaced(state.nu, lambda path, _: new_nu[path])
-        return replaced(gradients, lambda path, _: directions[path]), ScheduleFreeState(
-            count, weight_sum, largest, z, nu
+        return ScheduleFree(
+            param.replace(param.get_value().astype(jnp.float32)), param.replace(jnp.zeros(param.shape, dtype))
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def update(weight: Weight, old: ScheduleFree, counted: Averaging) -> tuple[jax.Array, ScheduleFree]:
+        second = config.beta2 * old.second.astype(jnp.float32) + (1 - config.beta2) * jnp.square(weight.gradient)
+        corrected = second / (1 - config.beta2 ** counted.count.astype(jnp.float32))
+        u = with_decay(weight.gradient / (jnp.sqrt(corrected) + config.epsilon), weight.value, weight.decay)
+        # A rate of 0, as after the end of a schedule, moves nothing.
+        share = jnp.where(counted.weight_sum > 0, jnp.square(counted.largest_rate) / counted.weight_sum, 0.0)
+        per_rate = jnp.where(weight.rate > 0, share / weight.rate, 0.0)
+        direction = (1 - config.beta1 * (1 - share)) * u + per_rate * (weight.value.astype(jnp.float32) - old.z)
+        return direction, ScheduleFree(old.z - weight.rate * u, second.astype(dtype))
+
+    return leafwise(config, scalars=_nothing_counted, next_scalars=_next, init=init, update=update)
 
 
-def averaged(params: Any, z: Any, beta1: float) -> Any:
+def _nothing_counted() -> Averaging:
+    return Averaging(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+
+def _next(counted: Averaging, learning_rate: jax.Array) -> Averaging:
+    largest = jnp.maximum(counted.largest_rate, learning_rate)
+    return Averaging(counted.count + 1, counted.weight_sum + jnp.square(largest), largest)
+
+
+def averaged(params: Any, state: LeafwiseState, beta1: float) -> Any:
     """x of y and z, in the dtype of the parameters."""
 
-    def of_leaf(y: jax.Array, z: jax.Array) -> jax.Array:
-        y32 = y.astype(jnp.float32)
-        return (y32 + (1 - beta1) / beta1 * (y32 - z)).astype(y.dtype)
+    def of_leaf(path: str, param: Any) -> jax.Array:
+        y, z = param.get_value().astype(jnp.float32), state.leaves[path].z.get_value()
+        return (y + (1 - beta1) / beta1 * (y - z)).astype(param.get_value().dtype)
 
-    return jax.tree.map(of_leaf, params, z)
+    return replaced(params, of_leaf)
+
+
+def is_averaging(opt_state: Any) -> bool:
+    """Whether a state is that of a schedule-free optimizer."""
+    return isinstance(opt_state, LeafwiseState) and isinstance(opt_state.scalars, Averaging)
