@@ -75,7 +75,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.folders.pretrained import load_params
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
-    from jaxsft.training.step import abstract_state
+    from jaxsft.training.step import abstract_state, evaluation_params
 
     setup = Setup(_config(args), say=print)
     config, mesh, folder = setup.config, setup.mesh, setup.folder
@@ -88,7 +88,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         params = load_params(setup.pretrained, mesh, seed=config.seed)
     else:
         print(f"evaluating checkpoint {int(state.step)} of {folder}")
-        params = state.params
+        params = evaluation_params(config.optim, state)
     print(describe(setup.examiner.examine(params)))
     return 0
 

@@ -37,7 +37,14 @@ from jaxsft.training.logbook import Logbook
 from jaxsft.training.metrics import Diverged, Speedometer
 from jaxsft.training.profile import Profiler, check_profile
 from jaxsft.training.run_folder import check_progress, claim_run_folder
-from jaxsft.training.step import TrainState, abstract_state, init_state, make_train_step, non_finite
+from jaxsft.training.step import (
+    TrainState,
+    abstract_state,
+    evaluation_params,
+    init_state,
+    make_train_step,
+    non_finite,
+)
 from jaxsft.training.stop import STOPPED, StopSignal
 from jaxsft.training.summary import note_versions, start_summary
 from jaxsft.training.writers import check_writers
@@ -108,7 +115,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         stop.doing = "finishing the export"
         logbook.check()
         console.say(f"exporting to {export}")
-        export_model(setup.pretrained, setup.tokenizer, last_state.params, export, say=console.say)
+        params = evaluation_params(config.optim, last_state)
+        export_model(setup.pretrained, setup.tokenizer, params, export, say=console.say)
         if jax.process_index() == 0:
             console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     console.say(f"model, ready for transformers: {export}")
@@ -125,12 +133,18 @@ def _steps(
     first = done = int(state.step)
     model, num_microbatches = setup.pretrained.model, config.train.num_microbatches
     train_step = make_train_step(
-        model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
+        model,
+        frozen,
+        config.optim,
+        num_steps=num_steps,
+        num_microbatches=num_microbatches,
+        mesh=mesh,
+        seed=config.seed,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)
     best_loss = checkpointer.best_loss()
-    if first == 0 and (evaluated := _evaluate(0, state.params, setup, logbook, stop)):
+    if first == 0 and (evaluated := _evaluate(0, state, setup, logbook, stop)):
         yield evaluated
     with contextlib.closing(profiler), contextlib.closing(prefetch(setup.place_batch, first, num_steps)) as batches:
         logbook.begin()
@@ -158,7 +172,7 @@ def _steps(
                     profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                     if line is not None:
                         yield Line(done, line)
-                    evaluated = _evaluate(done, state.params, setup, logbook, stop) if due.evaluate else None
+                    evaluated = _evaluate(done, state, setup, logbook, stop) if due.evaluate else None
                     if evaluated is not None:
                         yield evaluated
                     if is_last and (names := non_finite(state.params)):
@@ -251,13 +265,13 @@ def _open_logbook(setup: Setup, step: int, saved: dict[str, Any], console: Conso
     )
 
 
-def _evaluate(step: int, params: Any, setup: Setup, logbook: Logbook, stop: StopSignal) -> Evaluated | None:
+def _evaluate(step: int, state: TrainState, setup: Setup, logbook: Logbook, stop: StopSignal) -> Evaluated | None:
     """Looks at the held-out rows, if there are any."""
     if setup.examiner is None:
         return None
     stop.doing = f"evaluating at step {step}, saving then"
     logbook.say(f"step {step}: evaluating on held-out rows")
-    result = setup.examiner.examine(params)
+    result = setup.examiner.examine(evaluation_params(setup.config.optim, state))
     logbook.write({"step": step} | result.metrics)
     logbook.say(f"step {step}  {describe(result)}")
     return Evaluated(step, result.metrics, result.samples)

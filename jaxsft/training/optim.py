@@ -1,4 +1,4 @@
-"""Schedules, the table of optimizers, and which parameters are the model.
+"""Schedules, and the table of optimizers.
 
 In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, and an optimizer
 (`optimizers/`), which is told the learning rate of each step, so that it is a function of the step alone, whatever the
@@ -6,7 +6,6 @@ optimizer has counted.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxsft.training.optimizers.eight_bit import adamw8bit
 from jaxsft.training.optimizers.moments import adamw, lion, sgd
 from jaxsft.training.optimizers.muon import muon
 from jaxsft.training.optimizers.optimizer import Optimizer
-from jaxsft.training.optimizers.schedule_free import averaged, is_averaging, schedule_free_adamw
+from jaxsft.training.optimizers.schedule_free import schedule_free_adamw
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -74,14 +73,3 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], Optimizer]] = {
 def make_optimizer(config: OptimConfig) -> Optimizer:
     """The optimizer of `config.name`."""
     return OPTIMIZERS[config.name](config)
-
-
-def evaluation_params(config: OptimConfig, params: Any, opt_state: Any) -> Any:
-    """The parameters that are evaluated, asked and exported, of those that are trained: most often the same.
-
-    Of schedule-free optimizers it is the average, made anew and cut over the mesh as the parameters are.
-    """
-    if not is_averaging(opt_state):
-        return params
-    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return jax.jit(averaged, static_argnums=2, out_shardings=placed)(params, opt_state, config.beta1)

@@ -28,11 +28,12 @@ from jaxsft.training.loss import LossSums, next_token_loss
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.optim import make_optimizer, make_schedule
 from jaxsft.training.optimizers.optimizer import Given, Optimizer
+from jaxsft.training.optimizers.schedule_free import averaged, is_averaging
 from jaxsft.training.rounding import step_key
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; `params` and moments are pytrees of `nnx.Param` with their `axes`."""
+    """Everything that a step changes; `params` and moments are pytrees of Variables with `axes`."""
 
     step: jax.Array
     """int32 scalar: the number of steps done, which is also the position in the data."""
@@ -60,6 +61,18 @@ def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
         state,
         shardings(mesh, state),
     )
+
+
+def evaluation_params(optim: OptimConfig, state: TrainState) -> Any:
+    """The parameters that are evaluated, asked and exported, of those that are trained: most often the same.
+
+    Of schedule-free optimizers it is the average, made anew and cut over the mesh as the parameters are.
+    """
+    if not is_averaging(state.opt_state):
+        return state.params
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    average = jax.jit(averaged, static_argnames="beta1", out_shardings=placed)
+    return average(state.params, state.opt_state, beta1=optim.beta1)
 
 
 def non_finite(params: Any) -> list[str]:

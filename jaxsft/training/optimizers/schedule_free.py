@@ -71,7 +71,7 @@ def _next(counted: Averaging, learning_rate: jax.Array) -> Averaging:
     return Averaging(counted.count + 1, counted.weight_sum + jnp.square(largest), largest)
 
 
-def averaged(params: Any, state: LeafwiseState, beta1: float) -> Any:
+def averaged(params: Any, state: LeafwiseState, *, beta1: float) -> Any:
     """x of y and z, in the dtype of the parameters."""
 
     def of_leaf(path: str, param: Any) -> jax.Array:
