@@ -18,10 +18,10 @@ from flax import nnx
 
 from jaxsft.config import OptimConfig
 from jaxsft.training.optimizers.optimizer import Optimizer, Weight, leafwise, with_decay
-from jaxsft.training.optimizers.params import size_per_layer
+from jaxsft.training.optimizers.params import sides, size_per_layer
 
 LEAST_SIZE = 4096
-"""Numbers of one layer from which on a weight has codes."""
+"""Numbers of one layer from which on a weight has codes; norms and biases never have."""
 
 LARGEST_BLOCK, LEAST_BLOCK = 128, 32
 
@@ -47,9 +47,8 @@ def adamw8bit(config: OptimConfig) -> Optimizer:
         return Moments(_zeros(param, jnp.int8), _zeros(param, jnp.uint8))
 
     def update(weight: Weight, old: Moments, count: jax.Array) -> tuple[jax.Array, Moments]:
-        gradient, block = weight.gradient, None
-        if isinstance(old.first, Coded):
-            block = block_of(weight.axes, weight.value.shape)
+        gradient, block = weight.gradient, block_of(weight.axes, weight.value.shape)
+        if block is not None:
             old = Moments(_decoded(old.first, block), jnp.square(_decoded(old.second, block)))
         m = config.beta1 * old.first + (1 - config.beta1) * gradient
         v = config.beta2 * old.second + (1 - config.beta2) * jnp.square(gradient)
@@ -83,7 +82,7 @@ def block_of(axes: str, shape: tuple[int, ...]) -> Block | None:
     blocks of 64, `"l f d"` with an MLP of 1,536 blocks of 128.
     """
     letters = axes.split()
-    if size_per_layer(axes, shape) < LEAST_SIZE:
+    if len(sides(axes)) < 2 or size_per_layer(axes, shape) < LEAST_SIZE:
         return None
     for dim in (letters.index(letter) for letter in "hfd" if letter in letters):
         size = max(size for size in range(1, LARGEST_BLOCK + 1) if shape[dim] % size == 0)

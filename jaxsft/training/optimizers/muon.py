@@ -45,8 +45,8 @@ def muon(config: OptimConfig) -> Optimizer:
     def update(weight: Weight, old: Any, count: jax.Array) -> tuple[jax.Array, Any]:
         gradient = weight.gradient
         if is_muons(weight.axes):
-            moment = _blended(old, gradient, config.momentum)
-            direction, new = _scaled(_blended(moment, gradient, config.momentum), weight.axes), moment
+            new: Any = _blended(old, gradient, config.momentum)
+            direction = _scaled(_blended(new, gradient, config.momentum), weight.axes)
         else:
             new = Moments(
                 _blended(old.first, gradient, config.beta1), _blended(old.second, jnp.square(gradient), config.beta2)

@@ -17,7 +17,7 @@ from jaxsft.training.optimizers.params import replaced
 class Averaging(NamedTuple):
     """What is counted."""
 
-    count: jax.Array
+    num_steps: jax.Array
     """int32: steps that were taken."""
     weight_sum: jax.Array
     """float32: of the weights of all steps, the squares of the largest learning rates so far."""
@@ -51,7 +51,7 @@ def schedule_free_adamw(config: OptimConfig) -> Optimizer:
 
     def update(weight: Weight, old: ScheduleFree, counted: Averaging) -> tuple[jax.Array, ScheduleFree]:
         second = config.beta2 * old.second.astype(jnp.float32) + (1 - config.beta2) * jnp.square(weight.gradient)
-        corrected = second / (1 - config.beta2 ** counted.count.astype(jnp.float32))
+        corrected = second / (1 - config.beta2 ** counted.num_steps.astype(jnp.float32))
         u = with_decay(weight.gradient / (jnp.sqrt(corrected) + config.epsilon), weight.value, weight.decay)
         # A rate of 0, as after the end of a schedule, moves nothing.
         share = jnp.where(counted.weight_sum > 0, jnp.square(counted.largest_rate) / counted.weight_sum, 0.0)
@@ -68,7 +68,7 @@ def _nothing_counted() -> Averaging:
 
 def _next(counted: Averaging, learning_rate: jax.Array) -> Averaging:
     largest = jnp.maximum(counted.largest_rate, learning_rate)
-    return Averaging(counted.count + 1, counted.weight_sum + jnp.square(largest), largest)
+    return Averaging(counted.num_steps + 1, counted.weight_sum + jnp.square(largest), largest)
 
 
 def averaged(params: Any, state: LeafwiseState, *, beta1: float) -> Any:
