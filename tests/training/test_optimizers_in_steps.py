@@ -1,5 +1,6 @@
 """Every optimizer in the step of a run: cut over meshes, saved and continued, and left alone by what is not finite."""
 
+import contextlib
 import functools
 import json
 import math
@@ -13,11 +14,14 @@ from etils import epath
 from flax import nnx
 from placing import place
 
+import jaxsft
+from jaxsft.cli import main
 from jaxsft.config import KEYS_OF, CheckpointConfig, ConfigError, MeshConfig, OptimConfig
 from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import load_params
 from jaxsft.mesh import make_mesh, partition_spec
 from jaxsft.setup import Setup
+from jaxsft.train import train
 from jaxsft.training.checkpoint import Checkpointer
 from jaxsft.training.optimizers.params import by_path
 from jaxsft.training.step import abstract_state, evaluation_params, init_state, make_train_step, put_batch
@@ -140,3 +144,36 @@ def test_what_is_evaluated_is_the_average_where_there_is_one(run):
         np.testing.assert_allclose(ours, np.asarray(y) - 1 / 9, atol=1e-6)  # y = 0.1 (y + 1) + 0.9 x
     state = init_state(place(drawn, mesh), section("lion"), mesh)
     assert evaluation_params(section("lion"), state) is state.params
+
+
+def test_a_run_evaluates_and_exports_the_average_and_another_optimizer_may_not_continue_it(
+    tiny_config, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    overrides = [
+        f"run_dir={folder}",
+        "optim.name=schedule_free_adamw",
+        "train.steps=4",
+        "data.seq_len=64",
+        "mesh.fsdp=8",
+    ]
+    config = load_config(tiny_config, [*overrides, "eval.examples=4"])
+    assert train(config) == 0
+    setup = Setup(config)
+    abstract = abstract_state(setup.pretrained.model.params, config.optim, setup.mesh)
+    with contextlib.closing(Checkpointer(epath.Path(folder) / "checkpoints", config.checkpoint, print)) as checkpointer:
+        state = checkpointer.restore(abstract)
+    average = evaluation_params(config.optim, state)
+    exported = jaxsft.load_model(folder / "export").params
+    for path, leaf in by_path(exported).items():
+        np.testing.assert_array_equal(leaf.get_value(), by_path(average)[path].get_value(), err_msg=path)
+    assert np.abs(jax.tree.leaves(exported)[0] - jax.tree.leaves(state.params)[0]).max() > 1e-4
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (measured,) = [line["eval_loss"] for line in lines if line["step"] == 4 and "eval_loss" in line]
+    assert setup.examiner.examine(average).metrics["eval_loss"] == pytest.approx(measured, rel=1e-6)
+    assert setup.examiner.examine(state.params).metrics["eval_loss"] != pytest.approx(measured, rel=1e-4)
+    capsys.readouterr()
+    assert main(["evaluate", str(tiny_config), *overrides, "eval.examples=4"]) == 0
+    assert f"{measured:.4f}" in capsys.readouterr().out
+    assert main(["train", str(tiny_config), *overrides, "optim.name=muon"]) == 1
+    assert "optim.name: 'schedule_free_adamw' then, 'muon' now" in capsys.readouterr().err
