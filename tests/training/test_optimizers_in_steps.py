@@ -1,9 +1,11 @@
 """Every optimizer in the step of a run: cut over meshes, saved and continued, and left alone by what is not finite."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -16,13 +18,17 @@ from placing import place
 
 import jaxsft
 from jaxsft.cli import main
-from jaxsft.config import KEYS_OF, CheckpointConfig, ConfigError, MeshConfig, OptimConfig
+from jaxsft.config import KEYS_OF, CheckpointConfig, ConfigError, GroupConfig, MeshConfig, OptimConfig
 from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import load_params
 from jaxsft.mesh import make_mesh, partition_spec
+from jaxsft.model.abstract import abstract_model
+from jaxsft.model.architecture import LayerKind
+from jaxsft.model.decoder import Decoder
 from jaxsft.setup import Setup
 from jaxsft.train import train
 from jaxsft.training.checkpoint import Checkpointer
+from jaxsft.training.optim import make_optimizer
 from jaxsft.training.optimizers.params import by_path
 from jaxsft.training.step import abstract_state, evaluation_params, init_state, make_train_step, put_batch
 
@@ -177,3 +183,36 @@ def test_a_run_evaluates_and_exports_the_average_and_another_optimizer_may_not_c
     assert f"{measured:.4f}" in capsys.readouterr().out
     assert main(["train", str(tiny_config), *overrides, "optim.name=muon"]) == 1
     assert "optim.name: 'schedule_free_adamw' then, 'muon' now" in capsys.readouterr().err
+
+
+def test_the_bytes_on_the_page_are_those_of_the_states(run, repo):
+    """Of the shapes of SmolLM2-135M and Llama 3.1 8B."""
+    shapes = [
+        dict(hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, vocab_size=49152),
+        dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=128256),
+    ]
+    shapes = [shapes[0] | {"layers": (LayerKind(),) * 30}, shapes[1] | {"layers": (LayerKind(),) * 32}]
+    counted = {name: [] for name in KEYS_OF}
+    for shape, is_tied in zip(shapes, (True, False), strict=True):
+        config = dataclasses.replace(run[0].pretrained.decoder_config, tie_embeddings=is_tied, routing=None, **shape)
+        options = dict(compute_dtype="float32", param_dtype="float32", remat="full")
+        params = abstract_model(
+            lambda rngs, config=config, options=options: Decoder(config, **options, rngs=rngs)
+        ).params
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+        for name in KEYS_OF:
+            state = jax.eval_shape(make_optimizer(OptimConfig(name=name)).init, params)
+            num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            counted[name].append(num_bytes / num_params)
+    page = (repo / "docs" / "optimizers.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+), ([\d.]+) \|", page, flags=re.MULTILINE)
+    assert {name: [float(small), float(large)] for name, small, large in listed} == {
+        name: [round(each, 3) for each in found] for name, found in counted.items()
+    }
+
+
+def test_a_pattern_of_a_group_that_no_parameter_has_is_found_before_weights_are_read(run):
+    optim = section("adamw", groups=[GroupConfig(match=["lora_b"], learning_rate_factor=16.0)])
+    setup = Setup(run[0].config.model_copy(update={"optim": optim}))
+    with pytest.raises(ConfigError, match=r"(?s)'lora_b' is found in no trained parameter.*layers.self_attn.q_proj"):
+        setup.check_fit()
