@@ -85,7 +85,7 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
         ),
         (SMALLEST + "optim: {name: adamw8bit, moment_dtype: bfloat16}", "`moment_dtype` has no effect"),
         (SMALLEST + "optim: {name: muno}", "optim.name: 'muno' given"),
-        (SMALLEST + "optim: {name: schedule_free_adamw, beta1: 0}", "beta1: 0.0 given, but schedule_free_adamw"),
+        (SMALLEST + "optim: {name: schedule_free_adamw, beta1: 0}", "beta1: 0 given, but schedule_free_adamw"),
         (SMALLEST + "optim: {groups: [{match: norm}]}", "no effect without `learning_rate_factor` or `weight_decay`"),
         (SMALLEST + "optim: {groups: {match: '(', weight_decay: 0}}", "'(' is no regular expression"),
         (SMALLEST + "optim: {stochastic_rounding: true}", "no effect with model.param_dtype float32"),
