@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import TO_READ
 from etils import epath
 from flax import nnx
 from placing import place
 
 import jaxsft
+from jaxsft.batch import Batch
 from jaxsft.cli import main
 from jaxsft.config import KEYS_OF, CheckpointConfig, ConfigError, GroupConfig, MeshConfig, OptimConfig
 from jaxsft.config_files import load_config
@@ -216,3 +218,21 @@ def test_a_pattern_of_a_group_that_no_parameter_has_is_found_before_weights_are_
     setup = Setup(run[0].config.model_copy(update={"optim": optim}))
     with pytest.raises(ConfigError, match=r"(?s)'lora_b' is found in no trained parameter.*layers.self_attn.q_proj"):
         setup.check_fit()
+
+
+@pytest.mark.parametrize("name", [name for name in KEYS_OF if name not in ("adamw", "lion", "sgd")])
+def test_beside_the_state_a_step_holds_no_floats_of_all_layers_but_the_gradients(run, name):
+    """Of a model whose weights are much larger than its activations; adamw is held to the same in test_step.py."""
+    sizes = dict(hidden_size=256, intermediate_size=2048, layers=(LayerKind(),) * 4, routing=None)
+    config = dataclasses.replace(run[0].pretrained.decoder_config, **sizes)
+    decoder = functools.partial(Decoder, config, compute_dtype="float32", param_dtype="float32", remat="full")
+    model, mesh, optim = abstract_model(lambda rngs: decoder(rngs=rngs)), mesh_of(data=1), OptimConfig(name=name)
+    rows = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
+    with jax.set_mesh(mesh):
+        step = make_train_step(model, FROZEN, optim, num_steps=12, num_microbatches=1, mesh=mesh)
+        state = abstract_state(model.params, optim, mesh)
+        memory = step.lower(state, FROZEN, batch).compile(TO_READ).memory_analysis()
+    num_bytes, of_params = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (state, state.params))
+    assert memory.alias_size_in_bytes >= num_bytes - 64  # parameters and moments are written where they lie
+    assert memory.temp_size_in_bytes < 1.5 * of_params
