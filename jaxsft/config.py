@@ -135,6 +135,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
+
+
 class DataConfig(Section):
     """Rows of data, how they become examples, and how examples fill the rows of a batch."""
 
@@ -233,6 +236,9 @@ class TrainConfig(Section):
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Steps in all, instead of `epochs`."""
+    only: Patterns | None = None
+    """Train these weights and freeze all others: `embeddings`, `norms`, ends of names such as down_proj, or regular
+    expressions for whole names, such as layers\\.(28|29)\\..*; of layers, the last ones. Left out: all are trained."""
 
     @property
     def microbatch_rows(self) -> int:
@@ -248,6 +254,8 @@ class TrainConfig(Section):
     def _checked(self) -> "TrainConfig":
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("give `steps` or `epochs`, not both")
+        if self.only == []:
+            raise ValueError("only: an empty list given, which trains nothing; leave it out to train all weights")
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise ValueError(f"microbatch_size {self.microbatch_size} does not divide batch_size {self.batch_size}")
         return self
@@ -385,6 +393,64 @@ def keys_without_effect(optimizer: str) -> set[str]:
     return {key for keys in KEYS_OF.values() for key in keys}.difference(KEYS_OF[optimizer])
 
 
+class LoraConfig(Section):
+    """Adapters of low rank on a frozen model (Hu et al. 2021): `x W` becomes `x W + alpha / rank * x A B`."""
+
+    rank: PositiveInt
+    """Columns of A and rows of B."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of what adapters add, times their rank; left out: twice `rank`, whatever `rank_pattern` says."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that are set to 0 in training, the others scaled up."""
+    targets: Patterns = ["all_linear"]
+    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
+    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
+    layers\\.[0-9]\\..*_proj."""
+    exclude: Patterns = []
+    """Which of the targets get none; in the words of `targets`."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks, by regular expressions for the end of a map's name, such as {down_proj: 32}; the first counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, likewise."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
+
+
+class LossConfig(Section):
+    """What is minimised in place of the plain loss, which is reported all the same (docs/losses.md)."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of logsumexp(logits)^2 beside the loss of each trained token: it keeps the logits from drifting."""
+    dft: bool = False
+    """Multiply the loss of each token by its probability, taken as a constant (dynamic fine-tuning); not together with
+    `label_smoothing`."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Add noise to the embeddings in training: uniform, at most alpha / sqrt(tokens of the example * model width)."""
+
+    @property
+    def asked(self) -> list[str]:
+        """Keys that ask for something."""
+        return [key for key in type(self).model_fields if getattr(self, key)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the plain loss that is minimised, with or without noise."""
+        return not set(self.asked) - {"neftune_alpha"}
+
+    @model_validator(mode="after")
+    def _checked(self) -> "LossConfig":
+        if self.dft and self.label_smoothing:
+            raise ValueError(
+                "`dft` with `label_smoothing`: the first weights a loss of the target alone, the second spreads the "
+                "target over the vocabulary; give one of them"
+            )
+        return self
+
+
 class MeshConfig(Section):
     """How the devices are divided: the product of all sizes is their number."""
 
@@ -458,15 +524,27 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def noise_seed(self) -> int | None:
+        """Of what a step draws; None where it draws nothing."""
+        draws = (
+            self.loss.neftune_alpha or self.optim.stochastic_rounding or (self.lora is not None and self.lora.dropout)
+        )
+        return self.seed if draws else None
+
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         if self.data.stream and self.train.steps is None:
             raise ValueError("data.stream: the length of a stream is not known; give train.steps")
+        if self.lora is not None and self.train.only is not None:
+            raise ValueError("train.only: with lora, adapters are all that is trained; leave one of the two out")
         if not self.data.eval and self.eval.model_fields_set:
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")

@@ -219,11 +219,12 @@ def config_keys() -> list[tuple[str, str, str, str]]:
 def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            leaves += _leaves(field.annotation, f"{prefix}{name}.")
-        elif field.annotation in (list[SourceConfig], list[GroupConfig]):
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        if field.annotation in (list[SourceConfig], list[GroupConfig]):
             (item,) = get_args(field.annotation)
             leaves += [(prefix + name, field), *_leaves(item, f"{prefix}{name}.N.")]
+        elif inner := next((kind for kind in kinds if issubclass(kind, Section)), None):
+            leaves += _leaves(inner, f"{prefix}{name}.")
         else:
             leaves.append((prefix + name, field))
     return leaves

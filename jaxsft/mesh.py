@@ -37,7 +37,9 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "g": (),
     "h": (),
     "l": (),
+    "r": (),
     "s": (),
+    "w": (),
 }
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over, where no dim before it is (`cut_axes`).
 
@@ -305,6 +307,7 @@ DIM_WORDS = {
     "p": "number of positions",
     "e": "number of experts",
     "l": "number of layers",
+    "r": "rank of adapters",
 }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -33,6 +32,7 @@ from jaxsft.folders.pretrained import (
     Pretrained,
     check_positions,
     compute_dtype,
+    load_weights,
     open_model,
     open_tokenizer,
 )
@@ -110,7 +110,7 @@ class Setup:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model without its weights. Raises ConfigError, see `open_model`."""
-        return open_model(self.config.model, self.tokenizer)
+        return open_model(self.config.model, self.tokenizer, self.config.lora, self.config.train.only)
 
     @functools.cached_property
     def loader(self) -> Loader | StreamLoader:
@@ -156,7 +156,7 @@ class Setup:
             raise ConfigError(f"{keys}: no effect on {config.model.path}, which is no mixture of experts")
         key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
         sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
-        check_divisible(mesh, self.pretrained.model.params, sizes)
+        check_divisible(mesh, self.pretrained.model.weights, sizes)
         check_groups(config.optim, self.pretrained.model.params)
 
     @functools.cached_property
@@ -213,28 +213,38 @@ class Setup:
         sets = [self._held_out(name, source) for name, source in self.config.data.eval.items()]
         if not sets:
             return None
-        model, frozen = self.pretrained.model, self.frozen
         return Examiner(
-            self.config.eval, model=model, frozen=frozen, mesh=self.mesh, sets=sets, tokenizer=self.tokenizer
+            self.config.eval, model=self.pretrained.model, mesh=self.mesh, sets=sets, tokenizer=self.tokenizer
         )
 
-    @property
-    def frozen(self) -> Any:
-        """Parameters that are not trained: none."""
-        return nnx.State({})
+    def load_frozen(self) -> Any:
+        """The weights that are not trained, from where they lie; nothing is read where there are none."""
+        model = self.pretrained.model
+        if not jax.tree.leaves(model.frozen):
+            return model.frozen
+        return model.split(load_weights(self.pretrained, self.mesh, seed=self.config.seed))[1]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be continued: the data in its order, the model, and the optimizer."""
         model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()
-        return self.loader.fingerprint | {
-            "seed": self.config.seed,
-            "data.packing": self.config.data.packing,
-            "train.batch_size": self.config.train.batch_size,
-            "model.weights": self.config.model.weights,
-            "optim.name": self.config.optim.name,
-            "model: config.json": hashlib.sha256(model).hexdigest()[:16],
-        }
+        return (
+            self.loader.fingerprint
+            | {
+                "seed": self.config.seed,
+                "data.packing": self.config.data.packing,
+                "train.batch_size": self.config.train.batch_size,
+                "model.weights": self.config.model.weights,
+                "optim.name": self.config.optim.name,
+                "model: config.json": hashlib.sha256(model).hexdigest()[:16],
+            }
+            | {key: value for key, value in self._trained if value is not None}
+        )
+
+    @property
+    def _trained(self) -> list[tuple[str, Any]]:
+        lora = self.config.lora
+        return [("lora", None if lora is None else lora.model_dump()), ("train.only", self.config.train.only)]
 
     @property
     def notes(self) -> list[str]:

@@ -6,7 +6,7 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +15,15 @@ from flax import nnx
 
 from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
-from jaxsft.model.architecture import DecoderConfig, LayerKind
+from jaxsft.model.adapter import Constant
+from jaxsft.model.architecture import DecoderConfig, LayerKind, period_of
 from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
-from jaxsft.model.layers import MLP, Linear, Norm, precision
+from jaxsft.model.layers import MLP, Linear, Norm
+from jaxsft.model.noise import fold, noise_scale, noisy, token_keys
+from jaxsft.model.products import precision
 from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 
@@ -63,6 +66,8 @@ class Slots(NamedTuple):
     order: Order | None
     """Of the chunks of a row, where it is not that of the row (`balance.py`)."""
     start: jax.Array | int
+    keys: jax.Array | None
+    """uint32 [B, T, 2]: what tokens draw their noise by; None where there is none."""
 
 
 class Attention(nnx.Module):
@@ -92,7 +97,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and this layer's cached keys and values [B, S, K, H] with the new ones written."""
         config = self.config
-        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x)
+        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x, slots.keys)
         q, k, v = (constrain(y, f"b t {heads} h") for y, heads in zip(projected, "nkk", strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -122,7 +127,7 @@ class Attention(nnx.Module):
             order=slots.order,
             kernel=self.kernel if cached is None else "xla",
         )
-        return self.o_proj(mixed), cached
+        return self.o_proj(mixed, slots.keys), cached
 
 
 class Layers(nnx.Module):
@@ -144,12 +149,16 @@ class Layers(nnx.Module):
             else MixtureMLP(config.sizes, routing=config.routing, gating=config.activation, **shared)
         )
         self.post_mlp_norm = norm("post_mlp")
+        self.number: Constant | None = None
+        """Of the layer, where it draws noise."""
 
     def __call__(
         self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
     ) -> tuple[jax.Array, Any]:
         """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
         x = keep(x, "input")
+        if slots.keys is not None and self.number is not None:
+            slots = slots._replace(keys=fold(slots.keys, self.number[...]))
         normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
         mixed, cached = self.self_attn(normed, slots, cached, kind)
         after = keep(self._add(x, mixed, self.post_attention_norm), "residual")
@@ -160,9 +169,9 @@ class Layers(nnx.Module):
             mlp_input = normed  # one norm for both
         router = None
         if isinstance(self.mlp, MixtureMLP):
-            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0)
+            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0, slots.keys)
         else:
-            out = self.mlp(mlp_input)
+            out = self.mlp(mlp_input, slots.keys)
         return self._add(after, out, self.post_mlp_norm), (cached, router)
 
     def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
@@ -202,11 +211,20 @@ class Decoder(nnx.Module):
         self.embed_tokens = table("v d", config.vocab_size)
         self.embed_positions = table("p d", config.max_position) if config.learned_positions else None
         self.layers = Layers(config, kernel=attention, dtype=dtype, rngs=rngs)
+        self.last_layers: Layers | None = None
+        """Those from some layer on, where they are trained and what lies before them is not (`freezing.py`)."""
         self.norm = Norm("d", config.sizes, config.norm, dtype=dtype)
         self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
     def __call__(
-        self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, cache: Cache | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        *,
+        cache: Cache | None = None,
+        noise: jax.Array | None = None,
+        neftune_alpha: float = 0.0,
     ) -> Output:
         """Hidden states after the final norm.
 
@@ -216,12 +234,22 @@ class Decoder(nnx.Module):
             positions: int32 [B, T], index within the segment.
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
+            noise: uint32 [B, 2], the keys of the rows (`noise.py`), by which adapters drop inputs; None: they do not.
+            neftune_alpha: how much noise is added to embeddings, by the same keys, as they enter the first layer's sum:
+                scaled, and without learned positions.
         """
         order = balanced_order(*tokens.shape) if cache is None else None
+        keys = None if noise is None else constrain(token_keys(noise, tokens.shape[1]), "b t w")
+        scale = None
+        if neftune_alpha:
+            scale = noise_scale(segment_ids, positions, alpha=neftune_alpha, width=self.config.sizes["d"])
         if order is not None:
+            keys = None if keys is None else balance(keys, "b t w")
+            scale = None if scale is None else balance(scale, "b t")
             tokens, segment_ids, positions = (balance(x, "b t") for x in (tokens, segment_ids, positions))
-        hidden = self._embed(tokens, positions)
+        hidden = self._embed(tokens, positions, keys, scale)
         slots, cached = self._slots(segment_ids, positions, cache, order)
+        slots = slots._replace(keys=keys)
         hidden, (cached, router) = self._run(hidden, slots, cached)
         hidden = self.norm(hidden)
         if order is not None:
@@ -233,17 +261,36 @@ class Decoder(nnx.Module):
 
     def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
-        graphdef, weights = nnx.split(self.layers)
         slots, _ = self._slots(segment_ids, positions, None, None)
-        stream = [self._embed(tokens, positions)]
-        for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
-            stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
+        stream = [self._embed(tokens, positions, None, None)]
+        for stack, first, count in self._stacks():
+            graphdef, weights = nnx.split(stack)
+            for kind, of_layer in zip(self.config.layers[first : first + count], _split(weights, count), strict=True):
+                stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
         return jnp.stack(stream)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    @property
+    def stacks(self) -> list[Layers]:
+        """Layers that are stacked together: mostly all of them."""
+        return [self.layers] if self.last_layers is None else [self.layers, self.last_layers]
+
+    def _stacks(self) -> Iterator[tuple[Layers, int, int]]:
+        """Stacks, the number of each one's first layer, and how many they are."""
+        first = 0
+        for stack in self.stacks:
+            count = len(jax.tree.leaves(nnx.state(stack))[0])
+            yield stack, first, count
+            first += count
+
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None, scale: jax.Array | None
+    ) -> jax.Array:
         hidden = self.embed_tokens(tokens, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             hidden *= self.config.embedding_scale
+        if scale is not None:
+            assert keys is not None
+            hidden = noisy(constrain(hidden, "b t d"), keys, scale)
         if self.embed_positions is not None:
             hidden += self.embed_positions(positions, self.compute_dtype)
         return constrain(hidden, "b t d")
@@ -265,14 +312,29 @@ class Decoder(nnx.Module):
         if any(rope.depends_on_length for rope in self.config.ropes):
             lengths = example_lengths(segment_ids, all_segment_ids, all_positions)
         rotations = tuple(rotation(rope, positions, lengths) for rope in self.config.ropes)
-        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start), cached
+        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start, None), cached
 
     @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
-        """All layers: whole periods of their pattern in a scan, the rest (or all, unrolled) one after the other."""
-        graphdef, weights = nnx.split(self.layers)
-        kinds = self.config.layers
-        period = self.config.period
+        """All layers, stack by stack."""
+        outs = []
+        for stack, first, count in self._stacks():
+            of_stack = jax.tree.map(lambda each: each[first : first + count], cached)  # noqa: B023 (used at once)
+            x, out = self._run_stack(stack, self.config.layers[first : first + count], x, slots, of_stack)
+            outs.append(out)
+        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *outs)
+
+    def _run_stack(
+        self,
+        stack: Layers,
+        kinds: tuple[LayerKind, ...],
+        x: jax.Array,
+        slots: Slots,
+        cached: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, Any]:
+        """Whole periods of the layers' pattern in a scan, the rest (or all, unrolled) one after the other."""
+        graphdef, weights = nnx.split(stack)
+        period = period_of(kinds)
         scanned = 0 if self.unroll else len(kinds) // period * period
 
         def make_layer(kind: LayerKind, *, in_scan: bool) -> Callable:
@@ -316,9 +378,8 @@ class Decoder(nnx.Module):
 
     @property
     def unembedding(self) -> jax.Array:
-        """The output projection [V, D] in its stored dtype, tied to the embedding or not."""
-        table = self.embed_tokens if self.lm_head is None else self.lm_head
-        return table.weight[...]
+        """The output projection [V, D] in its stored dtype, tied to the embedding or not; with an adapter, float32."""
+        return self.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.projection
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [B, T, V] of hidden states [B, T, D]. For generation and tests; training never makes them."""

@@ -23,7 +23,7 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
     """The key of a step, from 0, of a run."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
 def key_of(step_key: jax.Array, path: str) -> jax.Array:

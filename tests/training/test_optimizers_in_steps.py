@@ -22,7 +22,7 @@ from jaxsft.batch import Batch
 from jaxsft.cli import main
 from jaxsft.config import KEYS_OF, CheckpointConfig, ConfigError, GroupConfig, MeshConfig, OptimConfig
 from jaxsft.config_files import load_config
-from jaxsft.folders.pretrained import load_params
+from jaxsft.folders.pretrained import load_weights
 from jaxsft.mesh import make_mesh, partition_spec
 from jaxsft.model.abstract import abstract_model
 from jaxsft.model.architecture import LayerKind
@@ -51,7 +51,7 @@ def run(tiny_config, tiny_model, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(mixtral | {"architectures": ["MixtralForCausalLM"]}))
     setup = Setup(load_config(tiny_config, [f"model.path={folder}", "data.seq_len=64"]))
     setup.mesh = mesh_of(data=1)
-    return setup, jax.device_get(load_params(setup.pretrained, setup.mesh, seed=0))
+    return setup, jax.device_get(load_weights(setup.pretrained, setup.mesh, seed=0))
 
 
 def mesh_of(**sizes):
@@ -81,7 +81,7 @@ def test_a_step_is_compiled_once_continued_to_the_bit_and_skipped_whole(run, tmp
     mesh, optim = mesh_of(fsdp=2, tensor=2), section(name)
     model = setup.pretrained.model
     options = dict(num_steps=12, num_microbatches=1, mesh=mesh)
-    step, abstract = make_train_step(model, FROZEN, optim, **options), abstract_state(model.params, optim, mesh)
+    step, abstract = make_train_step(model, optim, **options), abstract_state(model.params, optim, mesh)
     state, losses = init_state(place(drawn, mesh), optim, mesh), []
     with jax.set_mesh(mesh):
         batches = [batch_of(setup, number, mesh) for number in range(4)]
@@ -230,7 +230,7 @@ def test_beside_the_state_a_step_holds_no_floats_of_all_layers_but_the_gradients
     rows = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
     with jax.set_mesh(mesh):
-        step = make_train_step(model, FROZEN, optim, num_steps=12, num_microbatches=1, mesh=mesh)
+        step = make_train_step(model, optim, num_steps=12, num_microbatches=1, mesh=mesh)
         state = abstract_state(model.params, optim, mesh)
         memory = step.lower(state, FROZEN, batch).compile(TO_READ).memory_analysis()
     num_bytes, of_params = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) for t in (state, state.params))
