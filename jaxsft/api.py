@@ -29,6 +29,7 @@ from jaxsft.setup import Setup
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.step import TrainState, forward_loss, make_train_step
+from jaxsft.training.step import evaluation_params as params_to_evaluate
 from jaxsft.training.step import init_state as make_state
 
 
@@ -149,6 +150,14 @@ def init_state(config: Config, model: LoadedModel) -> TrainState:
     """The state before the first step: step, parameters and moments. It takes the parameters of `model` over."""
     params, model._params = model.params, None
     return make_state(params, config.optim, model.mesh)
+
+
+def evaluation_params(config: Config, state: TrainState) -> Any:
+    """The parameters of a state that are to be evaluated, asked and exported.
+
+    With most optimizers `state.params`; with schedule_free_adamw an average, made anew at each call.
+    """
+    return params_to_evaluate(config.optim, state)
 
 
 def train_step(

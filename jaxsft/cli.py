@@ -77,7 +77,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.model.freezing import frozen_key
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
-    from jaxsft.training.step import abstract_state
+    from jaxsft.training.step import abstract_state, evaluation_params
 
     setup = Setup(_config(args), say=print)
     config, mesh, folder = setup.config, setup.mesh, setup.folder
@@ -92,7 +92,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         print(f"evaluating checkpoint {int(state.step)} of {folder}")
         frozen = setup.load_frozen()
         checkpointer.beside(frozen_key(frozen))
-        weights = whole(state.params, frozen)
+        weights = whole(evaluation_params(config.optim, state), frozen)
     print(describe(setup.examiner.examine(weights)))
     return 0
 

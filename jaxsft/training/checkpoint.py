@@ -199,7 +199,7 @@ class Checkpointer:
         target = self.folder / str(step)
         try:
             meta = read_object(target / META)
-            self._check_arrays(meta["arrays"], abstract)
+            self._check_arrays(meta, abstract)
             leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
         except ConfigError:
             raise
@@ -265,14 +265,17 @@ class Checkpointer:
             )
         return found if found >= 0 else None
 
-    def _check_arrays(self, saved: dict[str, str], abstract: Any) -> None:
+    def _check_arrays(self, meta: dict[str, Any], abstract: Any) -> None:
         """Orbax would cast or fail obscurely where shapes or dtypes differ."""
+        saved = meta["arrays"]
         arrays = {name: _describe(leaf) for name, leaf in _leaves_by_name(abstract).items()}
         differing = [name for name in {**saved, **arrays} if saved.get(name) != arrays.get(name)]
         if differing:
             listed = "\n".join(f"  {n}: {saved.get(n)} then, {arrays.get(n)} now" for n in differing[:10])
+            name = meta.get("run", {}).get("fingerprint", {}).get("optim.name")
+            by = f" (its optim.name is {name})" if name else ""
             raise ConfigError(
-                f"{self.folder.parent} holds a run of another model or optimizer; "
+                f"{self.folder.parent} holds a run of another model or optimizer{by}; "
                 f"{len(differing)} arrays differ:\n{listed}\nchoose another run_dir"
             )
 
