@@ -225,7 +225,7 @@ class Setup:
     @property
     def noise_seed(self) -> int | None:
         """Of what a step draws; None where it draws nothing."""
-        lora = self.config.lora
+        lora = self.pretrained.lora
         return self.config.seed if lora is not None and lora.dropout else None
 
     @property
@@ -241,7 +241,7 @@ class Setup:
                 "model.weights": self.config.model.weights,
                 "model: config.json": hashlib.sha256(model).hexdigest()[:16],
             }
-            | ({} if self.config.lora is None else {"lora": self.config.lora.model_dump()})
+            | ({} if self.pretrained.lora is None else {"lora": self.pretrained.lora.model_dump()})
         )
 
     @property

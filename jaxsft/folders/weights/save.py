@@ -152,7 +152,7 @@ def _files_as_stored(tensors: dict[str, Tensor], stored: Stored) -> list[File]:
         names = was.names + (new if at == len(stored.files) - 1 else ())
         inside = {name: tensors[name] for name in names}
         is_same = names == was.names and all(_is_like(inside[name], stored, name) for name in names)
-        files.append(File(was.name, inside, was.header if is_same else _header(inside, was.metadata)))
+        files.append(File(was.name, inside, was.header if is_same else header_of(inside, was.metadata)))
     return files
 
 
@@ -181,11 +181,11 @@ def _files_of_transformers(tensors: dict[str, Tensor], max_shard_bytes: int) -> 
     for number, names in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         inside = {each: tensors[each] for each in names}
-        files.append(File(name, inside, _header(inside, {"format": "pt"})))
+        files.append(File(name, inside, header_of(inside, {"format": "pt"})))
     return files
 
 
-def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+def header_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
     """The first bytes of a safetensors file, exactly as the safetensors library writes them."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
