@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -45,6 +45,9 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     source: tuple[Part, ...] | SafeTensor
     """What it is put together from; a tensor that is no weight of the model is copied."""
+    make: Callable[[bool], np.ndarray | None] | None = None
+    """Its values, where they are not those of `source`; called on every process with whether it is the one that writes,
+    which is given them."""
 
     @property
     def num_bytes(self) -> int:
@@ -72,6 +75,7 @@ def write_weights(
     stored: Stored | None = None,
     max_shard_bytes: int,
     writes: bool,
+    merge: Mapping[str, Callable[[bool], np.ndarray | None] | None] | None = None,
 ) -> None:
     """Writes the safetensors files, and an index if there is more than one.
 
@@ -87,10 +91,15 @@ def write_weights(
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
         writes: whether this process is the one that writes.
+        merge: by the names of tensors, what makes their values in place of `params` (`Tensor.make`); None: they are as
+            `stored`.
     """
     tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
     if stored is not None and stored.files:
         _add_passed_over(tensors, family, stored)
+    if merge is not None:
+        tensors = {name: _merged(tensor, name, merge, stored) for name, tensor in tensors.items()}
+    if stored is not None and stored.files:
         files = _files_as_stored(tensors, stored)
     else:
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
@@ -229,6 +238,23 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
+def _merged(
+    tensor: Tensor,
+    name: str,
+    merge: Mapping[str, Callable[[bool], np.ndarray | None] | None],
+    stored: Stored | None,
+) -> Tensor:
+    """A tensor whose values are others; one that stays as it is stored is copied."""
+    if isinstance(tensor.source, SafeTensor):
+        return tensor
+    # An output projection that is stored beside the embedding that it is tied to has no name of its own there.
+    own = name if name in merge else tensor.source[0].weight.name(tensor.source[0].at)
+    known = stored.tensors.get(own) if stored is not None else None
+    if merge[own] is None and isinstance(known, SafeTensor) and (known.word, known.shape) == (tensor.word, tensor.shape):
+        return tensor._replace(source=known)
+    return tensor._replace(make=merge[own])
+
+
 def _write(out: BinaryIO | None, tensor: Tensor) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
@@ -236,24 +262,48 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
             if out:
                 out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
         return
-    factors = tensor.source[0].weight.factors
-    num_rows = len(factors) - len(tensor.source[0].weight.dims[-1])
-    whole = np.empty([factor.size for factor in factors] if out else [], DTYPES[tensor.word])
-    for part in tensor.source:
+    if tensor.make is None:
+        whole = put_together(tensor.source, DTYPES[tensor.word], keeps=out is not None)
+    else:
+        whole = _cast(tensor.make(out is not None), tensor)
+    if out:
+        assert whole is not None
+        out.write(whole.reshape(-1).view(np.uint8).data)
+
+
+def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
+    if values is None:
+        return None
+    assert values.shape == tensor.shape and not isinstance(tensor.source, SafeTensor)
+    whole = np.empty(values.shape, DTYPES[tensor.word])
+    copy(whole, values, max(1, values.ndim - 1))
+    _refuse_overflow(whole, values, tensor.source[0].weight.path)
+    return whole
+
+
+def _refuse_overflow(written: np.ndarray, values: np.ndarray, path: str) -> None:
+    if written.dtype == np.float16 and np.any(np.isinf(written) & np.isfinite(values)):
+        raise ConfigError(
+            f"{path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 or float32 "
+            "(model.export_dtype)"
+        )
+
+
+def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.ndarray | None:
+    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it."""
+    factors = parts[0].weight.factors
+    num_rows = len(factors) - len(parts[0].weight.dims[-1])
+    whole = np.empty([factor.size for factor in factors] if keeps else [], dtype)
+    for part in parts:
         assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
         for box, values in _gather(part):
-            if out:
+            if keeps:
                 place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
                 source = part.weight.file_order(values)
                 # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
                 copy(place, source, num_rows)
-                if tensor.word == "F16" and np.any(np.isinf(place) & np.isfinite(source)):
-                    raise ConfigError(
-                        f"{part.weight.path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 "
-                        "or float32 (model.export_dtype)"
-                    )
-    if out:
-        out.write(whole.reshape(-1).view(np.uint8).data)
+                _refuse_overflow(place, source, part.weight.path)
+    return whole if keeps else None
 
 
 def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
