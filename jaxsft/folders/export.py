@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +29,7 @@ from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
-from jaxsft.folders.weights.save import dump_json, write_weights
+from jaxsft.folders.weights.save import Made, dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
 
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
@@ -74,6 +74,7 @@ def export_folder(
     source_folder: pathlib.Path | None = None,
     tokenizer_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 50 * 10**9,
+    merge: Mapping[str, Made] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
@@ -95,6 +96,7 @@ def export_folder(
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
+        merge: see `write_weights`.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -125,6 +127,7 @@ def export_folder(
             stored=stored,
             max_shard_bytes=max_shard_bytes,
             writes=writes,
+            merge=merge,
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")

@@ -55,9 +55,7 @@ def model_folder(path: str, *, weights: bool = True, revision: str | None = None
     others = ["*/*", "consolidated*"]
     try:
         found = pathlib.Path(
-            huggingface_hub.snapshot_download(
-                path, revision=revision, allow_patterns=patterns, ignore_patterns=others
-            )
+            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=others)
         )
     except Exception as error:  # The hub's client raises many kinds, of three libraries.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

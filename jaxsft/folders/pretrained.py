@@ -24,6 +24,7 @@ from jaxsft.folders.export import export_dtype, export_folder
 from jaxsft.folders.gguf.model import is_gguf
 from jaxsft.folders.gguf.model import notes as gguf_notes
 from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
+from jaxsft.folders.merge import merged_tensors
 from jaxsft.folders.peft.read import Adapter, read_adapter
 from jaxsft.folders.peft.source import Source, find_source
 from jaxsft.folders.peft.write import AdaptedModel, export_adapter
@@ -180,9 +181,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
     if source.adapter is not None:
         base = nnx.merge(*abstract_model(decoder_maker(config, decoder_config, None, family)))
         tied = decoder_config.tie_embeddings or bool(untied)
-        adapter = read_adapter(
-            source.adapter, base, family, vocab_size=stored_vocab_size, base=stored, tied=tied
-        )
+        adapter = read_adapter(source.adapter, base, family, vocab_size=stored_vocab_size, base=stored, tied=tied)
         lora = adapter.lora
         notes += adapter.notes
     make_decoder = decoder_maker(config, decoder_config, lora, family)
@@ -358,15 +357,21 @@ def _with_adapter(weights: Any, adapter: Adapter) -> Any:
     def filled(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         value, name = variable.get_value(), path_text(path)
         if (ours := adapter.values.get(name)) is not None:
-            ours = ours.astype(value.dtype)
-            return variable.replace(jax.make_array_from_callback(value.shape, value.sharding, lambda index: ours[index]))
+            return variable.replace(_placed(ours.astype(value.dtype), value.sharding))
         if (rows := adapter.rows.get(name)) is not None:
-            put = jax.jit(lambda table: table.at[jnp.array(rows.ids)].set(rows.values.astype(table.dtype)),
-                          out_shardings=value.sharding, donate_argnums=0)
-            return variable.replace(put(value))
+            return variable.replace(_with_rows(value, jnp.array(rows.ids), rows.values))
         return variable
 
     return jax.tree_util.tree_map_with_path(filled, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _placed(values: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _with_rows(table: jax.Array, ids: jax.Array, rows: Any) -> jax.Array:
+    put = jax.jit(lambda table: table.at[ids].set(rows.astype(table.dtype)), out_shardings=table.sharding)
+    return put(table)
 
 
 def _finished(weights: Any, pretrained: Pretrained, mesh: Mesh) -> Any:
@@ -445,9 +450,22 @@ def export_model(
             say=say,
         )
         return
+    merge_with, kept = None, params
+    if pretrained.lora is not None:
+        _check_mergeable(pretrained)
+        kept = of_files(params)
+        merge_with = merged_tensors(
+            params,
+            pretrained.family,
+            stored=pretrained.stored,
+            vocab_size=pretrained.decoder_config.vocab_size,
+            stored_vocab_size=pretrained.stored_vocab_size,
+            token_ids=pretrained.token_ids,
+            untied=pretrained.is_untied,
+        )
     export_folder(
         folder,
-        params,
+        kept,
         family=pretrained.family,
         hf_config=pretrained.hf_config,
         vocab_size=pretrained.decoder_config.vocab_size,
@@ -457,5 +475,19 @@ def export_model(
         stored=pretrained.stored,
         source_folder=pretrained.folder,
         tokenizer_folder=tokenizer_folder,
+        merge=merge_with,
         say=say,
     )
+
+
+def _check_mergeable(pretrained: Pretrained) -> None:
+    """Refuses adapters that cannot be in the weights.
+
+    Raises:
+        ConfigError: that of an embedding would be in the output projection too, which is the same table.
+    """
+    if pretrained.decoder_config.tie_embeddings and "adapter" in pretrained.model.weights["embed_tokens"]:
+        raise ConfigError(
+            "the adapter of embed_tokens cannot be merged: the table is the output projection as well, which has none; "
+            "model.tie_embeddings: false parts them"
+        )

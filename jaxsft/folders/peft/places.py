@@ -91,9 +91,7 @@ class Files(NamedTuple):
     magnitude: str
 
 
-def places_of(
-    decoder: Decoder, family: ModuleType, *, vocab_size: int, per_expert: bool = False
-) -> dict[str, Place]:
+def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, per_expert: bool = False) -> dict[str, Place]:
     """Everything in a model that PEFT can put an adapter on, by name, in the model's order.
 
     Args:
@@ -155,9 +153,7 @@ def file_names(places: Iterable[Place]) -> dict[str, Files]:
             siblings = of_module[module]
             full = module + ".base_layer" * (len(siblings) - 1 - siblings.index(place.name))
         full = PREFIX + full
-        names[place.name] = Files(
-            f"{full}.lora_A.weight", f"{full}.lora_B.weight", f"{full}.lora_magnitude_vector"
-        )
+        names[place.name] = Files(f"{full}.lora_A.weight", f"{full}.lora_B.weight", f"{full}.lora_magnitude_vector")
     return names
 
 
@@ -178,9 +174,7 @@ def magnitude_in_file(member: Member) -> Weight:
     return _pseudo_weight(member, member.outputs, (member.dim(member.outputs),), 0)
 
 
-def _pseudo_weight(
-    member: Member, axes: Sequence[str], dims: tuple[tuple[Factor, ...], ...], rank: int
-) -> Weight:
+def _pseudo_weight(member: Member, axes: Sequence[str], dims: tuple[tuple[Factor, ...], ...], rank: int) -> Weight:
     axes = (*("e" for _ in member.experts), *axes)
     sizes = dict(zip(member.weight.axes, member.weight.shape, strict=True)) | {"r": rank}
     return Weight(member.path, tuple(axes), tuple(sizes[letter] for letter in axes), "", 0, dims)

@@ -157,7 +157,9 @@ def read_adapter(
     ]
     if problems:
         raise ConfigError(report(f"{opened.folder}: this adapter does not fit its base model:", problems))
-    parts = [part for place in targeted for part in _parts(place, settings, *(tensors.get(n) for n in names[place.name]))]
+    parts = [
+        part for place in targeted for part in _parts(place, settings, *(tensors.get(n) for n in names[place.name]))
+    ]
     lora, values = _assembled(parts, settings, decoder)
     lora, notes = _with_dropout(lora, settings, parts)
     return Adapter(lora, values, rows, notes)
@@ -287,7 +289,9 @@ def _parts(
         yield _Part(member.path, member.index, of_a, of_b, alpha, of_outputs)
 
 
-def _assembled(parts: Sequence[_Part], settings: Settings, decoder: Decoder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def _assembled(
+    parts: Sequence[_Part], settings: Settings, decoder: Decoder
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """The `lora` section that asks for these adapters, and their values, stacked over layers and experts."""
     maps = {place.path: place for place in maps_of(decoder)}
     sizes, num_layers = decoder.config.sizes, len(decoder.config.layers)

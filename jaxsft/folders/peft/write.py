@@ -40,6 +40,7 @@ from jaxsft.folders.peft.places import (
 from jaxsft.folders.peft.read import DELTA
 from jaxsft.folders.peft.settings import CONFIG_FILE, WEIGHTS_FILE
 from jaxsft.folders.tokenizer_files import settle_tokenizer
+from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import base_prefix, variables_of
 from jaxsft.folders.weights.save import Tensor, dump_json, header_of
 from jaxsft.folders.weights.stored import Stored
@@ -196,13 +197,11 @@ def adapter_entries(model: AdaptedModel) -> tuple[list[Entry], dict[str, Any]]:
     for place in tables:
         table = variables[f"{place.members[0].path}.weight"]
         shape = (len(model.token_ids), table.shape[1])
-        make = functools.partial(_rows, table, model.token_ids)
+        make = functools.partial(rows_of, table.get_value(), model.token_ids)
         entries.append(Entry(f"{PREFIX}{place.name}.{DELTA}", shape, make))
     settings = adapter_settings(model, places, adapted)
     if tables:
-        settings["trainable_token_indices"] = {
-            place.name.split(".")[-1]: list(model.token_ids) for place in tables
-        }
+        settings["trainable_token_indices"] = {place.name.split(".")[-1]: list(model.token_ids) for place in tables}
     return sorted(entries), settings
 
 
@@ -288,9 +287,7 @@ def _blocks_of_b(each: Adapted, variables: Mapping[str, nnx.Variable], *, rslora
     return tensor
 
 
-def _magnitude(
-    each: Adapted, variables: Mapping[str, nnx.Variable], stored: Stored, family: ModuleType
-) -> np.ndarray:
+def _magnitude(each: Adapted, variables: Mapping[str, nnx.Variable], stored: Stored, family: ModuleType) -> np.ndarray:
     """Of maps in a module that have no adapter it is the norm of their weights, which then stay as they are."""
     tensor = np.zeros(each.place.num_outputs, np.float32)
     for member in each.place.members:
@@ -311,27 +308,10 @@ def _norms(member: Member, stored: Stored, family: ModuleType) -> np.ndarray:
     return np.sqrt(np.square(ours).sum(axis=tuple(at for at, each in enumerate(letters) if each in member.inputs)))
 
 
-def _rows(table: nnx.Variable, ids: Sequence[int]) -> np.ndarray:
-    return _to_host(jax.jit(lambda table: table[np.array(ids)].astype(np.float32))(table.get_value()))
-
-
 def _cut(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Without what fills up ranks of layers, and rows behind the vocabulary."""
     return values[tuple(slice(0, size) for size in shape)]
 
 
 def _of_layer(variable: nnx.Variable, member: Member) -> np.ndarray:
-    """float32, on every process; one layer of a stacked array."""
-    value = variable.get_value()
-    return _to_host(_pick(value, member.index[0]) if member.index else value).astype(np.float32)
-
-
-@jax.jit
-def _pick(value: jax.Array, layer: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-
-
-def _to_host(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return of_layer(variable.get_value(), member.index[:1])

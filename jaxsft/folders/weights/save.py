@@ -37,6 +37,15 @@ class Part(NamedTuple):
     at: tuple[int, ...]
 
 
+class Made(NamedTuple):
+    """Other values of a tensor than those of the state that is written."""
+
+    make: Callable[[bool], np.ndarray | None]
+    """Called on every process with whether it is the one that writes, which is given them, in the file's shape."""
+    is_stored: bool
+    """They are those that the model was read from."""
+
+
 class Tensor(NamedTuple):
     """A tensor to be written."""
 
@@ -45,9 +54,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     source: tuple[Part, ...] | SafeTensor
     """What it is put together from; a tensor that is no weight of the model is copied."""
-    make: Callable[[bool], np.ndarray | None] | None = None
-    """Its values, where they are not those of `source`; called on every process with whether it is the one that writes,
-    which is given them."""
+    made: Made | None = None
+    """Its values, where they are not those of `source`."""
 
     @property
     def num_bytes(self) -> int:
@@ -75,7 +83,7 @@ def write_weights(
     stored: Stored | None = None,
     max_shard_bytes: int,
     writes: bool,
-    merge: Mapping[str, Callable[[bool], np.ndarray | None] | None] | None = None,
+    merge: Mapping[str, Made] | None = None,
 ) -> None:
     """Writes the safetensors files, and an index if there is more than one.
 
@@ -91,8 +99,7 @@ def write_weights(
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
         writes: whether this process is the one that writes.
-        merge: by the names of tensors, what makes their values in place of `params` (`Tensor.make`); None: they are as
-            `stored`.
+        merge: by the names of all tensors of the model, their values in place of those of `params`.
     """
     tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
     if stored is not None and stored.files:
@@ -238,21 +245,16 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
-def _merged(
-    tensor: Tensor,
-    name: str,
-    merge: Mapping[str, Callable[[bool], np.ndarray | None] | None],
-    stored: Stored | None,
-) -> Tensor:
+def _merged(tensor: Tensor, name: str, merge: Mapping[str, Made], stored: Stored | None) -> Tensor:
     """A tensor whose values are others; one that stays as it is stored is copied."""
     if isinstance(tensor.source, SafeTensor):
         return tensor
     # An output projection that is stored beside the embedding that it is tied to has no name of its own there.
     own = name if name in merge else tensor.source[0].weight.name(tensor.source[0].at)
-    known = stored.tensors.get(own) if stored is not None else None
-    if merge[own] is None and isinstance(known, SafeTensor) and (known.word, known.shape) == (tensor.word, tensor.shape):
+    known = stored.tensors.get(own) if stored is not None and merge[own].is_stored else None
+    if isinstance(known, SafeTensor) and (known.word, known.shape) == (tensor.word, tensor.shape):
         return tensor._replace(source=known)
-    return tensor._replace(make=merge[own])
+    return tensor._replace(made=merge[own])
 
 
 def _write(out: BinaryIO | None, tensor: Tensor) -> None:
@@ -262,10 +264,10 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
             if out:
                 out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
         return
-    if tensor.make is None:
+    if tensor.made is None:
         whole = put_together(tensor.source, DTYPES[tensor.word], keeps=out is not None)
     else:
-        whole = _cast(tensor.make(out is not None), tensor)
+        whole = _cast(tensor.made.make(out is not None), tensor)
     if out:
         assert whole is not None
         out.write(whole.reshape(-1).view(np.uint8).data)
