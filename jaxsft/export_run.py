@@ -49,9 +49,11 @@ def export_run(
     lora = setup.pretrained.lora
     if merge and lora is None:
         raise ConfigError(f"{run_dir}: --merge-lora: this run has no adapters; its export is the whole model")
-    if merge and setup.pretrained.decoder_config.tie_embeddings and "adapter" in setup.pretrained.model.weights[
-        "embed_tokens"
-    ]:
+    if (
+        merge
+        and setup.pretrained.decoder_config.tie_embeddings
+        and "adapter" in setup.pretrained.model.weights["embed_tokens"]
+    ):
         say("the embedding has an adapter, and the output projection, one with it so far, has none: they are parted")
         model = config.model.model_copy(update={"tie_embeddings": False})
         setup = Setup(config.model_copy(update={"model": model}), say=say)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxsft.folders.peft.places import take
-from jaxsft.folders.weights.gathering import of_layer
+from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import Weight, join, variables_of
 from jaxsft.folders.weights.save import Made, Part, put_together
 from jaxsft.folders.weights.stored import Stored
@@ -68,17 +68,17 @@ def merged_tensors(
 
     def make(of_tensor: list[tuple[Part, Weight]], writes: bool) -> np.ndarray | None:
         adapters = [_factors(part, variables) for part, _ in of_tensor]
-        rows = _rows(of_tensor[0][0], token_ids)
+        table = of_tensor[0][0]
+        has_rows = bool(token_ids) and "v" in table.weight.axes
+        rows = rows_of(table.variable.get_value(), token_ids) if has_rows else None
         whole = _base(of_tensor, stored, writes=writes)
         if whole is None:
             return None
-        first = of_tensor[0][0].weight
-        if "v" in first.axes:
-            grown = np.zeros(first.file_shape, np.float32)
+        if rows is not None:
+            grown = np.zeros(table.weight.file_shape, np.float32)
             grown[: len(whole)] = whole
             whole = grown
-            if rows is not None:
-                whole[list(token_ids)] = rows
+            whole[list(token_ids)] = rows
         for (part, _), factors in zip(of_tensor, adapters, strict=True):
             if factors is not None:
                 _add(part.weight.axes[part.weight.split :], take(part.weight, whole), factors)

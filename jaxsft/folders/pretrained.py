@@ -91,7 +91,7 @@ class Pretrained(NamedTuple):
     def token_ids(self) -> tuple[int, ...]:
         """Ids whose rows are not those of the folder: of added tokens, and those that an adapter brings along."""
         brought = self.source.adapter.token_ids if self.source.adapter is not None else ()
-        return tuple(sorted({*self.new_ids, *brought}))
+        return tuple(sorted({*self.new_ids, *brought, *range(self.stored_vocab_size, self.decoder_config.vocab_size)}))
 
 
 def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set_eos: bool = False) -> OpenTokenizer:

@@ -4,16 +4,11 @@ import json
 import re
 import shutil
 
+import adapters
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-import adapters
 from adapters import TINY, TOKENIZER, apart, assert_same_state, one_device, open_ours, random_adapters, some_tokens
 
 from jaxsft.config import ConfigError
@@ -21,11 +16,16 @@ from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.folders.weights.layout import variables_of
 from jaxsft.model.families.known import FAMILIES
 
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
 TYPES = {name: json.loads(path.read_text())["model_type"] for name, path in TINY.items()}
 ONE_OF_EACH = [next(name for name, each in TYPES.items() if each == family) for family in FAMILIES]
 VARIANTS = sorted({*ONE_OF_EACH, "gpt2_untied", "glm4_tied", "qwen3_moe_biases", "gpt_neox_sequential"})
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 THEIR_TARGETS = {
     "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
     "gpt_neox": {"target_modules": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]},
@@ -33,15 +33,15 @@ THEIR_TARGETS = {
     "glm": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]},
     **dict.fromkeys(
         ("mixtral", "qwen3_moe", "olmoe"),
-        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": [*EXPERTS, "mlp.gate.weight"]},
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": [*EXPERTS, "mlp.gate.weight"],
+        },
     ),
-    "gpt_oss": {
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        "target_parameters": [*EXPERTS, "mlp.router.weight"],
-    },
+    "gpt_oss": {"target_modules": ATTENTION, "target_parameters": [*EXPERTS, "mlp.router.weight"]},
 }
 THEIR_TARGETS["glm4"] = THEIR_TARGETS["glm"]
-USUAL = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+USUAL = {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_rows_of_tokens_that_peft_trained_are_read_kept_and_written_again(base, 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_files_of_mixtures_from_before_transformers_5_name_each_expert(rslora, base, tmp_path):
-    """PEFT's own loader takes rsLoRA's scale of gate and up in such a file sqrt(2) too large, so the formula decides."""
+    """PEFT's loader takes rsLoRA's scale of gate and up in such a file sqrt(2) too large, so the formula decides."""
     folder = base("mixtral")
     pretrained = open_ours(folder)
     config = pretrained.decoder_config

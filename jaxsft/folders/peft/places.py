@@ -164,7 +164,7 @@ def a_in_file(member: Member, rank: Factor) -> Weight:
 
 
 def b_in_file(member: Member, rank: Factor) -> Weight:
-    """B of one layer, ours [r, outputs] (of experts [e, r, outputs]), in a tensor [out, r] (of experts [out, (r e)])."""
+    """B of one layer, ours [r, outputs] (of experts [e, r, outputs]), in a tensor [out, r] (or [out, (r e)])."""
     dims = (member.dim(member.outputs), (rank, *member.experts))
     return _pseudo_weight(member, ("r", *member.outputs), dims, rank.length)
 

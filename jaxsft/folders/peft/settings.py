@@ -25,7 +25,7 @@ NO_ACCOUNT = {
     *("auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
     *("eva_config", "loftq_config", "corda_config", "lora_ga_config"),
 }
-"""Fields that say nothing of what a finished adapter computes; those of initialisations do it in `init_lora_weights`."""
+"""Fields that say nothing of what a finished adapter computes; of initialisations `init_lora_weights` says it."""
 
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base model as it is; others subtract what A B is at first (PiSSA, OLoRA, CorDA, ...),
