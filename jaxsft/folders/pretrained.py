@@ -186,6 +186,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
         notes += adapter.notes
     make_decoder = decoder_maker(config, decoder_config, lora, family)
     model = abstract_model(make_decoder)
+    _check_new_rows(model, [*new_ids, *brought])
     notes += decoder_config.notes
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
@@ -228,6 +229,20 @@ def _check_adapter_keys(config: ModelConfig, source: Source, lora: LoraConfig | 
         )
     if config.weights == "random":
         raise ConfigError(f"model.weights: random, but model.path {folder} is an adapter, which fits its base alone")
+
+
+def _check_new_rows(model: Model, ids: Sequence[int]) -> None:
+    """Refuses adapters on a table some of whose rows are not those of the base: PEFT has no file for both.
+
+    Raises:
+        ConfigError: names the table.
+    """
+    tables = [name for name in ("embed_tokens", "lm_head") if name in model.weights]
+    if ids and (adapted := [name for name in tables if "adapter" in model.weights[name]]):
+        raise ConfigError(
+            f"lora.targets: {', '.join(adapted)} cannot have an adapter beside tokens that data.chat_template adds; "
+            "leave it out, or begin with a model that has the tokens (an export of a run of all weights)"
+        )
 
 
 def decoder_maker(
