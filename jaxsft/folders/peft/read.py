@@ -3,39 +3,24 @@
 In: a folder, and the decoder of its base model without adapters. Out: an `Adapter`, or one error that lists every
 tensor that is missing, extra or misshapen, or holds what is no number. The config decides what there should be, by the
 rules of PEFT, and the file must have exactly that.
-
-A module that holds several maps of ours (`qkv_proj`) has one A for all of them. Where each column of its B concerns one
-map alone, as in files of ours, every map takes the rows and columns that are its own; otherwise each has a copy of A.
 """
 
-import collections
 import math
 import pathlib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxsft.config import ConfigError, LoraConfig
-from jaxsft.folders.peft.places import (
-    PREFIX,
-    Place,
-    a_in_file,
-    b_in_file,
-    file_names,
-    magnitude_in_file,
-    places_of,
-    rank_factors,
-    take,
-)
+from jaxsft.folders.peft.assemble import assembled, parts_of, with_dropout
+from jaxsft.folders.peft.places import PREFIX, Place, file_names, places_of
 from jaxsft.folders.peft.settings import CONFIG_FILE, WEIGHTS_FILE, Settings, read_settings
 from jaxsft.folders.weights.check import report
 from jaxsft.folders.weights.copying import is_finite
 from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, StoredTensor, open_file
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.lora import maps_of
 
 DELTA = "token_adapter.trainable_tokens_delta"
 
@@ -158,10 +143,10 @@ def read_adapter(
     if problems:
         raise ConfigError(report(f"{opened.folder}: this adapter does not fit its base model:", problems))
     parts = [
-        part for place in targeted for part in _parts(place, settings, *(tensors.get(n) for n in names[place.name]))
+        part for place in targeted for part in parts_of(place, settings, *(tensors.get(n) for n in names[place.name]))
     ]
-    lora, values = _assembled(parts, settings, decoder)
-    lora, notes = _with_dropout(lora, settings, parts)
+    lora, values = assembled(parts, settings, decoder)
+    lora, notes = with_dropout(lora, settings, parts)
     return Adapter(lora, values, rows, notes)
 
 
@@ -182,7 +167,16 @@ def _read(tensor: StoredTensor) -> np.ndarray:
     return read.astype(np.float32).reshape(tensor.shape)
 
 
-def _token_rows(opened, places, *, tied, expect, tensors, problems) -> dict[str, Rows]:
+def _token_rows(
+    opened: AdapterFolder,
+    places: dict[str, Place],
+    *,
+    tied: bool,
+    expect: Callable[[str, tuple[int, ...], str], None],
+    tensors: dict[str, np.ndarray],
+    problems: list[str],
+) -> dict[str, Rows]:
+    """The rows of tables that the adapter brings along; what is wrong about them is added to `problems`."""
     given = opened.settings.trainable_token_indices
     tables = [place for place in places.values() if place.members[0].path in ("embed_tokens", "lm_head")]
     if not given:
@@ -243,146 +237,3 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         np.array_equal(one.read(rows, columns).astype(np.float32), other.read(rows, columns).astype(np.float32))
         for rows in blocks
     )
-
-
-class _Part(NamedTuple):
-    """The adapter of one map of one layer, or of one expert in it."""
-
-    path: str
-    index: tuple[int, ...]
-    a: np.ndarray
-    """[inputs, r], of experts in one tensor [e, inputs, r]."""
-    b: np.ndarray
-    """[r, outputs], of experts in one tensor [e, r, outputs]."""
-    alpha: float
-    """Such that the scale is alpha / r, or alpha / sqrt(r)."""
-    magnitude: np.ndarray | None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-1]
-
-
-def _parts(
-    place: Place, settings: Settings, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None
-) -> Iterable[_Part]:
-    """The adapters of the maps in a place."""
-    rank, scale = settings.rank(place.name), settings.scale(place.name)
-    (whole,) = rank_factors([rank])
-    each = []
-    for member in place.members:
-        of_a, of_b = take(a_in_file(member, whole), a), take(b_in_file(member, whole), b)
-        axis = 1 if member.experts else 0  # of b's rank
-        used = np.any(of_b != 0, axis=tuple(at for at in range(of_b.ndim) if at != axis))
-        each.append((member, of_a, of_b, axis, used))
-    is_own = len(each) > 1 and np.all(sum(used.astype(int) for *_, used in each) == 1)
-    if settings.use_dora and not all(used.any() for *_, used in each):
-        is_own = False  # maps without an adapter have no magnitude
-    for member, of_a, of_b, axis, used in each:
-        if is_own and not used.any():
-            continue
-        if is_own:
-            of_a, of_b = of_a[..., used], np.compress(used, of_b, axis=axis)
-        own = of_a.shape[-1]
-        alpha = scale * (math.sqrt(own) if settings.use_rslora else own)
-        of_outputs = None if magnitude is None else take(magnitude_in_file(member), magnitude)
-        yield _Part(member.path, member.index, of_a, of_b, alpha, of_outputs)
-
-
-def _assembled(
-    parts: Sequence[_Part], settings: Settings, decoder: Decoder
-) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """The `lora` section that asks for these adapters, and their values, stacked over layers and experts."""
-    maps = {place.path: place for place in maps_of(decoder)}
-    sizes, num_layers = decoder.config.sizes, len(decoder.config.layers)
-    by_path: dict[str, list[_Part]] = {}
-    for part in parts:
-        by_path.setdefault(part.path, []).append(part)
-    targets: list[str] = []
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    values: dict[str, np.ndarray] = {}
-    for path, of_map in by_path.items():
-        place = maps[path]
-        width = max(part.rank for part in of_map)
-        letters = place.leading.split()
-
-        def empty(axes: str, letters: list[str] = letters, width: int = width) -> np.ndarray:
-            all_sizes = {**sizes, "l": num_layers, "r": width}
-            return np.zeros([all_sizes[letter] for letter in (*letters, *axes.split())], np.float32)
-
-        a, b = empty(f"{place.inputs} r"), empty(f"r {place.outputs}")
-        magnitude = empty(place.outputs) if settings.use_dora else None
-        by_layer: dict[tuple[int, ...], list[_Part]] = {}
-        for part in of_map:
-            by_layer.setdefault(part.index[:1], []).append(part)
-        for layer, of_layer in by_layer.items():
-            rank, alpha = max((part.rank, part.alpha) for part in of_layer)
-            scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
-            for part in of_layer:
-                own = part.alpha / (math.sqrt(part.rank) if settings.use_rslora else part.rank)
-                _fill(a[part.index], part.a)
-                _fill(b[part.index], part.b if own == scale else part.b * np.float32(own / scale))
-                if magnitude is not None and part.magnitude is not None:
-                    _fill(magnitude[part.index], part.magnitude)
-            name = path if not layer else path.replace("layers.", f"layers.{layer[0]}.", 1)
-            ranks[name], alphas[name] = rank, alpha
-        is_everywhere = len(by_layer) == (num_layers if place.leading else 1)
-        words = [path.split(".")[-1]] if is_everywhere else [name for name in ranks if _path_of(name) == path]
-        targets += words
-        values |= {f"{path}.adapter.a": a, f"{path}.adapter.b": b}
-        if magnitude is not None:
-            values[f"{path}.adapter.magnitude"] = magnitude
-    rank, alpha = _most_common(ranks.values(), settings.r), _most_common(alphas.values(), settings.lora_alpha)
-    lora = LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        targets=targets,
-        rank_pattern=_patterns(ranks, rank),
-        alpha_pattern=_patterns(alphas, alpha),
-        rslora=settings.use_rslora,
-        dora=settings.use_dora,
-    )
-    return lora, values
-
-
-def _fill(out: np.ndarray, values: np.ndarray) -> None:
-    """Into the beginning of each dim; what is behind it (other ranks, rows beyond the vocabulary) stays 0."""
-    out[tuple(slice(0, size) for size in values.shape)] = values
-
-
-def _path_of(name: str) -> str:
-    return re.sub(r"^layers\.\d+\.", "layers.", name)
-
-
-def _most_common(values: Iterable, default):  # type: ignore[no-untyped-def]
-    counted = collections.Counter(values).most_common(1)
-    return counted[0][0] if counted else default
-
-
-def _patterns(given: dict[str, float], default: float) -> dict:
-    """Regular expressions for what differs from the default: one for a map where all its layers agree."""
-    by_path: dict[str, dict[str, float]] = {}
-    for name, value in given.items():
-        by_path.setdefault(_path_of(name), {})[name] = value
-    patterns = {}
-    for path, of_layers in by_path.items():
-        if len(set(of_layers.values())) == 1:
-            of_layers = {path.split(".")[-1]: next(iter(of_layers.values()))}
-        patterns |= {re.escape(name): value for name, value in of_layers.items() if value != default}
-    return patterns
-
-
-def _with_dropout(lora: LoraConfig, settings: Settings, parts: Sequence[_Part]) -> tuple[LoraConfig, tuple[str, ...]]:
-    """With the file's dropout, where all its maps can have one."""
-    if not settings.lora_dropout:
-        return lora, ()
-    without = sorted({p.path for p in parts if "experts" in p.path or p.path in ("embed_tokens", "lm_head")})
-    without += sorted({part.path for part in parts if part.path.endswith("router")})
-    if without:
-        note = (
-            f"the adapter's lora_dropout {settings.lora_dropout} is not applied in training, as it also has adapters "
-            f"on {', '.join(without)}, which have no dropout here"
-        )
-        return lora, (note,)
-    return lora.model_copy(update={"dropout": settings.lora_dropout}), ()
