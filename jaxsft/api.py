@@ -180,7 +180,7 @@ def train_step(
         num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
         loss=config.loss,
-        noise_seed=config.noise_seed,
+        seed=config.seed,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

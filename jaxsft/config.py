@@ -531,14 +531,6 @@ class Config(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @property
-    def noise_seed(self) -> int | None:
-        """Of what a step draws; None where it draws nothing."""
-        draws = (
-            self.loss.neftune_alpha or self.optim.stochastic_rounding or (self.lora is not None and self.lora.dropout)
-        )
-        return self.seed if draws else None
-
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         if self.data.stream and self.train.steps is None:

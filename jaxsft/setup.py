@@ -243,7 +243,7 @@ class Setup:
 
     @property
     def _trained(self) -> list[tuple[str, Any]]:
-        lora = self.config.lora
+        lora = self.pretrained.lora
         return [("lora", None if lora is None else lora.model_dump()), ("train.only", self.config.train.only)]
 
     @property

@@ -144,7 +144,7 @@ def _steps(
         num_microbatches=num_microbatches,
         mesh=mesh,
         loss=config.loss,
-        noise_seed=config.noise_seed,
+        seed=config.seed,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)

@@ -184,16 +184,23 @@ class Checkpointer:
             self._thread.shutdown()
             self._orbax.close()
 
-    def restore(self, abstract: Any) -> Any | None:
+    def restore(self, abstract: Any, step: int | None = None) -> Any | None:
         """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
 
         Args:
             abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
+            step: of one that is asked for.
 
         Raises:
-            ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged.
+            ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged, or that
+                of `step` is, or is not there.
         """
-        step = self._newest_verified()
+        if step is None:
+            step = self._newest_verified()
+        elif step not in (there := sealed_steps(self.folder)):
+            raise ConfigError(f"{self.folder}: no finished checkpoint of step {step}; there are {there}")
+        elif (problem := checkpoint_problem(self.folder / str(step))) is not None:
+            raise ConfigError(f"{self.folder / str(step)}: {problem}")
         if step is None:
             return None
         target = self.folder / str(step)
@@ -228,6 +235,17 @@ class Checkpointer:
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
         return min((self._eval_loss(step) for step in sealed_steps(self.folder)), default=math.inf)
+
+    def best_step(self) -> int:
+        """That of the finished checkpoint with the smallest held-out loss.
+
+        Raises:
+            ConfigError: of none it is known.
+        """
+        losses = {step: self._eval_loss(step) for step in sealed_steps(self.folder)}
+        if not any(math.isfinite(loss) for loss in losses.values()):
+            raise ConfigError(f"{self.folder}: no checkpoint has a held-out loss (data.eval and eval.every measure it)")
+        return min(losses, key=losses.__getitem__)
 
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""

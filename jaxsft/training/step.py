@@ -273,7 +273,7 @@ def make_train_step(
     num_microbatches: int,
     mesh: Mesh,
     loss: LossConfig = PLAIN,
-    noise_seed: int | None = None,
+    seed: int = 0,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
@@ -283,17 +283,17 @@ def make_train_step(
         num_steps: steps of the whole run, for the schedule.
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
-        noise_seed: of what is drawn in a step, such as adapters' dropout or what is rounded at random; None: nothing
-            is.
+        seed: of what is drawn in a step, such as adapters' dropout, noise on embeddings, or what is rounded at random.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
-    config = nnx.merge(*model).config
+    decoder = nnx.merge(*model)
+    config, draws_by_rows = decoder.config, decoder.drops_inputs or loss.neftune_alpha > 0
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
         noise = None
-        if noise_seed is not None:
-            noise = split_rows(row_keys(noise_seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
+        if draws_by_rows:
+            noise = split_rows(row_keys(seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
         summed, sums, router, objective = summed_gradients(
             model.graphdef, state.params, frozen, microbatches, optim=optim, loss=loss, noise=noise
         )
@@ -306,7 +306,7 @@ def make_train_step(
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        given = Given(summed, factor, learning_rate, step_key(noise_seed or 0, state.step))
+        given = Given(summed, factor, learning_rate, step_key(seed, state.step))
         params, opt_state = _updated(optimizer, state, given, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
