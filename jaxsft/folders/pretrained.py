@@ -429,6 +429,23 @@ def check_memory(params: Any, mesh: Mesh) -> None:
         )
 
 
+def adapted_model(pretrained: Pretrained, weights: Any) -> AdaptedModel:
+    """All that an adapter's folder is made of, of a model with adapters whose base lies in files."""
+    assert pretrained.lora is not None and pretrained.stored is not None
+    return AdaptedModel(
+        nnx.merge(*pretrained.model),
+        pretrained.family,
+        pretrained.lora,
+        weights,
+        vocab_size=pretrained.decoder_config.vocab_size,
+        stored=pretrained.stored,
+        base=pretrained.source.name,
+        revision=pretrained.source.revision,
+        token_ids=pretrained.token_ids,
+        is_tied=pretrained.decoder_config.tie_embeddings or pretrained.is_untied,
+    )
+
+
 def export_model(
     pretrained: Pretrained,
     tokenizer: OpenTokenizer,
@@ -455,18 +472,7 @@ def export_model(
     if pretrained.lora is not None and pretrained.stored is not None and not merge:
         export_adapter(
             folder,
-            AdaptedModel(
-                nnx.merge(*pretrained.model),
-                pretrained.family,
-                pretrained.lora,
-                params,
-                vocab_size=pretrained.decoder_config.vocab_size,
-                stored=pretrained.stored,
-                base=pretrained.source.name,
-                revision=pretrained.source.revision,
-                token_ids=pretrained.token_ids,
-                is_tied=pretrained.decoder_config.tie_embeddings or pretrained.is_untied,
-            ),
+            adapted_model(pretrained, params),
             hf_config=pretrained.hf_config,
             tokenizer=tokenizer.tokenizer,
             stop_ids=tokenizer.stops,
