@@ -19,7 +19,7 @@ from flax import nnx
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from jaxsft.config import OptimConfig
+from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
@@ -266,7 +266,11 @@ def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int, 
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
     adapters = ["adapters (lora.rank), or some weights alone (train.only)"] if is_all_trained else []
-    moments = ["optim.moment_dtype bfloat16 (now float32)"] if optim.moment_dtype == "float32" else []
+    moments = []
+    if "moment_dtype" in KEYS_OF[optim.name] and optim.moment_dtype == "float32":
+        moments.append("optim.moment_dtype bfloat16 (now float32)")
+    if optim.name not in ("adamw8bit", "adafactor"):
+        moments.append(f"optim.name adamw8bit (now {optim.name})")
     found = {
         "parameters": [more],
         "frozen": [more],
