@@ -93,6 +93,8 @@ def test_what_is_stored_is_counted_by_shapes(folder):
     halved = bytes_of(opened(folder, ["optim.moment_dtype=bfloat16", "train.microbatch_size=2"])[-1])
     assert halved["optimizer"] < 0.51 * plain["optimizer"]
     assert halved["gradients"] == 2 * plain["gradients"]  # the sum, and what a microbatch gives
+    eight_bits = bytes_of(opened(folder, ["optim.name=adamw8bit"])[-1])
+    assert eight_bits["optimizer"] < 0.3 * plain["optimizer"]  # a byte in place of four, and scales of blocks
     cut = bytes_of(opened(folder, sizes={"fsdp": 2, "tensor": 2})[-1])
     assert cut["parameters"] < 0.26 * plain["parameters"]
     adapters = bytes_of(opened(folder, ["lora.rank=8"])[-1])
