@@ -176,7 +176,8 @@ def decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callabl
             param_dtype=config.param_dtype,
             remat=config.remat,
             unroll=config.unroll,
-            attention=config.attention,
+            # cuDNN must be told of the rows first (`Setup.attention`).
+            attention="auto" if config.attention == "cudnn" else config.attention,
             rngs=rngs,
         )
 

@@ -28,10 +28,11 @@ def abstract_model(make_decoder: Callable[[nnx.Rngs], Decoder]) -> Model:
     return Model(*nnx.split(nnx.eval_shape(lambda: make_decoder(nnx.Rngs(0))), nnx.Param))
 
 
-def with_attention(model: Model, kernel: AttentionKernel) -> Model:
-    """The same decoder, whose attention is computed by a kernel."""
+def with_attention(model: Model, kernel: AttentionKernel, *, num_segments: int | None = None) -> Model:
+    """The same decoder, whose attention is computed by a kernel, on rows of at most so many segments (padding too)."""
     decoder = nnx.merge(*model)
     decoder.layers.self_attn.kernel = kernel
+    decoder.layers.self_attn.num_segments = num_segments
     return Model(*nnx.split(decoder, nnx.Param))
 
 
