@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxsft.config import AttentionKernel, ConfigError
 from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_device, platform_and_kind
-from jaxsft.model.layers import precision
 from jaxsft.model.cudnn import cudnn_attention, cudnn_problem
+from jaxsft.model.layers import precision
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
 from jaxsft.model.packed import packed_attention
 from jaxsft.model.pairs import MOST_PAIRS, room_for_pairs

@@ -87,7 +87,7 @@ def cudnn_problem(
         return f"cuDNN computes in bfloat16, and model.compute_dtype is {q.dtype}"
     (num_rows, length, num_heads, head_dim), widest = q.shape, 256 if capability[0] == 9 else 128
     if head_dim > widest or head_dim % 8:
-        return f"cuDNN takes heads of up to {widest} numbers, a multiple of 8, on {kind}; those of the model have {head_dim}"
+        return f"cuDNN takes heads of up to {widest} numbers, a multiple of 8, on {kind}; the model's have {head_dim}"
     if has_sinks:
         return "cuDNN's kernels for packed rows know no attention sinks"
     if soft_cap is not None:
