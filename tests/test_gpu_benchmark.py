@@ -39,7 +39,7 @@ def on_h100(monkeypatch):
 def test_a_kernel_that_is_right_is_called_right(rows, gpu, on_h100):
     found = gpu.numbers(True)[0].run(heads=(4, 2, 16), window=5, rows=rows, length=64)
     assert found["is_right"] and found["sealed"] and found["repeats"], found
-    assert found["segments"] == 8 and max(found["cudnn"]) < 0.01
+    assert found["segments"] == (4 if rows == "packed" else 8) and max(found["cudnn"]) < 0.01
 
 
 def leak(rule, q, k, v, segment_ids, *, num_segments):
