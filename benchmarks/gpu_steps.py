@@ -15,7 +15,8 @@ from flax import nnx
 from gpu_cases import DETERMINISTIC, Case, room_for, rows_of, seconds_since_start
 
 from jaxsft.batch import Batch
-from jaxsft.config import CheckpointConfig, MeshConfig, ModelConfig, OptimConfig
+from jaxsft.config import CheckpointConfig
+from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import decoder_maker
 from jaxsft.mesh import batch_sharding, make_mesh
 from jaxsft.model.abstract import abstract_model, random_params, with_attention
@@ -55,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 FEWER = {"num_hidden_layers": 2, "vocab_size": 4096}
 
 TRAINED: dict[str, dict[str, Any]] = {"all": {}}
-"""Which parameters are trained, by name, and what that changes in the config; adapters get a line here."""
+"""Name -> sections of a config that say which parameters are trained; adapters get a line here."""
 
 
 def steps(shape: str, is_small: bool) -> list[Case]:
@@ -104,15 +105,15 @@ def build(
         ConfigError: the kernel cannot be had.
     """
     structure = decoder_config(SHAPES[shape] | (FEWER if is_small else {}))
-    config = ModelConfig(path="", weights="random", remat=remat, **TRAINED[trained])  # type: ignore[arg-type]
-    config = config.model_copy(update={"compute_dtype": "bfloat16"})
-    mesh, optim, frozen = make_mesh(MeshConfig(), [device or jax.devices()[0]]), OptimConfig(), nnx.State({})
+    of_model = {"path": "none", "weights": "random", "remat": remat, "compute_dtype": "bfloat16"}
+    config = load_config({"model": of_model, "data": {"train": "none"}} | TRAINED[trained], [])
+    mesh, optim, frozen = make_mesh(config.mesh, [device or jax.devices()[0]]), config.optim, nnx.State({})
     ids, positions = rows_of("packed", rows, length)
     q, k = (
         jax.ShapeDtypeStruct((*ids.shape, heads, structure.head_dim), jnp.bfloat16)
         for heads in (structure.num_heads, structure.num_kv_heads)
     )
-    make = decoder_maker(config, structure)
+    make = decoder_maker(config.model, structure)
     with jax.set_mesh(mesh):
         choose_kernel(kernel, q, k, num_segments=room_for(ids))  # type: ignore[arg-type]
     model = with_attention(abstract_model(make), kernel, num_segments=room_for(ids))  # type: ignore[arg-type]
