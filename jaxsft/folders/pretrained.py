@@ -268,7 +268,8 @@ def decoder_maker(
             param_dtype=config.param_dtype,
             remat=config.remat,
             unroll=config.unroll,
-            attention=config.attention,
+            # cuDNN must be told of the rows first (`Setup.attention`).
+            attention="auto" if config.attention == "cudnn" else config.attention,
             rngs=rngs,
         )
         if lora is not None:
