@@ -280,11 +280,9 @@ def test_a_merged_weight_is_rounded_once_from_the_stored_one_whatever_is_in_memo
         delta = 2.0 * saved[f"{stem}.lora_B.weight"].astype(np.float64) @ saved[f"{stem}.lora_A.weight"]
         exact = before.astype(np.float64) + delta
         assert merged[name].dtype == before.dtype
-        half = 2.0**-9 if before.dtype == ml_dtypes.bfloat16 else 1e-6
-        exponent = 2.0 ** np.floor(np.log2(np.abs(exact)))
-        error = np.abs(merged[name].astype(np.float64) - exact) / exponent
-        # half a unit in the last place, and what float32 rounds of the sum
-        assert error.max() < 2 * half * 0.5 * 1.001 + 1e-5
+        error = np.abs(merged[name].astype(np.float64) - exact) / 2.0 ** np.floor(np.log2(np.abs(exact)))
+        # half a unit in the last place, and what float32 rounds of delta and sum, where they nearly cancel
+        assert error.max() < (2.0**-8 if before.dtype == ml_dtypes.bfloat16 else 0) + 1e-4
 
 
 def test_what_the_config_says_is_short_and_names_the_base(base, tmp_path):
@@ -484,4 +482,4 @@ def test_padded_ranks_stay_zero_when_an_adapter_is_read(base, tmp_path):
     weights = random_adapters(pretrained)
     again = load_weights(open_ours(exported(pretrained, weights, tmp_path / "ours")), one_device(), seed=9)
     a = np.asarray(variables_of(again)["layers.mlp.up_proj.adapter.a"][...])
-    assert a.shape[-1] == 3 and not a[1, ..., 2:].any() and a[0, ..., 2:].all()
+    assert a.shape[-1] == 3 and a[0].all() and a[1, ..., :2].all() and not a[1, ..., 2:].any()

@@ -152,7 +152,7 @@ def read_adapter(
 
 def _places_in(opened: AdapterFolder, decoder: Decoder, family: ModuleType, vocab_size: int) -> dict[str, Place]:
     """What there is to adapt, called as the file calls it: mixtures had other modules before transformers 5."""
-    both = [places_of(decoder, family, vocab_size=vocab_size, per_expert=each) for each in (False, True)]
+    both = [places_of(decoder, family, vocab_size=vocab_size, as_in_files=each) for each in (False, True)]
 
     def num_known(places: dict[str, Place]) -> int:
         names = file_names(place for place in places.values() if opened.settings.targets(place))
