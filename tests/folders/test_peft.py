@@ -310,6 +310,25 @@ def test_a_snapshot_of_the_hub_is_named_with_its_commit(base, tmp_path):
     assert (found["base_model_name_or_path"], found["revision"]) == (str(snapshot), "0123abcd")
 
 
+def test_a_base_on_the_hub_is_named_by_its_id_and_commit_and_asked_for_by_them(base, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    snapshot, asked = tmp_path / "models--org--tiny" / "snapshots" / "0123abcd", []
+    shutil.copytree(base("llama"), snapshot)
+
+    def download(name, *, revision=None, **_):  # the hub is not there
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    pretrained = open_ours("org/tiny", {"rank": 2})
+    out = exported(pretrained, random_adapters(pretrained), tmp_path / "ours")
+    assert (settings(out)["base_model_name_or_path"], settings(out)["revision"]) == ("org/tiny", "0123abcd")
+    asked.clear()
+    imported = open_ours(out)
+    assert imported.folder == snapshot and set(asked) == {("org/tiny", "0123abcd")}
+
+
 # What is refused.
 
 
@@ -365,6 +384,8 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"base_model_name_or_path": None}, "base_model_name_or_path: 'None' given"),
         ({"base_model_name_or_path": "/nowhere/base"}, "base_model_name_or_path: /nowhere/base: no such folder"),
         ({"task_type": "SEQ_CLS"}, "task_type"),
+        ({"trainable_token_indices": [3, 10**12]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"wpe": [3]}}, "'wpe' is no table of this model"),
     ],
 )
 def test_fields_that_ask_for_what_is_not_computed_here_are_refused_by_name(fields, said, damaged):
