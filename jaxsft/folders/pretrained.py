@@ -169,7 +169,13 @@ def open_model(
     decoder_config = read_decoder_config(hf_config)
     needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
     brought = source.adapter.token_ids if source.adapter is not None else ()
-    known = [*tokenizer.added_tokens, *(tokenizer.tokenizer.convert_ids_to_tokens(id) for id in brought)]
+    with_rows = {id: tokenizer.tokenizer.convert_ids_to_tokens(id) for id in brought}
+    if unknown := [id for id, token in with_rows.items() if token is None and id >= decoder_config.vocab_size]:
+        raise ConfigError(
+            f"{config.path}: trainable_token_indices: {unknown[0]} is beyond the base's {decoder_config.vocab_size} "
+            "rows, and no token of the tokenizer"
+        )
+    known = [*tokenizer.added_tokens, *with_rows.values()]
     notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=known)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
