@@ -91,7 +91,7 @@ def test_nf4_is_that_of_bitsandbytes_to_the_bit(bitsandbytes, shape, dtype):
     absmax, scales = exact_absmax(plain.absmax, ours.offset)
     np.testing.assert_array_equal(ours.absmax.reshape(-1), absmax)
     np.testing.assert_array_equal(ours.scales, scales)
-    assert np.mean(absmax != state.absmax.numpy()) < 1e-2
+    assert np.abs(absmax.astype(int) - state.absmax.numpy()).max() <= 1
     np.testing.assert_allclose(ours.scales, state.state2.absmax.numpy(), rtol=1e-6)
     state.absmax[:] = as_torch(absmax)
     theirs = bitsandbytes.dequantize_4bit(codes, state).float().numpy()
