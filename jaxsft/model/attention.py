@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from jaxsft.config import AttentionKernel, ConfigError
 from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_device, platform_and_kind
-from jaxsft.model.layers import precision
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
 from jaxsft.model.packed import packed_attention
 from jaxsft.model.pairs import MOST_PAIRS, room_for_pairs
+from jaxsft.model.products import precision
 from jaxsft.model.remat import keep
 from jaxsft.model.splash import largest_block, splash_attention
 from jaxsft.model.tiles import Rows, attention_in_tiles

@@ -20,7 +20,8 @@ from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
-from jaxsft.model.layers import MLP, Linear, Norm, precision
+from jaxsft.model.layers import MLP, Linear, Norm
+from jaxsft.model.products import precision
 from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.mesh import COPY_AXES, DIM_AXES, cut_axes, free_axes, partition_spec
-from jaxsft.model.layers import cast, precision
+from jaxsft.model.products import cast, precision
 
 MAX_BLOCK = 512
 """Rows of a block at most: enough for a matmul to hide the reading of its weights."""

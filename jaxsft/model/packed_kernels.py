@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxsft.model.layers import precision
 from jaxsft.model.needed import Rule
 from jaxsft.model.pairs import Blocks, Pairs
+from jaxsft.model.products import precision
 from jaxsft.model.tiles import LOWEST
 
 

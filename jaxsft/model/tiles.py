@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.mesh import TOKEN_AXES, free_axes, partition_spec
-from jaxsft.model.layers import precision
 from jaxsft.model.needed import Cut, Kind, Rule, needed_tiles
+from jaxsft.model.products import precision
 from jaxsft.model.remat import keep
 
 LOWEST = float(jnp.finfo(jnp.float32).min)

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, free_axes, on_one_device, partition_spec
-from jaxsft.model.layers import Logits, precision
+from jaxsft.model.layers import Logits
+from jaxsft.model.products import precision
 from jaxsft.training import loss_in_blocks
 from jaxsft.training.chunks import trained_first
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.mesh import COPY_AXES, WIDTH_AXES
-from jaxsft.model.layers import Logits, precision
+from jaxsft.model.layers import Logits
+from jaxsft.model.products import precision
 from jaxsft.training.chunks import trained_first
 
 TABLE_AT_ONCE = 2**25

@@ -11,7 +11,8 @@ from flax import nnx
 
 from jaxsft.config import MeshConfig
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.model.layers import Linear, cast
+from jaxsft.model.layers import Linear
+from jaxsft.model.products import cast
 from jaxsft.training.program import read_program, total_bytes
 
 SIZES = {"l": 1, "d": 64, "n": 8, "k": 4, "h": 16, "f": 96}
