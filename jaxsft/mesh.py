@@ -35,7 +35,10 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "a": (),
     "g": (),
     "h": (),
+    "i": ("tensor",),
+    "j": (),
     "l": (),
+    "o": ("tensor", "fsdp", "expert", "context"),
     "s": (),
 }
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over, where no dim before it is (`cut_axes`).
@@ -43,7 +46,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
 Devices that have different tokens have the same weights to work with, so the width of weights is cut over all of them
 but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
-`"b t d"`.
+`"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut or not.
 """
 
 ROW_AXES = DIM_AXES["b"]
@@ -302,7 +305,9 @@ DIM_WORDS = {
     "v": "vocabulary size",
     "p": "number of positions",
     "e": "number of experts",
+    "i": "number of bytes or blocks in a row of a quantised weight",
     "l": "number of layers",
+    "o": "number of rows of a quantised weight",
 }
 
 

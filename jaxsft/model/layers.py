@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxsft.mesh import constrain
 from jaxsft.model.products import product, products
+from jaxsft.model.quantized import QuantizedWeight, quantized_products
 from jaxsft.model.remat import keep
 
 Sizes = Mapping[str, int]
@@ -34,12 +35,16 @@ class Linear(nnx.Module):
         self.einsum = f"{x}, {weight} -> {y}"
         axes = f"l {weight}"
         shape = tuple(sizes[letter] for letter in axes.split())
+        self.weight: nnx.Variable | QuantizedWeight
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
         axes = " ".join(["l", *outputs])
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.weight, QuantizedWeight):
+            (y,) = quantized_products((self.weight.layout,), x, [self.weight.arrays])
+            return self._with_bias(y)
         return self._with_bias(product(self.einsum, x, self.weight[...]))
 
     def _with_bias(self, y: jax.Array) -> jax.Array:
@@ -57,7 +62,14 @@ class Linear(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape["tensor"] == 1:
             return (each(x) for each in maps)
-        ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
+        quantized = [each.weight for each in maps if isinstance(each.weight, QuantizedWeight)]
+        if quantized:
+            # They have the same inputs, so that all of them can be quantised where one is.
+            assert len(quantized) == len(maps)
+            layouts = tuple(weight.layout for weight in quantized)
+            ys = quantized_products(layouts, x, [weight.arrays for weight in quantized])
+        else:
+            ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
         return (each._with_bias(y) for each, y in zip(maps, ys, strict=True))
 
 

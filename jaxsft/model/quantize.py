@@ -84,10 +84,10 @@ class Int8(NamedTuple):
     """float32 [..., O]"""
 
 
-Packed = NF4 | Int8
+Quantized = NF4 | Int8
 
 
-def quantize(weight: jax.Array, kind: Kind) -> Packed:
+def quantize(weight: jax.Array, kind: Kind) -> Quantized:
     """A weight [..., O, I] of any float dtype; each matrix by itself.
 
     For example, of nf4: in a row of 64 inputs that are 4.0, -2.0, 0.0, ... with an absmax of 4.0, the first byte is
@@ -99,9 +99,9 @@ def quantize(weight: jax.Array, kind: Kind) -> Packed:
     return one(weight.astype(jnp.float32))
 
 
-def dequantize(packed: Packed, dtype: jnp.dtype) -> jax.Array:
+def dequantize(quantized: Quantized, dtype: jnp.dtype) -> jax.Array:
     """The weight [..., O, I], computed in float32 and rounded once."""
-    return (_dequantize_nf4 if isinstance(packed, NF4) else _dequantize_int8)(packed).astype(dtype)  # type: ignore[arg-type]
+    return (_dequantize_nf4 if isinstance(quantized, NF4) else _dequantize_int8)(quantized).astype(dtype)  # type: ignore[arg-type]
 
 
 def is_quantizable(num_inputs: int, kind: Kind) -> bool:

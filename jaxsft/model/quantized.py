@@ -1,0 +1,178 @@
+"""Weights that lie quantised in memory: their variables, how a mesh cuts them, and products with them.
+
+In: a decoder whose linear maps have a weight each. Out: the same decoder with what `quantize.py` makes of these, and
+products of tokens with them, which a layer computes without making the weights of any other layer.
+
+A weight lies as in files, outputs before inputs. Where a mesh cuts the outputs of a map over `tensor`, it cuts rows of
+codes over all axes; where it cuts the inputs over `tensor`, it cuts whole blocks over it, and rows over the others. A
+layer gathers the bytes of its own weights over all axes but `tensor`, and only then makes numbers of them.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxsft.mesh import cut_axes, partition_spec
+from jaxsft.model.products import gradient_by_x, precision
+from jaxsft.model.quantize import NF4, Int8, Kind, Quantized, dequantize, is_quantizable, quantize
+
+
+class Layout(NamedTuple):
+    """How a weight of ours, `"l d n h"`, is a stack of matrices [O, I] with O = (n h) and I = d."""
+
+    kind: Kind
+    leading: str
+    """Letters of the stack: "l", or "l e" of experts."""
+    inputs: str
+    outputs: str
+    sizes: tuple[int, ...]
+    """Of the outputs, then of the inputs."""
+
+    @property
+    def axes(self) -> Quantized:
+        """The letters of each array: rows `o` or as they are, inputs `i` where a mesh cuts them and `j` where not."""
+        rows, inputs = ("o", "j") if self.is_by_rows else (self.outputs, "i")
+        assert " " not in rows, self
+        matrix = f"{self.leading} {rows} {inputs}"
+        if self.kind == "int8":
+            return Int8(matrix, f"{self.leading} {rows}")  # type: ignore[arg-type]
+        return NF4(matrix, matrix, f"{self.leading} j", self.leading)  # type: ignore[arg-type]
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether it is the outputs that a mesh cuts over `tensor`."""
+        return any("tensor" in axes for axes in cut_axes(self.outputs))
+
+    @property
+    def num_outputs(self) -> int:
+        return math.prod(self.sizes[: len(self.outputs.split())])
+
+    @property
+    def num_inputs(self) -> int:
+        return math.prod(self.sizes[len(self.outputs.split()) :])
+
+    @property
+    def ours(self) -> str:
+        """The axes of the weight: stack, inputs, outputs."""
+        return f"{self.leading} {self.inputs} {self.outputs}"
+
+    @property
+    def of_matrix(self) -> str:
+        """Letters of the weight of one layer, as `unpacked` gives it."""
+        return f"{self.outputs} {self.inputs}"
+
+    def matrices(self, weight: jax.Array) -> jax.Array:
+        """[..., O, I] of a weight of ours with any number of layers."""
+        count, num_inputs = len(self.leading.split()), len(self.inputs.split())
+        dims = range(weight.ndim)
+        turned = weight.transpose(*dims[:count], *dims[count + num_inputs :], *dims[count : count + num_inputs])
+        return turned.reshape(*turned.shape[:count], self.num_outputs, self.num_inputs)
+
+
+class Frozen(nnx.Variable):
+    """A weight of the model that is not trained."""
+
+
+class QuantizedWeight(nnx.Module):
+    """A weight that is not trained, quantised; of all layers, or (inside the scan) of one."""
+
+    def __init__(self, weight: nnx.Variable, inputs: str, kind: Kind):
+        """Of a weight with axes, whose inputs have the letters `inputs`."""
+        letters = weight.get_metadata("axes").split()
+        first = letters.index(inputs.split()[0])
+        leading, outputs = letters[:first], letters[first + len(inputs.split()) :]
+        sizes = dict(zip(letters, weight.shape, strict=True))
+        sizes_in_order = tuple(sizes[letter] for letter in (*outputs, *inputs.split()))
+        self.layout = Layout(kind, " ".join(leading), inputs, " ".join(outputs), sizes_in_order)
+        found = quantize(self.layout.matrices(weight[...]), kind)
+        parts = {
+            name: Frozen(array, axes=axes)
+            for name, array, axes in zip(found._fields, found, self.layout.axes, strict=True)
+        }
+        self.codes, self.absmax = parts["codes"], parts["absmax"]
+        self.scales, self.offset = parts.get("scales"), parts.get("offset")
+
+    @property
+    def arrays(self) -> Quantized:
+        """What a product is computed from."""
+        if self.scales is None or self.offset is None:
+            return Int8(self.codes[...], self.absmax[...])
+        return NF4(self.codes[...], self.absmax[...], self.scales[...], self.offset[...])
+
+    def values(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight of one layer, inputs before outputs."""
+        num_outputs = len(self.layout.outputs.split())
+        weight = unpacked(self.layout, self.arrays, dtype)
+        return weight.transpose(*range(num_outputs, weight.ndim), *range(num_outputs))
+
+
+def unpacked(layout: Layout, quantized: Quantized, dtype: jnp.dtype) -> jax.Array:
+    """The weight of one layer, outputs before inputs, whole but for what `tensor` cuts."""
+    axes = [each.removeprefix(layout.leading).strip() for each in layout.axes]
+    gathered = type(quantized)(*(_gathered(array, each) for array, each in zip(quantized, axes, strict=True)))
+    return _gathered(dequantize(gathered, dtype).reshape(layout.sizes), layout.of_matrix)
+
+
+def _gathered(x: jax.Array, axes: str) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty or not axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, over=("tensor",)))
+
+
+# Products. What is quantised has no gradient, and what a product keeps for its backward pass is the quantised weight.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def quantized_products(layouts: tuple[Layout, ...], x: jax.Array, weights: list[Quantized]) -> list[jax.Array]:
+    """What maps with quantised weights make of the same x [B, T, inputs], in the dtype of `x`.
+
+    On a mesh with `tensor`, their gradients by `x` are reduced over it together.
+    """
+    return _forward(layouts, x, weights)[0]
+
+
+def _forward(
+    layouts: tuple[Layout, ...], x: jax.Array, weights: list[Quantized]
+) -> tuple[list[jax.Array], list[Quantized]]:
+    x, weights = _after(x, weights)
+    return [
+        jnp.einsum(_dims(layout), x, unpacked(layout, weight, x.dtype), precision=precision(x.dtype))
+        for layout, weight in zip(layouts, weights, strict=True)
+    ], weights
+
+
+def _backward(layouts: tuple[Layout, ...], weights: list[Quantized], gradients: list[jax.Array]) -> Any:
+    gradients, weights = _after(gradients, weights)
+    dtype = gradients[0].dtype
+    numbers = [unpacked(layout, weight, dtype) for layout, weight in zip(layouts, weights, strict=True)]
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["tensor"] > 1 and all(layout.is_by_rows for layout in layouts):
+        return gradient_by_x(tuple(map(_dims, layouts)), numbers, gradients), None
+    summands = [
+        jnp.einsum(
+            f"b t {layout.outputs}, {layout.of_matrix} -> b t {layout.inputs}",
+            gradient,
+            weight,
+            precision=precision(dtype),
+        )
+        for layout, weight, gradient in zip(layouts, numbers, gradients, strict=True)
+    ]
+    return sum(summands), None
+
+
+quantized_products.defvjp(_forward, _backward)
+
+
+def _after(x: Any, weights: list[Quantized]) -> Any:
+    """Both, of which the weights are not there before `x` is: no layer is unpacked before its turn, nor kept for the
+    backward pass because that unpacks the same bytes again."""
+    return jax.lax.optimization_barrier((x, weights))
+
+
+def _dims(layout: Layout) -> str:
+    return f"b t {layout.inputs}, {layout.of_matrix} -> b t {layout.outputs}"
