@@ -86,6 +86,9 @@ class Int8(NamedTuple):
 
 Quantized = NF4 | Int8
 
+RECORDS: dict[Kind, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
+"""What each kind of quantisation makes of a weight."""
+
 
 def quantize(weight: jax.Array, kind: Kind) -> Quantized:
     """A weight [..., O, I] of any float dtype; each matrix by itself.

@@ -62,6 +62,12 @@ class Layout(NamedTuple):
         return f"{self.leading} {self.inputs} {self.outputs}"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight of one layer, inputs before outputs."""
+        count = len(self.outputs.split())
+        return (*self.sizes[count:], *self.sizes[:count])
+
+    @property
     def of_matrix(self) -> str:
         """Letters of the weight of one layer, as `unpacked` gives it."""
         return f"{self.outputs} {self.inputs}"
@@ -94,6 +100,7 @@ class QuantizedWeight(nnx.Module):
             name: Frozen(array, axes=axes)
             for name, array, axes in zip(found._fields, found, self.layout.axes, strict=True)
         }
+        parts["codes"].set_metadata(layout=self.layout)
         self.codes, self.absmax = parts["codes"], parts["absmax"]
         self.scales, self.offset = parts.get("scales"), parts.get("offset")
 
