@@ -1,27 +1,24 @@
 """Decoders with quantised weights: loaded on any mesh, they compute what the numbers in their codes stand for."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from compilation import TO_READ
 from flax import nnx
 from safetensors.numpy import save_file
 
 from jaxsft.config import MeshConfig
-from jaxsft.folders.weights.layout import join, variables_of
+from jaxsft.folders.weights.layout import join, path_text, variables_of
 from jaxsft.folders.weights.load import load_params
 from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import make_mesh, shardings
-from jaxsft.model.abstract import abstract_model
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.quantize import dequantize, quantize
-from jaxsft.model.quantized import Frozen, QuantizedWeight
+from jaxsft.model.quantize import RECORDS, dequantize, quantize
+from jaxsft.model.quantized import Frozen
 from jaxsft.model.quantized_maps import quantize_maps
 
 LLAMA = {
@@ -49,6 +46,9 @@ NEOX = {
     "hidden_act": "gelu",
 }
 """A fused projection, in which the heads of queries, keys and values take turns."""
+
+quantized = jax.jit(quantize, static_argnums=1)
+dequantized = jax.jit(dequantize, static_argnums=1)
 
 MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}, {"tensor": 4}]
 
@@ -136,14 +136,85 @@ def test_the_codes_of_each_layer_are_those_of_its_tensor_on_every_mesh(folders, 
     mesh = mesh_of(sizes)
     _, state = abstract(hf_config, kind)
     loaded = load(folder, hf_config, state, mesh)
-    names = {"self_attn.k_proj": "self_attn.k_proj", "self_attn.o_proj": "self_attn.o_proj", "mlp.down_proj": "mlp.down_proj"}
-    for ours, theirs in names.items():
-        weight = functools.reduce(lambda at, key: at[key], f"layers.{ours}.weight".split("."), loaded)
+    for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
         for layer in range(3):
-            alone = jax.jit(quantize, static_argnums=1)(tensor(folder, f"model.layers.{layer}.{theirs}.weight"), kind)
-            for name, array in alone._asdict().items():
-                np.testing.assert_array_equal(weight[name].get_value()[layer], array, err_msg=f"{ours} {name}")
+            alone = quantized(tensor(folder, f"model.layers.{layer}.{name}.weight"), kind)
+            for part, array in alone._asdict().items():
+                found = variables_of(loaded)[f"layers.{name}.weight.{part}"].get_value()[layer]
+                np.testing.assert_array_equal(found, array, err_msg=f"{name} {part}")
     # No device holds a row that another one of its copies could hold.
     codes = loaded["layers"]["mlp"]["up_proj"]["weight"]["codes"].get_value()
     ways = int(np.prod([size for axis, size in sizes.items() if axis != "data"]))
     assert codes.addressable_shards[0].data.size * ways == codes.size
+
+
+def plain(state, loaded, like):
+    """The values of a quantised state in one of plain weights."""
+    parts, whole = variables_of(loaded), variables_of(like)
+
+    def value(path):
+        if path in parts:
+            return parts[path].get_value()
+        layout = parts[f"{path}.codes"].get_metadata("layout")
+        record = RECORDS[layout.kind](*(parts[f"{path}.{name}"].get_value() for name in RECORDS[layout.kind]._fields))
+        numbers = dequantized(jax.device_get(record), jnp.float32).reshape(-1, *layout.sizes)
+        count = len(layout.outputs.split())
+        return numbers.transpose(0, *range(1 + count, numbers.ndim), *range(1, 1 + count))
+
+    values = {path: jax.device_get(value(path)) for path in whole}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, variable: variable.replace(values[path_text(path)]),
+        like,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def run(graphdef, weights, mesh=None):
+    """A number that depends on all hidden states, and its gradients by what is trained."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 96, (8, 16), np.int32)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
+    mix = rng.normal(size=(8, 16, 128)).astype(np.float32)
+    params, frozen = nnx.split_state(weights, nnx.Param, ...)
+
+    def total(params, frozen):
+        hidden = nnx.merge(graphdef, params, frozen)(tokens, np.ones_like(tokens), positions).hidden
+        return (hidden.astype(jnp.float32) * mix).sum(), hidden
+
+    with jax.set_mesh(mesh or mesh_of({"fsdp": 1})):
+        (_, hidden), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(params, frozen)
+    return np.asarray(hidden, np.float32), {
+        path: np.asarray(each.get_value(), np.float32) for path, each in variables_of(gradients).items()
+    }
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_type):
+    folder, hf_config = folders[model_type]
+    graphdef, state = abstract(hf_config, kind)
+    loaded = load(folder, hf_config, state, mesh_of({"fsdp": 1}))
+    plain_graphdef, plain_state = abstract(hf_config, None)
+    hidden, gradients = run(graphdef, loaded)
+    expected, plain_gradients = run(plain_graphdef, plain(state, loaded, plain_state))
+    np.testing.assert_allclose(hidden, expected, atol=3e-5 * np.abs(expected).max())
+    for path, gradient in gradients.items():
+        atol = 3e-5 * np.abs(plain_gradients[path]).max()
+        np.testing.assert_allclose(gradient, plain_gradients[path], atol=atol, err_msg=path)
+    unrolled, _ = abstract(hf_config, kind, unroll=True, remat="none")
+    np.testing.assert_allclose(run(unrolled, loaded)[0], hidden, atol=3e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+def test_a_decoder_computes_the_same_on_every_mesh(folders, sizes, dtype):
+    folder, hf_config = folders["llama"]
+    graphdef, state = abstract(hf_config, "nf4", dtype=dtype)
+    alone = run(graphdef, load(folder, hf_config, state, mesh_of({"fsdp": 1})))
+    mesh = mesh_of(sizes)
+    together = run(graphdef, load(folder, hf_config, state, mesh), mesh)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(together[0], alone[0], atol=tolerance * np.abs(alone[0]).max())
+    for path, gradient in together[1].items():
+        expected = alone[1][path]
+        np.testing.assert_allclose(gradient, expected, atol=2 * tolerance * np.abs(expected).max(), err_msg=path)
