@@ -19,7 +19,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 
 from jaxsft.batch import Batch
@@ -28,7 +27,7 @@ from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import check_positions, decoder_maker
 from jaxsft.mesh import batch_sharding, check_divisible, make_mesh
 from jaxsft.model.abstract import abstract_model
-from jaxsft.model.families.known import decoder_config
+from jaxsft.model.families.known import decoder_config, family
 from jaxsft.setup import Setup
 from jaxsft.training import compiler_options
 from jaxsft.training.matmuls import Matmul, read_matmuls
@@ -91,20 +90,20 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
     mesh = make_mesh(config.mesh, devices_of(topology, num_slices=num_slices))
     path = pathlib.Path(config.model.path)
     if path.suffix == ".json":
-        structure = decoder_config(json.loads(path.read_text()))
-        model = abstract_model(decoder_maker(config.model, structure))
+        hf_config = json.loads(path.read_text())
+        structure = decoder_config(hf_config)
+        model = abstract_model(decoder_maker(config.model, structure, config.lora, family(hf_config)))
     else:
         pretrained = Setup(config).pretrained
         structure, model = pretrained.decoder_config, pretrained.model
     rows, length = config.train.batch_size, config.data.seq_len
     check_positions(structure, length)
     sizes = {"train.microbatch_size (b)": config.train.microbatch_rows, "data.seq_len (t)": length}
-    check_divisible(mesh, model.params, sizes)
+    check_divisible(mesh, model.weights, sizes)
 
-    frozen = nnx.State({})
     with mock.patch.dict(compiler_options.TPU, clear=plain):
         step = make_train_step(
-            model, frozen, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
+            model, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
         )
         options = compiler_options.describe_options(mesh)
     dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
@@ -113,7 +112,7 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
     )
     began = time.process_time()
     with jax.set_mesh(mesh):
-        traced = step.trace(abstract_state(model.params, config.optim, mesh), frozen, batch)
+        traced = step.trace(abstract_state(model.params, config.optim, mesh), model.frozen, batch)
         compiled = traced.lower().compile()
     seconds = time.process_time() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()

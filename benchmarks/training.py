@@ -275,18 +275,18 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
         shardings=shardings(mesh, model.params),
         vocab_size=config.vocab_size,
     )
-    optim, frozen = OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0), nnx.State({})
+    optim = OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
     state = init_state(params, optim, mesh)
     packed = dict(np.load(folder / "packed.npz"))
     num_microbatches = settings["batch_size"] // settings["microbatch_size"]
-    step = make_train_step(model, frozen, optim, num_steps=1000, num_microbatches=num_microbatches, mesh=mesh)
+    step = make_train_step(model, optim, num_steps=1000, num_microbatches=num_microbatches, mesh=mesh)
     seconds, counts, startup = [], [], 0.0
     for number in range(settings["steps"] + 1):
         rows = Batch(**{key: leaf[number] for key, leaf in packed.items()})
         at = time.perf_counter()
         batch = put_batch(lambda part, rows=rows: Batch(*(leaf[part] for leaf in rows)), rows.tokens.shape, mesh)
         with jax.set_mesh(mesh):
-            state, metrics = jax.block_until_ready(step(state, frozen, batch))
+            state, metrics = jax.block_until_ready(step(state, model.frozen, batch))
         seconds.append(time.perf_counter() - at)
         startup = startup or time.perf_counter() - BEGAN
         tokens, trained = float(metrics.tokens), float(metrics.sums.trained_tokens)

@@ -20,8 +20,9 @@ from jaxsft.batch import Batch
 from jaxsft.chat.encoder import ChatEncoder, asking_encoder
 from jaxsft.config import Config, ConfigError, MeshConfig, ModelConfig
 from jaxsft.config_files import dump_config
-from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
+from jaxsft.model.abstract import whole
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.rows.messages import Message
 from jaxsft.setup import Setup
@@ -29,9 +30,6 @@ from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.step import TrainState, forward_loss, make_train_step
 from jaxsft.training.step import init_state as make_state
-
-NOTHING: Any = nnx.State({})
-"""Parameters that are not trained."""
 
 
 class Batches:
@@ -64,9 +62,11 @@ class Batches:
 class LoadedModel:
     """A model with its parameters on a mesh, and its tokenizer."""
 
-    def __init__(self, opened: OpenTokenizer, pretrained: Pretrained, mesh: Mesh, params: Any) -> None:
+    def __init__(self, opened: OpenTokenizer, pretrained: Pretrained, mesh: Mesh, weights: Any) -> None:
         """Use `load_model`."""
-        self._opened, self._pretrained, self._params = opened, pretrained, params
+        self._opened, self._pretrained = opened, pretrained
+        self._params, self.frozen = pretrained.model.split(weights)
+        """What is not trained: nothing, but where the config has adapters."""
         self._examiners: dict[str, Examiner | None] = {}
         self._generator: Generator | None = None
         self._encoder: ChatEncoder | None = None
@@ -96,7 +96,7 @@ class LoadedModel:
 
     def hidden(self, params: Any, batch: Batch) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in the compute dtype. Pure: for `jax.jit` and `jax.grad`."""
-        decoder = nnx.merge(self._pretrained.model.graphdef, params)
+        decoder = nnx.merge(self._pretrained.model.graphdef, params, self.frozen)
         return decoder(batch.tokens, batch.segment_ids, batch.positions).hidden
 
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
@@ -104,12 +104,15 @@ class LoadedModel:
 
         They need B * T * V * 4 bytes, which `loss` never does. Pure.
         """
-        decoder = nnx.merge(self._pretrained.model.graphdef, params)
+        decoder = nnx.merge(self._pretrained.model.graphdef, params, self.frozen)
         return decoder.logits(hidden)[..., : self.config.vocab_size]
 
     def loss(self, params: Any, batch: Batch) -> LossSums:
         """The sums of the masked next-token loss of a batch; `loss_sum / weight_sum` is the loss. Pure."""
-        return forward_loss(self._pretrained.model.graphdef, params, NOTHING, batch)[0]
+        return forward_loss(self._pretrained.model.graphdef, self._whole(params), batch)[0]
+
+    def _whole(self, params: Any) -> Any:
+        return whole(self.params if params is None else params, self.frozen)
 
 
 def prepare(config: Config) -> Batches:
@@ -139,7 +142,7 @@ def load_model(source: Config | str | os.PathLike[str]) -> LoadedModel:
         config = ModelConfig(path=os.fspath(source), remat="none")
         opened, seed = open_tokenizer(config), 0
         pretrained, mesh = open_model(config, opened), make_mesh(MeshConfig())
-    return LoadedModel(opened, pretrained, mesh, load_params(pretrained, mesh, seed=seed))
+    return LoadedModel(opened, pretrained, mesh, load_weights(pretrained, mesh, seed=seed))
 
 
 def init_state(config: Config, model: LoadedModel) -> TrainState:
@@ -157,22 +160,22 @@ def train_step(
     finite, the state comes back as it was, and `metrics.skipped` is 1.
 
     Args:
-        config: `optim`, `train.batch_size` and `train.microbatch_size` are taken.
+        config: `optim`, `loss`, `train.batch_size` and `train.microbatch_size` are taken.
         model: whose structure is trained.
         num_steps: steps of the whole run, for the schedule.
     """
     step = make_train_step(
         model._pretrained.model,
-        NOTHING,
         config.optim,
         num_steps=num_steps,
         num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
+        loss=config.loss,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         with jax.set_mesh(model.mesh):
-            return step(state, NOTHING, batch)
+            return step(state, model.frozen, batch)
 
     return run
 
@@ -197,7 +200,7 @@ def evaluate(config: Config, model: LoadedModel, params: Any = None) -> Result:
     examiner = model._examiners[key]
     if examiner is None:
         raise ConfigError("data.eval: required to evaluate, not given")
-    return examiner.examine(model.params if params is None else params)
+    return examiner.examine(model._whole(params))
 
 
 def generate(
@@ -245,7 +248,7 @@ def generate(
         model._encoder = asking_encoder(model.tokenizer)
     generator, encoder = model._generator, model._encoder
     answers = generator.answers(
-        model.params if params is None else params,
+        model._whole(params),
         [encoder.prompt(messages) for messages in conversations],
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_p, seed),
@@ -267,5 +270,4 @@ def export(model: LoadedModel, folder: str | os.PathLike[str], params: Any = Non
     Raises:
         ConfigError, WriteError: it cannot be written there.
     """
-    params = model.params if params is None else params
-    export_model(model._pretrained, model._opened, params, pathlib.Path(folder), say=print)
+    export_model(model._pretrained, model._opened, model._whole(params), pathlib.Path(folder), say=print)

@@ -72,7 +72,8 @@ def preview_command(args: argparse.Namespace) -> int:
 def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
     from jaxsft.answers.evaluate import describe
-    from jaxsft.folders.pretrained import load_params
+    from jaxsft.folders.pretrained import load_weights
+    from jaxsft.model.abstract import whole
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
     from jaxsft.training.step import abstract_state
@@ -85,11 +86,11 @@ def evaluate_command(args: argparse.Namespace) -> int:
         state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
     if state is None:
         print(f"no checkpoint in {folder}: evaluating {config.model.path} ({config.model.weights} weights)")
-        params = load_params(setup.pretrained, mesh, seed=config.seed)
+        weights = load_weights(setup.pretrained, mesh, seed=config.seed)
     else:
         print(f"evaluating checkpoint {int(state.step)} of {folder}")
-        params = state.params
-    print(describe(setup.examiner.examine(params)))
+        weights = whole(state.params, setup.load_frozen())
+    print(describe(setup.examiner.examine(weights)))
     return 0
 
 

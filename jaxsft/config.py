@@ -304,6 +304,67 @@ class OptimConfig(Section):
         return self
 
 
+Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
+
+
+class LoraConfig(Section):
+    """Adapters of low rank on a frozen model (Hu et al. 2021): `x W` becomes `x W + alpha / rank * x A B`."""
+
+    rank: PositiveInt
+    """Columns of A and rows of B."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of what adapters add, times their rank; left out: twice `rank`, whatever `rank_pattern` says."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of A that are set to 0 in training, the others scaled up."""
+    targets: Patterns = ["all_linear"]
+    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
+    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
+    layers\\.[0-9]\\..*_proj."""
+    exclude: Patterns = []
+    """Which of the targets get none; in the words of `targets`."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Other ranks, by regular expressions for the end of a map's name, such as {down_proj: 32}; the first counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, likewise."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Outputs keep a trained magnitude, and adapters turn their direction (Liu et al. 2024)."""
+
+
+class LossConfig(Section):
+    """What is minimised in place of the plain loss, which is reported all the same (docs/losses.md)."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of logsumexp(logits)^2 beside the loss of each trained token: it keeps the logits from drifting."""
+    dft: bool = False
+    """Multiply the loss of each token by its probability, taken as a constant (dynamic fine-tuning); not together with
+    `label_smoothing`."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Add noise to the embeddings in training: uniform, at most alpha / sqrt(tokens of the example * model width)."""
+
+    @property
+    def asked(self) -> list[str]:
+        """Keys that ask for something."""
+        return [key for key in type(self).model_fields if getattr(self, key)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the plain loss that is minimised, with or without noise."""
+        return not set(self.asked) - {"neftune_alpha"}
+
+    @model_validator(mode="after")
+    def _checked(self) -> "LossConfig":
+        if self.dft and self.label_smoothing:
+            raise ValueError(
+                "`dft` with `label_smoothing`: the first weights a loss of the target alone, the second spreads the "
+                "target over the vocabulary; give one of them"
+            )
+        return self
+
+
 class MeshConfig(Section):
     """How the devices are divided: the product of all sizes is their number."""
 
@@ -377,6 +438,8 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig | None = None
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

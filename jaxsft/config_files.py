@@ -209,8 +209,9 @@ def config_keys() -> list[tuple[str, str, str, str]]:
 def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            leaves += _leaves(field.annotation, f"{prefix}{name}.")
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        if inner := next((kind for kind in kinds if issubclass(kind, Section)), None):
+            leaves += _leaves(inner, f"{prefix}{name}.")
         elif field.annotation == list[SourceConfig]:
             leaves += [(prefix + name, field), *_leaves(SourceConfig, f"{prefix}{name}.N.")]
         else:

@@ -39,7 +39,9 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "j": (),
     "l": (),
     "o": ("tensor", "fsdp", "expert", "context"),
+    "r": (),
     "s": (),
+    "w": (),
 }
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over, where no dim before it is (`cut_axes`).
 
@@ -308,6 +310,7 @@ DIM_WORDS = {
     "i": "number of bytes or blocks in a row of a quantised weight",
     "l": "number of layers",
     "o": "number of rows of a quantised weight",
+    "r": "rank of adapters",
 }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -33,6 +32,7 @@ from jaxsft.folders.pretrained import (
     Pretrained,
     check_positions,
     compute_dtype,
+    load_weights,
     open_model,
     open_tokenizer,
 )
@@ -109,7 +109,7 @@ class Setup:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model without its weights. Raises ConfigError, see `open_model`."""
-        return open_model(self.config.model, self.tokenizer)
+        return open_model(self.config.model, self.tokenizer, self.config.lora)
 
     @functools.cached_property
     def loader(self) -> Loader | StreamLoader:
@@ -155,7 +155,7 @@ class Setup:
             raise ConfigError(f"{keys}: no effect on {config.model.path}, which is no mixture of experts")
         key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
         sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
-        check_divisible(mesh, self.pretrained.model.params, sizes)
+        check_divisible(mesh, self.pretrained.model.weights, sizes)
 
     @functools.cached_property
     def attention(self) -> str:
@@ -211,27 +211,38 @@ class Setup:
         sets = [self._held_out(name, source) for name, source in self.config.data.eval.items()]
         if not sets:
             return None
-        model, frozen = self.pretrained.model, self.frozen
         return Examiner(
-            self.config.eval, model=model, frozen=frozen, mesh=self.mesh, sets=sets, tokenizer=self.tokenizer
+            self.config.eval, model=self.pretrained.model, mesh=self.mesh, sets=sets, tokenizer=self.tokenizer
         )
 
+    def load_frozen(self) -> Any:
+        """The weights that are not trained, from where they lie; nothing is read where there are none."""
+        model = self.pretrained.model
+        if not jax.tree.leaves(model.frozen):
+            return model.frozen
+        return model.split(load_weights(self.pretrained, self.mesh, seed=self.config.seed))[1]
+
     @property
-    def frozen(self) -> Any:
-        """Parameters that are not trained: none."""
-        return nnx.State({})
+    def noise_seed(self) -> int | None:
+        """Of what a step draws; None where it draws nothing."""
+        lora = self.config.lora
+        return self.config.seed if lora is not None and lora.dropout else None
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be continued: the data in its order, and the model."""
         model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()
-        return self.loader.fingerprint | {
-            "seed": self.config.seed,
-            "data.packing": self.config.data.packing,
-            "train.batch_size": self.config.train.batch_size,
-            "model.weights": self.config.model.weights,
-            "model: config.json": hashlib.sha256(model).hexdigest()[:16],
-        }
+        return (
+            self.loader.fingerprint
+            | {
+                "seed": self.config.seed,
+                "data.packing": self.config.data.packing,
+                "train.batch_size": self.config.train.batch_size,
+                "model.weights": self.config.model.weights,
+                "model: config.json": hashlib.sha256(model).hexdigest()[:16],
+            }
+            | ({} if self.config.lora is None else {"lora": self.config.lora.model_dump()})
+        )
 
     @property
     def notes(self) -> list[str]:

@@ -26,7 +26,8 @@ from jaxsft.config_files import config_changes, dump_config
 from jaxsft.disk.locks import Lock
 from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
-from jaxsft.folders.pretrained import export_model, load_params
+from jaxsft.folders.pretrained import export_model, load_weights
+from jaxsft.model.abstract import whole
 from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
@@ -87,9 +88,9 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             setup.loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
         # The state: where a former start of this run left off, or the weights to begin with.
-        state = _first_state(setup, checkpointer, stop, console)
+        state, frozen = _first_state(setup, checkpointer, stop, console)
         first = int(state.step)
-        console.say(_summary(setup, state))
+        console.say(_summary(setup, state, frozen))
         logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
         export = folder / "export"
         if first >= setup.num_steps and export.exists():
@@ -102,13 +103,13 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         logbook.open()
         closing.enter_context(contextlib.closing(logbook))
 
-        last_state = yield from _steps(setup, state, logbook, checkpointer, stop)
+        last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, stop)
         if last_state is None:
             return
         stop.doing = "finishing the export"
         logbook.check()
         console.say(f"exporting to {export}")
-        export_model(setup.pretrained, setup.tokenizer, last_state.params, export, say=console.say)
+        export_model(setup.pretrained, setup.tokenizer, whole(last_state.params, frozen), export, say=console.say)
         if jax.process_index() == 0:
             console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     console.say(f"model, ready for transformers: {export}")
@@ -118,19 +119,25 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
 
 
 def _steps(
-    setup: Setup, state: TrainState, logbook: Logbook, checkpointer: Checkpointer, stop: StopSignal
+    setup: Setup, state: TrainState, frozen: Any, logbook: Logbook, checkpointer: Checkpointer, stop: StopSignal
 ) -> Generator[Event, None, TrainState | None]:
     """The loop: returns the state after the last step, or None where the run was asked to stop before that."""
-    config, mesh, frozen, num_steps = setup.config, setup.mesh, setup.frozen, setup.num_steps
+    config, mesh, num_steps = setup.config, setup.mesh, setup.num_steps
     first = done = int(state.step)
     model, num_microbatches = setup.pretrained.model, config.train.num_microbatches
     train_step = make_train_step(
-        model, frozen, config.optim, num_steps=num_steps, num_microbatches=num_microbatches, mesh=mesh
+        model,
+        config.optim,
+        num_steps=num_steps,
+        num_microbatches=num_microbatches,
+        mesh=mesh,
+        noise_seed=setup.noise_seed,
+        loss=config.loss,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)
     best_loss = checkpointer.best_loss()
-    if first == 0 and (evaluated := _evaluate(0, state.params, setup, logbook, stop)):
+    if first == 0 and (evaluated := _evaluate(0, whole(state.params, frozen), setup, logbook, stop)):
         yield evaluated
     with contextlib.closing(profiler), contextlib.closing(prefetch(setup.place_batch, first, num_steps)) as batches:
         logbook.begin()
@@ -158,7 +165,9 @@ def _steps(
                     profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                     if line is not None:
                         yield Line(done, line)
-                    evaluated = _evaluate(done, state.params, setup, logbook, stop) if due.evaluate else None
+                    evaluated = None
+                    if due.evaluate:
+                        evaluated = _evaluate(done, whole(state.params, frozen), setup, logbook, stop)
                     if evaluated is not None:
                         yield evaluated
                     if is_last and (names := non_finite(state.params)):
@@ -208,8 +217,10 @@ def _check(setup: Setup) -> None:
     setup.check_overlap()
 
 
-def _first_state(setup: Setup, checkpointer: Checkpointer, stop: StopSignal, console: Console) -> TrainState:
-    """The state of the newest checkpoint, or that before step 0."""
+def _first_state(
+    setup: Setup, checkpointer: Checkpointer, stop: StopSignal, console: Console
+) -> tuple[TrainState, Any]:
+    """The state of the newest checkpoint, or that before step 0; and what is not trained."""
     config, mesh = setup.config, setup.mesh
     stop.doing = "reading the checkpoint, and stopping then"
     if steps := sealed_steps(setup.folder / "checkpoints"):
@@ -219,15 +230,20 @@ def _first_state(setup: Setup, checkpointer: Checkpointer, stop: StopSignal, con
         check_progress(setup.folder)
         stop.doing = "loading the weights, saving then"
         console.say(f"loading {config.model.path} ({config.model.weights} weights)")
-        state = init_state(load_params(setup.pretrained, mesh, seed=config.seed), config.optim, mesh)
+        weights = load_weights(setup.pretrained, mesh, seed=config.seed)
+        params, frozen = setup.pretrained.model.split(weights)
+        state = init_state(params, config.optim, mesh)
+    else:
+        frozen = setup.load_frozen()
     checkpointer.tidy()
-    return state
+    return state, frozen
 
 
-def _summary(setup: Setup, state: TrainState) -> str:
+def _summary(setup: Setup, state: TrainState, frozen: Any) -> str:
     return start_summary(
         setup.config,
         state,
+        frozen,
         setup.loader,
         setup.mesh,
         num_steps=setup.num_steps,
@@ -243,7 +259,7 @@ def _open_logbook(setup: Setup, step: int, saved: dict[str, Any], console: Conso
         setup.folder,
         setup.loader,
         console,
-        Speedometer(setup.pretrained.model.params, setup.pretrained.decoder_config),
+        Speedometer(setup.pretrained.model, setup.pretrained.decoder_config),
         step=step,
         num_steps=setup.num_steps,
         saved=saved,
@@ -251,13 +267,13 @@ def _open_logbook(setup: Setup, step: int, saved: dict[str, Any], console: Conso
     )
 
 
-def _evaluate(step: int, params: Any, setup: Setup, logbook: Logbook, stop: StopSignal) -> Evaluated | None:
+def _evaluate(step: int, weights: Any, setup: Setup, logbook: Logbook, stop: StopSignal) -> Evaluated | None:
     """Looks at the held-out rows, if there are any."""
     if setup.examiner is None:
         return None
     stop.doing = f"evaluating at step {step}, saving then"
     logbook.say(f"step {step}: evaluating on held-out rows")
-    result = setup.examiner.examine(params)
+    result = setup.examiner.examine(weights)
     logbook.write({"step": step} | result.metrics)
     logbook.say(f"step {step}  {describe(result)}")
     return Evaluated(step, result.metrics, result.samples)

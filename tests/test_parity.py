@@ -26,7 +26,7 @@ from jaxsft.batches.prepare import prepare
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import DataConfig, EvalConfig, MeshConfig, ModelConfig, OptimConfig
 from jaxsft.folders import hf
-from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.rows.formats import load_items
 from jaxsft.training.step import init_state, make_eval_step, make_train_step, put_batch
@@ -190,9 +190,9 @@ def setup(request) -> Setup:
 
 def train_ours(setup: Setup) -> Trained:
     mesh, model = one_device(), setup.pretrained.model
-    state = init_state(load_params(setup.pretrained, mesh, seed=0), setup.optim, mesh)
+    state = init_state(load_weights(setup.pretrained, mesh, seed=0), setup.optim, mesh)
     train_step: Any = make_train_step(
-        model, NOTHING, setup.optim, num_steps=NUM_STEPS, num_microbatches=setup.num_microbatches, mesh=mesh
+        model, setup.optim, num_steps=NUM_STEPS, num_microbatches=setup.num_microbatches, mesh=mesh
     )
     metrics = []
     with jax.set_mesh(mesh):
@@ -359,7 +359,7 @@ def generator(setup) -> Generator:
 def test_first_weights_answer_prompts_of_any_length_as_in_transformers(setup, generator, questions):
     """The pretrained weights of stories260K, and random ones."""
     prompts = [question.tokens for question in questions]
-    params = load_params(setup.pretrained, one_device(), seed=0)
+    params = load_weights(setup.pretrained, one_device(), seed=0)
     answers = generator.answers(params, prompts, max_new_tokens=NEW_TOKENS)
     model = load_theirs(setup.pretrained.folder).eval()
     model.generation_config.eos_token_id = None
@@ -408,7 +408,7 @@ def test_a_mesh_gives_the_answers_of_one_device(setup, exported, questions, unst
     check_divisible(mesh, opened.model.params, {})
     generator = Generator(opened.model, mesh, stop_ids=[])
     prompts = [question.tokens for question in questions]
-    answers = generator.answers(load_params(opened, mesh, seed=0), prompts, max_new_tokens=NEW_TOKENS)
+    answers = generator.answers(load_weights(opened, mesh, seed=0), prompts, max_new_tokens=NEW_TOKENS)
     assert answers == unstopped
 
 
@@ -425,7 +425,7 @@ def talker(llama) -> Talker:
     mesh = one_device()
     prompts = [llama.data.example(index).tokens.tolist()[:length] for index, length in enumerate((20, 5, 12))]
     generator = Generator(llama.pretrained.model, mesh, stop_ids=[])
-    return Talker(generator, load_params(llama.pretrained, mesh, seed=0), prompts)
+    return Talker(generator, load_weights(llama.pretrained, mesh, seed=0), prompts)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=3)])
@@ -567,8 +567,8 @@ def test_held_out_loss_is_that_of_the_examples_one_by_one(
     mesh = make_mesh_of()
     opened = open_model(ModelConfig(path=str(exported)), setup.tokenizer)
     loader = uneven_loader(setup.data, setup.data_config.seq_len, batch_sizes, seed=1, packing=packing, shuffle=False)
-    eval_step = make_eval_step(opened.model, NOTHING, mesh)
-    sums = evaluate.held_out_sums(eval_step, load_params(opened, mesh, seed=0), NOTHING, loader, mesh)
+    eval_step = make_eval_step(opened.model, mesh)
+    sums = evaluate.held_out_sums(eval_step, load_weights(opened, mesh, seed=0), loader, mesh)
     metrics = evaluate.held_out_loss(sums)
     assert metrics["eval_loss"] == pytest.approx(their_sums["loss"], rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(their_sums["loss"]), rel=1e-4)
@@ -607,10 +607,9 @@ def test_evaluation_without_sample_answers_measures_the_loss_alone(llama):
     examiner = evaluate.Examiner(
         EvalConfig(samples=0),
         model=llama.pretrained.model,
-        frozen=NOTHING,
         mesh=mesh,
         sets=[evaluate.HeldOut("eval", llama.loader, [])],
         tokenizer=llama.tokenizer,
     )
-    result = examiner.examine(load_params(llama.pretrained, mesh, seed=0))
+    result = examiner.examine(load_weights(llama.pretrained, mesh, seed=0))
     assert result.samples == {"eval": []} and 4 < result.metrics["eval_loss"] < 12

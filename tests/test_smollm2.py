@@ -8,7 +8,7 @@ from compilation import AS_FOR_USERS
 
 from jaxsft.answers.generate import Generator
 from jaxsft.config import MeshConfig, ModelConfig
-from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 
 NUM_PROMPTS, NEW_TOKENS = 20, 48
@@ -36,7 +36,7 @@ def test_twenty_greedy_answers_are_those_of_transformers_token_by_token(smollm2,
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     pretrained = open_model(config, tokenizer)
     generator = Generator(pretrained.model, mesh, stop_ids=[])
-    ours = generator.answers(load_params(pretrained, mesh, seed=0), prompts, max_new_tokens=NEW_TOKENS)
+    ours = generator.answers(load_weights(pretrained, mesh, seed=0), prompts, max_new_tokens=NEW_TOKENS)
 
     # Greedy, token by token: of all that stands before each token of an answer, it is the most likely next one.
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()

@@ -10,7 +10,7 @@ from typing import Any
 from jaxsft.answers.generate import Generator, Sampling
 from jaxsft.chat.encoder import asking_encoder
 from jaxsft.config import MeshConfig, ModelConfig
-from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.rows.messages import Message
 from jaxsft.rows.sources import DataError
@@ -28,7 +28,7 @@ def converse(model_dir: str, *, system: str | None, sampling: Sampling, max_new_
     tokenizer = open_tokenizer(config)
     pretrained = open_model(config, tokenizer)
     mesh = make_mesh(MeshConfig())
-    params = load_params(pretrained, mesh, seed=0)
+    weights = load_weights(pretrained, mesh, seed=0)
     encoder = asking_encoder(tokenizer.tokenizer)
     generator = Generator(pretrained.model, mesh, stop_ids=tokenizer.stops)
     beginning: list[Message] = [{"role": "system", "content": system}] if system else []
@@ -46,7 +46,7 @@ def converse(model_dir: str, *, system: str | None, sampling: Sampling, max_new_
             messages.pop()
             continue
         answer = ""
-        tokens = generator.stream(params, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        tokens = generator.stream(weights, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
         for piece in _pieces(tokens, tokenizer.tokenizer, generator.stop_ids):
             print(piece, end="", flush=True)
             answer += piece

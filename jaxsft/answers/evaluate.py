@@ -76,14 +76,14 @@ class Result(NamedTuple):
     """By set."""
 
 
-def held_out_sums(eval_step: Callable, params: Any, frozen: Any, loader: Loader, mesh: Mesh) -> np.ndarray:
+def held_out_sums(eval_step: Callable, weights: Any, loader: Loader, mesh: Mesh) -> np.ndarray:
     """`LossSums` over one pass, float64."""
     totals = np.zeros(len(LossSums._fields))
     for step in range(loader.steps_per_epoch):
         batch = put_batch(functools.partial(loader.batch, step), loader.shape, mesh)
         with jax.set_mesh(mesh):
             # Added up in float64 on the host: float32 cannot count beyond 2^24 tokens.
-            totals += np.array(jax.device_get(eval_step(params, frozen, batch)), np.float64)
+            totals += np.array(jax.device_get(eval_step(weights, batch)), np.float64)
     return totals
 
 
@@ -209,11 +209,11 @@ def judge(question: Question, tokens: Sequence[int], tokenizer: Any, *, stop_ids
 
 
 def answer_questions(
-    questions: Sequence[Question], generator: Generator, params: Any, tokenizer: Any, config: EvalConfig
+    questions: Sequence[Question], generator: Generator, weights: Any, tokenizer: Any, config: EvalConfig
 ) -> list[Answer]:
     """Greedy answers; to all questions where exact match is asked for, else to the samples that are shown."""
     questions = questions if config.exact_match else questions[: config.samples]
-    found = generator.answers(params, [q.tokens for q in questions], max_new_tokens=config.max_new_tokens)
+    found = generator.answers(weights, [q.tokens for q in questions], max_new_tokens=config.max_new_tokens)
     return [
         judge(question, tokens, tokenizer, stop_ids=generator.stop_ids)
         for question, tokens in zip(questions, found, strict=True)
@@ -235,24 +235,26 @@ class Examiner:
         config: EvalConfig,
         *,
         model: Model,
-        frozen: Any,
         mesh: Mesh,
         sets: Sequence[HeldOut],
         tokenizer: OpenTokenizer,
     ) -> None:
-        self._config, self._frozen, self._mesh = config, frozen, mesh
+        self._config, self._mesh = config, mesh
         self.sets, self._tokenizer = sets, tokenizer.tokenizer
-        self._eval_step = make_eval_step(model, frozen, mesh)
+        self._eval_step = make_eval_step(model, mesh)
         self._generator = Generator(model, mesh, stop_ids=tokenizer.stops)
 
-    def examine(self, params: Any) -> Result:
-        """Measures the loss and, where samples or exact match are asked for, answers questions greedily."""
+    def examine(self, weights: Any) -> Result:
+        """Measures the loss and, where samples or exact match are asked for, answers questions greedily.
+
+        `weights` are all of a state, trained or not.
+        """
         all_sums, all_answers = np.zeros(len(LossSums._fields)), []
         each: dict[str, float] = {}
         samples = {}
         for name, loader, questions in self.sets:
-            sums = held_out_sums(self._eval_step, params, self._frozen, loader, self._mesh)
-            answers = answer_questions(questions, self._generator, params, self._tokenizer, self._config)
+            sums = held_out_sums(self._eval_step, weights, loader, self._mesh)
+            answers = answer_questions(questions, self._generator, weights, self._tokenizer, self._config)
             all_sums += sums
             all_answers += answers
             each |= {f"{key}/{name}": value for key, value in self._metrics(sums, answers).items()}

@@ -45,12 +45,12 @@ class Generator:
         self._mesh = mesh
         self.stop_ids = frozenset(stop_ids)
         graphdef = model.graphdef
-        config = nnx.merge(graphdef, model.params).config
+        config = nnx.merge(*model).config
         self._ropes = config.ropes
         self._num_positions = config.max_position if config.learned_positions else math.inf
 
         def advance(
-            params: Any,
+            weights: Any,
             cache: Cache,
             tokens: Any,
             segment_ids: Any,
@@ -63,32 +63,32 @@ class Generator:
 
             `number` counts the tokens drawn so far.
             """
-            decoder = nnx.merge(graphdef, params)
+            decoder = nnx.merge(graphdef, weights)
             hidden, cache, _ = decoder(tokens, segment_ids, positions, cache=cache)
             hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
             logits = decoder.logits(hidden)[:, 0]
             key = jax.random.fold_in(jax.random.key(sampling.seed), number)
             return cache, draw(logits, sampling, key)
 
-        def make_cache(params: Any, rows: int, size: int) -> Cache:
-            return nnx.merge(graphdef, params).make_cache(rows, size)
+        def make_cache(weights: Any, rows: int, size: int) -> Cache:
+            return nnx.merge(graphdef, weights).make_cache(rows, size)
 
         # Only the rows are sharded; within the step the partitioner decides, since training's constraints do not fit
         # single tokens.
         self._rows, whole = NamedSharding(mesh, partition_spec("b")), replicated(mesh)
-        params = shardings(mesh, model.params)
+        weights = shardings(mesh, model.weights)
         # Every process passes the same prompts and sees all the answers.
         self._advance = jax.jit(
             advance,
-            in_shardings=(params, None, self._rows, self._rows, self._rows, self._rows, whole, whole),
+            in_shardings=(weights, None, self._rows, self._rows, self._rows, self._rows, whole, whole),
             out_shardings=(None, whole),
             donate_argnums=1,
         )
-        self._make_cache = jax.jit(make_cache, static_argnums=(1, 2), in_shardings=(params,))
+        self._make_cache = jax.jit(make_cache, static_argnums=(1, 2), in_shardings=(weights,))
 
     def answers(
         self,
-        params: Any,
+        weights: Any,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -103,7 +103,7 @@ class Generator:
             ConfigError: a prompt is longer than the model's table of positions.
         """
         answers: list[list[int]] = []
-        for columns, group in self._groups(params, prompts, max_new_tokens, sampling):
+        for columns, group in self._groups(weights, prompts, max_new_tokens, sampling):
             found: list[list[int]] = [[] for _ in group]
             for column in columns:
                 for prompt, answer, token in zip(group, found, column, strict=False):
@@ -119,17 +119,17 @@ class Generator:
         return not stopped and len(prompt) + len(answer) <= self._num_positions
 
     def stream(
-        self, params: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY
+        self, weights: Any, prompt: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[int]:
         """The answer to one prompt, token by token as they are made, the stop id last."""
-        for columns, _ in self._groups(params, [prompt], max_new_tokens, sampling):
+        for columns, _ in self._groups(weights, [prompt], max_new_tokens, sampling):
             for length, column in enumerate(columns, start=len(prompt)):
                 yield int(column[0])
                 if int(column[0]) in self.stop_ids or length >= self._num_positions:
                     return
 
     def _groups(
-        self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+        self, weights: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
     ) -> Iterator[tuple[Iterator[np.ndarray], Sequence[Sequence[int]]]]:
         """Groups of prompts that are answered at once, with their columns of tokens [B], B at least as many."""
         if not all(prompts):
@@ -143,11 +143,11 @@ class Generator:
             group = prompts[first : first + rows]
             # Each group draws its own numbers; the first one those of the seed, as `stream` does.
             group_sampling = sampling._replace(seed=sampling.seed + first)
-            yield self._columns(params, group, (rows, size), max_new_tokens, group_sampling), group
+            yield self._columns(weights, group, (rows, size), max_new_tokens, group_sampling), group
 
     def _columns(
         self,
-        params: Any,
+        weights: Any,
         prompts: Sequence[Sequence[int]],
         shape: tuple[int, int],
         max_new_tokens: int,
@@ -169,14 +169,14 @@ class Generator:
                 # All tokens so far are read again: with this length, the keys that were cached before have other
                 # angles.
                 size = max(size, _round_up(int(lengths.max()), PROMPT_MULTIPLE))
-                cache = self._make_cache(params, rows, size + max_new_tokens)
+                cache = self._make_cache(weights, rows, size + max_new_tokens)
                 segment_ids = (np.arange(size) < lengths[:, None]).astype(np.int32)
                 read = sequences[:, :size], segment_ids, np.arange(size, dtype=np.int32) * segment_ids
                 last = np.maximum(lengths - 1, 0)
             else:
                 read = next_tokens[:, None], np.ones((rows, 1), np.int32), lengths[:, None] - 1
                 last = np.zeros(rows, np.int32)
-            cache, column = self._advance(params, cache, *map(self._put, (*read, last)), i, sampling)
+            cache, column = self._advance(weights, cache, *map(self._put, (*read, last)), i, sampling)
             next_tokens = np.asarray(column)
             yield next_tokens
             sequences[np.arange(rows), lengths] = next_tokens

@@ -19,7 +19,7 @@ from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import dump_config
 from jaxsft.disk.writing import check_space
-from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_params
+from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_weights
 from jaxsft.report.columns import figures_of
 from jaxsft.report.records import Report, Run
 from jaxsft.setup import Setup
@@ -108,12 +108,12 @@ def write_model(config: Config, folder: pathlib.Path) -> None:
     exported = setup.pretrained._replace(
         config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
     )
-    export_model(exported, setup.tokenizer, load_params(setup.pretrained, setup.mesh, seed=config.seed), folder)
+    export_model(exported, setup.tokenizer, load_weights(setup.pretrained, setup.mesh, seed=config.seed), folder)
 
 
 def _num_bytes(pretrained: Pretrained) -> int:
     """Bytes of all parameters in float32, in which they are exchanged."""
-    return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pretrained.model.params))
+    return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pretrained.model.weights))
 
 
 def _check_comparable(config: Config, num_steps: int) -> None:
@@ -126,6 +126,7 @@ def _check_comparable(config: Config, num_steps: int) -> None:
         for key in ("router_balance", "router_z")
         if getattr(config.optim, key)
     ]
+    problems += [f"loss.{key}: compared is the plain loss; leave it out" for key in config.loss.asked]
     if config.data.stream:
         problems.append("data.stream: true, but only prepared rows can be compared; set it to false")
     dtypes = {"model.param_dtype": config.model.param_dtype, "optim.moment_dtype": config.optim.moment_dtype}

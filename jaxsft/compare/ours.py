@@ -23,14 +23,14 @@ from safetensors.numpy import save_file
 from jaxsft.batch import Batch
 from jaxsft.config import Config
 from jaxsft.config_files import load_config
-from jaxsft.folders.pretrained import Pretrained, load_params
+from jaxsft.folders.pretrained import Pretrained, load_weights
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.mesh import ROW_AXES
+from jaxsft.model.abstract import whole
 from jaxsft.setup import Setup
 from jaxsft.training.metrics import Totals, memory_gib, summarise, to_json_line
 from jaxsft.training.step import divisor, init_state, make_train_step, split_microbatches, summed_gradients
 
-NOTHING: Any = nnx.State({})
 MAX_FILE_BYTES = 5 * 10**9
 PLACES = ("_name_or_path", "transformers_version", "dtype")
 """Fields of a config that do not say what a model computes."""
@@ -45,18 +45,17 @@ def main(folder: pathlib.Path) -> None:
     ours.mkdir(exist_ok=True)
     setup = Setup(config)
     mesh, pretrained, loader = setup.mesh, setup.pretrained, setup.loader
-    params = load_params(pretrained, mesh, seed=config.seed)
+    params, frozen = pretrained.model.split(load_weights(pretrained, mesh, seed=config.seed))
     num_microbatches, looks_inside = request["num_microbatches"], request["looks_inside"]
 
     with jax.set_mesh(mesh):
         if looks_inside:
-            look_inside(pretrained, params, loader.batch(0), request, ours)
+            look_inside(pretrained, whole(params, frozen), loader.batch(0), request, ours)
             gradients = jax.jit(functools.partial(_gradients, pretrained, config, num_microbatches))
-            _write(pretrained, gradients(params, setup.place_batch(0)), ours / "gradients")
+            _write(pretrained, gradients(params, frozen, setup.place_batch(0)), ours / "gradients")
         state = init_state(params, config.optim, mesh)
         train_step = make_train_step(
             pretrained.model,
-            NOTHING,
             config.optim,
             num_steps=request["schedule_steps"],
             num_microbatches=num_microbatches,
@@ -70,7 +69,7 @@ def main(folder: pathlib.Path) -> None:
                 if looks_inside:
                     batches.append(jax.device_get(batch))
                 at = time.perf_counter()
-                state, of_step = jax.block_until_ready(train_step(state, NOTHING, batch))
+                state, of_step = jax.block_until_ready(train_step(state, frozen, batch))
                 seconds = time.perf_counter() - at
                 line, totals = summarise([jax.device_get(of_step)], totals, batch_positions=math.prod(loader.shape))
                 line |= {"seconds": seconds, "memory_gib": memory_gib()}
@@ -90,13 +89,13 @@ def main(folder: pathlib.Path) -> None:
 
 
 def look_inside(
-    pretrained: Pretrained, params: Any, batch: Batch, request: dict[str, Any], folder: pathlib.Path
+    pretrained: Pretrained, weights: Any, batch: Batch, request: dict[str, Any], folder: pathlib.Path
 ) -> None:
     """What a row becomes at some positions: the residual stream before and after each layer, and the logits."""
     at, positions = request["looked_row"], np.array(request["looked_at"])
 
-    def run(params: Any, row: Batch) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(pretrained.model.graphdef, params, NOTHING)
+    def run(weights: Any, row: Batch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(pretrained.model.graphdef, weights)
         inputs = row.tokens, row.segment_ids, row.positions
         logits = model.logits(model(*inputs).hidden[:, positions])
         return model.residuals(*inputs)[:, 0, positions], logits[0, :, : model.config.vocab_size]
@@ -104,14 +103,16 @@ def look_inside(
     # The row is repeated as often as the mesh cuts rows, since it can only cut evenly.
     copies = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in ROW_AXES)
     row = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf[at : at + 1]), copies, axis=0), batch)
-    residuals, logits = (np.asarray(each, np.float32) for each in jax.jit(run)(params, row))
+    residuals, logits = (np.asarray(each, np.float32) for each in jax.jit(run)(weights, row))
     save_file({"residuals": residuals, "logits": logits}, folder / "first_row.safetensors")
 
 
-def _gradients(pretrained: Pretrained, config: Config, num_microbatches: int, params: Any, batch: Batch) -> Any:
+def _gradients(
+    pretrained: Pretrained, config: Config, num_microbatches: int, params: Any, frozen: Any, batch: Batch
+) -> Any:
     """Gradients of the loss of the first step, before clipping."""
     microbatches = split_microbatches(batch, num_microbatches)
-    sums = summed_gradients(pretrained.model.graphdef, params, NOTHING, microbatches, optim=config.optim)
+    sums = summed_gradients(pretrained.model.graphdef, params, frozen, microbatches, optim=config.optim)
     return jax.tree.map(lambda gradient: gradient / divisor(sums.loss.weight_sum), sums.gradients)
 
 

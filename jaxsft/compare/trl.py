@@ -24,7 +24,7 @@ from jaxsft.compare.hf import read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import dump_config
-from jaxsft.folders.pretrained import compute_dtype, load_params
+from jaxsft.folders.pretrained import compute_dtype, load_weights
 from jaxsft.report.records import Report, Run
 from jaxsft.setup import Setup
 from jaxsft.training.step import make_eval_step, put_batch
@@ -139,6 +139,8 @@ def _check(config: Config) -> None:
         raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
         raise ConfigError(f"{', '.join(f'optim.{key}' for key in refused)}: TRL computes another router loss; use 0")
+    if asked := config.loss.asked:
+        raise ConfigError(f"{', '.join(f'loss.{key}' for key in asked)}: compared is the plain loss; leave it out")
 
 
 # Losses and runs.
@@ -148,7 +150,7 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
     setup = Setup(config)
     mesh, pretrained = setup.mesh, setup.pretrained
-    params = load_params(pretrained, mesh, seed=config.seed)
+    weights = load_weights(pretrained, mesh, seed=config.seed)
     examples = []
     for index in found.first["examples"]:
         ids, trained = found.example(index)
@@ -157,10 +159,10 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
     seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
     batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)
-    eval_step = make_eval_step(pretrained.model, setup.frozen, mesh)
+    eval_step = make_eval_step(pretrained.model, mesh)
     placed = put_batch(lambda part: jax.tree.map(lambda leaf: leaf[part], batch), batch.tokens.shape, mesh)
     with jax.set_mesh(mesh):
-        sums = jax.device_get(eval_step(params, setup.frozen, placed))
+        sums = jax.device_get(eval_step(weights, placed))
     return float(sums.loss_sum) / max(float(sums.weight_sum), 1.0), float(found.first["loss"])
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxsft.chat.stops import answer_end, stop_ids
-from jaxsft.config import ConfigError, ModelConfig
+from jaxsft.config import ConfigError, LoraConfig, ModelConfig
 from jaxsft.folders import hf, special_tokens, tokenizer_files
 from jaxsft.folders.config_words import describe_older_words, with_older_words
 from jaxsft.folders.export import export_dtype, export_folder
@@ -25,14 +25,15 @@ from jaxsft.folders.gguf.model import is_gguf
 from jaxsft.folders.gguf.model import notes as gguf_notes
 from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
 from jaxsft.folders.weights.check import check_weights
-from jaxsft.folders.weights.load import load_params as read_params
+from jaxsft.folders.weights.load import load_params as read_weights
 from jaxsft.folders.weights.stored import Stored
 from jaxsft.mesh import shardings
-from jaxsft.model.abstract import Model, abstract_model, random_params
+from jaxsft.model.abstract import Model, abstract_model, random_weights
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config as read_decoder_config
 from jaxsft.model.families.known import family as family_of
+from jaxsft.model.lora import add_adapters, not_of_files, of_files, with_magnitudes
 
 
 class OpenTokenizer(NamedTuple):
@@ -63,6 +64,7 @@ class Pretrained(NamedTuple):
     make_decoder: Callable[[nnx.Rngs], Decoder]
     model: Model
     config: ModelConfig
+    lora: LoraConfig | None
     stored_vocab_size: int
     """Rows of the vocabulary in the folder; `decoder_config` has more where added tokens ask for them."""
     is_untied: bool = False
@@ -115,16 +117,21 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
     return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
 
 
-def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
+def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig | None = None) -> Pretrained:
     """The structure of a model; its weight files are compared with it, but not read, except for a few rows.
 
     Where the tokenizer has got new tokens, they take the rows that the model has to spare; if these do not suffice, its
     vocabulary grows by the rows that are missing. It then has exactly the tokenizer's rows, from which some programs
     take their number; what fills the tables up in memory is in no file.
 
+    Args:
+        config: where it lies, and the dtypes of its numbers.
+        tokenizer: opened before.
+        lora: the adapters that it gets; without them all its weights are trained.
+
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
-            extra, misshapen or truncated.
+            extra, misshapen or truncated, or `lora` does not fit it.
     """
     folder = hf.model_folder(config.path, weights=config.weights == "pretrained")
     stored, hf_config = hf.open_source(folder)
@@ -141,15 +148,16 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
-    make_decoder = decoder_maker(config, decoder_config)
+    make_decoder = decoder_maker(config, decoder_config, lora, family)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
-        check_weights(stored, family, model.params, vocab_size=stored_vocab_size, untied=bool(untied))
+        weights = of_files(model.weights)
+        check_weights(stored, family, weights, vocab_size=stored_vocab_size, untied=bool(untied))
         vocab_size = decoder_config.vocab_size
-        notes += _vocabulary_notes(stored, family, model, tokenizer, stored_vocab_size, vocab_size, new_ids)
+        notes += _vocabulary_notes(stored, family, weights, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
         folder,
         hf_config,
@@ -159,6 +167,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
         make_decoder,
         model,
         config,
+        lora,
         stored_vocab_size=stored_vocab_size,
         is_untied=bool(untied),
         new_ids=new_ids,
@@ -166,11 +175,16 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer) -> Pretrained:
     )
 
 
-def decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callable[[nnx.Rngs], Decoder]:
-    """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for."""
+def decoder_maker(
+    config: ModelConfig, decoder_config: DecoderConfig, lora: LoraConfig | None, family: ModuleType
+) -> Callable[[nnx.Rngs], Decoder]:
+    """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for.
+
+    With adapters, these alone are trained.
+    """
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
-        return Decoder(
+        decoder = Decoder(
             decoder_config,
             compute_dtype=compute_dtype(config),
             param_dtype=config.param_dtype,
@@ -179,6 +193,10 @@ def decoder_maker(config: ModelConfig, decoder_config: DecoderConfig) -> Callabl
             attention=config.attention,
             rngs=rngs,
         )
+        if lora is not None:
+            # Drawn after all weights, which are the same with and without adapters.
+            add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
+        return decoder
 
     return make_decoder
 
@@ -219,7 +237,7 @@ def check_positions(decoder_config: DecoderConfig, seq_len: int) -> None:
 def _vocabulary_notes(
     stored: Stored,
     family: ModuleType,
-    model: Model,
+    weights: nnx.State,
     tokenizer: OpenTokenizer,
     stored_vocab_size: int,
     vocab_size: int,
@@ -240,24 +258,26 @@ def _vocabulary_notes(
     untrained = special_tokens.untrained_tokens(
         stored,
         family,
-        model.params,
+        weights,
         tokenizer=tokenizer.tokenizer,
         ids=[id for id in old_ids if id not in new_ids],
     )
     return notes + special_tokens.describe_untrained(tokenizer.tokenizer, untrained)
 
 
-def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
-    """The parameters to begin with, each shard on its device: read from the folder, or drawn from `seed`.
+def load_weights(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
+    """All weights to begin with, each shard on its device: read from the folder, or drawn from `seed`.
+
+    Adapters are drawn, and add nothing yet. `pretrained.model.split` parts what is trained from what is not.
 
     Raises:
         ConfigError: what is stored is not the model, or the sizes in config.json are beyond the devices' memory.
     """
-    check_memory(pretrained.model.params, mesh)
+    check_memory(pretrained.model.weights, mesh)
     if pretrained.stored is None:
-        return random_params(pretrained.make_decoder, mesh, seed=seed)
-    abstract = pretrained.model.params
-    return read_params(
+        return _finished(random_weights(pretrained.make_decoder, mesh, seed=seed), pretrained, mesh)
+    abstract = of_files(pretrained.model.weights)
+    weights = read_weights(
         pretrained.stored,
         pretrained.family,
         abstract=abstract,
@@ -267,6 +287,19 @@ def load_params(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
         mean_rows=pretrained.new_ids,
         untied=pretrained.is_untied,
     )
+    if pretrained.lora is None:
+        return weights
+    adapters = random_weights(pretrained.make_decoder, mesh, seed=seed, only=not_of_files)
+    return _finished(nnx.merge_state(weights, adapters), pretrained, mesh)
+
+
+def _finished(weights: Any, pretrained: Pretrained, mesh: Mesh) -> Any:
+    """With what follows from the weights: the magnitudes of DoRA."""
+    if pretrained.lora is None or not pretrained.lora.dora:
+        return weights
+    with jax.set_mesh(mesh):
+        of_weights = shardings(mesh, pretrained.model.weights)
+        return jax.jit(with_magnitudes, in_shardings=(of_weights,), out_shardings=of_weights, donate_argnums=0)(weights)
 
 
 def check_memory(params: Any, mesh: Mesh) -> None:

@@ -15,12 +15,14 @@ from flax import nnx
 
 from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
+from jaxsft.model.adapter import Constant
 from jaxsft.model.architecture import DecoderConfig, LayerKind
 from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
+from jaxsft.model.noise import fold, token_keys
 from jaxsft.model.products import precision
 from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
@@ -64,6 +66,8 @@ class Slots(NamedTuple):
     order: Order | None
     """Of the chunks of a row, where it is not that of the row (`balance.py`)."""
     start: jax.Array | int
+    keys: jax.Array | None
+    """uint32 [B, T, 2]: what tokens draw their noise by; None where there is none."""
 
 
 class Attention(nnx.Module):
@@ -93,7 +97,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """[B, T, D] -> [B, T, D], and this layer's cached keys and values [B, S, K, H] with the new ones written."""
         config = self.config
-        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x)
+        projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x, slots.keys)
         q, k, v = (constrain(y, f"b t {heads} h") for y, heads in zip(projected, "nkk", strict=True))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -123,7 +127,7 @@ class Attention(nnx.Module):
             order=slots.order,
             kernel=self.kernel if cached is None else "xla",
         )
-        return self.o_proj(mixed), cached
+        return self.o_proj(mixed, slots.keys), cached
 
 
 class Layers(nnx.Module):
@@ -145,12 +149,16 @@ class Layers(nnx.Module):
             else MixtureMLP(config.sizes, routing=config.routing, gating=config.activation, **shared)
         )
         self.post_mlp_norm = norm("post_mlp")
+        self.number: Constant | None = None
+        """Of the layer, where it draws noise."""
 
     def __call__(
         self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
     ) -> tuple[jax.Array, Any]:
         """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
         x = keep(x, "input")
+        if slots.keys is not None and self.number is not None:
+            slots = slots._replace(keys=fold(slots.keys, self.number[...]))
         normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
         mixed, cached = self.self_attn(normed, slots, cached, kind)
         after = keep(self._add(x, mixed, self.post_attention_norm), "residual")
@@ -161,9 +169,9 @@ class Layers(nnx.Module):
             mlp_input = normed  # one norm for both
         router = None
         if isinstance(self.mlp, MixtureMLP):
-            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0)
+            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0, slots.keys)
         else:
-            out = self.mlp(mlp_input)
+            out = self.mlp(mlp_input, slots.keys)
         return self._add(after, out, self.post_mlp_norm), (cached, router)
 
     def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
@@ -207,7 +215,13 @@ class Decoder(nnx.Module):
         self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
     def __call__(
-        self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, cache: Cache | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        *,
+        cache: Cache | None = None,
+        noise: jax.Array | None = None,
     ) -> Output:
         """Hidden states after the final norm.
 
@@ -217,12 +231,16 @@ class Decoder(nnx.Module):
             positions: int32 [B, T], index within the segment.
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
+            noise: uint32 [B, 2], the keys of the rows (`noise.py`), by which adapters drop inputs; None: they do not.
         """
         order = balanced_order(*tokens.shape) if cache is None else None
+        keys = None if noise is None else constrain(token_keys(noise, tokens.shape[1]), "b t w")
         if order is not None:
+            keys = None if keys is None else balance(keys, "b t w")
             tokens, segment_ids, positions = (balance(x, "b t") for x in (tokens, segment_ids, positions))
         hidden = self._embed(tokens, positions)
         slots, cached = self._slots(segment_ids, positions, cache, order)
+        slots = slots._replace(keys=keys)
         hidden, (cached, router) = self._run(hidden, slots, cached)
         hidden = self.norm(hidden)
         if order is not None:
@@ -266,7 +284,7 @@ class Decoder(nnx.Module):
         if any(rope.depends_on_length for rope in self.config.ropes):
             lengths = example_lengths(segment_ids, all_segment_ids, all_positions)
         rotations = tuple(rotation(rope, positions, lengths) for rope in self.config.ropes)
-        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start), cached
+        return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start, None), cached
 
     @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
@@ -317,9 +335,8 @@ class Decoder(nnx.Module):
 
     @property
     def unembedding(self) -> jax.Array:
-        """The output projection [V, D] in its stored dtype, tied to the embedding or not."""
-        table = self.embed_tokens if self.lm_head is None else self.lm_head
-        return table.weight[...]
+        """The output projection [V, D] in its stored dtype, tied to the embedding or not; with an adapter, float32."""
+        return self.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.projection
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [B, T, V] of hidden states [B, T, D]. For generation and tests; training never makes them."""

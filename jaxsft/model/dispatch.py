@@ -45,9 +45,22 @@ class ExpertWeights(NamedTuple):
     up_bias: jax.Array | None
     down_bias: jax.Array | None
     """[E, D]"""
+    gate_a: jax.Array | None = None
+    """[E, D, R], as is `up_a`: adapters, scaled, of the maps that have one; their own weights have no gradient then."""
+    gate_b: jax.Array | None = None
+    """[E, R, F], as is `up_b`."""
+    up_a: jax.Array | None = None
+    up_b: jax.Array | None = None
+    down_a: jax.Array | None = None
+    """[E, F, R]"""
+    down_b: jax.Array | None = None
+    """[E, R, D]"""
 
 
-WEIGHT_AXES = ("e d f", "e d f", "e f d", "e f", "e f", "e d")
+WEIGHT_AXES = (
+    *("e d f", "e d f", "e f d", "e f", "e f", "e d"),
+    *("e d r", "e r f", "e d r", "e r f", "e f r", "e r d"),
+)
 
 WIDTH_AXES = cut_axes("e d")[1]
 """Those that cut the width of the weights."""
@@ -55,12 +68,14 @@ WIDTH_AXES = cut_axes("e d")[1]
 
 def _map_weights(f: Callable, *trees: Any) -> ExpertWeights:
     """`f(axes, *weights)` of each weight that there is."""
-    parts = [None if each[0] is None else f(axes, *each) for axes, *each in zip(WEIGHT_AXES, *trees, strict=True)]
-    return ExpertWeights(*parts)  # type: ignore[arg-type]
+    parts: list[Any] = [
+        None if each[0] is None else f(axes, *each) for axes, *each in zip(WEIGHT_AXES, *trees, strict=True)
+    ]
+    return ExpertWeights(*parts)
 
 
 def experts_of_tokens(
-    x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, gating: Gating
+    x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, gating: Gating, is_frozen: bool
 ) -> jax.Array:
     """The weighted sum over each token's chosen experts, added up in float32 and cast back once.
 
@@ -74,8 +89,9 @@ def experts_of_tokens(
         scores: float32 [B, T, top_k].
         weights: of all experts.
         gating: see `Gating`.
+        is_frozen: no gradients by weights and biases are made, only those by adapters.
     """
-    return _experts(gating, (x, chosen, scores, weights))
+    return _experts(_Kind(gating, is_frozen), (x, chosen, scores, weights))
 
 
 def fill_up(x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -111,25 +127,36 @@ Inputs = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 """x, chosen, scores and weights."""
 
 
+class _Kind(NamedTuple):
+    """What is known when a program is traced."""
+
+    gating: Gating
+    is_frozen: bool
+
+    def trained(self, weights: Any) -> ExpertWeights:
+        """Those that have a gradient; None in place of the others."""
+        return ExpertWeights(*([None] * 6 if self.is_frozen else weights[:6]), *weights[6:])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _experts(gating: Gating, inputs: Inputs) -> jax.Array:
-    return _over_mesh(functools.partial(_local, gating), inputs)
+def _experts(kind: _Kind, inputs: Inputs) -> jax.Array:
+    return _over_mesh(functools.partial(_local, kind.gating), inputs, kind)
 
 
-def _experts_forward(gating: Gating, inputs: Inputs) -> tuple[jax.Array, Inputs]:
-    return _experts(gating, inputs), inputs
+def _experts_forward(kind: _Kind, inputs: Inputs) -> tuple[jax.Array, Inputs]:
+    return _experts(kind, inputs), inputs
 
 
-def _experts_backward(gating: Gating, inputs: Inputs, y_gradient: jax.Array) -> Any:
-    local = functools.partial(_local_gradients, gating, free_axes(COPY_AXES))
-    x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, y_gradient)
+def _experts_backward(kind: _Kind, inputs: Inputs, y_gradient: jax.Array) -> Any:
+    local = functools.partial(_local_gradients, kind, free_axes(COPY_AXES))
+    x_gradient, scores_gradient, weights_gradient = _over_mesh(local, inputs, kind, y_gradient)
     return ((x_gradient, None, scores_gradient, weights_gradient),)
 
 
 _experts.defvjp(_experts_forward, _experts_backward)
 
 
-def _over_mesh(local: Callable, inputs: Inputs, y_gradient: jax.Array | None = None) -> Any:
+def _over_mesh(local: Callable, inputs: Inputs, kind: _Kind, y_gradient: jax.Array | None = None) -> Any:
     """Runs `local` on each device's own experts, with the tokens of all that share them."""
     arrays = inputs if y_gradient is None else (*inputs, y_gradient)
     if jax.sharding.get_abstract_mesh().empty:
@@ -141,7 +168,7 @@ def _over_mesh(local: Callable, inputs: Inputs, y_gradient: jax.Array | None = N
         out_specs: Any = tokens
     else:
         in_specs += (tokens,)
-        out_specs = (tokens, tokens, weight_specs)
+        out_specs = (tokens, tokens, kind.trained(weight_specs))
     return jax.shard_map(
         functools.partial(local, on_mesh=True), in_specs=in_specs, out_specs=out_specs, check_vma=False
     )(*arrays)
@@ -159,7 +186,7 @@ def _local(
         def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
             expert, token, choice = block_of(plan, i)
             of_expert = _select(group.maps, expert - group.start)
-            down = _down(gating, of_expert, *_gate_and_up(of_expert, _rows(x, token)), x.dtype)
+            down = _down(gating(*_gate_and_up(of_expert, _rows(x, token))).astype(x.dtype), of_expert)
             score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)
             return y.at[token].add(score[:, None] * down, mode="drop", unique_indices=True)
 
@@ -170,7 +197,7 @@ def _local(
 
 
 def _local_gradients(
-    gating: Gating,
+    kind: _Kind,
     copy_axes: tuple[str, ...],
     x: jax.Array,
     chosen: jax.Array,
@@ -184,11 +211,10 @@ def _local_gradients(
 
     Those by weights are sums over all devices along `copy_axes` and those that cut the width.
     """
-    shapes, num_tokens, dtype, exact = (x.shape, scores.shape), x.shape[0] * x.shape[1], x.dtype, precision(x.dtype)
+    shapes, num_tokens, dtype = (x.shape, scores.shape), x.shape[0] * x.shape[1], x.dtype
     x, chosen, scores = _gather(x, chosen, scores, weights, on_mesh=on_mesh)
     y_gradient = _gather_tokens(y_gradient, on_mesh=on_mesh)
     plan = make_plan(chosen, weights.gate.shape[0], axis_size=x.shape[0] // num_tokens)
-    matmul = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
     def add_group(group: _Group, carry: Any) -> Any:
         def add_block(i: jax.Array, carry: Any) -> Any:
@@ -197,26 +223,7 @@ def _local_gradients(
             of_expert = _select(group.maps, expert - group.start)
             rows, row_gradient = _rows(x, token), _rows(y_gradient, token)
             score = scores.reshape(-1).at[choice].get(mode="fill", fill_value=0)[:, None]
-            inner, gating_gradient = jax.vjp(gating, *_gate_and_up(of_expert, rows))
-
-            # y = score * (inner @ down + bias), so that its gradient by the score needs no second down projection.
-            inner_gradient = matmul("cd,fd->cf", row_gradient, of_expert.down)
-            score_gradient = jnp.sum(inner * inner_gradient, axis=-1)
-            if of_expert.down_bias is not None:
-                score_gradient += jnp.sum(row_gradient * of_expert.down_bias, axis=-1)
-            gate_gradient, up_gradient = (each.astype(dtype) for each in gating_gradient(score * inner_gradient))
-            scored = score * row_gradient
-            of_rows = matmul("cf,df->cd", gate_gradient, of_expert.gate)
-            of_rows += matmul("cf,df->cd", up_gradient, of_expert.up)
-            parts = ExpertWeights(
-                matmul("cd,cf->df", rows, gate_gradient),
-                matmul("cd,cf->df", rows, up_gradient),
-                matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
-                *(
-                    None if sums.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
-                    for each in (gate_gradient, up_gradient, scored)
-                ),
-            )
+            of_rows, score_gradient, parts = _block_gradients(kind, of_expert, rows, score, row_gradient)
             return (
                 x_gradient.at[token].add(of_rows, mode="drop", unique_indices=True),
                 scores_gradient.at[choice].set(score_gradient, mode="drop", unique_indices=True),
@@ -224,7 +231,7 @@ def _local_gradients(
             )
 
         x_gradient, scores_gradient, weights_gradient = carry
-        nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, jnp.float32), group.maps)
+        nothing = jax.tree.map(lambda each: jnp.zeros(each.shape, jnp.float32), kind.trained(group.maps))
         carry = x_gradient, scores_gradient, nothing
         carry = jax.lax.fori_loop(group.first_block, group.end_block, add_block, carry)
         x_gradient, scores_gradient, sums = carry
@@ -233,12 +240,73 @@ def _local_gradients(
         return x_gradient, scores_gradient, _put(weights_gradient, sums, group.start)
 
     of_tokens = jnp.zeros(x.shape, jnp.float32), jnp.zeros(scores.size, jnp.float32)
-    carry = *of_tokens, jax.tree.map(jnp.zeros_like, weights)
+    carry = *of_tokens, jax.tree.map(jnp.zeros_like, kind.trained(weights))
     gradients = _over_groups(add_group, carry, weights, plan, dtype, on_mesh=on_mesh)
     x_gradient, scores_gradient, weights_gradient = gradients
     scores_gradient = scores_gradient.reshape(scores.shape)
     x_gradient, scores_gradient = (_scatter(each, on_mesh=on_mesh) for each in (x_gradient, scores_gradient))
     return x_gradient.reshape(shapes[0]).astype(dtype), scores_gradient.reshape(shapes[1]), weights_gradient
+
+
+_Parts = tuple[jax.Array | None, jax.Array | None]
+
+
+def _block_gradients(
+    kind: _Kind, of_expert: ExpertWeights, rows: jax.Array, score: jax.Array, row_gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, ExpertWeights]:
+    """What a block gives: gradients by its rows [C, D], by their scores [C], and by the weights of its expert."""
+    dtype, matmul = rows.dtype, _matmul(rows.dtype)
+    inner, gating_gradient = jax.vjp(kind.gating, *_gate_and_up(of_expert, rows))
+
+    # y = score * (inner @ down + bias), so that its gradient by the score needs no second down projection.
+    inner_gradient = matmul("cd,fd->cf", row_gradient, of_expert.down)
+    scored = score * row_gradient
+    down_parts: _Parts = (None, None)
+    up_parts: _Parts = (None, None)
+    gate_parts: _Parts = (None, None)
+    if of_expert.down_a is not None and of_expert.down_b is not None:
+        by_low = matmul("cd,rd->cr", row_gradient, of_expert.down_b)
+        inner_gradient += matmul("cr,fr->cf", by_low.astype(dtype), of_expert.down_a)
+        down_parts = _adapter_gradients(of_expert.down_a, inner.astype(dtype), score * by_low, scored.astype(dtype))
+    score_gradient = jnp.sum(inner * inner_gradient, axis=-1)
+    if of_expert.down_bias is not None:
+        score_gradient += jnp.sum(row_gradient * of_expert.down_bias, axis=-1)
+    gate_gradient, up_gradient = (each.astype(dtype) for each in gating_gradient(score * inner_gradient))
+    of_rows = matmul("cf,df->cd", gate_gradient, of_expert.gate)
+    of_rows += matmul("cf,df->cd", up_gradient, of_expert.up)
+    if of_expert.gate_a is not None and of_expert.gate_b is not None:
+        by_low = matmul("cf,rf->cr", gate_gradient, of_expert.gate_b)
+        of_rows += matmul("cr,dr->cd", by_low.astype(dtype), of_expert.gate_a)
+        gate_parts = _adapter_gradients(of_expert.gate_a, rows, by_low, gate_gradient)
+    if of_expert.up_a is not None and of_expert.up_b is not None:
+        by_low = matmul("cf,rf->cr", up_gradient, of_expert.up_b)
+        of_rows += matmul("cr,dr->cd", by_low.astype(dtype), of_expert.up_a)
+        up_parts = _adapter_gradients(of_expert.up_a, rows, by_low, up_gradient)
+    own: list[Any] = [None] * 6
+    if not kind.is_frozen:
+        own = [
+            matmul("cd,cf->df", rows, gate_gradient),
+            matmul("cd,cf->df", rows, up_gradient),
+            matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
+            *(
+                None if of_expert.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
+                for each in (gate_gradient, up_gradient, scored)
+            ),
+        ]
+    return of_rows, score_gradient, ExpertWeights(*[*own, *gate_parts, *up_parts, *down_parts])
+
+
+def _adapter_gradients(
+    a: jax.Array, inputs: jax.Array, by_low: jax.Array, by_outputs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """By A and by B, of `inputs` [C, I] @ A @ B, from the gradients by `inputs` @ A [C, R] and by all of it [C, O]."""
+    matmul, dtype = _matmul(inputs.dtype), inputs.dtype
+    low = matmul("ci,ir->cr", inputs, a).astype(dtype)
+    return matmul("ci,cr->ir", inputs, by_low.astype(dtype)), matmul("cr,co->ro", low, by_outputs)
+
+
+def _matmul(dtype: jnp.dtype) -> Callable:
+    return functools.partial(jnp.einsum, precision=precision(dtype), preferred_element_type=jnp.float32)
 
 
 def _put(weights: ExpertWeights, some: ExpertWeights, start: jax.Array) -> ExpertWeights:
@@ -252,23 +320,24 @@ def _put(weights: ExpertWeights, some: ExpertWeights, start: jax.Array) -> Exper
 
 def _gate_and_up(of_expert: ExpertWeights, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 [C, F] each."""
-    exact = precision(rows.dtype)
-    gate, up = (
-        jnp.einsum("cd,df->cf", rows, weight, precision=exact, preferred_element_type=jnp.float32)
-        for weight in (of_expert.gate, of_expert.up)
-    )
-    if of_expert.gate_bias is None or of_expert.up_bias is None:
-        return gate, up
-    return gate + of_expert.gate_bias, up + of_expert.up_bias
+    gate = _mapped(rows, of_expert.gate, of_expert.gate_bias, of_expert.gate_a, of_expert.gate_b)
+    return gate, _mapped(rows, of_expert.up, of_expert.up_bias, of_expert.up_a, of_expert.up_b)
 
 
-def _down(gating: Gating, of_expert: ExpertWeights, gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _down(inner: jax.Array, of_expert: ExpertWeights) -> jax.Array:
     """float32 [C, D]."""
-    inner = gating(gate, up).astype(dtype)
-    down = jnp.einsum(
-        "cf,fd->cd", inner, of_expert.down, precision=precision(dtype), preferred_element_type=jnp.float32
-    )
-    return down if of_expert.down_bias is None else down + of_expert.down_bias
+    return _mapped(inner, of_expert.down, of_expert.down_bias, of_expert.down_a, of_expert.down_b)
+
+
+def _mapped(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, a: jax.Array | None, b: jax.Array | None
+) -> jax.Array:
+    """float32 [C, O] of x [C, I]: `x weight + x A B + bias`."""
+    matmul = _matmul(x.dtype)
+    y = matmul("ci,io->co", x, weight)
+    if a is not None and b is not None:
+        y += matmul("cr,ro->co", matmul("ci,ir->cr", x, a).astype(x.dtype), b)
+    return y if bias is None else y + bias
 
 
 def _select(maps: ExpertWeights, expert: jax.Array) -> ExpertWeights:
@@ -339,8 +408,9 @@ def _group_size(weights: ExpertWeights) -> int:
 
 def _whole(weights: ExpertWeights, dtype: jnp.dtype, *, on_mesh: bool) -> ExpertWeights:
     """Weights in the dtype of the matmuls, and biases, gathered over the devices that cut their width."""
-    gate, up, down = (cast(each, dtype) for each in (weights.gate, weights.up, weights.down))
-    maps = weights._replace(gate=gate, up=up, down=down)
+    biases = weights[3:6]
+    maps = ExpertWeights(*(None if each is None else cast(each, dtype) for each in weights))  # type: ignore[arg-type]
+    maps = ExpertWeights(*maps[:3], *biases, *maps[6:])
     if not on_mesh:
         return maps
 
@@ -375,6 +445,8 @@ def _reduce_over_rows(copy_axes: tuple[str, ...], axes: str, gradient: jax.Array
         gradient = jax.lax.psum_scatter(gradient, WIDTH_AXES, scatter_dimension=letters.index("d"), tiled=True)
     else:
         gradient = jax.lax.psum(gradient, WIDTH_AXES)
+    if "r" in letters and "f" not in letters:
+        gradient = jax.lax.psum(gradient, "tensor")  # each device there has it by its own part of F
     return jax.lax.psum(gradient, copy_axes)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import AXES, COPY_AXES, DIM_AXES, constrain, free_axes, partition_spec
+from jaxsft.model.adapter import Adapter
 from jaxsft.model.architecture import DecoderConfig
 
 
@@ -23,13 +24,30 @@ class Embedding(nnx.Module):
         shape = tuple(config.sizes[letter] for letter in axes.split())
         table = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
         self.weight = nnx.Param(jnp.where(jnp.arange(shape[0])[:, None] < rows, table, 0), axes=axes)
+        self.adapter: Adapter | None = None
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Rows [B, T, D] of ids [B, T], in `dtype`; an id outside is clamped."""
-        axes = self.weight.get_metadata("axes")
-        # Looked up where the table lies, and only then cut by positions, and by rows: in one step, from one axis to two
-        # or from two axes to one, it would all be replicated.
-        return constrain(constrain(_look_up(axes, dtype, self.weight[...], ids), "u p d"), "u t d")
+        rows = _rows_of(self.weight, ids, dtype)
+        return rows if self.adapter is None else self.adapter.looked_up(rows, _rows_of(self.adapter.a, ids, dtype))
+
+    @property
+    def projection(self) -> jax.Array:
+        """The table [V, D] as an output projection: in its stored dtype, and in float32 with what an adapter adds.
+
+        That is a second table while the loss is computed, and its gradient a third.
+        """
+        if self.adapter is None:
+            return self.weight[...]
+        return constrain(self.weight[...].astype(jnp.float32) + self.adapter.added().T, "v d")
+
+
+def _rows_of(table: nnx.Variable, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    axes = table.get_metadata("axes")
+    width = axes.split()[-1]
+    # Looked up where the table lies, and only then cut by positions, and by rows: in one step, from one axis to two or
+    # from two axes to one, it would all be replicated.
+    return constrain(constrain(_look_up(axes, dtype, table[...], ids), f"u p {width}"), f"u t {width}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -47,7 +65,7 @@ def _look_up(axes: str, dtype: jnp.dtype, table: jax.Array, ids: jax.Array) -> j
         rows = table.at[_here(axes, ids, len(table))].get(mode="fill", fill_value=0)
         return jax.lax.psum(rows.astype(dtype), DIM_AXES[axes[0]])
 
-    of_table, of_ids, of_rows = (partition_spec(each) for each in (axes, "u p", "u p d"))
+    of_table, of_ids, of_rows = (partition_spec(each) for each in (axes, "u p", f"u p {axes.split()[-1]}"))
     ids = jnp.clip(ids, 0, len(table) - 1)
     return jax.shard_map(local, in_specs=(of_table, of_ids), out_specs=of_rows, check_vma=False)(table, ids)
 
@@ -70,7 +88,7 @@ def _look_up_backward(axes: str, dtype: jnp.dtype, kept: Any, gradient: jax.Arra
         return jax.lax.psum(sums, copy_axes)
 
     mesh, copy_axes = jax.sharding.get_abstract_mesh(), free_axes(COPY_AXES)
-    of_table, of_ids, of_rows = (partition_spec(each) for each in (axes, "u p", "u p d"))
+    of_table, of_ids, of_rows = (partition_spec(each) for each in (axes, "u p", f"u p {axes.split()[-1]}"))
     ids = jnp.clip(ids, 0, len(like) - 1)
     sums = jax.shard_map(local, in_specs=(of_ids, of_rows), out_specs=of_table, check_vma=False)(ids, gradient)
     return sums.astype(like.dtype), None

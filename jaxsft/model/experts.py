@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
+from jaxsft.model.adapter import Adapter, Frozen
 from jaxsft.model.dispatch import ExpertWeights, Gating, choose, experts_of_tokens, fill_up
 from jaxsft.model.layers import Linear, Sizes
 
@@ -66,6 +67,14 @@ class PerExpert(nnx.Module):
         axes = f"l e {output}"
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
+        self.adapter: Adapter | None = None
+
+    @property
+    def scaled_adapter(self) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+        """A [E, inputs, R] and B [E, R, outputs], B times the scale."""
+        if self.adapter is None:
+            return None, None
+        return self.adapter.a[...], self.adapter.b[...] * self.adapter.scale[...]
 
 
 class Experts(nnx.Module):
@@ -97,7 +106,9 @@ class MixtureMLP(nnx.Module):
         self.router = Linear("d -> e", sizes, bias=routing.router_bias, std=std, dtype=dtype, rngs=rngs)
         self.experts = Experts(sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterSums]:
+    def __call__(
+        self, x: jax.Array, is_token: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterSums]:
         """One layer: [B, T, D] -> [B, T, D], and what its router did.
 
         Args:
@@ -124,6 +135,8 @@ class MixtureMLP(nnx.Module):
         weights = ExpertWeights(
             *(each.weight[...] for each in maps),
             *(None if each.bias is None else each.bias[...] for each in maps),
+            *(part for each in maps for part in each.scaled_adapter),
         )
-        y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating)
+        is_frozen = isinstance(self.experts.gate_proj.weight, Frozen)
+        y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating, is_frozen=is_frozen)
         return y[:num_rows, :length], sums

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
+from jaxsft.model.adapter import Adapter
 from jaxsft.model.products import product, products
 from jaxsft.model.quantized import QuantizedWeight, quantized_products
 from jaxsft.model.remat import keep
@@ -40,28 +41,36 @@ class Linear(nnx.Module):
         axes = " ".join(["l", *outputs])
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
+        self.adapter: Adapter | None = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Of x [B, T, inputs]; `keys` [B, T, 2] are what an adapter's dropout is drawn by."""
         if isinstance(self.weight, QuantizedWeight):
             (y,) = quantized_products((self.weight.layout,), x, [self.weight.arrays])
-            return self._with_bias(y)
-        return self._with_bias(product(self.einsum, x, self.weight[...]))
+        else:
+            y = product(self.einsum, x, self.weight[...])
+        return self._finished(x, y, keys)
 
-    def _with_bias(self, y: jax.Array) -> jax.Array:
+    def _finished(self, x: jax.Array, y: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """With adapter and bias; kept as the sum, so that no summand is kept beside it."""
+        if self.adapter is not None:
+            is_quantized = isinstance(self.weight, QuantizedWeight)
+            weight = self.weight.values(jnp.float32, after=x) if is_quantized else self.weight[...]
+            y = self.adapter(x, y, weight, keys)
         if self.bias is not None:
             # In float32, in which its gradient is then summed over tokens.
             y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
         return keep(y, "linear")
 
     @staticmethod
-    def each(maps: Sequence["Linear"], x: jax.Array) -> Iterable[jax.Array]:
+    def each(maps: Sequence["Linear"], x: jax.Array, keys: jax.Array | None = None) -> Iterable[jax.Array]:
         """What each of some maps makes of the same `x`, their outputs being cut over `tensor`.
 
         On a mesh with that axis, their gradients by `x` are reduced over it together.
         """
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape["tensor"] == 1:
-            return (each(x) for each in maps)
+            return (each(x, keys) for each in maps)
         quantized = [each.weight for each in maps if isinstance(each.weight, QuantizedWeight)]
         if quantized:
             # They have the same inputs, so that all of them can be quantised where one is.
@@ -70,7 +79,7 @@ class Linear(nnx.Module):
             ys = quantized_products(layouts, x, [weight.arrays for weight in quantized])
         else:
             ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
-        return (each._with_bias(y) for each, y in zip(maps, ys, strict=True))
+        return (each._finished(x, y, keys) for each, y in zip(maps, ys, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +154,9 @@ class MLP(nnx.Module):
         self.up_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         inner = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
-        return self.down_proj(constrain(self.activation(*Linear.each(inner, x)), "b t f"))
+        return self.down_proj(constrain(self.activation(*Linear.each(inner, x, keys)), "b t f"), keys)
 
 
 @dataclasses.dataclass(frozen=True)

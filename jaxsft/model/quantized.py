@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import cut_axes, partition_spec
+from jaxsft.model.adapter import Frozen
 from jaxsft.model.products import gradient_by_x, precision
 from jaxsft.model.quantize import NF4, Int8, Kind, Quantized, dequantize, is_quantizable, quantize
 
@@ -80,10 +81,6 @@ class Layout(NamedTuple):
         return turned.reshape(*turned.shape[:count], self.num_outputs, self.num_inputs)
 
 
-class Frozen(nnx.Variable):
-    """A weight of the model that is not trained."""
-
-
 class QuantizedWeight(nnx.Module):
     """A weight that is not trained, quantised; of all layers, or (inside the scan) of one."""
 
@@ -111,10 +108,11 @@ class QuantizedWeight(nnx.Module):
             return Int8(self.codes[...], self.absmax[...])
         return NF4(self.codes[...], self.absmax[...], self.scales[...], self.offset[...])
 
-    def values(self, dtype: jnp.dtype) -> jax.Array:
-        """The weight of one layer, inputs before outputs."""
+    def values(self, dtype: jnp.dtype, *, after: jax.Array) -> jax.Array:
+        """The weight of one layer, inputs before outputs; not made before `after` is there."""
         num_outputs = len(self.layout.outputs.split())
-        weight = unpacked(self.layout, self.arrays, dtype)
+        _, (arrays,) = _after(after, [self.arrays])
+        weight = unpacked(self.layout, arrays, dtype)
         return weight.transpose(*range(num_outputs, weight.ndim), *range(num_outputs))
 
 

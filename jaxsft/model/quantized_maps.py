@@ -1,46 +1,62 @@
-"""Which maps of a decoder are quantised.
+"""Which weights of a decoder are quantised, and what a user is told of it.
 
 In: a decoder whose layers are frozen. Out: the same one, the weights of its linear maps quantised. Embeddings, the
 output projection, norms, biases and routers stay as they are.
 """
 
-from collections.abc import Iterator
+import math
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.config import ConfigError
+from jaxsft.model.adapter import Frozen
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.experts import MixtureMLP
-from jaxsft.model.layers import Linear
+from jaxsft.model.experts import PerExpert
+from jaxsft.model.lora import Map, maps_of
 from jaxsft.model.quantize import BLOCK, Kind, is_quantizable
-from jaxsft.model.quantized import Frozen, QuantizedWeight
-
-
-def _maps(decoder: Decoder) -> Iterator[tuple[str, Linear, str]]:
-    for name, inputs in (("q", "d"), ("k", "d"), ("v", "d"), ("o", "n h")):
-        yield f"layers.self_attn.{name}_proj", getattr(decoder.layers.self_attn, f"{name}_proj"), inputs
-    if not isinstance(decoder.layers.mlp, MixtureMLP):
-        for name, inputs in (("gate", "d"), ("up", "d"), ("down", "f")):
-            if (module := getattr(decoder.layers.mlp, f"{name}_proj")) is not None:
-                yield f"layers.mlp.{name}_proj", module, inputs
+from jaxsft.model.quantized import QuantizedWeight
 
 
 def quantize_maps(decoder: Decoder, kind: Kind) -> None:
-    """Quantises the frozen weights of the linear maps of a decoder's layers, in place.
+    """Quantises the weights of the linear maps of a decoder's layers, in place; those that cannot be become bfloat16.
 
     Raises:
-        ConfigError: one of them is trained.
+        ConfigError: some of them are trained.
     """
-    for path, module, inputs in _maps(decoder):
-        weight = module.weight
-        if isinstance(weight, nnx.Param):
-            raise ConfigError(f"model.quantize: a trained weight cannot be quantised, and {path} is trained")
-        sizes = dict(zip(weight.get_metadata("axes").split(), weight.shape, strict=True))
-        num_inputs = 1
-        for letter in inputs.split():
-            num_inputs *= sizes[letter]
-        if is_quantizable(num_inputs, kind):
-            module.weight = QuantizedWeight(weight, inputs, kind)
+    maps = [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
+    if trained := [place.path for place in maps if isinstance(place.module.weight, nnx.Param)]:
+        raise ConfigError(
+            f"model.quantize: {kind}, but a trained weight cannot be quantised, and trained are {', '.join(trained)}; "
+            "give the model adapters (lora), or freeze these"
+        )
+    for place in maps:
+        weight = place.module.weight
+        if _is_quantizable(place, kind):
+            place.module.weight = QuantizedWeight(weight, place.inputs, kind)
         else:
-            module.weight = Frozen(weight[...].astype(jnp.bfloat16), axes=weight.get_metadata("axes"))
+            place.module.weight = Frozen(weight[...].astype(jnp.bfloat16), axes=weight.get_metadata("axes"))
+
+
+def _is_quantizable(place: Map, kind: Kind) -> bool:
+    return not isinstance(place.module, PerExpert) and is_quantizable(_num_inputs(place), kind)
+
+
+def _num_inputs(place: Map) -> int:
+    sizes = dict(zip(place.module.weight.get_metadata("axes").split(), place.module.weight.shape, strict=True))
+    return math.prod(sizes[letter] for letter in place.inputs.split())
+
+
+def describe_quantized(decoder: Decoder, kind: Kind) -> list[str]:
+    """What a user should know of a decoder that was quantised, abstract or not: sentences."""
+    maps = [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
+    kept = [place for place in maps if not isinstance(place.module.weight, QuantizedWeight)]
+    notes = []
+    if odd := [f"{place.path} ({_num_inputs(place)})" for place in kept if not is_quantizable(_num_inputs(place), kind)]:
+        notes.append(
+            f"model.quantize: {kind} is made of blocks of {BLOCK} inputs; kept in bfloat16, as their inputs are no "
+            f"multiple of it: {', '.join(odd)}"
+        )
+    if experts := [place.path for place in kept if isinstance(place.module, PerExpert)]:
+        notes.append(f"model.quantize: experts are kept in bfloat16: {', '.join(experts)}")
+    return notes

@@ -33,7 +33,7 @@ class Table(NamedTuple):
 
 
 KEYS = (
-    "step", "epoch", "time", "loss", "accuracy", "grad_norm", "learning_rate", "tokens", "trained_tokens",
+    "step", "epoch", "time", "loss", "objective", "accuracy", "grad_norm", "learning_rate", "tokens", "trained_tokens",
     "padding_share", "total_tokens", "total_trained_tokens", "skipped_steps", "steps", "seconds", "tokens_per_second",
     "trained_tokens_per_second", "data_wait_share", "memory_gib", "mfu", "eval_loss", "eval_accuracy",
     "eval_perplexity", "eval_exact_match", "eval_questions",

@@ -21,6 +21,7 @@ X_LABELS: dict[Axis, str] = {"step": "step", "tokens": "trained tokens"}
 
 TITLES = {
     "loss": "Loss (nats per trained token)",
+    "objective": "What is minimised in its place (nats per trained token)",
     "eval_loss": "Held-out loss (nats per trained token)",
     "grad_norm": "Gradient norm before clipping",
     "learning_rate": "Learning rate",
@@ -29,7 +30,7 @@ TITLES = {
     "memory_gib": "Peak memory so far (GiB)",
 }
 """The panels, in their order."""
-SMOOTHED = ("loss", "grad_norm", "tokens_per_second", "trained_tokens_per_second")
+SMOOTHED = ("loss", "objective", "grad_norm", "tokens_per_second", "trained_tokens_per_second")
 """What is noisy from step to step; the others are shown as they are."""
 
 COLOURS = ("#0072B2", "#D55E00", "#008A64", "#9C4A8B", "#7A6400", "#555B66")

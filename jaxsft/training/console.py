@@ -32,7 +32,9 @@ class Console:
         begin, first = self._started
         left = (now - begin) / max(step - first, 1) * (num_steps - step)
         shown = (
-            f"loss {line['loss']:.4f}  accuracy {line['accuracy']:.1%}  {line['tokens_per_second']:,.0f} tokens/s"
+            f"loss {line['loss']:.4f}"
+            + (f"  objective {line['objective']:.4f}" if "objective" in line else "")
+            + f"  accuracy {line['accuracy']:.1%}  {line['tokens_per_second']:,.0f} tokens/s"
             + (f"  MFU {line['mfu']:.1%}" if "mfu" in line else "")
             + f"  learning rate {line['learning_rate']:.2e}"
             + (f"  {line['skipped_steps']:.0f} STEPS SKIPPED (not finite)" if line["skipped_steps"] else "")

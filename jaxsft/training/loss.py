@@ -3,21 +3,24 @@
 In: final hidden states, the unembedding, targets and their weights. Out: sums only; the one division is in the step.
 Rows may be cut over the mesh and the vocabulary over `tensor`; logits are never gathered. Where each device holds the
 whole width of its rows of the table, as on one device, it uses them all at once; a large table whose width is cut is
-gathered block by block (`loss_in_blocks.py`).
+gathered block by block (`loss_in_blocks.py`). What is minimised is the loss, or what `objective.py` makes of it.
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxsft.config import LossConfig
 from jaxsft.mesh import COPY_AXES, TOKEN_AXES, WIDTH_AXES, free_axes, on_one_device, partition_spec
 from jaxsft.model.layers import Logits
 from jaxsft.model.products import precision
 from jaxsft.training import loss_in_blocks
 from jaxsft.training.chunks import trained_first
+from jaxsft.training.objective import PLAIN, Objective, Seen, factors, is_token, logit_sum, sums_of
 
 
 class LossSums(NamedTuple):
@@ -36,7 +39,6 @@ class LossSums(NamedTuple):
     """number of targets with a non-zero weight."""
 
 
-@jax.named_scope("loss")
 def next_token_loss(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, loss_weights: jax.Array, *, logits: Logits
 ) -> LossSums:
@@ -53,44 +55,66 @@ def next_token_loss(
         loss_weights: float32 [B, T].
         logits: scale, soft cap and size of the vocabulary; rows of the table beyond it are in no sum.
     """
-    loss_sum, correct_sum = _loss(logits, hidden, unembedding, targets, loss_weights)
-    return LossSums(loss_sum, loss_weights.sum(), correct_sum, jnp.count_nonzero(loss_weights).astype(jnp.float32))
+    return next_token_objective(hidden, unembedding, targets, loss_weights, logits=logits, loss=PLAIN)[1]
+
+
+@jax.named_scope("loss")
+def next_token_objective(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    loss_weights: jax.Array,
+    *,
+    logits: Logits,
+    loss: LossConfig,
+) -> tuple[jax.Array, LossSums]:
+    """What is to be minimised, sum_t w_t * `objective.values`, float32 []; and the sums of `next_token_loss`.
+
+    Gradients are those of the first. Where `loss` asks for nothing, it is the loss sum itself, and computed as that.
+    """
+    objective = Objective(loss, logits)
+    objective_sum, correct_sum, *rest = _loss(objective, hidden, unembedding, targets, loss_weights)
+    loss_sum = jax.lax.stop_gradient(rest[0]) if rest else objective_sum
+    sums = LossSums(loss_sum, loss_weights.sum(), correct_sum, jnp.count_nonzero(loss_weights).astype(jnp.float32))
+    return objective_sum, sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(logits: Logits, *arrays: jax.Array) -> Any:
-    return _over_mesh(logits, *arrays, with_gradients=False)
+def _loss(objective: Objective, *arrays: jax.Array) -> Any:
+    return _over_mesh(objective, *arrays, with_gradients=False)
 
 
-def _loss_forward(logits: Logits, *arrays: jax.Array) -> Any:
+def _loss_forward(objective: Objective, *primals: Any) -> Any:
+    arrays = [each.value for each in primals]
     hidden, unembedding, *_ = arrays
-    sums, *gradients = _over_mesh(logits, *arrays, with_gradients=True)
+    # The gradient by a table that is not trained would be as large as the table.
+    is_frozen = not primals[1].perturbed
+    sums, *gradients = _over_mesh(objective, *arrays, with_gradients=True, is_frozen=is_frozen)
     # Zero-sized stand-ins carry the dtypes that the cotangents must have.
     return sums, (*gradients, jnp.zeros(0, hidden.dtype), jnp.zeros(0, unembedding.dtype))
 
 
-def _loss_backward(logits: Logits, residuals: Any, cotangents: Any) -> Any:
+def _loss_backward(objective: Objective, residuals: Any, cotangents: Any) -> Any:
     hidden_gradient, unembedding_gradient, hidden_like, unembedding_like = residuals
     scale = cotangents[0]
-    return (
-        (scale * hidden_gradient).astype(hidden_like.dtype),
-        (scale * unembedding_gradient).astype(unembedding_like.dtype),
-        None,
-        None,
-    )
+    by_table = None
+    if unembedding_gradient is not None:
+        by_table = (scale * unembedding_gradient).astype(unembedding_like.dtype)
+    return (scale * hidden_gradient).astype(hidden_like.dtype), by_table, None, None
 
 
-_loss.defvjp(_loss_forward, _loss_backward)
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
 
 
 def _over_mesh(
-    logits: Logits,
+    objective: Objective,
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
     with_gradients: bool,
+    is_frozen: bool = False,
 ) -> Any:
     """Runs `_local` on each device's own tokens and vocabulary, and reduces once after the last chunk.
 
@@ -98,17 +122,20 @@ def _over_mesh(
     """
     unembedding = unembedding.astype(hidden.dtype)
     if on_one_device():
-        return _local(logits, hidden, unembedding, targets, weights, with_gradients=with_gradients, on_mesh=False)
+        return _local(
+            objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, is_frozen=is_frozen
+        )
     hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
     if _is_in_blocks(unembedding):
         local, table_spec = loss_in_blocks.loss_in_blocks, table
     else:
         local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
-    sums = (PartitionSpec(), PartitionSpec())
+    sums = (PartitionSpec(),) * (2 if objective.loss.is_plain else 3)
+    options = {"with_gradients": with_gradients, "is_frozen": is_frozen, "token_axes": free_axes(TOKEN_AXES)}
     return jax.shard_map(
-        functools.partial(local, logits, with_gradients=with_gradients, token_axes=free_axes(TOKEN_AXES)),
+        functools.partial(local, objective, **options),
         in_specs=(hidden_spec, table_spec, rows, rows),
-        out_specs=(sums, hidden_spec, table) if with_gradients else sums,
+        out_specs=(sums, hidden_spec, None if is_frozen else table) if with_gradients else sums,
         check_vma=False,
     )(hidden, unembedding, targets, weights)
 
@@ -124,20 +151,23 @@ def _is_in_blocks(unembedding: jax.Array) -> bool:
 
 
 def _local(
-    of_products: Logits,
+    objective: Objective,
     hidden: jax.Array,
     unembedding: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
     with_gradients: bool,
-    on_mesh: bool,
+    is_frozen: bool,
+    on_mesh: bool = False,
     token_axes: tuple[str, ...] = (),
 ) -> Any:
-    """One device's part: (loss sum, correct sum), and their gradients by hidden and unembedding when asked for.
+    """One device's part: (objective sum, correct sum), and gradients of the first by hidden and unembedding if asked.
 
-    Sums are those of all devices along `token_axes`.
+    Sums are those of all devices along `token_axes`. Behind them comes the loss sum, where it is not the objective's.
+    The gradient by an unembedding that `is_frozen` is None.
     """
+    of_products = objective.logits
     shape, (vocab_size, width) = hidden.shape, unembedding.shape
     hidden, targets, weights = hidden.reshape(-1, width), targets.reshape(-1), weights.reshape(-1)
     exact = precision(hidden.dtype)
@@ -145,23 +175,24 @@ def _local(
     order, chunk, num_chunks = trained_first(weights, vocab_size)
 
     def add_chunk(i: jax.Array, carry: Any) -> Any:
-        (loss_sum, correct_sum), gradients = carry
+        sums, gradients = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         x, target, weight = (array.at[at].get(mode="fill", fill_value=0) for array in (hidden, targets, weights))
         products = jnp.einsum("cd,vd->cv", x, unembedding, precision=exact, preferred_element_type=jnp.float32)
         softmax = _softmax(of_products(products, first_id=first_id), target, first_id, on_mesh=on_mesh)
-        nll = jnp.log(softmax.normaliser) + softmax.maximum - softmax.target_logit
-        # A chunk is filled up with positions of weight 0, whose targets may be anything.
-        loss_sum += jnp.sum(jnp.where(weight == 0, 0.0, weight * nll))
-        correct_sum += jnp.sum(weight * _is_right(softmax, on_mesh=on_mesh))
+        total = _over_vocabulary(logit_sum(softmax.logits), on_mesh=on_mesh) if objective.needs_logit_sum else None
+        seen = Seen(softmax.maximum, softmax.normaliser, softmax.target_logit, total)
+        is_right = _is_right(softmax, on_mesh=on_mesh)
+        sums = tuple(map(operator.add, sums, sums_of(objective, seen, weight, is_right)))
         if with_gradients:
-            of_logits = _nll_gradient(softmax, weight) * of_products.slope(softmax.logits)
+            of_logits = _gradient(objective, softmax, seen, weight) * of_products.slope(softmax.logits)
             gradients = _add_gradients(gradients, at, of_logits.astype(x.dtype), x, unembedding)
-        return (loss_sum, correct_sum), gradients
+        return sums, gradients
 
     zero = jnp.zeros((), jnp.float32)
-    gradients = (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(unembedding.shape, jnp.float32))
-    carry = (zero, zero), (gradients if with_gradients else ())
+    of_table = None if is_frozen else jnp.zeros(unembedding.shape, jnp.float32)
+    gradients = (jnp.zeros(hidden.shape, jnp.float32), of_table)
+    carry = (zero,) * (2 if objective.loss.is_plain else 3), (gradients if with_gradients else ())
     sums, gradients = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
     if on_mesh:
         sums = jax.lax.psum(sums, token_axes)
@@ -170,6 +201,7 @@ def _local(
     hidden_gradient, unembedding_gradient = gradients
     if on_mesh:
         hidden_gradient = jax.lax.psum(hidden_gradient, "tensor")
+    if on_mesh and not is_frozen:
         unembedding_gradient = jax.lax.psum_scatter(unembedding_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
         copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
         unembedding_gradient = jax.lax.psum(unembedding_gradient, copy_axes)
@@ -224,11 +256,13 @@ def _is_right(softmax: _Softmax, *, on_mesh: bool) -> jax.Array:
     return is_right & ~jnp.isnan(softmax.normaliser) if on_mesh else is_right
 
 
-def _nll_gradient(softmax: _Softmax, weight: jax.Array) -> jax.Array:
-    """d (weight * nll) / d logits, [C, V]: weight * (softmax(logits) - onehot(target))."""
+def _gradient(objective: Objective, softmax: _Softmax, seen: Seen, weight: jax.Array) -> jax.Array:
+    """d (weight * objective) / d logits, [C, V]; of the loss: weight * (softmax(logits) - onehot(target))."""
     vocab_size = softmax.logits.shape[-1]
     onehot = (jnp.arange(vocab_size) == softmax.local_target[:, None]) & softmax.is_here[:, None]
-    return softmax.exponentials * (weight / softmax.normaliser)[:, None] - weight[:, None] * onehot
+    of_softmax, of_target, of_tokens = factors(objective, seen, weight)
+    gradient = softmax.exponentials * (of_softmax / softmax.normaliser)[:, None] - of_target[:, None] * onehot
+    return gradient if of_tokens is None else gradient - of_tokens[:, None] * is_token(softmax.logits)
 
 
 def _add_gradients(gradients: Any, at: jax.Array, of_products: jax.Array, x: jax.Array, unembedding: jax.Array) -> Any:
@@ -240,4 +274,6 @@ def _add_gradients(gradients: Any, at: jax.Array, of_products: jax.Array, x: jax
     einsum = functools.partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
     x_gradient = einsum("cv,vd->cd", of_products, unembedding)
     hidden_gradient = hidden_gradient.at[at].set(x_gradient, mode="drop", unique_indices=True)
+    if unembedding_gradient is None:
+        return hidden_gradient, None
     return hidden_gradient, unembedding_gradient + einsum("cv,cd->vd", of_products, x)

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxsft.mesh import COPY_AXES, WIDTH_AXES
-from jaxsft.model.layers import Logits
 from jaxsft.model.products import precision
 from jaxsft.training.chunks import trained_first
+from jaxsft.training.objective import Objective, Seen, factors, is_token, logit_sum, sums_of
 
 TABLE_AT_ONCE = 2**25
 """Numbers of the table that a device holds at once: 64 MiB in bfloat16, and 128 MiB for their gradient in float32. A
@@ -51,6 +51,13 @@ class _Softmax(NamedTuple):
     """int32 [N], how many logits are the largest."""
     target_logit: jax.Array
     """float32 [N], 0 where the target was not among them."""
+    logit_sum: jax.Array | None
+    """float32 [N], of tokens; None where nothing asks for it."""
+
+    @property
+    def seen(self) -> Seen:
+        """What it says when the whole vocabulary was gone over."""
+        return Seen(self.maximum, self.normaliser, self.target_logit, self.logit_sum)
 
 
 class _Tokens(NamedTuple):
@@ -80,27 +87,30 @@ class _Block(NamedTuple):
 
 
 def loss_in_blocks(
-    of_products: Logits,
+    objective: Objective,
     hidden: jax.Array,
     table: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     *,
     with_gradients: bool,
+    is_frozen: bool = False,
     token_axes: tuple[str, ...],
 ) -> Any:
-    """One device's part, within `shard_map`: (loss sum, correct sum), and gradients by hidden and by `table` if asked.
+    """One device's part, within `shard_map`, of what `loss._local` gives: sums, and gradients by hidden and by `table`.
 
     Args:
-        of_products: what becomes of a product of hidden state and row.
+        objective: what is minimised, and what becomes of a product of hidden state and row.
         hidden: [B, T, D], of this device.
         table: [V, D], of this device: the rows of `tensor`, and of each the part of the width that it keeps, in the
             dtype of `hidden`.
         targets: int32 [B, T], of the whole vocabulary.
         weights: float32 [B, T].
         with_gradients: see above; that by `table` has its shape.
+        is_frozen: it is None, as the table is not trained.
         token_axes: sums are those of all devices along these.
     """
+    of_products = objective.logits
     shape, (num_rows, _) = hidden.shape, table.shape
     first_id = jax.lax.axis_index("tensor") * num_rows
     count = block_rows(num_rows, shape[-1])
@@ -146,46 +156,52 @@ def loss_in_blocks(
 
         return over_chunks(see_chunk, softmax)
 
-    softmax = _over_tensor(over_blocks(see, _nothing_seen(chunks.order.size)))
-    sums = jax.lax.psum(_sums(softmax, tokens.weight), token_axes)
+    softmax = _over_tensor(over_blocks(see, _nothing_seen(chunks.order.size, objective)))
+    sums = jax.lax.psum(_sums(objective, softmax, tokens.weight), token_axes)
     if not with_gradients:
         return sums
 
-    def add_gradients(block: _Block, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def add_gradients(block: _Block, gradients: Any) -> Any:
         hidden_gradient, table_gradient = gradients
         einsum = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
         def add_chunk(place: jax.Array, some: _Tokens, gradients: Any) -> Any:
             hidden_gradient, rows_gradient = gradients
             logits = logits_of(block, some.x)
-            of_nll = _nll_gradient(logits, _cut(softmax, place, chunks.size), some, block)
-            of_product = (of_nll * of_products.slope(logits)).astype(some.x.dtype)
+            of_logits = _gradient(objective, logits, _cut(softmax, place, chunks.size), some, block)
+            of_product = (of_logits * of_products.slope(logits)).astype(some.x.dtype)
             added = _cut(hidden_gradient, place, chunks.size) + einsum("cv,vd->cd", of_product, block.rows)
             hidden_gradient = jax.lax.dynamic_update_slice_in_dim(hidden_gradient, added, place, 0)
-            return hidden_gradient, rows_gradient + einsum("cv,cd->vd", of_product, some.x)
+            if not is_frozen:
+                rows_gradient += einsum("cv,cd->vd", of_product, some.x)
+            return hidden_gradient, rows_gradient
 
-        no_gradient = jnp.zeros(block.rows.shape, jnp.float32)
+        no_gradient = None if is_frozen else jnp.zeros(block.rows.shape, jnp.float32)
         hidden_gradient, rows_gradient = over_chunks(add_chunk, (hidden_gradient, no_gradient))
+        if is_frozen:
+            return hidden_gradient, None
         rows_gradient = jax.lax.psum_scatter(rows_gradient, WIDTH_AXES, scatter_dimension=1, tiled=True)
         rows_gradient += _cut(table_gradient, block.start, count)
         return hidden_gradient, jax.lax.dynamic_update_slice_in_dim(table_gradient, rows_gradient, block.start, 0)
 
-    nothing = jnp.zeros(tokens.x.shape, jnp.float32), jnp.zeros(table.shape, jnp.float32)
+    nothing = jnp.zeros(tokens.x.shape, jnp.float32), None if is_frozen else jnp.zeros(table.shape, jnp.float32)
     by_place, table_gradient = over_blocks(add_gradients, nothing)
     by_place = jax.lax.psum(by_place, "tensor")
     hidden_gradient = jnp.zeros(flat[0].shape, jnp.float32)
     hidden_gradient = hidden_gradient.at[chunks.order].set(by_place, mode="drop", unique_indices=True)
     copy_axes = tuple(axis for axis in token_axes if axis in COPY_AXES)
-    return sums, hidden_gradient.reshape(shape), jax.lax.psum(table_gradient, copy_axes)
+    by_table = None if is_frozen else jax.lax.psum(table_gradient, copy_axes)
+    return sums, hidden_gradient.reshape(shape), by_table
 
 
 def _cut(tree: Any, start: jax.Array, count: int) -> Any:
     return jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, start, count), tree)
 
 
-def _nothing_seen(num_tokens: int) -> _Softmax:
+def _nothing_seen(num_tokens: int, objective: Objective) -> _Softmax:
     zeros, none = jnp.zeros(num_tokens, jnp.float32), jnp.zeros(num_tokens, jnp.int32)
-    return _Softmax(jnp.full(num_tokens, jnp.finfo(jnp.float32).min), zeros, none, zeros)
+    no_sum = zeros if objective.needs_logit_sum else None
+    return _Softmax(jnp.full(num_tokens, jnp.finfo(jnp.float32).min), zeros, none, zeros, no_sum)
 
 
 def _seen(before: _Softmax, logits: jax.Array, target: jax.Array, is_here: jax.Array) -> _Softmax:
@@ -196,7 +212,9 @@ def _seen(before: _Softmax, logits: jax.Array, target: jax.Array, is_here: jax.A
     num_largest = jnp.where(before.maximum == maximum, before.num_largest, 0)
     num_largest += jnp.sum(logits == maximum[:, None], axis=-1, dtype=jnp.int32)
     target_logit = jnp.take_along_axis(logits, jnp.where(is_here, target, 0)[:, None], axis=-1)[:, 0]
-    return _Softmax(maximum, normaliser, num_largest, before.target_logit + jnp.where(is_here, target_logit, 0.0))
+    target_logit = before.target_logit + jnp.where(is_here, target_logit, 0.0)
+    total = None if before.logit_sum is None else before.logit_sum + logit_sum(logits)
+    return _Softmax(maximum, normaliser, num_largest, target_logit, total)
 
 
 def _over_tensor(softmax: _Softmax) -> _Softmax:
@@ -207,21 +225,23 @@ def _over_tensor(softmax: _Softmax) -> _Softmax:
         jax.lax.psum(softmax.normaliser * jnp.exp(softmax.maximum - maximum), "tensor"),
         jax.lax.psum(jnp.where(softmax.maximum == maximum, softmax.num_largest, 0), "tensor"),
         jax.lax.psum(softmax.target_logit, "tensor"),
+        None if softmax.logit_sum is None else jax.lax.psum(softmax.logit_sum, "tensor"),
     )
 
 
-def _sums(softmax: _Softmax, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(loss sum, correct sum) over positions [N]; of those of weight 0, nothing need have been seen."""
-    nll = jnp.log(softmax.normaliser) + softmax.maximum - softmax.target_logit
+def _sums(objective: Objective, softmax: _Softmax, weight: jax.Array) -> tuple[jax.Array, ...]:
+    """`sums_of` positions [N]; of those of weight 0, nothing need have been seen."""
     is_right = (softmax.target_logit == softmax.maximum) & (softmax.num_largest == 1)
     is_right &= ~jnp.isnan(softmax.normaliser)  # the maximum over devices may have passed over a NaN
-    return jnp.sum(jnp.where(weight == 0, 0.0, weight * nll)), jnp.sum(weight * is_right)
+    return sums_of(objective, softmax.seen, weight, is_right)
 
 
-def _nll_gradient(logits: jax.Array, softmax: _Softmax, tokens: _Tokens, block: _Block) -> jax.Array:
-    """d (weight * nll) / d logits, [N, C]: weight * (softmax(logits) - onehot(target))."""
+def _gradient(objective: Objective, logits: jax.Array, softmax: _Softmax, tokens: _Tokens, block: _Block) -> jax.Array:
+    """d (weight * objective) / d logits, [N, C]; of the loss: weight * (softmax(logits) - onehot(target))."""
     is_target = (block.start + jnp.arange(logits.shape[-1]) == tokens.target[:, None]) & block.holds(tokens.target)[
         :, None
     ]
     exponentials = jnp.exp(logits - softmax.maximum[:, None])
-    return exponentials * (tokens.weight / softmax.normaliser)[:, None] - tokens.weight[:, None] * is_target
+    of_softmax, of_target, of_tokens = factors(objective, softmax.seen, tokens.weight)
+    gradient = exponentials * (of_softmax / softmax.normaliser)[:, None] - of_target[:, None] * is_target
+    return gradient if of_tokens is None else gradient - of_tokens[:, None] * is_token(logits)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxsft.model.abstract import Model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
 from jaxsft.training.loss import LossSums
@@ -35,6 +36,8 @@ class StepMetrics(NamedTuple):
     learning_rate: Any
     skipped: Any
     """1 where the loss or the gradient was not finite and nothing was changed."""
+    objective: Any
+    """sum of what is minimised, without the routers' losses; None where it is `sums.loss_sum`."""
     router: RouterSums | None
     """Of each layer of a mixture of experts (leading L)."""
 
@@ -62,11 +65,18 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
-def train_flops(*, matmul_params: int, tokens: float, attention_width: int, attention_pairs: float) -> float:
+def train_flops(
+    *,
+    matmul_params: int,
+    tokens: float,
+    attention_width: int,
+    attention_pairs: float,
+    frozen_matmul_params: int = 0,
+) -> float:
     """FLOPs that training on these tokens needs, without recomputation and without padding.
 
-    6 per parameter of a matmul and token (2 forward, 4 backward), and for each (query, key) pair 12 per head element
-    (two products, forward and twice backward). Chowdhery et al. 2022 (PaLM), appendix B.
+    6 per parameter of a matmul and token (2 forward, 4 backward; 2 backward where it is frozen), and for each (query,
+    key) pair 12 per head element (two products, forward and twice backward). Chowdhery et al. 2022 (PaLM), appendix B.
 
     Args:
         matmul_params: parameters that multiply a token; the embedding table only where it is the output projection,
@@ -74,8 +84,9 @@ def train_flops(*, matmul_params: int, tokens: float, attention_width: int, atte
         tokens: tokens that are not padding.
         attention_width: query heads times head dim.
         attention_pairs: (query, key) pairs that attend, of all layers.
+        frozen_matmul_params: likewise, that are not trained.
     """
-    return 6.0 * matmul_params * tokens + 12.0 * attention_width * attention_pairs
+    return (6.0 * matmul_params + 4.0 * frozen_matmul_params) * tokens + 12.0 * attention_width * attention_pairs
 
 
 def num_params(params: Any, config: DecoderConfig) -> tuple[int, int]:
@@ -96,12 +107,12 @@ def matmul_params(params: Any, config: DecoderConfig) -> int:
     for path, leaf in leaves:
         names = [key.key for key in path]
         is_looked_up = names[0] == "embed_positions" or (names[0] == "embed_tokens" and not config.tie_embeddings)
-        if names[-1] != "weight" or is_looked_up or any("norm" in name for name in names):
+        if names[-1] not in ("weight", "a", "b") or is_looked_up or any("norm" in name for name in names):
             continue
         sizes = dict(zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True))
         if "v" in sizes:
             sizes["v"] = config.vocab_size
-        if names[-2] != "router" and "e" in sizes and config.routing is not None:
+        if "router" not in names and "e" in sizes and config.routing is not None:
             sizes["e"] = config.routing.top_k
         total += math.prod(sizes.values())
     return total
@@ -198,6 +209,10 @@ def summarise(steps: Sequence[StepMetrics], totals: Totals, *, batch_positions: 
         "total_trained_tokens": totals.trained_tokens,
         "skipped_steps": totals.skipped_steps,
     }
+    if any(step.objective is not None for step in steps):
+        # Steps that a former start left may have been of the plain loss.
+        objectives = [step.sums.loss_sum if step.objective is None else step.objective for step in steps]
+        line["objective"] = divide(float(np.sum(objectives, dtype=np.float64)), sums.weight_sum)
     return line | _router_line(steps), totals
 
 
@@ -227,13 +242,16 @@ def dump_steps(steps: Sequence[StepMetrics]) -> list[list[Any]]:
 
 def load_steps(dumped: Sequence[Sequence[Any]]) -> list[StepMetrics]:
     """What `dump_steps` was given."""
-    scalars = len(LossSums._fields) + len(StepMetrics._fields) - 2
+    scalars = len(LossSums._fields) + len(StepMetrics._fields) - 3
     steps = []
     for values in dumped:
         leaves: list[Any] = [np.asarray(value, np.float32) for value in values]
-        router = RouterSums(*leaves[scalars:]) if leaves[scalars:] else None
         sums, rest = LossSums(*leaves[: len(LossSums._fields)]), leaves[len(LossSums._fields) : scalars]
-        steps.append(StepMetrics._make([sums, *rest, router]))
+        # What a step may lack: the objective, one number, and the sums of routers.
+        optional = leaves[scalars:]
+        objective = optional.pop(0) if optional and optional[0].ndim == 0 else None
+        router = RouterSums(*optional) if optional else None
+        steps.append(StepMetrics._make([sums, *rest, objective, router]))
     return steps
 
 
@@ -334,9 +352,10 @@ class Stopwatch:
 class Speedometer:
     """Tokens per second, MFU where the peak is known, and memory, of one run."""
 
-    def __init__(self, params: Any, config: DecoderConfig) -> None:
-        """Of a model, by its parameters (Variables with `axes`, abstract or not)."""
-        self._matmul_params = matmul_params(params, config)
+    def __init__(self, model: Model, config: DecoderConfig) -> None:
+        """Of a model by its abstract parameters: those that are trained, and those that are not."""
+        self._matmul_params = matmul_params(model.params, config)
+        self._frozen_matmul_params = matmul_params(model.frozen, config)
         self._attention_width = config.num_heads * config.head_dim
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
@@ -357,6 +376,7 @@ class Speedometer:
         if self._peak:
             flops = train_flops(
                 matmul_params=self._matmul_params,
+                frozen_matmul_params=self._frozen_matmul_params,
                 tokens=tokens,
                 attention_width=self._attention_width,
                 attention_pairs=sum(float(step.attention_pairs) for step in steps),

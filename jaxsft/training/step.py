@@ -18,14 +18,16 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxsft.batch import Batch
-from jaxsft.config import OptimConfig
+from jaxsft.config import LossConfig, OptimConfig
 from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
-from jaxsft.model.abstract import Model
+from jaxsft.model.abstract import Model, whole
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.model.noise import row_keys
 from jaxsft.training.compiler_options import compiler_options
-from jaxsft.training.loss import LossSums, next_token_loss
+from jaxsft.training.loss import LossSums, next_token_objective
 from jaxsft.training.metrics import StepMetrics
+from jaxsft.training.objective import PLAIN
 from jaxsft.training.optim import make_optimizer, make_schedule
 
 
@@ -87,37 +89,64 @@ def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: M
     return Batch(*map(leaf, Batch._fields))
 
 
-def forward_loss(graphdef: Any, params: Any, frozen: Any, batch: Batch) -> tuple[LossSums, RouterSums | None]:
+def forward_loss(
+    graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None = None
+) -> tuple[LossSums, RouterSums | None]:
     """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers."""
-    model = nnx.merge(graphdef, params, frozen)
-    out = model(batch.tokens, batch.segment_ids, batch.positions)
-    sums = next_token_loss(out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits)
-    return sums, out.router
+    return forward_objective(graphdef, weights, batch, noise, loss=PLAIN)[1:]
+
+
+def forward_objective(
+    graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None, *, loss: LossConfig
+) -> tuple[jax.Array, LossSums, RouterSums | None]:
+    """`forward_loss`, and before it the sum that `loss` asks to be minimised, float32 [].
+
+    `noise` are the keys [B, 2] of the rows, where something is drawn.
+    """
+    model = nnx.merge(graphdef, weights)
+    out = model(batch.tokens, batch.segment_ids, batch.positions, noise=noise)
+    objective, sums = next_token_objective(
+        out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits, loss=loss
+    )
+    return objective, sums, out.router
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
     """Leaves [B, T] to [A, B / A, T]: row r goes to microbatch r mod A, so that no row leaves its device."""
 
-    def split(x: jax.Array) -> jax.Array:
-        x = constrain(x.reshape(-1, num_microbatches, x.shape[1]), "b a t")
-        return constrain(x.swapaxes(0, 1), "a b t")
+    return jax.tree.map(lambda x: split_rows(x, num_microbatches, "t"), batch)
 
-    return jax.tree.map(split, batch)
+
+def split_rows(x: jax.Array, num_microbatches: int, letter: str) -> jax.Array:
+    """[B, T] to [A, B / A, T], the last dim being that of `letter`."""
+    x = constrain(x.reshape(-1, num_microbatches, x.shape[1]), f"b a {letter}")
+    return constrain(x.swapaxes(0, 1), f"a b {letter}")
 
 
 class Summed(NamedTuple):
     """Sums over all microbatches of a step."""
 
     gradients: Any
-    """float32: of the loss sum, and of what the routers' losses add to it."""
+    """float32: of the sum that is minimised, and of what the routers' losses add to it."""
     loss: LossSums
     router: RouterSums | None
     """None where the model is no mixture of experts."""
+    objective: jax.Array | None
+    """The sum that is minimised, without the routers' losses; None where it is that of the loss."""
 
 
 @jax.named_scope("gradients")
-def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, *, optim: OptimConfig) -> Summed:
-    """Gradients and sums over all microbatches (leaves [A, B, T]).
+def summed_gradients(
+    graphdef: Any,
+    params: Any,
+    frozen: Any,
+    microbatches: Batch,
+    *,
+    optim: OptimConfig,
+    noise: jax.Array | None = None,
+    loss: LossConfig = PLAIN,
+) -> Summed:
+    """Gradients and sums over all microbatches (leaves [A, B, T]); `noise` are the keys [A, B, 2] of their rows.
 
     The routers' losses are of all tokens of the step, however it is cut. They enter times the sum of all weights, by
     which the gradients are divided later. Balance multiplies shares of choices by probabilities: where there are
@@ -128,18 +157,18 @@ def summed_gradients(graphdef: Any, params: Any, frozen: Any, microbatches: Batc
     """
     num_tokens = jnp.maximum(jnp.sum(microbatches.segment_ids > 0, dtype=jnp.float32), 1.0)
     weight_sum = divisor(microbatches.loss_weights.sum())
-    sums = functools.partial(_sums_of_rows, graphdef, optim=optim)
+    sums = functools.partial(_sums_of_rows, graphdef, optim=optim, loss=loss)
     mesh = jax.sharding.get_abstract_mesh()
     if microbatches.tokens.shape[0] == 1 or mesh.empty or mesh.shape["data"] == 1:
-        return sums(params, frozen, microbatches, num_tokens, weight_sum, copy_axes=())
-    whole = PartitionSpec()
+        return sums(params, frozen, microbatches, noise, num_tokens, weight_sum, copy_axes=())
+    everywhere = PartitionSpec()
     return jax.shard_map(
         functools.partial(sums, copy_axes=("data",)),
-        in_specs=(whole, whole, PartitionSpec(None, "data"), whole, whole),
-        out_specs=whole,
+        in_specs=(everywhere, everywhere, *[PartitionSpec(None, "data")] * 2, everywhere, everywhere),
+        out_specs=everywhere,
         axis_names={"data"},
         check_vma=False,
-    )(params, frozen, microbatches, num_tokens, weight_sum)
+    )(params, frozen, microbatches, noise, num_tokens, weight_sum)
 
 
 def _sums_of_rows(
@@ -147,10 +176,12 @@ def _sums_of_rows(
     params: Any,
     frozen: Any,
     microbatches: Batch,
+    noise: jax.Array | None,
     num_tokens: jax.Array,
     weight_sum: jax.Array,
     *,
     optim: OptimConfig,
+    loss: LossConfig,
     copy_axes: tuple[str, ...],
 ) -> Summed:
     """`summed_gradients`, of rows that some mesh axes have cut already, over which the sums then are summed up."""
@@ -161,26 +192,30 @@ def _sums_of_rows(
     nothing_routed = _nothing_routed(nnx.merge(graphdef, params, frozen).config)
     all_counts = None
     if nothing_routed is not None and optim.router_balance > 0 and microbatches.tokens.shape[0] > 1:
-        all_counts = over_copies(_all_counts(graphdef, params, frozen, microbatches, nothing_routed.counts))
+        all_counts = over_copies(
+            _all_counts(graphdef, whole(params, frozen), microbatches, noise, nothing_routed.counts)
+        )
 
-    def objective(params: Any, batch: Batch) -> tuple[jax.Array, tuple[LossSums, RouterSums | None]]:
-        sums, router = forward_loss(graphdef, params, frozen, batch)
-        total = sums.loss_sum
+    def objective(
+        params: Any, batch: Batch, noise: jax.Array | None
+    ) -> tuple[jax.Array, tuple[LossSums, RouterSums | None, jax.Array | None]]:
+        total, sums, router = forward_objective(graphdef, whole(params, frozen), batch, noise, loss=loss)
+        of_tokens = None if loss.is_plain else total
         if router is not None and (optim.router_balance > 0 or optim.router_z > 0):
             counts = router.counts if all_counts is None else all_counts
             balance, z = router_losses(router._replace(counts=counts), num_tokens)
             total += weight_sum * (optim.router_balance * balance + optim.router_z * z)
-        return total, (sums, router)
+        return total, (sums, router, of_tokens)
 
-    def add(total: Any, batch: Batch) -> tuple[Any, None]:
-        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, batch)
+    def add(total: Any, microbatch: tuple[Batch, jax.Array | None]) -> tuple[Any, None]:
+        (_, sums), gradients = jax.value_and_grad(objective, has_aux=True)(params, *microbatch)
         # Sharded like the parameters before they are added, so that no device holds the sum of whole gradients.
         return jax.tree.map(jnp.add, total, (constrain_params(gradients), *sums)), None
 
     zero = jnp.zeros((), jnp.float32)
     no_gradients = constrain_params(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed
-    total, _ = jax.lax.scan(add, nothing, microbatches)
+    nothing = no_gradients, LossSums(zero, zero, zero, zero), nothing_routed, None if loss.is_plain else zero
+    total, _ = jax.lax.scan(add, nothing, (microbatches, noise))
     return Summed(*over_copies(total))
 
 
@@ -192,14 +227,17 @@ def _nothing_routed(config: DecoderConfig) -> RouterSums | None:
     return RouterSums(each, each, jnp.zeros(num_layers, jnp.float32))
 
 
-def _all_counts(graphdef: Any, params: Any, frozen: Any, microbatches: Batch, no_counts: jax.Array) -> jax.Array:
+def _all_counts(
+    graphdef: Any, weights: Any, microbatches: Batch, noise: jax.Array | None, no_counts: jax.Array
+) -> jax.Array:
     """Choices [L, E] of all microbatches."""
 
-    def add(counts: jax.Array, batch: Batch) -> tuple[jax.Array, None]:
-        model = nnx.merge(graphdef, params, frozen)
-        return counts + model(batch.tokens, batch.segment_ids, batch.positions).router.counts, None
+    def add(counts: jax.Array, microbatch: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, None]:
+        batch, noise = microbatch
+        out = nnx.merge(graphdef, weights)(batch.tokens, batch.segment_ids, batch.positions, noise=noise)
+        return counts + out.router.counts, None
 
-    return jax.lax.scan(add, no_counts, microbatches)[0]
+    return jax.lax.scan(add, no_counts, (microbatches, noise))[0]
 
 
 def divisor(weight_sum: jax.Array) -> jax.Array:
@@ -208,24 +246,37 @@ def divisor(weight_sum: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: Model, frozen: Any, optim: OptimConfig, *, num_steps: int, num_microbatches: int, mesh: Mesh
+    model: Model,
+    optim: OptimConfig,
+    *,
+    num_steps: int,
+    num_microbatches: int,
+    mesh: Mesh,
+    noise_seed: int | None = None,
+    loss: LossConfig = PLAIN,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
     Args:
-        model: structure of the decoder; its `params` are those trained.
-        frozen: abstract untouched parameters (an empty State when all are trained).
+        model: structure of the decoder; its `params` are those trained, its `frozen` are given to each step.
         optim: schedule, optimizer and clipping.
         num_steps: steps of the whole run, for the schedule.
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
+        noise_seed: of what is drawn in a step, such as adapters' dropout; None: nothing is.
+        loss: what is minimised.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
-    config = nnx.merge(model.graphdef, model.params, frozen).config
+    config = nnx.merge(*model).config
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
-        summed, sums, router = summed_gradients(model.graphdef, state.params, frozen, microbatches, optim=optim)
+        noise = None
+        if noise_seed is not None:
+            noise = split_rows(row_keys(noise_seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
+        summed, sums, router, objective = summed_gradients(
+            model.graphdef, state.params, frozen, microbatches, optim=optim, noise=noise, loss=loss
+        )
         weight_sum = divisor(sums.weight_sum)
         grad_norm = optax.tree.norm(summed) / weight_sum
         factor = 1.0 / weight_sum
@@ -248,6 +299,7 @@ def make_train_step(
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             skipped=1.0 - is_finite,
+            objective=objective,
             router=router,
         )
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -255,7 +307,7 @@ def make_train_step(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model.params, optim, mesh))
     return jax.jit(
         train_step,
-        in_shardings=(state_shardings, shardings(mesh, frozen), batch_sharding(mesh)),
+        in_shardings=(state_shardings, shardings(mesh, model.frozen), batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
@@ -301,14 +353,14 @@ def attention_pairs(batch: Batch, config: DecoderConfig) -> jax.Array:
     return pairs
 
 
-def make_eval_step(model: Model, frozen: Any, mesh: Mesh) -> Callable:
-    """Compiles `(params, frozen, batch) -> LossSums`, batch leaves [B, T]; no gradients are computed."""
+def make_eval_step(model: Model, mesh: Mesh) -> Callable:
+    """Compiles `(weights, batch) -> LossSums`: all weights, trained or not, and batch leaves [B, T]; no gradients."""
 
-    def eval_step(params: Any, frozen: Any, batch: Batch) -> LossSums:
-        return forward_loss(model.graphdef, params, frozen, batch)[0]
+    def eval_step(weights: Any, batch: Batch) -> LossSums:
+        return forward_loss(model.graphdef, weights, batch)[0]
 
     return jax.jit(
         eval_step,
-        in_shardings=(shardings(mesh, model.params), shardings(mesh, frozen), batch_sharding(mesh)),
+        in_shardings=(shardings(mesh, model.weights), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

@@ -22,6 +22,7 @@ from jaxsft.chat.turns import FOUND_BY
 from jaxsft.config import Config
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import write_whole
+from jaxsft.model.abstract import whole
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.training.compiler_options import describe_options
 from jaxsft.training.metrics import num_params
@@ -31,6 +32,7 @@ from jaxsft.training.step import TrainState
 def start_summary(
     config: Config,
     state: TrainState,
+    frozen: Any,
     loader: Loader | StreamLoader,
     mesh: Mesh,
     *,
@@ -42,13 +44,15 @@ def start_summary(
     """What the user should know before the first step, with the arithmetic behind it.
 
     Args:
+        frozen: what is not trained.
         attention: what computes it, and why.
         notes: sentences about tokenizer, model and sources.
     """
     _, seq_len = loader.shape
-    count, filling = num_params(state.params, decoder_config)
+    count, filling = num_params(whole(state.params, frozen), decoder_config)
+    trained, _ = num_params(state.params, decoder_config)
     filled = f", and {filling:,} that fill up its vocabulary" if filling else ""
-    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(state))
+    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves((state, frozen)))
     gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
@@ -57,6 +61,7 @@ def start_summary(
             "model",
             f"{config.model.path}: {count:,} {config.model.weights} parameters in {config.model.param_dtype}{filled}",
         ),
+        *([("trained", f"{trained:,} of them, {trained / count:.2%}")] if trained < count else []),
         *(_stream_lines(loader, num_steps) if isinstance(loader, StreamLoader) else _data_lines(loader, num_steps)),
         (
             "devices",

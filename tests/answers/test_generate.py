@@ -8,7 +8,7 @@ from flax import nnx
 from jaxsft.answers.generate import Generator, Sampling
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.mesh import make_mesh
-from jaxsft.model.abstract import abstract_model, random_params
+from jaxsft.model.abstract import abstract_model, random_weights
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config
 
@@ -24,7 +24,7 @@ def gpt2():
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = abstract_model(make)
-    return Generator(model, mesh, stop_ids=[]), random_params(make, mesh, seed=0), model
+    return Generator(model, mesh, stop_ids=[]), random_weights(make, mesh, seed=0), model
 
 
 def test_an_answer_ends_where_the_table_of_positions_ends(gpt2):
@@ -73,7 +73,7 @@ def test_windows_of_answers_are_those_of_the_whole():
         return Decoder(decoder, compute_dtype="float32", param_dtype="float32", remat="none", rngs=rngs)
 
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model, params = abstract_model(make), random_params(make, mesh, seed=0)
+    model, params = abstract_model(make), random_weights(make, mesh, seed=0)
     answers = Generator(model, mesh, stop_ids=[]).answers(params, [[1, 2, 3], [4] * 9], max_new_tokens=12)
     merged = nnx.merge(model.graphdef, params)
     for prompt, answer in zip([[1, 2, 3], [4] * 9], answers, strict=True):

@@ -27,7 +27,7 @@ from jaxsft.folders.gguf.config import ARCHITECTURES
 from jaxsft.folders.gguf.file import read_gguf, tensor_types
 from jaxsft.folders.gguf.model import gguf_file, is_gguf, notes, open_gguf
 from jaxsft.folders.gguf.tokenizer import PRE_TOKENIZERS, load_gguf_tokenizer
-from jaxsft.folders.pretrained import export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.families.known import decoder_config
 
@@ -764,7 +764,7 @@ def test_a_gguf_comes_in_with_transformers_logits_and_goes_out_as_its_folder(tmp
     tokenizer = open_tokenizer(model)
     pretrained = open_model(model, tokenizer)
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    params = load_params(pretrained, mesh, seed=0)
+    params = load_weights(pretrained, mesh, seed=0)
     tokens = np.random.default_rng(0).integers(0, len(original), (4, 24))
     with jax.set_mesh(mesh):
         ours = logits(pretrained, params, tokens)
@@ -802,7 +802,7 @@ def test_a_gguf_that_holds_what_is_no_number_is_refused_by_its_tensor(tmp_path):
     model = ModelConfig(path=str(tmp_path / "model.gguf"), remat="none")
     pretrained = open_model(model, open_tokenizer(model))
     with pytest.raises(ConfigError, match=r"gguf: model.layers.1.mlp.down_proj.weight .* holds nan at \[2, 3\]"):
-        load_params(pretrained, make_mesh(MeshConfig(data=1, fsdp=8)), seed=0)
+        load_weights(pretrained, make_mesh(MeshConfig(data=1, fsdp=8)), seed=0)
 
 
 def logits(pretrained, params, tokens):
@@ -852,7 +852,7 @@ def test_smollm2_has_the_weights_and_logits_of_transformers(smollm2, smollm2_in_
     for name, tensor in pretrained.stored.tensors.items():
         np.testing.assert_array_equal(whole(tensor), theirs[name], err_msg=name)
     assert any("dequantised (Q4_1, Q8_0)" in note for note in pretrained.notes)
-    params = load_params(pretrained, make_mesh(MeshConfig(data=1, fsdp=8)), seed=0)
+    params = load_weights(pretrained, make_mesh(MeshConfig(data=1, fsdp=8)), seed=0)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     tokens = np.array(
         [tokenizer.tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)]

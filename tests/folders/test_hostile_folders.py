@@ -20,7 +20,7 @@ import safetensors.numpy
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.disk.foreign import MOST_DEPTH, is_deep, read_json, read_regular
 from jaxsft.folders import hf
-from jaxsft.folders.pretrained import export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import export_model, load_weights, open_model, open_tokenizer
 from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.stored import INDEX_FILE, SINGLE_FILE, is_plain_name, open_folder
 from jaxsft.mesh import make_mesh
@@ -41,7 +41,7 @@ def model(tiny_model, tmp_path_factory):
     config = ModelConfig(path=str(tiny_model), weights="random")
     tokenizer = open_tokenizer(config)
     pretrained = open_model(config, tokenizer)
-    export_model(pretrained, tokenizer, load_params(pretrained, make_mesh(MeshConfig(data=8)), seed=0), folder)
+    export_model(pretrained, tokenizer, load_weights(pretrained, make_mesh(MeshConfig(data=8)), seed=0), folder)
     return folder
 
 
@@ -319,7 +319,7 @@ def test_a_size_that_is_not_the_model_s_is_refused_before_anything_of_it_is_buil
     options = ModelConfig(path=str(folder), weights=weights)
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ConfigError) as caught:
-        load_params(open_model(options, open_tokenizer(options)), make_mesh(MeshConfig(data=8)), seed=0)
+        load_weights(open_model(options, open_tokenizer(options)), make_mesh(MeshConfig(data=8)), seed=0)
     assert time.monotonic() - began < 3 * SECONDS
     assert "config.json" in str(caught.value)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.folders import hf
-from jaxsft.folders.pretrained import check_positions, export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import check_positions, export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 
 
@@ -34,7 +34,7 @@ def mesh():
 
 def exported(folder, out, **options):
     tokenizer, pretrained = open_both(folder, **options)
-    params = load_params(pretrained, mesh(), seed=0)
+    params = load_weights(pretrained, mesh(), seed=0)
     export_model(pretrained, tokenizer, params, out)
     return params
 
@@ -58,7 +58,7 @@ def test_a_model_that_was_not_trained_goes_out_as_it_came_in_every_file_equal(mo
 
 def test_random_weights_have_zeros_in_the_rows_that_only_fill_up_the_vocabulary(tiny_model, model):
     config = hf.load_hf_config(model)
-    params = load_params(open_both(tiny_model, weights="random")[1], mesh(), seed=0)
+    params = load_weights(open_both(tiny_model, weights="random")[1], mesh(), seed=0)
     table = np.asarray(params["embed_tokens"]["weight"][...])
     assert len(table) % 128 == 0 and not table[config["vocab_size"] :].any()
     stored = safetensors.numpy.load_file(model / "model.safetensors")["model.embed_tokens.weight"]
@@ -68,7 +68,7 @@ def test_random_weights_have_zeros_in_the_rows_that_only_fill_up_the_vocabulary(
 def test_an_unrolled_model_has_the_same_state(model):
     scanned, unrolled = (open_both(model, unroll=unroll)[1] for unroll in (False, True))
     assert jax.tree.structure(scanned.model.params) == jax.tree.structure(unrolled.model.params)
-    both = [load_params(each, mesh(), seed=0) for each in (scanned, unrolled)]
+    both = [load_weights(each, mesh(), seed=0) for each in (scanned, unrolled)]
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
@@ -77,7 +77,7 @@ def test_embeddings_are_untied_on_request_and_the_export_says_so(model, tmp_path
     assert hf.load_hf_config(model)["tie_word_embeddings"]
     assert "lm_head" not in open_both(model)[1].model.params
     tokenizer, pretrained = open_both(model, tie_embeddings=False)
-    params = load_params(pretrained, mesh(), seed=0)
+    params = load_weights(pretrained, mesh(), seed=0)
     np.testing.assert_array_equal(params["lm_head"]["weight"][...], params["embed_tokens"]["weight"][...])
     params["lm_head"]["weight"].set_value(params["lm_head"]["weight"].get_value() * 2)
     out = tmp_path / "out"
@@ -89,7 +89,7 @@ def test_embeddings_are_untied_on_request_and_the_export_says_so(model, tmp_path
     embedding = theirs.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(theirs.lm_head.weight.detach().numpy(), 2 * embedding)
     # Opened again, it is a model with two tables, which nobody may tie.
-    again = load_params(open_both(out)[1], mesh(), seed=0)
+    again = load_weights(open_both(out)[1], mesh(), seed=0)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     with pytest.raises(ConfigError, match="model.tie_embeddings: true, but the model has an output projection of its"):
         open_both(out, tie_embeddings=True)

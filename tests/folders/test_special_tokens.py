@@ -16,7 +16,7 @@ from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.folders import hf, special_tokens
 from jaxsft.folders.export import export_folder
-from jaxsft.folders.pretrained import export_model, load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import export_model, load_weights, open_model, open_tokenizer
 from jaxsft.folders.weights import load as weights
 from jaxsft.mesh import make_mesh
 from jaxsft.model.decoder import Decoder
@@ -224,7 +224,7 @@ def test_a_vocabulary_that_is_full_grows_by_the_rows_that_are_missing_and_they_a
     tokenizer, pretrained = open_both(folder)
     assert pretrained.hf_config["vocab_size"] == pretrained.decoder_config.vocab_size == 302
     assert "grows from 300 to 302 rows" in pretrained.notes[0]
-    params = load_params(pretrained, one_device(), seed=0)
+    params = load_weights(pretrained, one_device(), seed=0)
     names = {"embed_tokens": EMBEDDING} | ({} if tie else {"lm_head": UNEMBEDDING})
     assert ("lm_head" in params) == (not tie)
     for ours, theirs in names.items():
@@ -241,7 +241,7 @@ def test_rows_that_a_model_has_to_spare_are_used_before_it_grows(vocab_size, gro
     _, pretrained = open_both(folder)
     assert pretrained.decoder_config.vocab_size == pretrained.hf_config["vocab_size"] == grown
     assert ("grows" if grown > vocab_size else "to spare") in pretrained.notes[0]
-    params = load_params(pretrained, one_device(), seed=0)
+    params = load_weights(pretrained, one_device(), seed=0)
     expected = expected_rows(folder, EMBEDDING, size=grown, new=[300, 301])
     assert not table(params, "embed_tokens")[grown:].any()
     np.testing.assert_allclose(table(params, "embed_tokens")[:grown], expected, rtol=1e-6, atol=1e-7)
@@ -260,16 +260,16 @@ def test_the_last_new_token_still_has_a_row(words, grown, tmp_path):
 def test_without_new_tokens_nothing_changes(base):
     _, pretrained = open_both(base, "plain")
     assert (pretrained.new_ids, pretrained.notes, pretrained.decoder_config.vocab_size) == ((), (), 300)
-    params = load_params(pretrained, one_device(), seed=0)
+    params = load_weights(pretrained, one_device(), seed=0)
     np.testing.assert_array_equal(table(params, "embed_tokens")[:300], tensors_of(base)[EMBEDDING])
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_every_mesh_begins_with_the_same_rows_to_the_bit(param_dtype, base):
     _, pretrained = open_both(base, param_dtype=param_dtype)
-    whole = load_params(pretrained, one_device(), seed=0)
+    whole = load_weights(pretrained, one_device(), seed=0)
     for mesh in (MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=4), MeshConfig(data=8)):
-        cut = load_params(pretrained, make_mesh(mesh), seed=0)
+        cut = load_weights(pretrained, make_mesh(mesh), seed=0)
         jax.tree.map(np.testing.assert_array_equal, cut, whole)
 
 
@@ -299,7 +299,7 @@ def test_the_mean_does_not_depend_on_the_columns_that_are_read_with_it():
 def test_random_weights_have_rows_for_new_tokens_too(base):
     _, pretrained = open_both(base, weights="random")
     assert pretrained.decoder_config.vocab_size == 302
-    assert load_params(pretrained, one_device(), seed=0)["lm_head"]["weight"].shape == (384, 32)
+    assert load_weights(pretrained, one_device(), seed=0)["lm_head"]["weight"].shape == (384, 32)
 
 
 def test_a_tokenizer_that_did_not_fit_before_is_still_refused(tmp_path):
@@ -324,7 +324,7 @@ def test_an_export_with_new_tokens_is_whole_for_transformers_and_for_us(tie, tmp
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizer, pretrained = open_both(make_model(tmp_path / "model", tie=tie))
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
-    params = load_params(pretrained, mesh, seed=0)
+    params = load_weights(pretrained, mesh, seed=0)
     out = tmp_path / "export"
     export_model(pretrained, tokenizer, params, out)
 
@@ -352,7 +352,7 @@ def test_an_export_with_new_tokens_is_whole_for_transformers_and_for_us(tie, tmp
         again, reopened = open_both(out, template)
         assert (again.added_tokens, again.stops, again.key) == ((), [2, 301], tokenizer.key)
         assert reopened.new_ids == () and reopened.decoder_config == pretrained.decoder_config
-        jax.tree.map(np.testing.assert_array_equal, load_params(reopened, mesh, seed=0), params)
+        jax.tree.map(np.testing.assert_array_equal, load_weights(reopened, mesh, seed=0), params)
 
 
 def test_a_base_model_learns_to_chat_and_to_stop(material, tmp_path):
@@ -398,7 +398,7 @@ def test_an_eos_token_that_does_not_end_answers_is_said_or_set_and_the_export_ag
     assert not any("would not stop there" in note for note in tokenizer.notes)
     pretrained = open_model(model, tokenizer)
     out = tmp_path / "out"
-    export_model(pretrained, tokenizer, load_params(pretrained, one_device(), seed=0), out)
+    export_model(pretrained, tokenizer, load_weights(pretrained, one_device(), seed=0), out)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         assert json.loads((out / name).read_text())["eos_token"] == "<|im_end|>"
     for name in ("config.json", "generation_config.json"):
@@ -478,7 +478,7 @@ def test_added_tokens_are_not_reported_as_untrained_rows_for_they_begin_as_the_m
     folder = make_model(tmp_path / "model", vocab_size=310, change=empty)
     _, pretrained = open_both(folder, "chatml")
     assert [note for note in pretrained.notes if "never" in note] == []
-    params = load_params(pretrained, one_device(), seed=0)
+    params = load_weights(pretrained, one_device(), seed=0)
     assert np.all(np.any(table(params, "embed_tokens")[300:302] != 0, axis=1))
     assert not np.any(table(params, "embed_tokens")[302:])
 

@@ -32,8 +32,10 @@ from jaxsft.training.metrics import (
 )
 
 
-def step(loss_sum, weight_sum, correct=0.0, tokens=10.0, skipped=0.0, router=None):
-    return StepMetrics(LossSums(loss_sum, weight_sum, correct, weight_sum), tokens, 0.0, 1.0, 0.5, skipped, router)
+def step(loss_sum, weight_sum, correct=0.0, tokens=10.0, skipped=0.0, router=None, objective=None):
+    return StepMetrics(
+        LossSums(loss_sum, weight_sum, correct, weight_sum), tokens, 0.0, 1.0, 0.5, skipped, objective, router
+    )
 
 
 def test_the_loss_of_a_line_is_over_all_its_tokens_not_a_mean_of_means():

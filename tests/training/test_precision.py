@@ -21,7 +21,7 @@ from placing import place
 from jaxsft.batch import Batch
 from jaxsft.config import MeshConfig, OptimConfig
 from jaxsft.mesh import make_mesh
-from jaxsft.model.abstract import abstract_model, random_params
+from jaxsft.model.abstract import abstract_model, random_weights
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config
 from jaxsft.training import loss_in_blocks
@@ -82,7 +82,7 @@ def exact_of(name):
     config = config_of(name)
     batch, exact = make_batch(config.vocab_size), make_model(config, "float32")
     one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jax.device_get(random_params(exact, one_device, seed=0))
+    params = jax.device_get(random_weights(exact, one_device, seed=0))
     of_rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
     gradients = gradients_of(exact, [params, of_rounded], batch, one_device)
     return params, *gradients
@@ -185,7 +185,7 @@ def test_nothing_is_summed_over_tokens_in_bfloat16(name, param_dtype, axes):
     keys."""
     config = config_of(name)
     make = make_model(config, "bfloat16", param_dtype)
-    graphdef, params = abstract_model(make)
+    graphdef, params, _ = abstract_model(make)
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), make_batch(config.vocab_size))
     compute = functools.partial(summed_gradients, graphdef, frozen=nnx.State({}), optim=OptimConfig())
     with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])):

@@ -18,7 +18,7 @@ from jaxsft.batch import Batch
 from jaxsft.batches.loader import Loader
 from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.config_files import load_config
-from jaxsft.folders.pretrained import load_params, open_model, open_tokenizer
+from jaxsft.folders.pretrained import load_weights, open_model, open_tokenizer
 from jaxsft.mesh import batch_sharding, make_mesh
 from jaxsft.model.abstract import abstract_model
 from jaxsft.model.architecture import LayerKind
@@ -75,7 +75,7 @@ def params_on(mesh, run):
     """The seed's parameters, drawn once on one device."""
     config, pretrained, _ = run
     if config.model.path not in DRAWN:
-        DRAWN[config.model.path] = jax.device_get(load_params(pretrained, mesh_of(1), seed=config.seed))
+        DRAWN[config.model.path] = jax.device_get(load_weights(pretrained, mesh_of(1), seed=config.seed))
     return place(DRAWN[config.model.path], mesh)
 
 
@@ -132,7 +132,7 @@ MESHES = {
 def test_the_seed_draws_the_same_parameters_on_every_mesh(mixture, name):
     config, pretrained, _ = mixture
     mesh = mesh_of(**MESHES[name])
-    drawn, expected = load_params(pretrained, mesh, seed=config.seed), params_on(mesh, mixture)
+    drawn, expected = load_weights(pretrained, mesh, seed=config.seed), params_on(mesh, mixture)
     for ours, other in zip(jax.tree.leaves(drawn), jax.tree.leaves(expected), strict=True):
         assert ours.sharding == other.sharding
         np.testing.assert_allclose(ours, other, rtol=1e-6)
@@ -165,9 +165,7 @@ def test_what_is_of_all_copies_is_summed_up_once_a_step(request, model):
     """Over `data`, by the compiled program: nothing within the loops over microbatches and layers."""
     config, pretrained, _ = request.getfixturevalue(model)
     mesh, num_microbatches = mesh_of(data=2, fsdp=2, tensor=2), 4
-    step = make_train_step(
-        pretrained.model, FROZEN, config.optim, num_steps=12, num_microbatches=num_microbatches, mesh=mesh
-    )
+    step = make_train_step(pretrained.model, config.optim, num_steps=12, num_microbatches=num_microbatches, mesh=mesh)
     rows = jax.ShapeDtypeStruct((16, 128), jnp.int32, sharding=batch_sharding(mesh))
     batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32, sharding=rows.sharding), rows, rows)
     with jax.set_mesh(mesh):
@@ -210,10 +208,10 @@ def test_no_segment_sees_another(run, segment):
     others = batch._replace(loss_weights=np.where(of_one, 0, batch.loss_weights))
     changed = others._replace(tokens=np.where(of_one, (batch.tokens + 1) % 90, batch.tokens))
     loss = jax.jit(lambda *inputs: forward_loss(pretrained.model.graphdef, *inputs)[0])
-    before, after = loss(params, FROZEN, others), loss(params, FROZEN, changed)
+    before, after = loss(params, others), loss(params, changed)
     assert float(before.loss_sum) == float(after.loss_sum) > 0
-    swapped = loss(params, FROZEN, batch._replace(tokens=changed.tokens))
-    assert float(swapped.loss_sum) != float(loss(params, FROZEN, batch).loss_sum)  # so the change does change its own
+    swapped = loss(params, batch._replace(tokens=changed.tokens))
+    assert float(swapped.loss_sum) != float(loss(params, batch).loss_sum)  # so the change does change its own
 
 
 # Mixtures of experts: the routers' losses are of the whole batch too.
@@ -250,7 +248,7 @@ def test_the_losses_of_routers_are_added_as_they_are_written(mixture, mixture_on
     assert num_tokens < batch.tokens.size and (batch.segment_ids > 1).any()
 
     def objective(params, batch):
-        sums, router = forward_loss(pretrained.model.graphdef, params, FROZEN, batch)
+        sums, router = forward_loss(pretrained.model.graphdef, params, batch)
         layers = [
             4 * jnp.sum(router.counts[layer] / num_tokens * router.probabilities[layer] / num_tokens)
             for layer in range(2)
@@ -340,9 +338,7 @@ def make_step(run, mesh, *, num_microbatches=1, **optim):
     config, pretrained, _ = run
     section = config.optim.model_copy(update=optim)
     state = init_state(params_on(mesh, run), section, mesh)
-    step = make_train_step(
-        pretrained.model, FROZEN, section, num_steps=12, num_microbatches=num_microbatches, mesh=mesh
-    )
+    step = make_train_step(pretrained.model, section, num_steps=12, num_microbatches=num_microbatches, mesh=mesh)
     return state, step
 
 
@@ -356,10 +352,10 @@ def test_a_run_compiles_its_step_once(run, sizes):
             state, _ = step(state, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
     assert step._cache_size() == 1
     _, pretrained, _ = run
-    eval_step = make_eval_step(pretrained.model, FROZEN, mesh)
+    eval_step = make_eval_step(pretrained.model, mesh)
     with jax.set_mesh(mesh):
         for index in range(2):
-            eval_step(state.params, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
+            eval_step(state.params, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
     assert eval_step._cache_size() == 1
 
 
@@ -368,10 +364,10 @@ def test_evaluation_gives_the_same_sums_on_every_mesh(run, sizes):
     _, pretrained, _ = run
     batch, sums = make_loader(run).batch(0), []
     for mesh in (mesh_of(1), mesh_of(**sizes)):
-        params, step = params_on(mesh, run), make_eval_step(pretrained.model, FROZEN, mesh)
+        params, step = params_on(mesh, run), make_eval_step(pretrained.model, mesh)
         with jax.set_mesh(mesh):
             placed = put_batch(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch), batch.tokens.shape, mesh)
-            sums.append(jax.device_get(step(params, FROZEN, placed)))
+            sums.append(jax.device_get(step(params, placed)))
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 
@@ -424,7 +420,7 @@ def test_beside_the_state_a_step_holds_its_gradients_once_and_no_copies_of_weigh
     rows = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
     with jax.set_mesh(mesh):
-        step = make_train_step(model, FROZEN, config.optim, num_steps=12, num_microbatches=1, mesh=mesh)
+        step = make_train_step(model, config.optim, num_steps=12, num_microbatches=1, mesh=mesh)
         lowered = step.lower(abstract_state(model.params, config.optim, mesh), FROZEN, batch)
         memory = lowered.compile(TO_READ).memory_analysis()
     of_params = sum(leaf.size * 4 for leaf in jax.tree.leaves(model.params))

@@ -1,0 +1,258 @@
+"""Which maps of a decoder get adapters, and which weights are trained.
+
+In: a decoder, the `lora` section, and the table that says how its weights are called in files. Out: the same decoder
+with adapters on its maps, all its own weights frozen. What an adapter computes is in `adapter.py`.
+
+Frozen weights that only ever enter matmuls are kept in the compute dtype, to which the matmul would cast them: the same
+numbers in half the memory.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxsft.config import ConfigError, LoraConfig
+from jaxsft.model.adapter import Adapter, Constant, Frozen, LoraParam
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.embedding import Embedding
+from jaxsft.model.experts import MixtureMLP, PerExpert
+from jaxsft.model.layers import Linear
+
+Kind = Literal["attention", "mlp", "router", "table"]
+
+PRESETS: dict[str, tuple[Kind, ...]] = {
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "all_linear": ("attention", "mlp"),
+}
+"""Word of `lora.targets` -> what it stands for."""
+
+
+class Map(NamedTuple):
+    """A map of the decoder that can have an adapter: of all layers at once, or a table."""
+
+    path: str
+    """Such as "layers.self_attn.q_proj"."""
+    kind: Kind
+    module: Linear | PerExpert | Embedding
+    inputs: str
+    outputs: str
+    leading: str
+    """Letters before those of the map: "l", "l e", or none."""
+
+
+class Shape(NamedTuple):
+    """Of the adapter of one map."""
+
+    ranks: np.ndarray
+    """int [L], or [] of a table; 0 for a layer without one."""
+    alphas: np.ndarray
+    """float, likewise."""
+
+    def scales(self, lora: LoraConfig) -> np.ndarray:
+        """float32: alpha / rank, with rslora alpha / sqrt(rank); 0 where there is no adapter."""
+        ranks = np.maximum(self.ranks, 1)
+        scales = self.alphas / (np.sqrt(ranks) if lora.rslora else ranks)
+        return np.where(self.ranks > 0, scales, 0).astype(np.float32)
+
+
+def maps_of(decoder: Decoder) -> Iterator[Map]:
+    """All maps that can have an adapter, in the order of the decoder's weights."""
+    yield Map("embed_tokens", "table", decoder.embed_tokens, "v", "d", "")
+    attention, mlp = decoder.layers.self_attn, decoder.layers.mlp
+    for name, inputs, outputs in (("q", "d", "n h"), ("k", "d", "k h"), ("v", "d", "k h"), ("o", "n h", "d")):
+        yield Map(
+            f"layers.self_attn.{name}_proj",
+            "attention",
+            getattr(attention, f"{name}_proj"),
+            inputs,
+            outputs,
+            "l",
+        )
+    if isinstance(mlp, MixtureMLP):
+        yield Map("layers.mlp.router", "router", mlp.router, "d", "e", "l")
+        prefix, leading, inner = "layers.mlp.experts", "l e", mlp.experts
+    else:
+        prefix, leading, inner = "layers.mlp", "l", mlp  # type: ignore[assignment]
+    for name, inputs, outputs in (("gate", "d", "f"), ("up", "d", "f"), ("down", "f", "d")):
+        if (module := getattr(inner, f"{name}_proj")) is not None:
+            yield Map(f"{prefix}.{name}_proj", "mlp", module, inputs, outputs, leading)
+    if decoder.lm_head is not None:
+        yield Map("lm_head", "table", decoder.lm_head, "d", "v", "")
+
+
+def names_of(place: Map, number: int | None, weights: Mapping[str, tuple[str, str]]) -> list[str]:
+    """What a map is called: by us, such as "layers.3.self_attn.q_proj", and in files."""
+    template = weights[f"{place.path}.weight"][0].removesuffix(".weight")
+    theirs = re.sub(r"\.{e}", "", template).replace("{l}", str(number))
+    ours = place.path if number is None else place.path.replace("layers.", f"layers.{number}.", 1)
+    return list(dict.fromkeys([ours, theirs]))
+
+
+def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[str, str]]) -> dict[str, Shape]:
+    """The adapters that a config asks for, by the paths of their maps.
+
+    Args:
+        decoder: abstract or not; only its structure is looked at.
+        lora: the section.
+        weights: the family's table, `path: (tensor name, layout)`.
+
+    Raises:
+        ConfigError: everything in the section that fits no map, and what this model's maps cannot have.
+    """
+    used: set[tuple[str, str]] = set()
+    problems = [
+        f"lora.{key}: {text!r} is no regular expression: {error}"
+        for key in ("targets", "exclude", "rank_pattern", "alpha_pattern")
+        for text in getattr(lora, key)
+        if (error := _regex_error(text))
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+    def chosen(key: str, words: Sequence[str], place: Map, names: list[str]) -> bool:
+        hits = [word for word in words if place.kind in PRESETS.get(word, ()) or _names_fit(word, names)]
+        used.update((key, word) for word in hits)
+        return bool(hits)
+
+    def patterned(key: str, patterns: Mapping[str, Any], names: list[str], default: Any) -> Any:
+        hits = [word for word in patterns if any(re.fullmatch(rf"(.*\.)?({word})", name) for name in names)]
+        used.update((key, word) for word in hits)
+        return patterns[hits[0]] if hits else default
+
+    shapes: dict[str, Shape] = {}
+    alpha = lora.alpha if lora.alpha is not None else 2.0 * lora.rank
+    num_layers = len(decoder.config.layers)
+    for place in maps_of(decoder):
+        ranks, alphas = [], []
+        for number in range(num_layers) if place.leading else [None]:
+            names = names_of(place, number, weights)
+            is_target = chosen("targets", lora.targets, place, names)
+            is_target = is_target and not chosen("exclude", lora.exclude, place, names)
+            ranks.append(patterned("rank_pattern", lora.rank_pattern, names, lora.rank) if is_target else 0)
+            alphas.append(patterned("alpha_pattern", lora.alpha_pattern, names, alpha) if is_target else 0.0)
+        if any(ranks):
+            of_layers = (np.array(ranks), np.array(alphas, np.float64))
+            shapes[place.path] = Shape(*(each if place.leading else each[0] for each in of_layers))
+    for key in ("targets", "exclude", "rank_pattern", "alpha_pattern"):
+        problems += [
+            f"lora.{key}: {word!r} fits nothing in this model" for word in getattr(lora, key) if (key, word) not in used
+        ]
+    if "lm_head" in lora.targets and decoder.lm_head is None:
+        problems.append("lora.targets: lm_head is one with the embedding here; model.tie_embeddings: false parts them")
+    problems += _limits(decoder, lora, shapes)
+    if problems:
+        there = sorted({name for place in maps_of(decoder) for name in _short_names(place, weights)})
+        listed = "\n  ".join(problems)
+        raise ConfigError(f"lora does not fit this model:\n  {listed}\nits maps: {', '.join(there)}")
+    return shapes
+
+
+def _limits(decoder: Decoder, lora: LoraConfig, shapes: Mapping[str, Shape]) -> list[str]:
+    """What some kinds of maps cannot have."""
+    problems = []
+    places = {place.path: place for place in maps_of(decoder)}
+    for name, kinds, why in (
+        ("dropout", ("router", "table"), "a table's rows and a router's tokens are not dropped"),
+        ("dora", ("router", "table"), "magnitudes are those of linear maps in layers"),
+    ):
+        wrong = [path for path in shapes if places[path].kind in kinds or places[path].leading == "l e"]
+        if getattr(lora, name) and wrong:
+            problems.append(f"lora.{name}: not possible on {', '.join(wrong)} ({why}, and experts have neither)")
+    return problems
+
+
+def _names_fit(word: str, names: Sequence[str]) -> bool:
+    return any(name == word or name.endswith(f".{word}") or re.fullmatch(word, name) for name in names)
+
+
+def _regex_error(text: str) -> str | None:
+    try:
+        re.compile(text)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def _short_names(place: Map, weights: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [name.split(".")[-1] for name in names_of(place, 0 if place.leading else None, weights)]
+
+
+def add_adapters(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[str, str]], *, key: jax.Array) -> None:
+    """Gives the maps of a decoder their adapters, in the dtype of their weights, and freezes all else.
+
+    Args:
+        decoder: all of whose weights are trained so far.
+        lora: the section.
+        weights: the family's table.
+        key: of what A is drawn by; each map has a key of its own.
+
+    Raises:
+        ConfigError: see `shapes_of`.
+    """
+    shapes = shapes_of(decoder, lora, weights)
+    for number, place in enumerate(maps_of(decoder)):
+        if (shape := shapes.get(place.path)) is None:
+            continue
+        adapter = Adapter(
+            place.inputs,
+            place.outputs,
+            decoder.config.sizes,
+            ranks=shape.ranks,
+            scales=shape.scales(lora),
+            dropout=lora.dropout,
+            dora=lora.dora,
+            number=number,
+            leading=place.leading,
+            key=jax.random.fold_in(key, number),
+            dtype=place.module.weight.dtype,
+        )
+        place.module.adapter = nnx.data(adapter)
+    if lora.dropout:
+        decoder.layers.number = nnx.data(Constant(jnp.arange(len(decoder.config.layers)), axes="l"))
+    freeze(decoder)
+
+
+def freeze(decoder: Decoder) -> None:
+    """Makes every weight that is not an adapter's a frozen one; matrices in the compute dtype."""
+    in_matmuls = {id(place.module) for place in maps_of(decoder) if place.kind != "router"}
+    for _, module in nnx.iter_graph(decoder):
+        if not isinstance(module, nnx.Module):
+            continue
+        for name, variable in list(vars(module).items()):
+            if isinstance(variable, nnx.Param) and not isinstance(variable, LoraParam):
+                value = variable.get_value()
+                if name == "weight" and id(module) in in_matmuls:
+                    value = value.astype(decoder.compute_dtype)
+                setattr(module, name, Frozen(value, axes=variable.get_metadata("axes")))
+
+
+def with_magnitudes(weights: Any) -> Any:
+    """A whole state whose magnitudes (DoRA) are the norms of its weights, as before the first step."""
+    flat: dict[Any, Any] = dict(nnx.to_flat_state(weights))
+    for path, magnitude in flat.items():
+        if path[-1] == "magnitude":
+            weight = flat[(*path[:-2], "weight")]
+            of_outputs = magnitude.get_metadata("axes").split()
+            axes = weight.get_metadata("axes").split()
+            over = tuple(at for at, letter in enumerate(axes) if letter not in of_outputs)
+            squares = jnp.sum(jnp.square(weight.get_value().astype(jnp.float32)), axis=over)
+            flat[path] = magnitude.replace(jnp.sqrt(squares))
+    return nnx.from_flat_state(flat)
+
+
+def of_files(state: Any) -> Any:
+    """Those Variables of a state that are weights of a model's files: neither adapters nor constants."""
+    _, weights = nnx.split_state(state, (LoraParam, Constant), ...)
+    return weights
+
+
+def not_of_files(state: Any) -> Any:
+    """The others."""
+    others, _ = nnx.split_state(state, (LoraParam, Constant), ...)
+    return others

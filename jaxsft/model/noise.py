@@ -1,0 +1,50 @@
+"""Random numbers of training, which depend on (seed, step, row, position) and on nothing else.
+
+In: the seed of a run, a step, and the numbers of rows in the whole batch. Out: a key for each row, of that one for each
+token, and numbers drawn by them. However a batch is cut over microbatches and devices, and wherever a row's tokens
+travel, a token draws the same numbers; so does a run that was interrupted.
+
+Keys are the two words of JAX's threefry keys, uint32 [..., 2], as a mesh cuts them like any other array.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_IMPLEMENTATION = "threefry2x32"
+
+
+def row_keys(seed: int, step: jax.Array, num_rows: int) -> jax.Array:
+    """Keys uint32 [B, 2] of the rows of a batch, from row 0 on."""
+    of_step = jax.random.fold_in(jax.random.key(seed, impl=_IMPLEMENTATION), step)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(num_rows)))
+
+
+def token_keys(rows: jax.Array, length: int) -> jax.Array:
+    """Keys uint32 [B, T, 2] of the tokens of rows with the keys [B, 2]."""
+    each = jax.vmap(jax.vmap(_fold, (None, 0)), (0, None))
+    return each(rows, jnp.arange(length))
+
+
+def fold(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """Other keys [B, T, 2] for another use: that of a layer, or of a map in it."""
+    return _of_each(lambda key: _fold(key, number), keys)
+
+
+def uniform(keys: jax.Array, size: int) -> jax.Array:
+    """float32 [B, T, size], each in [0, 1), of keys [B, T, 2]."""
+    return _of_each(lambda key: jax.random.uniform(_wrap(key), (size,)), keys)
+
+
+def _of_each(function: Callable[[jax.Array], Any], keys: jax.Array) -> Any:
+    return jax.vmap(jax.vmap(function))(keys)
+
+
+def _fold(key: jax.Array, number: jax.Array | int) -> jax.Array:
+    return jax.random.key_data(jax.random.fold_in(_wrap(key), number))
+
+
+def _wrap(key: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(key, impl=_IMPLEMENTATION)

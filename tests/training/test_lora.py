@@ -1,0 +1,311 @@
+"""Adapters: gradients by the chain rule from those of whole weights, nothing where B is 0, and the same however cut."""
+
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from placing import place
+
+from jaxsft.batch import Batch
+from jaxsft.config import LoraConfig, MeshConfig, OptimConfig
+from jaxsft.mesh import make_mesh
+from jaxsft.model import adapter, noise
+from jaxsft.model.abstract import abstract_model, random_weights
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.families.known import decoder_config, family
+from jaxsft.model.lora import add_adapters, of_files, shapes_of
+from jaxsft.model.noise import row_keys
+from jaxsft.training.step import (
+    put_batch,
+    split_microbatches,
+    split_rows,
+    summed_gradients,
+)
+
+TINY = pathlib.Path(__file__).parents[1] / "model" / "tiny"
+ROWS, LENGTH = 8, 48
+EVERYTHING = ["all_linear", "embed_tokens", "lm_head"]
+MODELS = {
+    "llama": LoraConfig(rank=3, alpha=4.5, rank_pattern={r"layers\.1\.self_attn\.q_proj": 2}),
+    "llama_untied": LoraConfig(rank=4, targets=EVERYTHING, exclude=[r"layers\.0\..*up_proj"], rslora=True),
+    "gpt_oss": LoraConfig(rank=3, targets=[*EVERYTHING, "router"], alpha_pattern={"down_proj": 2.0}),
+    "qwen3_moe": LoraConfig(rank=2, targets=["up_proj", "down_proj", "o_proj"]),
+}
+
+
+def config_of(name):
+    """A tiny model that is no more sensitive than a large one: of small random weights."""
+    return json.loads((TINY / f"{name}.json").read_text()) | {"initializer_range": 0.05, "num_hidden_layers": 2}
+
+
+def make_model(name, lora=None, *, compute_dtype="float32", remat="none", unroll=False):
+    hf_config = config_of(name)
+    config = decoder_config(hf_config)
+
+    def make(rngs):
+        options = {"compute_dtype": compute_dtype, "param_dtype": "float32", "remat": remat, "unroll": unroll}
+        decoder = Decoder(config, **options, rngs=rngs)
+        if lora is not None:
+            add_adapters(decoder, lora, family(hf_config).WEIGHTS, key=rngs.params())
+        return decoder
+
+    return make
+
+
+def mesh_of(**sizes):
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])
+
+
+@functools.cache
+def make_batch(vocab_size):
+    """Rows of two examples."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
+    second = np.arange(LENGTH) >= LENGTH // 3
+    shape = (ROWS, LENGTH)
+    return Batch(
+        tokens[:, :-1],
+        tokens[:, 1:],
+        (rng.random(shape) < 0.7).astype(np.float32),
+        np.broadcast_to(1 + second, shape).astype(np.int32),
+        np.broadcast_to(np.arange(LENGTH) - second * (LENGTH // 3), shape).astype(np.int32),
+    )
+
+
+@functools.cache
+def weights_of(name):
+    """All weights on the host, adapters as after some steps: B is not 0."""
+    lora = MODELS[name]
+    make = make_model(name, lora)
+    weights = jax.device_get(random_weights(make, mesh_of(fsdp=1), seed=0))
+    rng = np.random.default_rng(1)
+    flat = dict(nnx.to_flat_state(weights))
+    for path, variable in flat.items():
+        if path[-1] in ("a", "b") and path[-2] == "adapter":
+            value = variable.get_value()
+            drawn = rng.normal(0, 0.05, value.shape).astype(np.float32)
+            # What lies beyond a layer's rank stays 0.
+            is_used = np.asarray(shapes(name, lora)[".".join(path[:-2])].ranks)[..., None] > np.arange(
+                rank_of(variable)
+            )
+            flat[path] = variable.replace(drawn * on_rank(variable, is_used))
+    return nnx.from_flat_state(flat)
+
+
+def shapes(name, lora):
+    hf_config = config_of(name)
+    decoder = nnx.eval_shape(lambda: make_model(name)(nnx.Rngs(0)))
+    return shapes_of(decoder, lora, family(hf_config).WEIGHTS)
+
+
+def rank_of(variable):
+    return variable.shape[variable.get_metadata("axes").split().index("r")]
+
+
+def on_rank(variable, is_used):
+    """[L, R] or [R] as a factor of A or B."""
+    axes = variable.get_metadata("axes").split()
+    at = [size if letter in ("l", "r") else 1 for letter, size in zip(axes, variable.shape, strict=True)]
+    return is_used.reshape(at)
+
+
+def gradients_of(make, weights, mesh, *, num_microbatches=1, noise_seed=None, vocab_size=67):
+    """Loss, and gradients of the loss sum by what is trained; float64, on the host."""
+    model, batch = abstract_model(make), make_batch(vocab_size)
+
+    @jax.jit
+    def compute(params, frozen, batch):
+        noise = None
+        if noise_seed is not None:
+            noise = split_rows(row_keys(noise_seed, jnp.int32(5), ROWS), num_microbatches, "w")
+        microbatches = split_microbatches(batch, num_microbatches)
+        return summed_gradients(model.graphdef, params, frozen, microbatches, optim=OptimConfig(), noise=noise)
+
+    with jax.set_mesh(mesh):
+        placed = put_batch(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch), batch.tokens.shape, mesh)
+        params, frozen = model.split(place(weights, mesh))
+        found = jax.device_get(compute(params, frozen, placed))
+    return float(found.loss.loss_sum), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found.gradients)
+
+
+def flat_of(state):
+    return {".".join(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def axes_of(state):
+    return {".".join(path): variable.get_metadata("axes") for path, variable in nnx.to_flat_state(state)}
+
+
+def letters(path, axes):
+    """Axes of weight, A and B of a map as einsum letters, and whether the weight lies the other way around."""
+    weight, a, b = (axes[f"{path}.{name}"].replace(" ", "") for name in ("weight", "adapter.a", "adapter.b"))
+    return weight, a, b
+
+
+def merged(weights):
+    """W + scale A B in float64, as the weights of a model without adapters; and the gradients that follow from its."""
+    flat, axes = flat_of(weights), axes_of(weights)
+    values = dict(flat)
+    adapted = [path.removesuffix(".adapter.a") for path in flat if path.endswith(".adapter.a")]
+    for path in adapted:
+        weight, a, b = letters(path, axes)
+        scale = np.asarray(flat[f"{path}.adapter.scale"], np.float64)
+        of_layers = "l" if scale.ndim else ""
+        product = np.einsum(
+            f"{a},{b},{of_layers}->{weight}",
+            *(np.asarray(flat[f"{path}.adapter.{name}"], np.float64) for name in "ab"),
+            scale,
+        )
+        values[f"{path}.weight"] = np.asarray(flat[f"{path}.weight"], np.float64) + product
+    files = of_files(weights)
+    return adapted, jax.tree_util.tree_map_with_path(
+        lambda at, leaf: nnx.Param(
+            np.asarray(values[".".join(str(key.key) for key in at)], np.float32), axes=leaf.get_metadata("axes")
+        ),
+        files,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+@functools.cache
+def expected_of(name):
+    """Loss and gradients by A and B, by the chain rule from those by whole weights: dA = dW B^T, dB = A^T dW."""
+    weights = weights_of(name)
+    adapted, plain = merged(weights)
+    loss, by_weights = gradients_of(make_model(name), plain, mesh_of(fsdp=1))
+    flat, axes, by_weights = flat_of(weights), axes_of(weights), flat_of(by_weights)
+    gradients = {}
+    for path in adapted:
+        weight, a, b = letters(path, axes)
+        scale = np.asarray(flat[f"{path}.adapter.scale"], np.float64)
+        of_layers = "l" if scale.ndim else ""
+        for name_, ours, other in (("a", a, b), ("b", b, a)):
+            factor = np.asarray(flat[f"{path}.adapter.{'b' if name_ == 'a' else 'a'}"], np.float64)
+            gradients[f"{path}.adapter.{name_}"] = np.einsum(
+                f"{weight},{other},{of_layers}->{ours}", by_weights[f"{path}.weight"], factor, scale
+            )
+    return loss, gradients
+
+
+def assert_near(given, expected, tolerance):
+    assert given[0] == pytest.approx(expected[0], rel=tolerance)
+    given, expected = flat_of(given[1]) if not isinstance(given[1], dict) else given[1], expected[1]
+    expected = expected if isinstance(expected, dict) else flat_of(expected)
+    assert given.keys() == expected.keys()
+    for path, gradient in expected.items():
+        scale = np.linalg.norm(gradient)
+        assert scale > 0, path
+        assert np.linalg.norm(given[path] - gradient) < tolerance * scale, path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_follow_from_those_of_whole_weights(name):
+    given = gradients_of(make_model(name, MODELS[name]), weights_of(name), mesh_of(fsdp=1))
+    assert_near(given, expected_of(name), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama_untied", "gpt_oss"])
+def test_gradients_in_bfloat16_are_as_near_as_rounding_lets_them(name):
+    """Rounding the weights alone moves a gradient by so much; compute rounds sqrt(6) times that (test_precision)."""
+    weights, lora = weights_of(name), MODELS[name]
+    rounded = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32) if leaf.dtype == np.float32 else leaf, weights
+    )
+    make, mesh = make_model(name, lora), mesh_of(fsdp=1)
+    exact, moved = (flat_of(gradients_of(make, each, mesh)[1]) for each in (weights, rounded))
+    model = make_model(name, lora, compute_dtype="bfloat16")
+    # Frozen matrices are kept in the compute dtype.
+    stored = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), weights, abstract_model(model).weights)
+    given = flat_of(gradients_of(model, stored, mesh)[1])
+    for path, gradient in exact.items():
+        bound = np.linalg.norm(moved[path] - gradient)
+        # Of a small matrix the distance is a matter of luck; it is no smaller than that of the typical one.
+        typical = np.median([np.linalg.norm(moved[p] - g) / np.linalg.norm(g) for p, g in exact.items()])
+        bound = max(bound, typical * np.linalg.norm(gradient))
+        assert np.linalg.norm(given[path] - gradient) < 2 * math.sqrt(6) * bound, path
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"context": 2, "tensor": 2},
+        {"expert": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=str,
+)
+def test_gradients_are_equal_on_every_mesh(sizes):
+    given = gradients_of(
+        make_model("gpt_oss", MODELS["gpt_oss"], remat="full"), weights_of("gpt_oss"), mesh_of(**sizes)
+    )
+    assert_near(given, expected_of("gpt_oss"), 2e-5)
+
+
+@functools.cache
+def dropping():
+    """A model with dropout, its weights, and its gradients on one device."""
+    lora = LoraConfig(rank=4, dropout=0.25)
+    make = make_model("llama_untied", lora, remat="full")
+    weights = jax.device_get(random_weights(make, mesh_of(fsdp=1), seed=0))
+    weights = nnx.from_flat_state(
+        {
+            path: variable.replace(np.full(variable.shape, 0.02, np.float32)) if path[-1] == "b" else variable
+            for path, variable in nnx.to_flat_state(weights)
+        }
+    )
+    return make, weights, gradients_of(make, weights, mesh_of(fsdp=1), noise_seed=3)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}], ids=str
+)
+def test_dropout_is_the_same_however_a_batch_is_cut(sizes):
+    make, weights, expected = dropping()
+    given = gradients_of(make, weights, mesh_of(**sizes), noise_seed=3, num_microbatches=2)
+    assert_near(given, expected, 1e-5)
+    other = gradients_of(make, weights, mesh_of(fsdp=1), noise_seed=4)
+    assert other[0] != pytest.approx(expected[0], rel=1e-5)
+
+
+def test_dropout_is_drawn_anew_for_each_seed_step_row_token_layer_and_map(monkeypatch):
+    make, batch = make_model("llama", LoraConfig(rank=4, dropout=0.4), unroll=True), make_batch(67)
+    drawn = []
+
+    def uniform(keys, size):
+        drawn.append(noise.uniform(keys, size))
+        return drawn[-1]
+
+    monkeypatch.setattr(adapter, "uniform", uniform)
+    decoder = make(nnx.Rngs(0))
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        keys = row_keys(seed, jnp.int32(step), ROWS)
+        decoder(batch.tokens, batch.segment_ids, batch.positions, noise=keys)
+    assert len(drawn) == 3 * 2 * 7
+    # A width that all maps have.
+    numbers = [np.asarray(each)[..., :48] for each in drawn]
+    assert all(abs((each < 0.4).mean() - 0.4) < 0.02 for each in numbers)
+    of_tokens = np.concatenate(numbers, axis=0).reshape(-1, 48)
+    assert len(np.unique(of_tokens, axis=0)) == len(of_tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama_untied", "gpt_oss", "qwen3_moe"])
+def test_where_b_is_zero_nothing_differs_by_a_bit(name, dtype):
+    batch = make_batch(67)
+    lora = MODELS[name].model_copy(
+        update={"targets": ["all_linear", "embed_tokens"], "exclude": [], "alpha_pattern": {}}
+    )
+    adapted, plain = (make_model(name, each, compute_dtype=dtype)(nnx.Rngs(0)) for each in (lora, None))
+    assert abstract_model(make_model(name, lora)).params
+    hidden = [
+        np.asarray(nnx.jit(each)(batch.tokens, batch.segment_ids, batch.positions).hidden, np.float32)
+        for each in (adapted, plain)
+    ]
+    np.testing.assert_array_equal(*hidden)
