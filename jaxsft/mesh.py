@@ -48,7 +48,8 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
 Devices that have different tokens have the same weights to work with, so the width of weights is cut over all of them
 but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
-`"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut or not.
+`"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut and
+not.
 """
 
 ROW_AXES = DIM_AXES["b"]

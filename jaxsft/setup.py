@@ -242,6 +242,7 @@ class Setup:
                 "model: config.json": hashlib.sha256(model).hexdigest()[:16],
             }
             | ({} if self.config.lora is None else {"lora": self.config.lora.model_dump()})
+            | ({} if self.config.model.quantize == "none" else {"model.quantize": self.config.model.quantize})
         )
 
     @property

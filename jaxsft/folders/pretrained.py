@@ -34,6 +34,7 @@ from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config as read_decoder_config
 from jaxsft.model.families.known import family as family_of
 from jaxsft.model.lora import add_adapters, not_of_files, of_files, with_magnitudes
+from jaxsft.model.quantized_maps import describe_quantized, quantize_maps
 
 
 class OpenTokenizer(NamedTuple):
@@ -131,7 +132,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
 
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
-            extra, misshapen or truncated, or `lora` does not fit it.
+            extra, misshapen or truncated, or `lora` or `quantize` does not fit it.
     """
     folder = hf.model_folder(config.path, weights=config.weights == "pretrained")
     stored, hf_config = hf.open_source(folder)
@@ -151,6 +152,8 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
     make_decoder = decoder_maker(config, decoder_config, lora, family)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
+    if config.quantize != "none":
+        notes += describe_quantized(nnx.merge(*model), config.quantize)
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
@@ -181,6 +184,9 @@ def decoder_maker(
     """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for.
 
     With adapters, these alone are trained.
+
+    Raises:
+        ConfigError: when it is called: `lora` does not fit the model, or a weight that is trained was to be quantised.
     """
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
@@ -196,6 +202,8 @@ def decoder_maker(
         if lora is not None:
             # Drawn after all weights, which are the same with and without adapters.
             add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
+        if config.quantize != "none":
+            quantize_maps(decoder, config.quantize)
         return decoder
 
     return make_decoder

@@ -63,7 +63,7 @@ class PerExpert(nnx.Module):
         inputs, output = (side.strip() for side in dims.split("->"))
         axes = f"l e {inputs} {output}"
         shape = tuple(sizes[letter] for letter in axes.split())
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        self.weight: Any = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
         axes = f"l e {output}"
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None

@@ -10,7 +10,7 @@ dim `l`, and what runs inside the scan over layers is the same module with that 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ class Linear(nnx.Module):
         self.einsum = f"{x}, {weight} -> {y}"
         axes = f"l {weight}"
         shape = tuple(sizes[letter] for letter in axes.split())
-        self.weight: nnx.Variable | QuantizedWeight
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        # A Variable, or a QuantizedWeight.
+        self.weight: Any = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
         axes = " ".join(["l", *outputs])
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None

@@ -13,7 +13,8 @@ int8 (Dettmers et al. 2022, "LLM.int8()", equation 5, without outliers): a row o
 number is a whole multiple of a 127th of it.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,9 @@ NF4_VALUES = np.array(
 def _dynamic_values() -> np.ndarray:
     """float32 [256], ascending: signed numbers of a variable exponent (Dettmers 2016, "8-Bit Approximations").
 
-    For each of the seven decades 1e-6 ... 1, twice as many numbers as in the one before: the middles of equal steps from
-    a tenth to the whole of it; and 0 and 1. The edges are those of PyTorch's linspace to the bit: whole multiples of a
-    float32 step, counted from the nearer end and rounded once.
+    For each of the seven decades 1e-6 ... 1, twice as many numbers as in the one before: the middles of equal steps
+    from a tenth to the whole of it; and 0 and 1. The edges are those of PyTorch's linspace to the bit: whole multiples
+    of a float32 step, counted from the nearer end and rounded once.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -96,7 +97,7 @@ def quantize(weight: jax.Array, kind: Kind) -> Quantized:
     For example, of nf4: in a row of 64 inputs that are 4.0, -2.0, 0.0, ... with an absmax of 4.0, the first byte is
     0xF2: 1.0 is value 15, and -0.5 is nearest to value 2, -0.525.
     """
-    one = {"nf4": _quantize_nf4, "int8": _quantize_int8}[kind]
+    one: Callable[[jax.Array], Any] = {"nf4": _quantize_nf4, "int8": _quantize_int8}[kind]
     for _ in weight.shape[:-2]:
         one = jax.vmap(one)
     return one(weight.astype(jnp.float32))

@@ -10,17 +10,17 @@ layer gathers the bytes of its own weights over all axes but `tensor`, and only 
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxsft.mesh import cut_axes, partition_spec
+from jaxsft.mesh import cut_axes, is_cut_evenly, partition_spec
 from jaxsft.model.adapter import Frozen
 from jaxsft.model.products import gradient_by_x, precision
-from jaxsft.model.quantize import NF4, Int8, Kind, Quantized, dequantize, is_quantizable, quantize
+from jaxsft.model.quantize import NF4, RECORDS, Int8, Kind, Quantized, dequantize, quantize
 
 
 class Layout(NamedTuple):
@@ -35,14 +35,14 @@ class Layout(NamedTuple):
     """Of the outputs, then of the inputs."""
 
     @property
-    def axes(self) -> Quantized:
-        """The letters of each array: rows `o` or as they are, inputs `i` where a mesh cuts them and `j` where not."""
+    def axes(self) -> dict[str, str]:
+        """Field of the record -> its letters: rows `o` or as they are, inputs `i` where a mesh cuts them, `j` else."""
         rows, inputs = ("o", "j") if self.is_by_rows else (self.outputs, "i")
         assert " " not in rows, self
-        matrix = f"{self.leading} {rows} {inputs}"
+        codes = f"{self.leading} {rows} {inputs}"
         if self.kind == "int8":
-            return Int8(matrix, f"{self.leading} {rows}")  # type: ignore[arg-type]
-        return NF4(matrix, matrix, f"{self.leading} j", self.leading)  # type: ignore[arg-type]
+            return {"codes": codes, "absmax": f"{self.leading} {rows}"}
+        return {"codes": codes, "absmax": codes, "scales": f"{self.leading} j", "offset": self.leading}
 
     @property
     def is_by_rows(self) -> bool:
@@ -94,8 +94,7 @@ class QuantizedWeight(nnx.Module):
         self.layout = Layout(kind, " ".join(leading), inputs, " ".join(outputs), sizes_in_order)
         found = quantize(self.layout.matrices(weight[...]), kind)
         parts = {
-            name: Frozen(array, axes=axes)
-            for name, array, axes in zip(found._fields, found, self.layout.axes, strict=True)
+            name: Frozen(array, axes=self.layout.axes[name]) for name, array in zip(found._fields, found, strict=True)
         }
         parts["codes"].set_metadata(layout=self.layout)
         self.codes, self.absmax = parts["codes"], parts["absmax"]
@@ -111,15 +110,27 @@ class QuantizedWeight(nnx.Module):
     def values(self, dtype: jnp.dtype, *, after: jax.Array) -> jax.Array:
         """The weight of one layer, inputs before outputs; not made before `after` is there."""
         num_outputs = len(self.layout.outputs.split())
-        _, (arrays,) = _after(after, [self.arrays])
+        (arrays,) = _after(after, f"b t {self.layout.inputs}", [self.arrays])
         weight = unpacked(self.layout, arrays, dtype)
         return weight.transpose(*range(num_outputs, weight.ndim), *range(num_outputs))
 
 
+def norms_of(parts: Mapping[str, nnx.Variable]) -> jax.Array:
+    """float32 [L, outputs]: the norm of each output's numbers, of the Variables of a quantised weight by name."""
+    layout: Layout = parts["codes"].get_metadata("layout")
+    record = RECORDS[layout.kind]
+    over = tuple(range(len(layout.outputs.split()), len(layout.sizes)))
+    # One layer after the other, so that no more is unpacked.
+    return jax.lax.map(
+        lambda quantized: jnp.sqrt(jnp.sum(jnp.square(unpacked(layout, quantized, jnp.dtype(jnp.float32))), axis=over)),
+        record(*(parts[name].get_value() for name in record._fields)),
+    )
+
+
 def unpacked(layout: Layout, quantized: Quantized, dtype: jnp.dtype) -> jax.Array:
     """The weight of one layer, outputs before inputs, whole but for what `tensor` cuts."""
-    axes = [each.removeprefix(layout.leading).strip() for each in layout.axes]
-    gathered = type(quantized)(*(_gathered(array, each) for array, each in zip(quantized, axes, strict=True)))
+    axes = {name: letters.removeprefix(layout.leading).strip() for name, letters in layout.axes.items()}
+    gathered = quantized._replace(**{name: _gathered(getattr(quantized, name), each) for name, each in axes.items()})
     return _gathered(dequantize(gathered, dtype).reshape(layout.sizes), layout.of_matrix)
 
 
@@ -144,15 +155,15 @@ def quantized_products(layouts: tuple[Layout, ...], x: jax.Array, weights: list[
 def _forward(
     layouts: tuple[Layout, ...], x: jax.Array, weights: list[Quantized]
 ) -> tuple[list[jax.Array], list[Quantized]]:
-    x, weights = _after(x, weights)
+    ready = _after(x, f"b t {layouts[0].inputs}", weights)
     return [
         jnp.einsum(_dims(layout), x, unpacked(layout, weight, x.dtype), precision=precision(x.dtype))
-        for layout, weight in zip(layouts, weights, strict=True)
+        for layout, weight in zip(layouts, ready, strict=True)
     ], weights
 
 
 def _backward(layouts: tuple[Layout, ...], weights: list[Quantized], gradients: list[jax.Array]) -> Any:
-    gradients, weights = _after(gradients, weights)
+    weights = _after(gradients[0], f"b t {layouts[0].outputs}", weights)
     dtype = gradients[0].dtype
     numbers = [unpacked(layout, weight, dtype) for layout, weight in zip(layouts, weights, strict=True)]
     mesh = jax.sharding.get_abstract_mesh()
@@ -173,10 +184,27 @@ def _backward(layouts: tuple[Layout, ...], weights: list[Quantized], gradients: 
 quantized_products.defvjp(_forward, _backward)
 
 
-def _after(x: Any, weights: list[Quantized]) -> Any:
-    """Both, of which the weights are not there before `x` is: no layer is unpacked before its turn, nor kept for the
-    backward pass because that unpacks the same bytes again."""
-    return jax.lax.optimization_barrier((x, weights))
+def _after(x: jax.Array, axes: str, weights: list[Quantized]) -> list[Quantized]:
+    """The weights, which are not there before `x` is: no layer is unpacked before its turn, nor kept for the backward
+    pass because that unpacks the same bytes again.
+
+    Their codes are changed by a zero that is computed from `x`. An optimization barrier is not enough: compiled for
+    CPU, it is gone before the order of operations is found (jax 0.10.2).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    zero = _zero
+    if not mesh.empty and is_cut_evenly(x.shape, axes):
+        # Each device takes its own first number, so that nothing is sent.
+        spec = partition_spec(axes)
+        zero = jax.shard_map(_zero, in_specs=spec, out_specs=jax.sharding.PartitionSpec(), check_vma=False)
+    nothing = zero(jax.lax.stop_gradient(x))
+    return [weight._replace(codes=weight.codes ^ nothing.astype(weight.codes.dtype)) for weight in weights]
+
+
+def _zero(x: jax.Array) -> jax.Array:
+    """0 whatever is in `x`, which compilers do not know: a number times 0 may be NaN."""
+    product = x[(0,) * x.ndim].astype(jnp.float32) * 0
+    return jnp.where(jnp.isnan(product), 0, product).astype(jnp.uint8)
 
 
 def _dims(layout: Layout) -> str:

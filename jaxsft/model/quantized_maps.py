@@ -52,7 +52,9 @@ def describe_quantized(decoder: Decoder, kind: Kind) -> list[str]:
     maps = [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
     kept = [place for place in maps if not isinstance(place.module.weight, QuantizedWeight)]
     notes = []
-    if odd := [f"{place.path} ({_num_inputs(place)})" for place in kept if not is_quantizable(_num_inputs(place), kind)]:
+    if odd := [
+        f"{place.path} ({_num_inputs(place)})" for place in kept if not is_quantizable(_num_inputs(place), kind)
+    ]:
         notes.append(
             f"model.quantize: {kind} is made of blocks of {BLOCK} inputs; kept in bfloat16, as their inputs are no "
             f"multiple of it: {', '.join(odd)}"

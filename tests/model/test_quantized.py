@@ -15,10 +15,11 @@ from jaxsft.folders.weights.layout import join, path_text, variables_of
 from jaxsft.folders.weights.load import load_params
 from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import make_mesh, shardings
+from jaxsft.model.adapter import Frozen
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
+from jaxsft.model.lora import add_adapters, maps_of
 from jaxsft.model.quantize import RECORDS, dequantize, quantize
-from jaxsft.model.quantized import Frozen
 from jaxsft.model.quantized_maps import quantize_maps
 
 LLAMA = {
@@ -58,8 +59,8 @@ def mesh_of(sizes):
     return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def abstract(hf_config, kind, *, dtype="float32", remat="full", unroll=False):
-    """A decoder whose layers are frozen."""
+def abstract(hf_config, kind, *, dtype="float32", remat="full", unroll=False, lora=None):
+    """Graphdef and whole state of a decoder; with adapters all else is frozen, without them only the layers' maps."""
 
     def make(rngs):
         decoder = Decoder(
@@ -70,22 +71,16 @@ def abstract(hf_config, kind, *, dtype="float32", remat="full", unroll=False):
             unroll=unroll,
             rngs=rngs,
         )
-        freeze_layers(decoder)
+        if lora is not None:
+            add_adapters(decoder, lora, family(hf_config).WEIGHTS, key=rngs.params())
+        for place in maps_of(decoder):
+            weight = place.module.weight
+            if place.kind in ("attention", "mlp") and lora is None:
+                place.module.weight = Frozen(weight[...], axes=weight.get_metadata("axes"))
         if kind is not None:
             quantize_maps(decoder, kind)
         return decoder
 
-    return abstract_model_of(make)
-
-
-def freeze_layers(decoder):
-    for _, module in list(nnx.iter_modules(decoder.layers)):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nnx.Param) and hasattr(module, "einsum"):
-            module.weight = Frozen(weight[...], axes=weight.get_metadata("axes"))
-
-
-def abstract_model_of(make):
     return nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), ...)
 
 

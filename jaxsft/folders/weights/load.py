@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.config import ConfigError
+from jaxsft.folders.weights.bnb4 import Bnb4Tensor
 from jaxsft.folders.weights.check import check_weights, report
 from jaxsft.folders.weights.copying import copy, is_finite
 from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of
@@ -321,10 +322,17 @@ def _quantized(
     codes = variables[f"{weight.path}.codes"]
     layout: Layout = codes.get_metadata("layout")
     names = [f"{weight.path}.{name}" for name in RECORDS[layout.kind]._fields]
+    if layout.kind == "nf4" and _lie_as_ours(weight, layout, tensors):
+        return {
+            name: _codes_as_stored(weight, variables[name], name.split(".")[-1], places[name], tensors)
+            for name in names
+        }
     out = {name: places[name] for name in names}
-    zeros = jax.jit(lambda: {name: jnp.zeros(variables[name].shape, variables[name].dtype) for name in names}, out_shardings=out)
+    zeros = jax.jit(
+        lambda: {name: jnp.zeros(variables[name].shape, variables[name].dtype) for name in names}, out_shardings=out
+    )
     put = jax.jit(functools.partial(_put_layer, layout, names), donate_argnums=0, out_shardings=out)
-    mesh = places[names[0]].mesh
+    mesh = places[names[0]].mesh  # type: ignore[attr-defined]
     arrays = zeros()
     with jax.set_mesh(mesh):
         for layer in range(weight.shape[0]):
@@ -334,7 +342,38 @@ def _quantized(
     return arrays
 
 
-def _put_layer(layout: Layout, names: list[str], arrays: dict[str, jax.Array], values: jax.Array, layer: jax.Array) -> dict[str, jax.Array]:
+def _lie_as_ours(weight: Weight, layout: Layout, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether files hold the very codes that are wanted, each matrix in a tensor of its own."""
+    letters = " ".join(factor.letter or "" for factor in weight.factors)
+    found = [tensors[weight.name(index)] for index in weight.indices()]
+    return (
+        letters == layout.of_matrix
+        and all(factor.size == factor.length for factor in weight.factors)
+        and all(isinstance(tensor, Bnb4Tensor) and tensor.is_ours for tensor in found)
+    )
+
+
+def _codes_as_stored(
+    weight: Weight,
+    variable: nnx.Variable,
+    part: str,
+    place: jax.sharding.Sharding,
+    tensors: Mapping[str, StoredTensor],
+) -> jax.Array:
+    """One array of a quantised weight, each device's part of it read by itself."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        outer = [range(*each.indices(size)) for each, size in zip(index, variable.shape, strict=False)][: weight.split]
+        matrices = [tensors[weight.name(at)].part(part, index[weight.split :]) for at in itertools.product(*outer)]  # type: ignore[attr-defined]
+        return np.stack(matrices).reshape(*map(len, outer), *matrices[0].shape)
+
+    return jax.make_array_from_callback(variable.shape, place, read)
+
+
+def _put_layer(
+    layout: Layout, names: list[str], arrays: dict[str, jax.Array], values: jax.Array, layer: jax.Array
+) -> dict[str, jax.Array]:
     quantized = quantize(layout.matrices(values), layout.kind)
     return {
         name: jax.lax.dynamic_update_slice_in_dim(arrays[name], part, layer, axis=0)
