@@ -29,6 +29,7 @@ from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
+from jaxsft.folders.weights.layout import Weight, variables_of, whole_weights
 from jaxsft.folders.weights.save import dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
 
@@ -74,6 +75,7 @@ def export_folder(
     source_folder: pathlib.Path | None = None,
     tokenizer_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 50 * 10**9,
+    layer_of: Callable[[Weight, int], jax.Array] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
@@ -95,6 +97,7 @@ def export_folder(
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
+        layer_of: as in `write_weights`, for a state with quantised weights.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -125,6 +128,7 @@ def export_folder(
             stored=stored,
             max_shard_bytes=max_shard_bytes,
             writes=writes,
+            layer_of=layer_of,
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
@@ -144,7 +148,7 @@ def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) 
         tensors = stored.tensors.values()
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
     itemsize = into.itemsize if into is not None else 4
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
+    return sum(math.prod(each.shape) for each in whole_weights(variables_of(params)).values()) * itemsize
 
 
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -72,6 +72,7 @@ def write_weights(
     stored: Stored | None = None,
     max_shard_bytes: int,
     writes: bool,
+    layer_of: Callable[[Weight, int], jax.Array] | None = None,
 ) -> None:
     """Writes the safetensors files, and an index if there is more than one.
 
@@ -87,6 +88,8 @@ def write_weights(
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
         writes: whether this process is the one that writes.
+        layer_of: what stands for one layer of a quantised weight, [1, ...] with its axes: `load.original_layers`, with
+            what adapters add. Needed where `params` has quantised weights, which are not written as they are.
     """
     tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
     if stored is not None and stored.files:
@@ -99,7 +102,7 @@ def write_weights(
             if out:
                 out.write(file.header)
             for tensor in file.tensors.values():
-                _write(out, tensor)
+                _write(out, tensor, layer_of)
             if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
                 out.flush()
                 os.fsync(out.fileno())
@@ -229,7 +232,9 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
-def _write(out: BinaryIO | None, tensor: Tensor) -> None:
+def _write(
+    out: BinaryIO | None, tensor: Tensor, layer_of: Callable[[Weight, int], jax.Array] | None
+) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
         for at in range(0, tensor.num_bytes, COPY_BYTES):
@@ -241,7 +246,7 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
     whole = np.empty([factor.size for factor in factors] if out else [], DTYPES[tensor.word])
     for part in tensor.source:
         assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
-        for box, values in _gather(part):
+        for box, values in _gather(part, layer_of):
             if out:
                 place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
                 source = part.weight.file_order(values)
@@ -256,7 +261,7 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
         out.write(whole.reshape(-1).view(np.uint8).data)
 
 
-def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
+def _gather(part: Part, layer_of: Callable[[Weight, int], jax.Array] | None) -> Iterator[tuple[Box, np.ndarray]]:
     """A part of a tensor, as boxes of our dims that together are all of it; on every process.
 
     No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
@@ -264,6 +269,9 @@ def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
     """
     weight, value = part.weight, part.variable.get_value()
     layer, expert = part.at[:1], part.at[1:]
+    if isinstance(value, jax.ShapeDtypeStruct):  # quantised
+        assert layer_of is not None and layer, weight.path
+        value, layer = layer_of(weight, layer[0]), (0,)
     assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
     shape = weight.shape[weight.split :]
     local = value.sharding.shard_shape(value.shape)[len(layer)]
