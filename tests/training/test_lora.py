@@ -4,24 +4,30 @@ import functools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import TO_READ
 from flax import nnx
 from placing import place
 
 from jaxsft.batch import Batch
-from jaxsft.config import LoraConfig, MeshConfig, OptimConfig
-from jaxsft.mesh import make_mesh
+from jaxsft.config import ConfigError, LoraConfig, MeshConfig, OptimConfig
+from jaxsft.mesh import batch_sharding, make_mesh
 from jaxsft.model import adapter, noise
 from jaxsft.model.abstract import abstract_model, random_weights
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.lora import add_adapters, of_files, shapes_of
+from jaxsft.model.lora import add_adapters, of_files, shapes_of, with_magnitudes
 from jaxsft.model.noise import row_keys
+from jaxsft.training.program import read_program
 from jaxsft.training.step import (
+    abstract_state,
+    init_state,
+    make_train_step,
     put_batch,
     split_microbatches,
     split_rows,
@@ -309,3 +315,162 @@ def test_where_b_is_zero_nothing_differs_by_a_bit(name, dtype):
         for each in (adapted, plain)
     ]
     np.testing.assert_array_equal(*hidden)
+
+
+def compiled_step(lora, mesh, *, unroll=False):
+    """The optimised program of a step."""
+    model, optim = abstract_model(make_model("llama_untied", lora, remat="full", unroll=unroll)), OptimConfig()
+    step = make_train_step(model, optim, num_steps=10, num_microbatches=2, mesh=mesh)
+    rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=batch_sharding(mesh))
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32, sharding=rows.sharding), rows, rows)
+    with jax.set_mesh(mesh):
+        return step.lower(abstract_state(model.params, optim, mesh), model.frozen, batch).compile(TO_READ)
+
+
+def products_like_weights(text):
+    """Matrix products whose result has as many numbers as a weight of one layer or a table: they make gradients."""
+    sizes = {48 * 70, 48 * 6 * 8, 48 * 2 * 8, 48 * 128}
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    return [shape for shape in shapes if math.prod(map(int, shape.split(","))) in sizes]
+
+
+def test_no_gradient_by_a_frozen_weight_is_computed():
+    """By the optimised program; that of full fine-tuning has one product for each weight at least."""
+    mesh = mesh_of(fsdp=1)
+    assert not products_like_weights(compiled_step(LoraConfig(rank=5), mesh).as_text())
+    assert len(products_like_weights(compiled_step(None, mesh).as_text())) >= 8
+
+
+def test_no_gradient_by_a_frozen_weight_travels():
+    """Over fsdp: what devices add up is no larger than an adapter of all layers, by whole weights as large as these."""
+    mesh = mesh_of(fsdp=2)
+    largest = []
+    for lora in (LoraConfig(rank=2), None):
+        report = read_program(compiled_step(lora, mesh).as_text(), mesh.shape)
+        largest.append(max(each.num_bytes for each in report.collectives if each.kind != "all-gather"))
+    params = abstract_model(make_model("llama_untied", LoraConfig(rank=2))).params
+    assert largest[0] <= max(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert largest[1] >= 4 * 48 * 70 / 2
+
+
+def test_a_step_moves_adapters_alone():
+    mesh, model = mesh_of(fsdp=1), abstract_model(make_model("llama", LoraConfig(rank=2, dropout=0.1)))
+    optim = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
+    step = make_train_step(model, optim, num_steps=10, num_microbatches=1, mesh=mesh, noise_seed=0)
+    params, frozen = model.split(random_weights(make_model("llama", LoraConfig(rank=2, dropout=0.1)), mesh, seed=0))
+    before = jax.device_get(frozen)
+    state = init_state(params, optim, mesh)
+    losses = []
+    with jax.set_mesh(mesh):
+        batch = jax.tree.map(jnp.asarray, make_batch(67))
+        for _ in range(8):
+            state, metrics = step(state, frozen, batch)
+            losses.append(float(metrics.sums.loss_sum))
+    assert step._cache_size() == 1
+    assert losses[-1] < losses[0] * 0.95
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 3 * sum(
+        leaf.size for leaf in jax.tree.leaves(state.params)
+    )
+
+
+DORA = LoraConfig(rank=3, dora=True, exclude=[r"layers\.0\.self_attn\.k_proj"])
+
+
+def test_dora_is_its_formula():
+    """In float64: m V / |V|, V = W + scale A B, with no gradient through the norm (Liu et al. 2024, section 4.3)."""
+    weights = jax.device_get(random_weights(make_model("llama", DORA), mesh_of(fsdp=1), seed=0))
+    weights = jax.device_get(with_magnitudes(jax.tree.map(jnp.asarray, weights)))
+    plain = of_files(weights)
+    loss, _ = gradients_of(make_model("llama"), jax.tree.map(np.asarray, plain_params(plain)), mesh_of(fsdp=1))
+    assert gradients_of(make_model("llama", DORA), weights, mesh_of(fsdp=1))[0] == pytest.approx(loss, rel=1e-6)
+
+    rng = np.random.default_rng(2)
+    weights = nnx.from_flat_state(
+        {path: variable.replace(drawn_like(rng, path, variable)) for path, variable in nnx.to_flat_state(weights)}
+    )
+    flat, axes = flat_of(weights), axes_of(weights)
+    values, chains = {path: np.asarray(value) for path, value in flat.items()}, {}
+    for path in [path.removesuffix(".adapter.a") for path in flat if path.endswith(".adapter.a")]:
+        weight, a, b = letters(path, axes)
+        out = axes[f"{path}.adapter.magnitude"].replace(" ", "")
+        w, factor_a, factor_b, magnitude, scale = (
+            np.asarray(flat[f"{path}.{name}"], np.float64)
+            for name in ("weight", "adapter.a", "adapter.b", "adapter.magnitude", "adapter.scale")
+        )
+        turned = w + np.einsum(f"{a},{b},l->{weight}", factor_a, factor_b, scale)
+        norm = np.sqrt(np.einsum(f"{weight},{weight}->{out}", turned, turned))
+        values[f"{path}.weight"] = np.einsum(f"{weight},{out}->{weight}", turned, magnitude / norm).astype(np.float32)
+        chains[path] = (weight, a, b, out, turned, factor_a, factor_b, magnitude, norm, scale)
+    plain = jax.tree_util.tree_map_with_path(
+        lambda at, leaf: nnx.Param(values[".".join(str(key.key) for key in at)], axes=leaf.get_metadata("axes")),
+        of_files(weights),
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    loss, by_weights = gradients_of(make_model("llama"), plain, mesh_of(fsdp=1))
+    by_weights, expected = flat_of(by_weights), {}
+    for path, (weight, a, b, out, turned, factor_a, factor_b, magnitude, norm, scale) in chains.items():
+        gradient = by_weights[f"{path}.weight"]
+        expected[f"{path}.adapter.magnitude"] = np.einsum(f"{weight},{weight},{out}->{out}", gradient, turned, 1 / norm)
+        by_turned = np.einsum(f"{weight},{out},l->{weight}", gradient, magnitude / norm, scale)
+        expected[f"{path}.adapter.a"] = np.einsum(f"{weight},{b}->{a}", by_turned, factor_b)
+        expected[f"{path}.adapter.b"] = np.einsum(f"{weight},{a}->{b}", by_turned, factor_a)
+    for sizes in ({"fsdp": 1}, {"fsdp": 2, "tensor": 2}):
+        assert_near(gradients_of(make_model("llama", DORA), weights, mesh_of(**sizes)), (loss, expected), 2e-5)
+
+
+def plain_params(state):
+    """Frozen weights as those of a model without adapters."""
+    return jax.tree.map(
+        lambda leaf: nnx.Param(leaf.get_value(), axes=leaf.get_metadata("axes")),
+        state,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+
+
+def drawn_like(rng, path, variable):
+    value = np.asarray(variable.get_value())
+    if path[-1] == "b":
+        return rng.normal(0, 0.05, value.shape).astype(np.float32)
+    return (value * rng.uniform(0.8, 1.2, value.shape)).astype(np.float32) if path[-1] == "magnitude" else value
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"targets": ["q_prj", "lm_head"]},
+            ["'q_prj' fits nothing", "lm_head is one with the embedding", "q_proj, up_proj"],
+        ),
+        ({"exclude": ["gate"]}, ["lora.exclude: 'gate' fits nothing"]),
+        ({"rank_pattern": {"qproj": 3}, "alpha_pattern": {"x": 1.0}}, ["rank_pattern: 'qproj'", "alpha_pattern: 'x'"]),
+        ({"targets": ["(q_proj"]}, ["'(q_proj' is no regular expression"]),
+        ({"targets": ["embed_tokens"], "dropout": 0.1, "dora": True}, ["lora.dropout", "lora.dora", "embed_tokens"]),
+    ],
+    ids=str,
+)
+def test_what_fits_no_map_is_refused_all_at_once(keys, said):
+    with pytest.raises(ConfigError) as error:
+        shapes("llama", LoraConfig(rank=2, **keys))
+    assert all(text in str(error.value) for text in said), error.value
+
+
+def test_targets_are_named_by_us_or_by_files():
+    def paths(name, *targets, **keys):
+        return sorted(shapes(name, LoraConfig(rank=2, targets=list(targets), **keys)))
+
+    fused = ["layers.self_attn.k_proj", "layers.self_attn.q_proj", "layers.self_attn.v_proj"]
+    assert paths("phi3", "qkv_proj") == fused
+    assert paths("gpt2", "c_attn") == fused
+    assert paths("gpt_neox", "query_key_value") == fused
+    assert paths("gpt2", "attn.c_proj") == ["layers.self_attn.o_proj"]
+    assert paths("mixtral", "attention") == [*fused[:1], "layers.self_attn.o_proj", *fused[1:]]
+    assert paths("mixtral", "mlp") == [f"layers.mlp.experts.{name}_proj" for name in ("down", "gate", "up")]
+    assert paths("llama", "all_linear", exclude=["attention"]) == [
+        f"layers.mlp.{n}_proj" for n in ("down", "gate", "up")
+    ]
+    only_last = shapes("llama", LoraConfig(rank=2, targets=[r"layers\.1\.mlp\..*"], alpha_pattern={"up_proj": 9.0}))
+    assert {tuple(shape.ranks) for shape in only_last.values()} == {(0, 2)}
+    assert only_last["layers.mlp.up_proj"].scales(LoraConfig(rank=2)).tolist() == [0, 4.5]
+    rslora = LoraConfig(rank=4, alpha=6.0, rslora=True)
+    assert shapes("llama", rslora)["layers.mlp.up_proj"].scales(rslora).tolist() == [3, 3]
