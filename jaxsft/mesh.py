@@ -308,7 +308,7 @@ DIM_WORDS = {
     "v": "vocabulary size",
     "p": "number of positions",
     "e": "number of experts",
-    "i": "number of bytes or blocks in a row of a quantised weight",
+    "i": "number of bytes in a row of a quantised weight",
     "l": "number of layers",
     "o": "number of rows of a quantised weight",
     "r": "rank of adapters",

@@ -154,9 +154,10 @@ def _mean(numbers: jax.Array) -> jax.Array:
 
 def _dequantize_nf4(packed: NF4) -> jax.Array:
     *leading, num_outputs, num_bytes = packed.codes.shape
-    pairs = jnp.stack([_nf4_value(packed.codes >> 4), _nf4_value(packed.codes & 15)], axis=-1)
-    blocks = pairs.reshape(*leading, num_outputs, num_bytes * 2 // BLOCK, BLOCK)
-    return (blocks * dequantize_absmax(packed)[..., None]).reshape(*leading, num_outputs, num_bytes * 2)
+    # A factor for each byte, as a mesh may cut a row of bytes in the middle of a block.
+    factors = jnp.repeat(dequantize_absmax(packed), BLOCK // 2, axis=-1)
+    pairs = jnp.stack([_nf4_value(codes) * factors for codes in (packed.codes >> 4, packed.codes & 15)], axis=-1)
+    return pairs.reshape(*leading, num_outputs, num_bytes * 2)
 
 
 def dequantize_absmax(packed: NF4) -> jax.Array:

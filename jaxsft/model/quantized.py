@@ -4,8 +4,9 @@ In: a decoder whose linear maps have a weight each. Out: the same decoder with w
 products of tokens with them, which a layer computes without making the weights of any other layer.
 
 A weight lies as in files, outputs before inputs. Where a mesh cuts the outputs of a map over `tensor`, it cuts rows of
-codes over all axes; where it cuts the inputs over `tensor`, it cuts whole blocks over it, and rows over the others. A
-layer gathers the bytes of its own weights over all axes but `tensor`, and only then makes numbers of them.
+codes over all axes; where it cuts the inputs over `tensor`, it cuts the bytes of a row over it, and rows over the
+others; the absmax of a row stay together. A layer gathers the bytes of its own weights over all axes but `tensor`, and
+only then makes numbers of them.
 """
 
 import functools
@@ -42,7 +43,8 @@ class Layout(NamedTuple):
         codes = f"{self.leading} {rows} {inputs}"
         if self.kind == "int8":
             return {"codes": codes, "absmax": f"{self.leading} {rows}"}
-        return {"codes": codes, "absmax": codes, "scales": f"{self.leading} j", "offset": self.leading}
+        absmax = f"{self.leading} {rows} j"
+        return {"codes": codes, "absmax": absmax, "scales": f"{self.leading} j", "offset": self.leading}
 
     @property
     def is_by_rows(self) -> bool:

@@ -1,26 +1,31 @@
 """Decoders with quantised weights: loaded on any mesh, they compute what the numbers in their codes stand for."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from compilation import TO_READ
 from flax import nnx
 from safetensors.numpy import save_file
 
-from jaxsft.config import MeshConfig
+from jaxsft.config import ConfigError, LoraConfig, MeshConfig, ModelConfig
+from jaxsft.folders.pretrained import decoder_maker
 from jaxsft.folders.weights.layout import join, path_text, variables_of
-from jaxsft.folders.weights.load import load_params
+from jaxsft.folders.weights.load import load_params, original_layers
+from jaxsft.folders.weights.save import write_weights
 from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import make_mesh, shardings
+from jaxsft.model.abstract import abstract_model
 from jaxsft.model.adapter import Frozen
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.lora import add_adapters, maps_of
+from jaxsft.model.lora import add_adapters, maps_of, not_of_files, of_files, with_magnitudes
 from jaxsft.model.quantize import RECORDS, dequantize, quantize
-from jaxsft.model.quantized_maps import quantize_maps
+from jaxsft.model.quantized_maps import describe_quantized, quantize_maps
 
 LLAMA = {
     "model_type": "llama",
@@ -143,7 +148,7 @@ def test_the_codes_of_each_layer_are_those_of_its_tensor_on_every_mesh(folders, 
     assert codes.addressable_shards[0].data.size * ways == codes.size
 
 
-def plain(state, loaded, like):
+def plain(loaded, like):
     """The values of a quantised state in one of plain weights."""
     parts, whole = variables_of(loaded), variables_of(like)
 
@@ -191,7 +196,7 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_t
     loaded = load(folder, hf_config, state, mesh_of({"fsdp": 1}))
     plain_graphdef, plain_state = abstract(hf_config, None)
     hidden, gradients = run(graphdef, loaded)
-    expected, plain_gradients = run(plain_graphdef, plain(state, loaded, plain_state))
+    expected, plain_gradients = run(plain_graphdef, plain(loaded, plain_state))
     np.testing.assert_allclose(hidden, expected, atol=3e-5 * np.abs(expected).max())
     for path, gradient in gradients.items():
         atol = 3e-5 * np.abs(plain_gradients[path]).max()
@@ -200,8 +205,9 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_t
     np.testing.assert_allclose(run(unrolled, loaded)[0], hidden, atol=3e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("sizes", MESHES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES[1:]), (MESHES[2], "bfloat16")], ids=str
+)
 def test_a_decoder_computes_the_same_on_every_mesh(folders, sizes, dtype):
     folder, hf_config = folders["llama"]
     graphdef, state = abstract(hf_config, "nf4", dtype=dtype)
@@ -213,3 +219,109 @@ def test_a_decoder_computes_the_same_on_every_mesh(folders, sizes, dtype):
     for path, gradient in together[1].items():
         expected = alone[1][path]
         np.testing.assert_allclose(gradient, expected, atol=2 * tolerance * np.abs(expected).max(), err_msg=path)
+
+
+def test_adapters_stand_beside_quantised_weights(folders):
+    """With DoRA, whose norms are those of the numbers of the codes."""
+    folder, hf_config = folders["llama"]
+    mesh, lora = mesh_of({"fsdp": 1}), LoraConfig(rank=4, dora=True)
+    rng = np.random.default_rng(2)
+
+    def with_adapters(state, weights):
+        drawn = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), not_of_files(state))
+        return nnx.merge_state(weights, drawn)
+
+    graphdef, state = abstract(hf_config, "nf4", lora=lora)
+    loaded = with_adapters(state, load(folder, hf_config, of_files(state), mesh))
+    loaded = jax.jit(with_magnitudes)(loaded)
+    plain_graphdef, plain_state = abstract(hf_config, None, lora=lora)
+    weights = plain(of_files(loaded), of_files(plain_state))
+    weights = nnx.merge_state(weights, not_of_files(loaded))
+    for path, magnitude in variables_of(jax.jit(with_magnitudes)(weights)).items():
+        if path.endswith("magnitude"):
+            found = variables_of(loaded)[path].get_value()
+            np.testing.assert_allclose(found, magnitude.get_value(), rtol=1e-5, err_msg=path)
+    hidden, gradients = run(graphdef, loaded)
+    expected, plain_gradients = run(plain_graphdef, weights)
+    np.testing.assert_allclose(hidden, expected, atol=3e-5 * np.abs(expected).max())
+    assert gradients.keys() == plain_gradients.keys() == variables_of(nnx.split_state(state, nnx.Param, ...)[0]).keys()
+    for path, gradient in gradients.items():
+        atol = 3e-5 * np.abs(plain_gradients[path]).max()
+        np.testing.assert_allclose(gradient, plain_gradients[path], atol=atol, err_msg=path)
+
+
+def compiled(hf_config, kind, sizes, **model):
+    """A forward and backward pass, not run."""
+    graphdef, state = abstract(hf_config, kind, **model)
+    mesh, (params, frozen) = mesh_of(sizes), nnx.split_state(state, nnx.Param, ...)
+
+    def total(params, frozen, tokens, segment_ids, positions):
+        hidden = nnx.merge(graphdef, params, frozen)(tokens, segment_ids, positions).hidden
+        return jnp.square(hidden.astype(jnp.float32)).sum()
+
+    rows = [jax.ShapeDtypeStruct((8, 16), jnp.int32)] * 3
+    places = (shardings(mesh, params), shardings(mesh, frozen), *[None] * 3)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(total), in_shardings=places)
+        return step.lower(params, frozen, *rows).compile(TO_READ)
+
+
+WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_no_more_than_a_layer_is_unpacked(kind, unroll):
+    numbers = 256 * (8 * 32 * 2 + 4 * 32 * 2 + 3 * 1024)
+    temp = []
+    for num_layers in (4, 8):
+        hf_config = {**WIDE, "num_hidden_layers": num_layers}
+        step = compiled(hf_config, kind, {"fsdp": 1}, unroll=unroll)
+        temp.append(step.memory_analysis().temp_size_in_bytes)
+    # Unrolled, the bytes of each layer are cut out of those of all.
+    cut = numbers * (1.1 if kind == "int8" else 0.55) if unroll else 0
+    assert temp[1] - temp[0] < 4 * (cut + 0.25 * 4 * numbers), temp
+
+
+def test_what_is_gathered_over_a_mesh_are_bytes():
+    text = compiled(WIDE, "nf4", {"fsdp": 2, "tensor": 2}).as_text()
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather", text)
+    large = [(dtype, shape) for dtype, shape in found if np.prod([int(size) for size in shape.split(",")]) > 2**12]
+    # Forward, and in the backward pass q, k, v, o, gate and up again, and all for the gradients.
+    assert len(large) >= 13 and {dtype for dtype, _ in large} == {"u8"}
+
+
+def test_a_trained_weight_is_not_quantised():
+    config = ModelConfig(path="unused", quantize="nf4")
+    with pytest.raises(ConfigError, match=r"a trained weight cannot be quantised.*layers\.self_attn\.q_proj"):
+        abstract_model(decoder_maker(config, decoder_config(LLAMA), None, family(LLAMA)))
+
+
+def test_maps_that_are_not_of_whole_blocks_stay_in_bfloat16_and_are_listed():
+    hf_config = {**LLAMA, "intermediate_size": 200}
+    config = ModelConfig(path="unused", quantize="nf4", compute_dtype="float32")
+    model = abstract_model(decoder_maker(config, decoder_config(hf_config), LoraConfig(rank=2), family(hf_config)))
+    variables = variables_of(model.frozen)
+    assert variables["layers.mlp.down_proj.weight"].dtype == jnp.bfloat16
+    assert variables["layers.mlp.up_proj.weight.codes"].shape == (3, 200, 64)
+    (note,) = describe_quantized(nnx.merge(*model), "nf4")
+    assert note.endswith("no multiple of it: layers.mlp.down_proj (200)")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_what_is_exported_are_the_weights_of_the_files(folders, model_type, tmp_path):
+    folder, hf_config = folders[model_type]
+    mesh, stored = mesh_of({"fsdp": 2, "tensor": 2}), open_folder(folder)
+    _, state = abstract(hf_config, "nf4")
+    write_weights(
+        tmp_path,
+        load(folder, hf_config, state, mesh),
+        family(hf_config),
+        vocab_size=hf_config["vocab_size"],
+        dtype=None,
+        stored=stored,
+        max_shard_bytes=10**9,
+        writes=True,
+        layer_of=original_layers(stored, mesh),
+    )
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

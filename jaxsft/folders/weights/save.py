@@ -232,9 +232,7 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
-def _write(
-    out: BinaryIO | None, tensor: Tensor, layer_of: Callable[[Weight, int], jax.Array] | None
-) -> None:
+def _write(out: BinaryIO | None, tensor: Tensor, layer_of: Callable[[Weight, int], jax.Array] | None) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
         for at in range(0, tensor.num_bytes, COPY_BYTES):
