@@ -91,6 +91,16 @@ RECORDS: dict[Kind, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
 """What each kind of quantisation makes of a weight."""
 
 
+class Place(NamedTuple):
+    """Where codes that are a part of a matrix lie in it; its scales and offset are those of all of it."""
+
+    num_outputs: int
+    """Of the matrix."""
+    first_row: jax.Array | int = 0
+    first_byte: jax.Array | int = 0
+    """In a row; its absmax are all there."""
+
+
 def quantize(weight: jax.Array, kind: Kind) -> Quantized:
     """A weight [..., O, I] of any float dtype; each matrix by itself.
 
@@ -103,9 +113,11 @@ def quantize(weight: jax.Array, kind: Kind) -> Quantized:
     return one(weight.astype(jnp.float32))
 
 
-def dequantize(quantized: Quantized, dtype: jnp.dtype) -> jax.Array:
-    """The weight [..., O, I], computed in float32 and rounded once."""
-    return (_dequantize_nf4 if isinstance(quantized, NF4) else _dequantize_int8)(quantized).astype(dtype)  # type: ignore[arg-type]
+def dequantize(quantized: Quantized, dtype: jnp.dtype, *, place: Place | None = None) -> jax.Array:
+    """The weight [..., O, I], computed in float32 and rounded once; or some of its rows, or columns, in their place."""
+    if isinstance(quantized, NF4):
+        return _dequantize_nf4(quantized, place).astype(dtype)
+    return _dequantize_int8(quantized).astype(dtype)
 
 
 def is_quantizable(num_inputs: int, kind: Kind) -> bool:
@@ -152,18 +164,24 @@ def _mean(numbers: jax.Array) -> jax.Array:
     return total[0] / numbers.size
 
 
-def _dequantize_nf4(packed: NF4) -> jax.Array:
-    *leading, num_outputs, num_bytes = packed.codes.shape
+def _dequantize_nf4(packed: NF4, place: Place | None) -> jax.Array:
+    *leading, num_rows, num_bytes = packed.codes.shape
     # A factor for each byte, as a mesh may cut a row of bytes in the middle of a block.
-    factors = jnp.repeat(dequantize_absmax(packed), BLOCK // 2, axis=-1)
+    factors = jnp.repeat(dequantize_absmax(packed, place), BLOCK // 2, axis=-1)
+    if place is not None and factors.shape[-1] != num_bytes:
+        factors = jax.lax.dynamic_slice_in_dim(factors, place.first_byte, num_bytes, axis=-1)
     pairs = jnp.stack([_nf4_value(codes) * factors for codes in (packed.codes >> 4, packed.codes & 15)], axis=-1)
-    return pairs.reshape(*leading, num_outputs, num_bytes * 2)
+    return pairs.reshape(*leading, num_rows, num_bytes * 2)
 
 
-def dequantize_absmax(packed: NF4) -> jax.Array:
-    """float32 [..., O, I / 64]"""
-    shape = packed.absmax.shape
-    scales = jnp.repeat(packed.scales, SCALE_BLOCK, axis=-1)[..., : shape[-2] * shape[-1]].reshape(shape)
+def dequantize_absmax(packed: NF4, place: Place | None = None) -> jax.Array:
+    """float32 [..., O, I / 64], or some of its rows in their place."""
+    *leading, num_rows, num_blocks = packed.absmax.shape
+    num_outputs = num_rows if place is None else place.num_outputs
+    scales = jnp.repeat(packed.scales, SCALE_BLOCK, axis=-1)[..., : num_outputs * num_blocks]
+    scales = scales.reshape(*leading, num_outputs, num_blocks)
+    if place is not None and num_rows != num_outputs:
+        scales = jax.lax.dynamic_slice_in_dim(scales, place.first_row, num_rows, axis=-2)
     return jnp.asarray(DYNAMIC_VALUES)[packed.absmax] * scales + packed.offset[..., None, None]
 
 

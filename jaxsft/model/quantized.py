@@ -9,6 +9,7 @@ others; the absmax of a row stay together. A layer gathers the bytes of its own 
 only then makes numbers of them.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from flax import nnx
 from jaxsft.mesh import cut_axes, is_cut_evenly, partition_spec
 from jaxsft.model.adapter import Frozen
 from jaxsft.model.products import gradient_by_x, precision
-from jaxsft.model.quantize import NF4, RECORDS, Int8, Kind, Quantized, dequantize, quantize
+from jaxsft.model.quantize import NF4, RECORDS, Int8, Kind, Place, Quantized, dequantize, quantize
 
 
 class Layout(NamedTuple):
@@ -140,6 +141,57 @@ def _gathered(x: jax.Array, axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty or not axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, over=("tensor",)))
+
+
+# Experts, whose weights are gathered and unpacked within `dispatch.py`.
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class QuantizedExperts:
+    """The quantised weights of some experts of one layer, [E, I, O] once they are numbers."""
+
+    arrays: Any
+    """A `Quantized`, with a leading E."""
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers of whole experts."""
+        return (self.arrays.codes.shape[0], self.layout.num_inputs, self.layout.num_outputs)
+
+    @property
+    def size(self) -> int:
+        """Numbers that are here."""
+        return self.arrays.codes.size * (2 if self.layout.kind == "nf4" else 1)
+
+    def specs(self) -> "QuantizedExperts":
+        """The PartitionSpec of each array."""
+        axes = self.layout.axes
+        specs = {name: partition_spec(axes[name].removeprefix("l ")) for name in self.arrays._fields}
+        return QuantizedExperts(self.arrays._replace(**specs), self.layout)
+
+    def numbers(self, dtype: jnp.dtype, *, over: tuple[str, ...]) -> jax.Array:
+        """[E, I, O]: gathered packed over the mesh axes `over`, where these are; whole but for what `tensor` cuts."""
+        arrays, place = self.arrays, None
+        if over:
+            gathered = {
+                name: jax.lax.all_gather(getattr(arrays, name), over, axis=1, tiled=True)
+                for name in ("codes", "absmax")
+            }
+            arrays = arrays._replace(**gathered)
+            at, (_, num_rows, num_bytes) = jax.lax.axis_index("tensor"), arrays.codes.shape
+            is_by_rows = self.layout.is_by_rows
+            place = Place(
+                self.layout.num_outputs,
+                first_row=at * num_rows if is_by_rows else 0,
+                first_byte=0 if is_by_rows else at * num_bytes,
+            )
+        return dequantize(arrays, dtype, place=place).swapaxes(1, 2)
+
+    def after(self, x: jax.Array, axes: str) -> "QuantizedExperts":
+        """The same, not unpacked before `x` is there."""
+        return QuantizedExperts(_after(x, axes, [self.arrays])[0], self.layout)
 
 
 # Products. What is quantised has no gradient, and what a product keeps for its backward pass is the quantised weight.

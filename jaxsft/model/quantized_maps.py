@@ -12,7 +12,6 @@ from flax import nnx
 from jaxsft.config import ConfigError
 from jaxsft.model.adapter import Frozen
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.experts import PerExpert
 from jaxsft.model.lora import Map, maps_of
 from jaxsft.model.quantize import BLOCK, Kind, is_quantizable
 from jaxsft.model.quantized import QuantizedWeight
@@ -32,14 +31,10 @@ def quantize_maps(decoder: Decoder, kind: Kind) -> None:
         )
     for place in maps:
         weight = place.module.weight
-        if _is_quantizable(place, kind):
+        if is_quantizable(_num_inputs(place), kind):
             place.module.weight = QuantizedWeight(weight, place.inputs, kind)
         else:
             place.module.weight = Frozen(weight[...].astype(jnp.bfloat16), axes=weight.get_metadata("axes"))
-
-
-def _is_quantizable(place: Map, kind: Kind) -> bool:
-    return not isinstance(place.module, PerExpert) and is_quantizable(_num_inputs(place), kind)
 
 
 def _num_inputs(place: Map) -> int:
@@ -51,14 +46,10 @@ def describe_quantized(decoder: Decoder, kind: Kind) -> list[str]:
     """What a user should know of a decoder that was quantised, abstract or not: sentences."""
     maps = [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
     kept = [place for place in maps if not isinstance(place.module.weight, QuantizedWeight)]
-    notes = []
-    if odd := [
-        f"{place.path} ({_num_inputs(place)})" for place in kept if not is_quantizable(_num_inputs(place), kind)
-    ]:
-        notes.append(
-            f"model.quantize: {kind} is made of blocks of {BLOCK} inputs; kept in bfloat16, as their inputs are no "
-            f"multiple of it: {', '.join(odd)}"
-        )
-    if experts := [place.path for place in kept if isinstance(place.module, PerExpert)]:
-        notes.append(f"model.quantize: experts are kept in bfloat16: {', '.join(experts)}")
-    return notes
+    if not kept:
+        return []
+    listed = ", ".join(f"{place.path} ({_num_inputs(place)})" for place in kept)
+    return [
+        f"model.quantize: {kind} is made of blocks of {BLOCK} inputs; kept in bfloat16, as their inputs are no "
+        f"multiple of it: {listed}"
+    ]

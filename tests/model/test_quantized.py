@@ -56,6 +56,15 @@ NEOX = {
 quantized = jax.jit(quantize, static_argnums=1)
 dequantized = jax.jit(dequantize, static_argnums=1)
 
+MIXTRAL = {
+    **{key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+CONFIGS = {"llama": LLAMA, "gpt_neox": NEOX, "mixtral": MIXTRAL}
+
 MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}, {"tensor": 4}]
 
 
@@ -92,7 +101,7 @@ def abstract(hf_config, kind, *, dtype="float32", remat="full", unroll=False, lo
 @functools.cache
 def write_folder(folder, model_type):
     """Random weights of a model; its config.json."""
-    hf_config = {"llama": LLAMA, "gpt_neox": NEOX}[model_type]
+    hf_config = CONFIGS[model_type]
     rng = np.random.default_rng(0)
     tensors = {}
     _, state = abstract(hf_config, None)
@@ -108,7 +117,7 @@ def write_folder(folder, model_type):
 def folders(tmp_path_factory):
     """model_type -> (folder, config.json)."""
     made = {}
-    for model_type in ("llama", "gpt_neox"):
+    for model_type in CONFIGS:
         folder = tmp_path_factory.mktemp(model_type)
         made[model_type] = folder, write_folder(folder, model_type)
     return made
@@ -157,9 +166,11 @@ def plain(loaded, like):
             return parts[path].get_value()
         layout = parts[f"{path}.codes"].get_metadata("layout")
         record = RECORDS[layout.kind](*(parts[f"{path}.{name}"].get_value() for name in RECORDS[layout.kind]._fields))
-        numbers = dequantized(jax.device_get(record), jnp.float32).reshape(-1, *layout.sizes)
-        count = len(layout.outputs.split())
-        return numbers.transpose(0, *range(1 + count, numbers.ndim), *range(1, 1 + count))
+        stack, count = len(layout.leading.split()), len(layout.outputs.split())
+        numbers = dequantized(jax.device_get(record), jnp.float32)
+        numbers = numbers.reshape(*numbers.shape[:stack], *layout.sizes)
+        dims = range(numbers.ndim)
+        return numbers.transpose(*dims[:stack], *dims[stack + count :], *dims[stack : stack + count])
 
     values = {path: jax.device_get(value(path)) for path in whole}
     return jax.tree_util.tree_map_with_path(
@@ -188,7 +199,7 @@ def run(graphdef, weights, mesh=None):
     }
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("model_type", list(CONFIGS))
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_type):
     folder, hf_config = folders[model_type]
@@ -206,10 +217,16 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_t
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES[1:]), (MESHES[2], "bfloat16")], ids=str
+    ("model_type", "sizes", "dtype"),
+    [
+        *(("llama", sizes, "float32") for sizes in MESHES[1:]),
+        ("llama", MESHES[2], "bfloat16"),
+        ("mixtral", {"expert": 2, "fsdp": 2, "tensor": 2}, "float32"),
+    ],
+    ids=str,
 )
-def test_a_decoder_computes_the_same_on_every_mesh(folders, sizes, dtype):
-    folder, hf_config = folders["llama"]
+def test_a_decoder_computes_the_same_on_every_mesh(folders, model_type, sizes, dtype):
+    folder, hf_config = folders[model_type]
     graphdef, state = abstract(hf_config, "nf4", dtype=dtype)
     alone = run(graphdef, load(folder, hf_config, state, mesh_of({"fsdp": 1})))
     mesh = mesh_of(sizes)
@@ -308,7 +325,7 @@ def test_maps_that_are_not_of_whole_blocks_stay_in_bfloat16_and_are_listed():
     assert note.endswith("no multiple of it: layers.mlp.down_proj (200)")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("model_type", list(CONFIGS))
 def test_what_is_exported_are_the_weights_of_the_files(folders, model_type, tmp_path):
     folder, hf_config = folders[model_type]
     mesh, stored = mesh_of({"fsdp": 2, "tensor": 2}), open_folder(folder)
