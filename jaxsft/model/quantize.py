@@ -116,7 +116,7 @@ def quantize(weight: jax.Array, kind: Kind) -> Quantized:
 def dequantize(quantized: Quantized, dtype: jnp.dtype, *, place: Place | None = None) -> jax.Array:
     """The weight [..., O, I], computed in float32 and rounded once; or some of its rows, or columns, in their place."""
     if isinstance(quantized, NF4):
-        return _dequantize_nf4(quantized, place).astype(dtype)
+        return _dequantize_nf4(quantized, dtype, place)
     return _dequantize_int8(quantized).astype(dtype)
 
 
@@ -164,13 +164,14 @@ def _mean(numbers: jax.Array) -> jax.Array:
     return total[0] / numbers.size
 
 
-def _dequantize_nf4(packed: NF4, place: Place | None) -> jax.Array:
+def _dequantize_nf4(packed: NF4, dtype: jnp.dtype, place: Place | None) -> jax.Array:
     *leading, num_rows, num_bytes = packed.codes.shape
     # A factor for each byte, as a mesh may cut a row of bytes in the middle of a block.
     factors = jnp.repeat(dequantize_absmax(packed, place), BLOCK // 2, axis=-1)
     if place is not None and factors.shape[-1] != num_bytes:
         factors = jax.lax.dynamic_slice_in_dim(factors, place.first_byte, num_bytes, axis=-1)
-    pairs = jnp.stack([_nf4_value(codes) * factors for codes in (packed.codes >> 4, packed.codes & 15)], axis=-1)
+    halves = packed.codes >> 4, packed.codes & 15
+    pairs = jnp.stack([(_nf4_value(codes) * factors).astype(dtype) for codes in halves], axis=-1)
     return pairs.reshape(*leading, num_rows, num_bytes * 2)
 
 

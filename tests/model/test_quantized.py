@@ -286,18 +286,15 @@ def compiled(hf_config, kind, sizes, **model):
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("kind", "unroll"), [("nf4", False), ("int8", False), ("nf4", True)])
 def test_no_more_than_a_layer_is_unpacked(kind, unroll):
     numbers = 256 * (8 * 32 * 2 + 4 * 32 * 2 + 3 * 1024)
     temp = []
-    for num_layers in (4, 8):
-        hf_config = {**WIDE, "num_hidden_layers": num_layers}
-        step = compiled(hf_config, kind, {"fsdp": 1}, unroll=unroll)
+    for num_layers in (2, 4):
+        step = compiled({**WIDE, "num_hidden_layers": num_layers}, kind, {"fsdp": 1}, unroll=unroll)
         temp.append(step.memory_analysis().temp_size_in_bytes)
-    # Unrolled, the bytes of each layer are cut out of those of all.
-    cut = numbers * (1.1 if kind == "int8" else 0.55) if unroll else 0
-    assert temp[1] - temp[0] < 4 * (cut + 0.25 * 4 * numbers), temp
+    # Of two layers more, unrolled, there are copies of the codes, and activations; but not their float32 numbers.
+    assert temp[1] - temp[0] < (0.8 if unroll else 0.2) * 2 * 4 * numbers, temp
 
 
 def test_what_is_gathered_over_a_mesh_are_bytes():
