@@ -92,7 +92,9 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
     if path.suffix == ".json":
         hf_config = json.loads(path.read_text())
         structure = decoder_config(hf_config)
-        model = abstract_model(decoder_maker(config.model, structure, config.lora, family(hf_config)))
+        model = abstract_model(
+            decoder_maker(config.model, structure, family(hf_config), config.lora, config.train.only)
+        )
     else:
         pretrained = Setup(config).pretrained
         structure, model = pretrained.decoder_config, pretrained.model

@@ -15,6 +15,8 @@ As each does by default, on about as many tokens in a step (examples all at once
   Trainer, padded   one example per row, filled up to the longest of the batch
   TRL               the same, as SFTTrainer does it
   TRL, packed       with `packing=True`
+
+With `--lora RANK` all of them train adapters on all linear maps of a frozen model, theirs by PEFT.
 """
 
 import argparse
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remat", choices=["none", "full"], default="none", help="ours and Trainer's; TRL has its own")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank on all linear maps")
     parser.add_argument("--unroll", action="store_true", help="compile our layers one by one")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--json", type=pathlib.Path, help="write all figures of all rounds there")
@@ -78,7 +81,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        keys = ("seq_len", "batch_size", "microbatch_size", "steps", "remat", "unroll")
+        keys = ("seq_len", "batch_size", "microbatch_size", "steps", "remat", "unroll", "lora")
         settings = {key: getattr(args, key) for key in keys} | {"data": str(args.data.resolve())}
         settings["lengths"] = str(args.lengths.resolve()) if args.lengths else None
         settings["model"] = str(args.model.resolve() if args.model else folder / "model")
@@ -117,7 +120,7 @@ def table(args: argparse.Namespace, about: dict[str, Any], rounds: dict[str, lis
         + (", ".join(f"{count:,} {why}" for why, count in about["left_out_or_cut"].items()) or "none"),
         f"{args.batch_size} rows of {args.seq_len} ({args.microbatch_size} at once), or {about['examples_per_step']} "
         f"examples (all at once), padded {about['padded_fill']:.0%} full",
-        f"remat {args.remat}" + ", unrolled" * args.unroll,
+        f"remat {args.remat}" + ", unrolled" * args.unroll + (f", adapters of rank {args.lora}" if args.lora else ""),
         f"medians of {args.rounds} rounds of {args.steps} steps",
         device,
         ", ".join(f"{key} {value}" for key, value in versions.items()),
@@ -244,37 +247,18 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     import jax
     import numpy as np
-    from flax import nnx
 
     from jaxsft.batch import Batch
-    from jaxsft.config import MeshConfig, ModelConfig, OptimConfig
-    from jaxsft.folders import hf
-    from jaxsft.folders.pretrained import compute_dtype
-    from jaxsft.folders.weights import load as weights
-    from jaxsft.folders.weights.stored import open_folder
-    from jaxsft.mesh import make_mesh, shardings
-    from jaxsft.model.abstract import abstract_model
-    from jaxsft.model.decoder import Decoder
-    from jaxsft.model.families.known import decoder_config, family
+    from jaxsft.config import LoraConfig, MeshConfig, ModelConfig, OptimConfig
+    from jaxsft.folders.pretrained import load_weights, open_model, open_tokenizer
+    from jaxsft.mesh import make_mesh
     from jaxsft.training.step import init_state, make_train_step, put_batch
 
-    path = pathlib.Path(settings["model"])
-    hf_config = hf.load_hf_config(path)
-    config = decoder_config(hf_config)
-    dtype = compute_dtype(ModelConfig(path=str(path)))
-
-    def make(rngs: nnx.Rngs) -> Decoder:
-        choices = {"remat": settings["remat"], "unroll": settings["unroll"]}
-        return Decoder(config, compute_dtype=dtype, param_dtype="float32", rngs=rngs, **choices)
-
-    model, mesh = abstract_model(make), make_mesh(MeshConfig(), jax.devices()[:1])
-    params = weights.load_params(
-        open_folder(path),
-        family(hf_config),
-        abstract=model.params,
-        shardings=shardings(mesh, model.params),
-        vocab_size=config.vocab_size,
-    )
+    section = ModelConfig(path=settings["model"], remat=settings["remat"], unroll=settings["unroll"])
+    lora = LoraConfig(rank=settings["lora"]) if settings["lora"] else None
+    pretrained, mesh = open_model(section, open_tokenizer(section), lora), make_mesh(MeshConfig(), jax.devices()[:1])
+    model = pretrained.model
+    params, frozen = model.split(load_weights(pretrained, mesh, seed=0))
     optim = OptimConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
     state = init_state(params, optim, mesh)
     packed = dict(np.load(folder / "packed.npz"))
@@ -286,7 +270,7 @@ def run_ours(_: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str
         at = time.perf_counter()
         batch = put_batch(lambda part, rows=rows: Batch(*(leaf[part] for leaf in rows)), rows.tokens.shape, mesh)
         with jax.set_mesh(mesh):
-            state, metrics = jax.block_until_ready(step(state, model.frozen, batch))
+            state, metrics = jax.block_until_ready(step(state, frozen, batch))
         seconds.append(time.perf_counter() - at)
         startup = startup or time.perf_counter() - BEGAN
         tokens, trained = float(metrics.tokens), float(metrics.sums.trained_tokens)
@@ -314,6 +298,12 @@ def run_theirs(name: str, settings: dict[str, Any], folder: pathlib.Path) -> dic
     tokenizer = transformers.AutoTokenizer.from_pretrained(settings["model"])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model = transformers.AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+    if settings["lora"]:
+        import peft
+
+        rank = settings["lora"]
+        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
     accumulated = 1 if by_example else settings["batch_size"] // settings["microbatch_size"]
     shared: dict[str, Any] = dict(
         output_dir=str(folder / "out"),

@@ -160,7 +160,7 @@ def train_step(
     finite, the state comes back as it was, and `metrics.skipped` is 1.
 
     Args:
-        config: `optim`, `loss`, `train.batch_size` and `train.microbatch_size` are taken.
+        config: `optim`, `loss`, `seed`, `train.batch_size` and `train.microbatch_size` are taken.
         model: whose structure is trained.
         num_steps: steps of the whole run, for the schedule.
     """
@@ -171,6 +171,7 @@ def train_step(
         num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
         loss=config.loss,
+        noise_seed=config.noise_seed,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

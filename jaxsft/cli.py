@@ -74,6 +74,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.answers.evaluate import describe
     from jaxsft.folders.pretrained import load_weights
     from jaxsft.model.abstract import whole
+    from jaxsft.model.freezing import frozen_key
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
     from jaxsft.training.step import abstract_state
@@ -89,7 +90,9 @@ def evaluate_command(args: argparse.Namespace) -> int:
         weights = load_weights(setup.pretrained, mesh, seed=config.seed)
     else:
         print(f"evaluating checkpoint {int(state.step)} of {folder}")
-        weights = whole(state.params, setup.load_frozen())
+        frozen = setup.load_frozen()
+        checkpointer.beside(frozen_key(frozen))
+        weights = whole(state.params, frozen)
     print(describe(setup.examiner.examine(weights)))
     return 0
 

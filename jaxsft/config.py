@@ -137,6 +137,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
+
+
 class DataConfig(Section):
     """Rows of data, how they become examples, and how examples fill the rows of a batch."""
 
@@ -235,6 +238,9 @@ class TrainConfig(Section):
     """Passes over the data."""
     steps: PositiveInt | None = None
     """Steps in all, instead of `epochs`."""
+    only: Patterns | None = None
+    """Train these weights and freeze all others: `embeddings`, `norms`, ends of names such as down_proj, or regular
+    expressions for whole names, such as layers\\.(28|29)\\..*; of layers, the last ones. Left out: all are trained."""
 
     @property
     def microbatch_rows(self) -> int:
@@ -250,6 +256,8 @@ class TrainConfig(Section):
     def _checked(self) -> "TrainConfig":
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("give `steps` or `epochs`, not both")
+        if self.only == []:
+            raise ValueError("only: an empty list given, which trains nothing; leave it out to train all weights")
         if self.microbatch_size is not None and self.batch_size % self.microbatch_size:
             raise ValueError(f"microbatch_size {self.microbatch_size} does not divide batch_size {self.batch_size}")
         return self
@@ -305,9 +313,6 @@ class OptimConfig(Section):
         if self.schedule != "wsd" and "decay_ratio" in self.model_fields_set:
             raise ValueError(f"`decay_ratio` has no effect with schedule {self.schedule!r}, only with 'wsd'")
         return self
-
-
-Patterns = Annotated[list[NonEmpty], BeforeValidator(_as_list)]
 
 
 class LoraConfig(Section):
@@ -448,10 +453,18 @@ class Config(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @property
+    def noise_seed(self) -> int | None:
+        """Of what a step draws; None where it draws nothing."""
+        draws = self.loss.neftune_alpha or (self.lora is not None and self.lora.dropout)
+        return self.seed if draws else None
+
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         if self.data.stream and self.train.steps is None:
             raise ValueError("data.stream: the length of a stream is not known; give train.steps")
+        if self.lora is not None and self.train.only is not None:
+            raise ValueError("train.only: with lora, adapters are all that is trained; leave one of the two out")
         if not self.data.eval and self.eval.model_fields_set:
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")

@@ -109,7 +109,7 @@ class Setup:
     @functools.cached_property
     def pretrained(self) -> Pretrained:
         """The model without its weights. Raises ConfigError, see `open_model`."""
-        return open_model(self.config.model, self.tokenizer, self.config.lora)
+        return open_model(self.config.model, self.tokenizer, self.config.lora, self.config.train.only)
 
     @functools.cached_property
     def loader(self) -> Loader | StreamLoader:
@@ -223,12 +223,6 @@ class Setup:
         return model.split(load_weights(self.pretrained, self.mesh, seed=self.config.seed))[1]
 
     @property
-    def noise_seed(self) -> int | None:
-        """Of what a step draws; None where it draws nothing."""
-        lora = self.config.lora
-        return self.config.seed if lora is not None and lora.dropout else None
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a run to be continued: the data in its order, and the model."""
         model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()
@@ -241,9 +235,17 @@ class Setup:
                 "model.weights": self.config.model.weights,
                 "model: config.json": hashlib.sha256(model).hexdigest()[:16],
             }
-            | ({} if self.config.lora is None else {"lora": self.config.lora.model_dump()})
-            | ({} if self.config.model.quantize == "none" else {"model.quantize": self.config.model.quantize})
+            | {key: value for key, value in self._trained if value is not None}
         )
+
+    @property
+    def _trained(self) -> list[tuple[str, Any]]:
+        lora, kind = self.config.lora, self.config.model.quantize
+        return [
+            ("lora", None if lora is None else lora.model_dump()),
+            ("train.only", self.config.train.only),
+            ("model.quantize", None if kind == "none" else kind),
+        ]
 
     @property
     def notes(self) -> list[str]:

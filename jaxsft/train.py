@@ -28,6 +28,7 @@ from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.model.abstract import whole
+from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
@@ -35,6 +36,7 @@ from jaxsft.training.checkpoint import Checkpointer, sealed_steps
 from jaxsft.training.console import Console
 from jaxsft.training.events import Evaluated, Event, Finished, Line, Saved, Stopped
 from jaxsft.training.logbook import Logbook
+from jaxsft.training.memory import describe_bytes, where_bytes_go
 from jaxsft.training.metrics import Diverged, Speedometer
 from jaxsft.training.profile import Profiler, check_profile
 from jaxsft.training.run_folder import check_progress, claim_run_folder
@@ -87,6 +89,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         if isinstance(setup.loader, StreamLoader):
             setup.loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
+        console.say(_memory(setup))
+
         # The state: where a former start of this run left off, or the weights to begin with.
         state, frozen = _first_state(setup, checkpointer, stop, console)
         first = int(state.step)
@@ -131,8 +135,8 @@ def _steps(
         num_steps=num_steps,
         num_microbatches=num_microbatches,
         mesh=mesh,
-        noise_seed=setup.noise_seed,
         loss=config.loss,
+        noise_seed=config.noise_seed,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)
@@ -235,6 +239,7 @@ def _first_state(
         state = init_state(params, config.optim, mesh)
     else:
         frozen = setup.load_frozen()
+    checkpointer.beside(frozen_key(frozen))
     checkpointer.tidy()
     return state, frozen
 
@@ -251,6 +256,20 @@ def _summary(setup: Setup, state: TrainState, frozen: Any) -> str:
         attention=setup.attention,
         notes=setup.notes,
     )
+
+
+def _memory(setup: Setup) -> str:
+    """Where the bytes of a device will go, before a weight is read."""
+    train = setup.config.train
+    found = where_bytes_go(
+        setup.pretrained.model,
+        setup.config.optim,
+        setup.mesh,
+        rows=train.microbatch_rows,
+        length=setup.config.data.seq_len,
+        num_microbatches=train.num_microbatches,
+    )
+    return describe_bytes(found, limit=(jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
 
 
 def _open_logbook(setup: Setup, step: int, saved: dict[str, Any], console: Console, lock: Lock | None) -> Logbook:

@@ -33,6 +33,7 @@ from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config as read_decoder_config
 from jaxsft.model.families.known import family as family_of
+from jaxsft.model.freezing import train_only
 from jaxsft.model.lora import add_adapters, not_of_files, of_files, with_magnitudes
 from jaxsft.model.quantized_maps import describe_quantized, quantize_maps
 
@@ -118,7 +119,9 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
     return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
 
 
-def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig | None = None) -> Pretrained:
+def open_model(
+    config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig | None = None, only: Sequence[str] | None = None
+) -> Pretrained:
     """The structure of a model; its weight files are compared with it, but not read, except for a few rows.
 
     Where the tokenizer has got new tokens, they take the rows that the model has to spare; if these do not suffice, its
@@ -128,7 +131,8 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
     Args:
         config: where it lies, and the dtypes of its numbers.
         tokenizer: opened before.
-        lora: the adapters that it gets; without them all its weights are trained.
+        lora: the adapters that it gets, which are then all that is trained.
+        only: the weights that are trained (`train.only`); None: all of them.
 
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
@@ -149,7 +153,7 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
-    make_decoder = decoder_maker(config, decoder_config, lora, family)
+    make_decoder = decoder_maker(config, decoder_config, family, lora, only)
     model = abstract_model(make_decoder)
     notes += decoder_config.notes
     if config.quantize != "none":
@@ -179,14 +183,19 @@ def open_model(config: ModelConfig, tokenizer: OpenTokenizer, lora: LoraConfig |
 
 
 def decoder_maker(
-    config: ModelConfig, decoder_config: DecoderConfig, lora: LoraConfig | None, family: ModuleType
+    config: ModelConfig,
+    decoder_config: DecoderConfig,
+    family: ModuleType,
+    lora: LoraConfig | None = None,
+    only: Sequence[str] | None = None,
 ) -> Callable[[nnx.Rngs], Decoder]:
     """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for.
 
-    With adapters, these alone are trained.
+    With adapters, or with the names of some weights in `only`, these alone are trained.
 
     Raises:
-        ConfigError: when it is called: `lora` does not fit the model, or a weight that is trained was to be quantised.
+        ConfigError: when it is called: `lora` or `only` does not fit the model, or it was to be quantised though all of
+            its weights are trained.
     """
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
@@ -202,6 +211,8 @@ def decoder_maker(
         if lora is not None:
             # Drawn after all weights, which are the same with and without adapters.
             add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
+        if only is not None:
+            train_only(decoder, only, family.WEIGHTS)
         if config.quantize != "none":
             quantize_maps(decoder, config.quantize)
         return decoder

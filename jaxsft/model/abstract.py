@@ -52,7 +52,8 @@ def abstract_model(make_decoder: Callable[[nnx.Rngs], Decoder]) -> Model:
 def with_attention(model: Model, kernel: AttentionKernel) -> Model:
     """The same decoder, whose attention is computed by a kernel."""
     decoder = nnx.merge(*model)
-    decoder.layers.self_attn.kernel = kernel
+    for layers in decoder.stacks:
+        layers.self_attn.kernel = kernel
     return _split(decoder)
 
 

@@ -5,7 +5,7 @@ Face's names.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,6 +25,11 @@ class LayerKind(NamedTuple):
     """A query attends to so many positions up to its own; None: to all of them."""
     rope: int | None = 0
     """Index into `DecoderConfig.ropes`; None: the layer is not told positions."""
+
+
+def period_of(kinds: Sequence[LayerKind]) -> int:
+    """The smallest number of layers after which their kinds repeat."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +104,7 @@ class DecoderConfig:
     @property
     def period(self) -> int:
         """The smallest number of layers after which their kinds repeat."""
-        kinds = self.layers
-        return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+        return period_of(self.layers)
 
     @property
     def logits(self) -> Logits:

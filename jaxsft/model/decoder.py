@@ -6,7 +6,7 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +16,13 @@ from flax import nnx
 from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
 from jaxsft.model.adapter import Constant
-from jaxsft.model.architecture import DecoderConfig, LayerKind
+from jaxsft.model.architecture import DecoderConfig, LayerKind, period_of
 from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
-from jaxsft.model.noise import fold, token_keys
+from jaxsft.model.noise import fold, noise_scale, noisy, token_keys
 from jaxsft.model.products import precision
 from jaxsft.model.remat import POLICIES, Remat, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
@@ -211,6 +211,8 @@ class Decoder(nnx.Module):
         self.embed_tokens = table("v d", config.vocab_size)
         self.embed_positions = table("p d", config.max_position) if config.learned_positions else None
         self.layers = Layers(config, kernel=attention, dtype=dtype, rngs=rngs)
+        self.last_layers: Layers | None = None
+        """Those from some layer on, where they are trained and what lies before them is not (`freezing.py`)."""
         self.norm = Norm("d", config.sizes, config.norm, dtype=dtype)
         self.lm_head = None if config.tie_embeddings else table("v d", config.vocab_size)
 
@@ -222,6 +224,7 @@ class Decoder(nnx.Module):
         *,
         cache: Cache | None = None,
         noise: jax.Array | None = None,
+        neftune_alpha: float = 0.0,
     ) -> Output:
         """Hidden states after the final norm.
 
@@ -232,13 +235,19 @@ class Decoder(nnx.Module):
             cache: keys and values of earlier tokens. The new ones are written at slots [length, length + T), which must
                 exist, and the cache so extended is returned beside the hidden states.
             noise: uint32 [B, 2], the keys of the rows (`noise.py`), by which adapters drop inputs; None: they do not.
+            neftune_alpha: how much noise is added to embeddings, by the same keys, as they enter the first layer's sum:
+                scaled, and without learned positions.
         """
         order = balanced_order(*tokens.shape) if cache is None else None
         keys = None if noise is None else constrain(token_keys(noise, tokens.shape[1]), "b t w")
+        scale = None
+        if neftune_alpha:
+            scale = noise_scale(segment_ids, positions, alpha=neftune_alpha, width=self.config.sizes["d"])
         if order is not None:
             keys = None if keys is None else balance(keys, "b t w")
+            scale = None if scale is None else balance(scale, "b t")
             tokens, segment_ids, positions = (balance(x, "b t") for x in (tokens, segment_ids, positions))
-        hidden = self._embed(tokens, positions)
+        hidden = self._embed(tokens, positions, keys, scale)
         slots, cached = self._slots(segment_ids, positions, cache, order)
         slots = slots._replace(keys=keys)
         hidden, (cached, router) = self._run(hidden, slots, cached)
@@ -252,17 +261,36 @@ class Decoder(nnx.Module):
 
     def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
         """The residual stream [L + 1, B, T, D]: embeddings, and what each layer leaves. To see where models part."""
-        graphdef, weights = nnx.split(self.layers)
         slots, _ = self._slots(segment_ids, positions, None, None)
-        stream = [self._embed(tokens, positions)]
-        for kind, of_layer in zip(self.config.layers, _split(weights, len(self.config.layers)), strict=True):
-            stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
+        stream = [self._embed(tokens, positions, None, None)]
+        for stack, first, count in self._stacks():
+            graphdef, weights = nnx.split(stack)
+            for kind, of_layer in zip(self.config.layers[first : first + count], _split(weights, count), strict=True):
+                stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
         return jnp.stack(stream)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    @property
+    def stacks(self) -> list[Layers]:
+        """Layers that are stacked together: mostly all of them."""
+        return [self.layers] if self.last_layers is None else [self.layers, self.last_layers]
+
+    def _stacks(self) -> Iterator[tuple[Layers, int, int]]:
+        """Stacks, the number of each one's first layer, and how many they are."""
+        first = 0
+        for stack in self.stacks:
+            count = len(jax.tree.leaves(nnx.state(stack))[0])
+            yield stack, first, count
+            first += count
+
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array, keys: jax.Array | None, scale: jax.Array | None
+    ) -> jax.Array:
         hidden = self.embed_tokens(tokens, self.compute_dtype)
         if self.config.embedding_scale != 1.0:
             hidden *= self.config.embedding_scale
+        if scale is not None:
+            assert keys is not None
+            hidden = noisy(constrain(hidden, "b t d"), keys, scale)
         if self.embed_positions is not None:
             hidden += self.embed_positions(positions, self.compute_dtype)
         return constrain(hidden, "b t d")
@@ -288,10 +316,25 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("layers")
     def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
-        """All layers: whole periods of their pattern in a scan, the rest (or all, unrolled) one after the other."""
-        graphdef, weights = nnx.split(self.layers)
-        kinds = self.config.layers
-        period = self.config.period
+        """All layers, stack by stack."""
+        outs = []
+        for stack, first, count in self._stacks():
+            of_stack = jax.tree.map(lambda each: each[first : first + count], cached)  # noqa: B023 (used at once)
+            x, out = self._run_stack(stack, self.config.layers[first : first + count], x, slots, of_stack)
+            outs.append(out)
+        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *outs)
+
+    def _run_stack(
+        self,
+        stack: Layers,
+        kinds: tuple[LayerKind, ...],
+        x: jax.Array,
+        slots: Slots,
+        cached: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, Any]:
+        """Whole periods of the layers' pattern in a scan, the rest (or all, unrolled) one after the other."""
+        graphdef, weights = nnx.split(stack)
+        period = period_of(kinds)
         scanned = 0 if self.unroll else len(kinds) // period * period
 
         def make_layer(kind: LayerKind, *, in_scan: bool) -> Callable:

@@ -2,9 +2,6 @@
 
 In: a decoder, the `lora` section, and the table that says how its weights are called in files. Out: the same decoder
 with adapters on its maps, all its own weights frozen. What an adapter computes is in `adapter.py`.
-
-Frozen weights that only ever enter matmuls are kept in the compute dtype, to which the matmul would cast them: the same
-numbers in half the memory.
 """
 
 import re
@@ -17,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from jaxsft.config import ConfigError, LoraConfig
-from jaxsft.model.adapter import Adapter, Constant, Frozen, LoraParam
+from jaxsft.model.adapter import Adapter, Constant, LoraParam
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, PerExpert
+from jaxsft.model.freezing import fits, freeze, regex_problems
 from jaxsft.model.layers import Linear
 from jaxsft.model.quantized import norms_of
 
@@ -107,17 +105,12 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[st
         ConfigError: everything in the section that fits no map, and what this model's maps cannot have.
     """
     used: set[tuple[str, str]] = set()
-    problems = [
-        f"lora.{key}: {text!r} is no regular expression: {error}"
-        for key in ("targets", "exclude", "rank_pattern", "alpha_pattern")
-        for text in getattr(lora, key)
-        if (error := _regex_error(text))
-    ]
-    if problems:
+    keys = ("targets", "exclude", "rank_pattern", "alpha_pattern")
+    if problems := [problem for key in keys for problem in regex_problems(f"lora.{key}", getattr(lora, key))]:
         raise ConfigError("\n".join(problems))
 
     def chosen(key: str, words: Sequence[str], place: Map, names: list[str]) -> bool:
-        hits = [word for word in words if place.kind in PRESETS.get(word, ()) or _names_fit(word, names)]
+        hits = [word for word in words if place.kind in PRESETS.get(word, ()) or fits(word, names)]
         used.update((key, word) for word in hits)
         return bool(hits)
 
@@ -140,7 +133,7 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[st
         if any(ranks):
             of_layers = (np.array(ranks), np.array(alphas, np.float64))
             shapes[place.path] = Shape(*(each if place.leading else each[0] for each in of_layers))
-    for key in ("targets", "exclude", "rank_pattern", "alpha_pattern"):
+    for key in keys:
         problems += [
             f"lora.{key}: {word!r} fits nothing in this model" for word in getattr(lora, key) if (key, word) not in used
         ]
@@ -166,18 +159,6 @@ def _limits(decoder: Decoder, lora: LoraConfig, shapes: Mapping[str, Shape]) -> 
         if getattr(lora, name) and wrong:
             problems.append(f"lora.{name}: not possible on {', '.join(wrong)} ({why}, and experts have neither)")
     return problems
-
-
-def _names_fit(word: str, names: Sequence[str]) -> bool:
-    return any(name == word or name.endswith(f".{word}") or re.fullmatch(word, name) for name in names)
-
-
-def _regex_error(text: str) -> str | None:
-    try:
-        re.compile(text)
-    except re.error as error:
-        return str(error)
-    return None
 
 
 def _short_names(place: Map, weights: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -216,21 +197,7 @@ def add_adapters(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple
         place.module.adapter = nnx.data(adapter)
     if lora.dropout:
         decoder.layers.number = nnx.data(Constant(jnp.arange(len(decoder.config.layers)), axes="l"))
-    freeze(decoder)
-
-
-def freeze(decoder: Decoder) -> None:
-    """Makes every weight that is not an adapter's a frozen one; matrices in the compute dtype."""
-    in_matmuls = {id(place.module) for place in maps_of(decoder) if place.kind != "router"}
-    for _, module in nnx.iter_graph(decoder):
-        if not isinstance(module, nnx.Module):
-            continue
-        for name, variable in list(vars(module).items()):
-            if isinstance(variable, nnx.Param) and not isinstance(variable, LoraParam):
-                value = variable.get_value()
-                if name == "weight" and id(module) in in_matmuls:
-                    value = value.astype(decoder.compute_dtype)
-                setattr(module, name, Frozen(value, axes=variable.get_metadata("axes")))
+    freeze(decoder, lambda path: True)
 
 
 def with_magnitudes(weights: Any) -> Any:

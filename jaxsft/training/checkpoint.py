@@ -82,6 +82,8 @@ class Checkpointer:
         self._passed_over: dict[int, str] = {}
         self.progress: dict[str, Any] = {}
         """What `save` was given beside the state that was restored."""
+        self.frozen_then = ""
+        """The key of the weights beside which the state that was restored was trained; see `beside`."""
 
     def save(
         self, step: int, state: Any, *, eval_loss: float = math.inf, progress: dict[str, Any] | None = None
@@ -147,6 +149,19 @@ class Checkpointer:
         reason = getattr(error, "strerror", None) or _reason(str(error))
         return SaveError(str(write_error(target, reason[:200], needed)))
 
+    def beside(self, key: str) -> None:
+        """Says what weights, that are not trained and in no checkpoint, a state of this run is nothing without.
+
+        Raises:
+            ConfigError: the state that was restored was trained beside others.
+        """
+        if self.frozen_then and self.frozen_then != key:
+            raise ConfigError(
+                f"{self.folder.parent}: its checkpoints were trained beside other frozen weights than those that "
+                "model.path has now; give the model of then back, or choose another run_dir"
+            )
+        self._run["frozen"] = key
+
     def wait(self) -> None:
         """Returns when no save is under way.
 
@@ -192,6 +207,7 @@ class Checkpointer:
             raise ConfigError(f"{target}: cannot be read: {' '.join(str(error).split())[:200]}") from error
         self._at = step
         self.progress = meta.get("progress", {})
+        self.frozen_then = meta.get("run", {}).get("frozen", "")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
 
     def tidy(self) -> None:

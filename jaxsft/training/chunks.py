@@ -30,13 +30,13 @@ class Chunks(NamedTuple):
 def trained_first(weights: jax.Array, vocab_size: int) -> Chunks:
     """Of positions with weights float32 [N], each of which has logits [V]."""
     num_tokens = weights.size
-    size = _chunk_size(num_tokens, vocab_size)
+    size = chunk_size(num_tokens, vocab_size)
     order = jnp.argsort(weights == 0, stable=True)
     order = jnp.pad(order, (0, -num_tokens % size), constant_values=num_tokens)
     return Chunks(order, size, -(-jnp.count_nonzero(weights) // size))
 
 
-def _chunk_size(num_tokens: int, vocab_size: int) -> int:
+def chunk_size(num_tokens: int, vocab_size: int) -> int:
     """Tokens whose logits are held at once: a multiple of 128, unless there are fewer."""
     size = LOGITS_PER_CHUNK // vocab_size
     if on_cpu():

@@ -8,6 +8,7 @@ gathered block by block (`loss_in_blocks.py`). What is minimised is the loss, or
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,12 +127,16 @@ def _over_mesh(
             objective, hidden, unembedding, targets, weights, with_gradients=with_gradients, is_frozen=is_frozen
         )
     hidden_spec, rows, table = partition_spec("b t d"), partition_spec("b t"), partition_spec("v d")
-    if _is_in_blocks(unembedding):
+    local: Callable[..., Any] = functools.partial(_local, on_mesh=True)
+    table_spec = PartitionSpec("tensor", None)
+    if is_in_blocks(unembedding):
         local, table_spec = loss_in_blocks.loss_in_blocks, table
-    else:
-        local, table_spec = functools.partial(_local, on_mesh=True), PartitionSpec("tensor", None)
     sums = (PartitionSpec(),) * (2 if objective.loss.is_plain else 3)
-    options = {"with_gradients": with_gradients, "is_frozen": is_frozen, "token_axes": free_axes(TOKEN_AXES)}
+    options: dict[str, Any] = {
+        "with_gradients": with_gradients,
+        "is_frozen": is_frozen,
+        "token_axes": free_axes(TOKEN_AXES),
+    }
     return jax.shard_map(
         functools.partial(local, objective, **options),
         in_specs=(hidden_spec, table_spec, rows, rows),
@@ -140,7 +145,7 @@ def _over_mesh(
     )(hidden, unembedding, targets, weights)
 
 
-def _is_in_blocks(unembedding: jax.Array) -> bool:
+def is_in_blocks(unembedding: Any) -> bool:
     """Whether the vocabulary is gone over in blocks: where the table's width is cut, and a device's rows are many.
 
     Held whole, as on one device, the table is used whole: its logits are computed once.

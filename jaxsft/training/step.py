@@ -89,26 +89,28 @@ def put_batch(rows_of: Callable[[slice], Batch], shape: tuple[int, int], mesh: M
     return Batch(*map(leaf, Batch._fields))
 
 
-def forward_loss(
-    graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None = None
-) -> tuple[LossSums, RouterSums | None]:
+def forward_loss(graphdef: Any, weights: Any, batch: Batch) -> tuple[LossSums, RouterSums | None]:
     """Runs the model on one (micro)batch of leaves [B, T]: the sums of the loss, and those of a mixture's routers."""
-    return forward_objective(graphdef, weights, batch, noise, loss=PLAIN)[1:]
+    return forward_objective(graphdef, weights, batch, loss=PLAIN)[1:]
 
 
 def forward_objective(
-    graphdef: Any, weights: Any, batch: Batch, noise: jax.Array | None, *, loss: LossConfig
+    graphdef: Any, weights: Any, batch: Batch, *, loss: LossConfig, noise: jax.Array | None = None
 ) -> tuple[jax.Array, LossSums, RouterSums | None]:
-    """`forward_loss`, and before it the sum that `loss` asks to be minimised, float32 [].
+    """The sum that `loss` asks to be minimised, float32 [], and what `forward_loss` gives.
 
     `noise` are the keys [B, 2] of the rows, where something is drawn.
     """
     model = nnx.merge(graphdef, weights)
-    out = model(batch.tokens, batch.segment_ids, batch.positions, noise=noise)
+    out = _output(model, batch, noise, loss)
     objective, sums = next_token_objective(
         out.hidden, model.unembedding, batch.targets, batch.loss_weights, logits=model.config.logits, loss=loss
     )
     return objective, sums, out.router
+
+
+def _output(model: Any, batch: Batch, noise: jax.Array | None, loss: LossConfig) -> Any:
+    return model(batch.tokens, batch.segment_ids, batch.positions, noise=noise, neftune_alpha=loss.neftune_alpha)
 
 
 def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
@@ -143,8 +145,8 @@ def summed_gradients(
     microbatches: Batch,
     *,
     optim: OptimConfig,
-    noise: jax.Array | None = None,
     loss: LossConfig = PLAIN,
+    noise: jax.Array | None = None,
 ) -> Summed:
     """Gradients and sums over all microbatches (leaves [A, B, T]); `noise` are the keys [A, B, 2] of their rows.
 
@@ -193,13 +195,13 @@ def _sums_of_rows(
     all_counts = None
     if nothing_routed is not None and optim.router_balance > 0 and microbatches.tokens.shape[0] > 1:
         all_counts = over_copies(
-            _all_counts(graphdef, whole(params, frozen), microbatches, noise, nothing_routed.counts)
+            _all_counts(graphdef, whole(params, frozen), microbatches, noise, loss, nothing_routed.counts)
         )
 
     def objective(
         params: Any, batch: Batch, noise: jax.Array | None
     ) -> tuple[jax.Array, tuple[LossSums, RouterSums | None, jax.Array | None]]:
-        total, sums, router = forward_objective(graphdef, whole(params, frozen), batch, noise, loss=loss)
+        total, sums, router = forward_objective(graphdef, whole(params, frozen), batch, loss=loss, noise=noise)
         of_tokens = None if loss.is_plain else total
         if router is not None and (optim.router_balance > 0 or optim.router_z > 0):
             counts = router.counts if all_counts is None else all_counts
@@ -228,14 +230,17 @@ def _nothing_routed(config: DecoderConfig) -> RouterSums | None:
 
 
 def _all_counts(
-    graphdef: Any, weights: Any, microbatches: Batch, noise: jax.Array | None, no_counts: jax.Array
+    graphdef: Any,
+    weights: Any,
+    microbatches: Batch,
+    noise: jax.Array | None,
+    loss: LossConfig,
+    no_counts: jax.Array,
 ) -> jax.Array:
     """Choices [L, E] of all microbatches."""
 
     def add(counts: jax.Array, microbatch: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, None]:
-        batch, noise = microbatch
-        out = nnx.merge(graphdef, weights)(batch.tokens, batch.segment_ids, batch.positions, noise=noise)
-        return counts + out.router.counts, None
+        return counts + _output(nnx.merge(graphdef, weights), *microbatch, loss).router.counts, None
 
     return jax.lax.scan(add, no_counts, (microbatches, noise))[0]
 
@@ -252,8 +257,8 @@ def make_train_step(
     num_steps: int,
     num_microbatches: int,
     mesh: Mesh,
-    noise_seed: int | None = None,
     loss: LossConfig = PLAIN,
+    noise_seed: int | None = None,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
@@ -263,8 +268,8 @@ def make_train_step(
         num_steps: steps of the whole run, for the schedule.
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
+        loss: what is minimised, and how much noise embeddings get.
         noise_seed: of what is drawn in a step, such as adapters' dropout; None: nothing is.
-        loss: what is minimised.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
     config = nnx.merge(*model).config
@@ -275,7 +280,7 @@ def make_train_step(
         if noise_seed is not None:
             noise = split_rows(row_keys(noise_seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
         summed, sums, router, objective = summed_gradients(
-            model.graphdef, state.params, frozen, microbatches, optim=optim, noise=noise, loss=loss
+            model.graphdef, state.params, frozen, microbatches, optim=optim, loss=loss, noise=noise
         )
         weight_sum = divisor(sums.weight_sum)
         grad_norm = optax.tree.norm(summed) / weight_sum

@@ -6,7 +6,6 @@ folder.
 
 import importlib.metadata
 import json
-import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import write_whole
 from jaxsft.model.abstract import whole
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.lora import of_files
 from jaxsft.training.compiler_options import describe_options
 from jaxsft.training.metrics import num_params
 from jaxsft.training.step import TrainState
@@ -49,11 +49,9 @@ def start_summary(
         notes: sentences about tokenizer, model and sources.
     """
     _, seq_len = loader.shape
-    count, filling = num_params(whole(state.params, frozen), decoder_config)
+    count, filling = num_params(of_files(whole(state.params, frozen)), decoder_config)
     trained, _ = num_params(state.params, decoder_config)
     filled = f", and {filling:,} that fill up its vocabulary" if filling else ""
-    state_bytes = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves((state, frozen)))
-    gradient_bytes = sum(_shard_bytes(leaf) // leaf.dtype.itemsize * 4 for leaf in jax.tree.leaves(state.params))
     processes = f"{jax.process_count()} process{'es' * (jax.process_count() > 1)}"
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     lines = [
@@ -61,16 +59,11 @@ def start_summary(
             "model",
             f"{config.model.path}: {count:,} {config.model.weights} parameters in {config.model.param_dtype}{filled}",
         ),
-        *([("trained", f"{trained:,} of them, {trained / count:.2%}")] if trained < count else []),
+        *([("trained", f"{trained:,} parameters, {trained / count:.2%} of these")] if trained < count else []),
         *(_stream_lines(loader, num_steps) if isinstance(loader, StreamLoader) else _data_lines(loader, num_steps)),
         (
             "devices",
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {axes}, {processes}",
-        ),
-        (
-            "memory",
-            f"{state_bytes / 2**20:,.0f} MiB of parameters and optimizer state, {gradient_bytes / 2**20:,.0f} MiB of "
-            "gradients per device, activations besides",
         ),
     ]
     lines.append(("attention", attention))
@@ -181,10 +174,6 @@ def describe_lost(lost: Mapping[str, int]) -> str:
 
 def _items(report: dict[str, Any], key: str) -> Iterable[tuple[str, dict[str, int]]]:
     return report[key].items()
-
-
-def _shard_bytes(leaf: jax.Array) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")

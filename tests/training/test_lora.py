@@ -342,15 +342,14 @@ def test_no_gradient_by_a_frozen_weight_is_computed():
 
 
 def test_no_gradient_by_a_frozen_weight_travels():
-    """Over fsdp: what devices add up is no larger than an adapter of all layers, by whole weights as large as these."""
+    """Over fsdp: what devices add up at once is no larger than the adapters; whole weights are larger."""
     mesh = mesh_of(fsdp=2)
     largest = []
     for lora in (LoraConfig(rank=2), None):
         report = read_program(compiled_step(lora, mesh).as_text(), mesh.shape)
-        largest.append(max(each.num_bytes for each in report.collectives if each.kind != "all-gather"))
+        largest.append(max(each.num_bytes for each in report.collectives if each.axes and "reduce" in each.kind))
     params = abstract_model(make_model("llama_untied", LoraConfig(rank=2))).params
-    assert largest[0] <= max(4 * leaf.size for leaf in jax.tree.leaves(params))
-    assert largest[1] >= 4 * 48 * 70 / 2
+    assert largest[0] <= sum(4 * leaf.size for leaf in jax.tree.leaves(params)) < 4 * 48 * 70 <= largest[1]
 
 
 def test_a_step_moves_adapters_alone():

@@ -14,9 +14,10 @@ from placing import place
 from jaxsft.batches.loader import Loader
 from jaxsft.config import ConfigError, LossConfig, MeshConfig
 from jaxsft.config_files import dump_config, load_config
-from jaxsft.folders.pretrained import load_params
+from jaxsft.folders.pretrained import load_weights
 from jaxsft.mesh import make_mesh
 from jaxsft.model.layers import Logits
+from jaxsft.model.noise import noise_scale, noisy, row_keys, token_keys
 from jaxsft.setup import Setup
 from jaxsft.training import chunks, loss_in_blocks
 from jaxsft.training.loss import next_token_objective
@@ -27,6 +28,7 @@ from jaxsft.training.step import (
     make_train_step,
     put_batch,
     split_microbatches,
+    split_rows,
     summed_gradients,
 )
 
@@ -165,21 +167,22 @@ def run(tiny_config, tiny_data, tmp_path_factory):
     path.write_text("".join((tiny_data / "train.jsonl").read_text().splitlines(keepends=True)[:16]))
     config = load_config(tiny_config, [f"data.train={path}", "train.batch_size=16", "train.microbatch_size=4"])
     setup = Setup(config)
-    params = jax.device_get(load_params(setup.pretrained, one_device(), seed=0))
+    params = jax.device_get(load_weights(setup.pretrained, one_device(), seed=0))
     return config, setup.pretrained, setup.prepared(config.data.train), params
 
 
-def summed(run, loss, mesh, *, packing, num_microbatches):
+def summed(run, loss, mesh, *, packing=True, num_microbatches=1, noise_seed=None):
     config, pretrained, data, params = run
     loader = Loader(data, seq_len=128, batch_size=16, seed=0, packing=packing)
     batch = loader.batch(0)
     assert packing == bool((batch.segment_ids > 1).any()) and loader.num_rows <= 16
 
     def compute(params, batch):
-        microbatches = split_microbatches(batch, num_microbatches)
-        return summed_gradients(
-            pretrained.model.graphdef, params, nnx.State({}), microbatches, optim=config.optim, loss=loss
-        )
+        microbatches, noise = split_microbatches(batch, num_microbatches), None
+        if noise_seed is not None:
+            noise = split_rows(row_keys(noise_seed, jnp.int32(3), len(batch.tokens)), num_microbatches, "w")
+        keys = {"optim": config.optim, "loss": loss, "noise": noise}
+        return summed_gradients(pretrained.model.graphdef, params, nnx.State({}), microbatches, **keys)
 
     with jax.set_mesh(mesh):
         placed = put_batch(lambda rows: jax.tree.map(lambda x: x[rows], batch), batch.tokens.shape, mesh)
@@ -206,11 +209,11 @@ def by_all_logits(run, loss, batch):
 
 @pytest.mark.parametrize("loss", [LOSSES[2], LOSSES[4]], ids=name_of)
 def test_a_step_sums_what_all_logits_at_once_give_however_it_is_cut(run, loss):
-    batch, whole = summed(run, loss, one_device(), packing=True, num_microbatches=1)
+    batch, whole = summed(run, loss, one_device())
     expected, expected_gradients = by_all_logits(run, loss, batch)
     _, single = summed(run, loss, one_device(), packing=False, num_microbatches=4)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, meshed = summed(run, loss, mesh, packing=True, num_microbatches=2)
+    _, meshed = summed(run, loss, mesh, num_microbatches=2)
     for ours in (whole, single, meshed):
         np.testing.assert_allclose(ours.objective, expected, rtol=1e-5)
         np.testing.assert_allclose(ours.loss, whole.loss, rtol=1e-5)
@@ -222,20 +225,67 @@ def test_lines_report_the_loss_and_held_out_rows_know_nothing_else(run):
     """With a learning rate of nothing to speak of: what is reported is of the same parameters."""
     config, pretrained, data, params = run
     mesh, frozen = one_device(), nnx.State({})
-    batch, plain = summed(run, LossConfig(), mesh, packing=True, num_microbatches=1)
+    batch, plain = summed(run, LossConfig(), mesh)
     assert plain.objective is None
-    step = make_train_step(
-        pretrained.model, frozen, config.optim, num_steps=12, num_microbatches=1, mesh=mesh, loss=LOSSES[2]
-    )
+    step = make_train_step(pretrained.model, config.optim, num_steps=12, num_microbatches=1, mesh=mesh, loss=LOSSES[2])
     with jax.set_mesh(mesh):
         placed = jax.device_put(batch)
-        sums = make_eval_step(pretrained.model, frozen, mesh)(place(params, mesh), frozen, placed)
+        sums = make_eval_step(pretrained.model, mesh)(place(params, mesh), placed)
         _, metrics = step(init_state(place(params, mesh), config.optim, mesh), frozen, placed)
     np.testing.assert_allclose(sums, plain.loss, rtol=1e-6)
     line, _ = summarise(load_steps(dump_steps([jax.device_get(metrics)])), Totals(), batch_positions=batch.tokens.size)
     assert line["loss"] == pytest.approx(float(plain.loss.loss_sum / plain.loss.weight_sum), rel=1e-6)
     assert line["objective"] == pytest.approx(float(metrics.objective / plain.loss.weight_sum), rel=1e-6)
     assert line["objective"] != pytest.approx(line["loss"], rel=1e-3)
+
+
+# Noise on embeddings.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_noise_is_that_of_transformers_on_a_row_of_the_segments_length(dtype):
+    """A row of segments of 100 and 28 tokens and 72 of padding, against a row of each length."""
+    hook = pytest.importorskip("transformers.integrations.neftune").neftune_post_forward_hook
+    lengths, alpha, width = (100, 28), 5.0, 256
+    segments = np.concatenate([np.repeat([1, 2], lengths), np.zeros(72, int)])[None].repeat(4, 0)
+    positions = np.concatenate([*map(np.arange, lengths), np.zeros(72, int)])[None].repeat(4, 0)
+    scale = noise_scale(jnp.asarray(segments), jnp.asarray(positions), alpha=alpha, width=width)
+    keys = token_keys(row_keys(0, jnp.int32(0), 4), segments.shape[1])
+    noise = np.asarray(noisy(jnp.zeros((*segments.shape, width), dtype), keys, scale), np.float64)
+    assert not noise[segments == 0].any()
+    for segment, length in enumerate(lengths, start=1):
+        module = torch.nn.Module()
+        module.neftune_noise_alpha = alpha
+        torch.manual_seed(0)
+        theirs = (
+            hook(module, None, torch.zeros(4, length, width, dtype=getattr(torch, dtype.__name__))).double().numpy()
+        )
+        ours, bound = noise[segments == segment], alpha / math.sqrt(length * width)
+        assert np.abs(ours).max() <= bound * (1 + 2**-8) and np.abs(theirs).max() <= bound * (1 + 2**-8)
+        assert np.abs(ours).max() > 0.999 * bound * (1 - 2**-8)
+        assert ours.std() == pytest.approx(theirs.std(), rel=0.02) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        assert abs(ours.mean()) < 0.02 * bound
+    assert len(np.unique(noise[:, 0, 0])) == 4  # each row has its own
+    assert len(np.unique(np.round(noise[0, :100, 0] / np.asarray(scale)[0, 0], 5))) > 90  # and each token
+
+
+def test_noise_is_the_same_however_a_step_is_cut(run):
+    """Rows in microbatches and over devices, positions over `context`, where they change their order."""
+    loss = LossConfig(neftune_alpha=10.0)
+    _, ours = summed(run, loss, one_device(), noise_seed=7)
+    _, plain = summed(run, LossConfig(), one_device())
+    _, other = summed(run, loss, one_device(), noise_seed=8)
+    assert ours.objective is None  # with noise, it is the loss that is minimised
+    for another in (plain, other):
+        assert abs(another.loss.loss_sum / ours.loss.loss_sum - 1) > 1e-4
+    for mesh, num_microbatches in (
+        (one_device(), 4),
+        (make_mesh(MeshConfig(data=2, context=2, tensor=2)), 2),
+    ):
+        _, cut = summed(run, loss, mesh, num_microbatches=num_microbatches, noise_seed=7)
+        np.testing.assert_allclose(cut.loss, ours.loss, rtol=1e-5)
+        leaves = zip(jax.tree.leaves(cut.gradients), jax.tree.leaves(ours.gradients), strict=True)
+        assert max(relative_error(*pair) for pair in leaves) < 1e-5
 
 
 def test_keys_that_exclude_each_other_or_are_no_shares_are_refused_by_name(tiny_config):
@@ -248,3 +298,5 @@ def test_keys_that_exclude_each_other_or_are_no_shares_are_refused_by_name(tiny_
     assert "dft: true" in dump_config(config)
     assert math.isclose(config.loss.z_loss, 1e-4) and not config.loss.is_plain
     assert LossConfig(neftune_alpha=5.0).is_plain
+    draws = load_config(tiny_config, ["loss.neftune_alpha=5", "seed=4"])
+    assert (config.noise_seed, draws.noise_seed) == (None, 4)

@@ -58,6 +58,8 @@ class Weight:
     """How many of our leading dims lie in tensors of their own."""
     dims: tuple[tuple[Factor, ...], ...]
     """The factors of each dim of a tensor."""
+    first_layer: int = 0
+    """Number of the layer that is our first, where we are some of the layers."""
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -74,7 +76,8 @@ class Weight:
 
     def name(self, index: tuple[int, ...]) -> str:
         """The tensor that holds our weight at `index` of its split dims."""
-        return self.template.format(**dict(zip(self.axes, index)))  # noqa: B905 (only the split dims have an index)
+        at = dict(zip(self.axes, index))  # noqa: B905 (only the split dims have an index)
+        return self.template.format(**{letter: i + self.first_layer * (letter == "l") for letter, i in at.items()})
 
     def indices(self) -> Iterator[tuple[int, ...]]:
         """The indices of the split dims; one empty one where there are none."""
@@ -109,7 +112,8 @@ def join(
         untied: an output projection that the files lack is read from the embedding.
     """
     variables = whole_weights(variables_of(state))
-    assert variables.keys() <= family.WEIGHTS.keys(), variables.keys() - family.WEIGHTS.keys()
+    lines = {path.removeprefix("last_") for path in variables}
+    assert lines <= family.WEIGHTS.keys(), lines - family.WEIGHTS.keys()
     letters: dict[str, int] = {}
     for variable in variables.values():
         letters |= zip(variable.get_metadata("axes").split(), variable.shape, strict=True)
@@ -119,11 +123,15 @@ def join(
     if untied and table["lm_head.weight"][0] not in stored:
         table["lm_head.weight"] = table["embed_tokens.weight"]
     joined = {}
-    for path, (template, layout) in table.items():
-        if path in variables:
-            axes = tuple(variables[path].get_metadata("axes").split())
-            sizes = letters | dict(zip(axes, variables[path].shape, strict=True)) | {"v": vocab_size}
-            joined[path] = (make_weight(path, axes, template, layout, sizes), variables[path])
+    for line, (template, layout) in table.items():
+        first_layer = 0
+        for path in (line, f"last_{line}"):  # the last layers may be a stack of their own
+            if path in variables:
+                axes = tuple(variables[path].get_metadata("axes").split())
+                sizes = letters | dict(zip(axes, variables[path].shape, strict=True)) | {"v": vocab_size}
+                weight = make_weight(path, axes, template, layout, sizes)
+                joined[path] = (dataclasses.replace(weight, first_layer=first_layer), variables[path])
+                first_layer = sizes["l"] if "l" in axes else 0
     check_tiling([weight for weight, _ in joined.values() if not (untied and weight.path == "lm_head.weight")])
     return joined
 
@@ -190,7 +198,8 @@ def check_tiling(weights: list[Weight]) -> None:
     """Weights that lie in one tensor must fill it, without overlap; only the tables can be wrong about that."""
     by_template: dict[str, list[Weight]] = {}
     for weight in weights:
-        by_template.setdefault(weight.template, []).append(weight)
+        # Some of the layers are not in the way of others.
+        by_template.setdefault(f"{weight.template} from {weight.first_layer}", []).append(weight)
     for template, sharing in by_template.items():
         first = sharing[0]
         assert len({(weight.file_shape, weight.axes[: weight.split]) for weight in sharing}) == 1, template
