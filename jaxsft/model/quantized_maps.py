@@ -65,7 +65,7 @@ def describe_quantized(decoder: Decoder, kind: Kind) -> list[str]:
 def with_plain_weights(decoder: Decoder) -> None:
     """Gives an abstract decoder plain frozen weights in place of its quantised ones, to count what a step makes.
 
-    They are of another size than the compute dtype, to which they are cast for a product, as quantised ones are unpacked.
+    They are of another size than the compute dtype, to which a product casts them, as quantised ones are unpacked.
     """
     dtype = jnp.bfloat16 if decoder.compute_dtype.itemsize == 4 else jnp.float32
     for place in _maps(decoder):

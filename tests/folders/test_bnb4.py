@@ -16,7 +16,7 @@ from jaxsft.folders.weights.load import load_params
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.lora import freeze
+from jaxsft.model.freezing import freeze
 from jaxsft.model.quantize import DYNAMIC_VALUES, NF4_VALUES, quantize
 from jaxsft.model.quantized_maps import quantize_maps
 
@@ -41,7 +41,7 @@ def abstract(kind):
     def make():
         config = decoder_config(CONFIG)
         decoder = Decoder(config, compute_dtype="float32", param_dtype="float32", remat="full", rngs=nnx.Rngs(0))
-        freeze(decoder)
+        freeze(decoder, lambda path: True)
         if kind is not None:
             quantize_maps(decoder, kind)
         return decoder

@@ -307,14 +307,22 @@ def test_what_is_gathered_over_a_mesh_are_bytes():
 
 def test_a_trained_weight_is_not_quantised():
     config = ModelConfig(path="unused", quantize="nf4")
-    with pytest.raises(ConfigError, match=r"a trained weight cannot be quantised.*layers\.self_attn\.q_proj"):
-        abstract_model(decoder_maker(config, decoder_config(LLAMA), None, family(LLAMA)))
+    with pytest.raises(ConfigError, match="a trained weight cannot be quantised"):
+        abstract_model(decoder_maker(config, decoder_config(LLAMA), family(LLAMA)))
+
+
+def test_weights_that_are_trained_beside_frozen_ones_stay_as_they_are():
+    config = ModelConfig(path="unused", quantize="nf4", compute_dtype="float32")
+    only = ["norms", r"layers\.\d+\.mlp\.up_proj"]
+    model = abstract_model(decoder_maker(config, decoder_config(LLAMA), family(LLAMA), only=only))
+    assert variables_of(model.params)["layers.mlp.up_proj.weight"].dtype == jnp.float32
+    assert "layers.mlp.gate_proj.weight.codes" in variables_of(model.frozen)
 
 
 def test_maps_that_are_not_of_whole_blocks_stay_in_bfloat16_and_are_listed():
     hf_config = {**LLAMA, "intermediate_size": 200}
     config = ModelConfig(path="unused", quantize="nf4", compute_dtype="float32")
-    model = abstract_model(decoder_maker(config, decoder_config(hf_config), LoraConfig(rank=2), family(hf_config)))
+    model = abstract_model(decoder_maker(config, decoder_config(hf_config), family(hf_config), LoraConfig(rank=2)))
     variables = variables_of(model.frozen)
     assert variables["layers.mlp.down_proj.weight"].dtype == jnp.bfloat16
     assert variables["layers.mlp.up_proj.weight.codes"].shape == (3, 200, 64)
