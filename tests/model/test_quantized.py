@@ -33,7 +33,7 @@ LLAMA = {
     "vocab_size": 96,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
@@ -59,13 +59,12 @@ dequantized = jax.jit(dequantize, static_argnums=1)
 MIXTRAL = {
     **{key: value for key, value in LLAMA.items() if key != "head_dim"},
     "model_type": "mixtral",
-    "num_hidden_layers": 2,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
 CONFIGS = {"llama": LLAMA, "gpt_neox": NEOX, "mixtral": MIXTRAL}
 
-MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}, {"tensor": 4}]
+MESHES = [{"fsdp": 1}, {"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "context": 2}]
 
 
 def mesh_of(sizes):
@@ -138,15 +137,14 @@ def tensor(folder, name):
     return read.read(slice(0, read.shape[0]), slice(0, read.shape[1]))
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(("kind", "sizes"), [*(("nf4", sizes) for sizes in MESHES), ("int8", MESHES[2])], ids=str)
 def test_the_codes_of_each_layer_are_those_of_its_tensor_on_every_mesh(folders, kind, sizes):
     folder, hf_config = folders["llama"]
     mesh = mesh_of(sizes)
     _, state = abstract(hf_config, kind)
     loaded = load(folder, hf_config, state, mesh)
     for name in ("self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"):
-        for layer in range(3):
+        for layer in range(2):
             alone = quantized(tensor(folder, f"model.layers.{layer}.{name}.weight"), kind)
             for part, array in alone._asdict().items():
                 found = variables_of(loaded)[f"layers.{name}.weight.{part}"].get_value()[layer]
@@ -199,9 +197,8 @@ def run(graphdef, weights, mesh=None):
     }
 
 
-@pytest.mark.parametrize("model_type", list(CONFIGS))
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_type):
+@pytest.mark.parametrize(("model_type", "kind"), [*((name, "nf4") for name in CONFIGS), ("llama", "int8")])
+def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, model_type, kind):
     folder, hf_config = folders[model_type]
     graphdef, state = abstract(hf_config, kind)
     loaded = load(folder, hf_config, state, mesh_of({"fsdp": 1}))
@@ -212,14 +209,16 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, kind, model_t
     for path, gradient in gradients.items():
         atol = 3e-5 * np.abs(plain_gradients[path]).max()
         np.testing.assert_allclose(gradient, plain_gradients[path], atol=atol, err_msg=path)
-    unrolled, _ = abstract(hf_config, kind, unroll=True, remat="none")
-    np.testing.assert_allclose(run(unrolled, loaded)[0], hidden, atol=3e-5 * np.abs(expected).max())
+    if kind == "int8":
+        unrolled, _ = abstract(hf_config, kind, unroll=True, remat="none")
+        np.testing.assert_allclose(run(unrolled, loaded)[0], hidden, atol=3e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
     ("model_type", "sizes", "dtype"),
     [
-        *(("llama", sizes, "float32") for sizes in MESHES[1:]),
+        ("llama", MESHES[2], "float32"),
+        ("llama", MESHES[3], "float32"),
         ("llama", MESHES[2], "bfloat16"),
         ("mixtral", {"expert": 2, "fsdp": 2, "tensor": 2}, "float32"),
     ],
@@ -286,12 +285,12 @@ def compiled(hf_config, kind, sizes, **model):
 WIDE = {**LLAMA, "hidden_size": 256, "intermediate_size": 1024, "tie_word_embeddings": True}
 
 
-@pytest.mark.parametrize(("kind", "unroll"), [("nf4", False), ("int8", False), ("nf4", True)])
-def test_no_more_than_a_layer_is_unpacked(kind, unroll):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_no_more_than_a_layer_is_unpacked(unroll):
     numbers = 256 * (8 * 32 * 2 + 4 * 32 * 2 + 3 * 1024)
     temp = []
     for num_layers in (2, 4):
-        step = compiled({**WIDE, "num_hidden_layers": num_layers}, kind, {"fsdp": 1}, unroll=unroll)
+        step = compiled({**WIDE, "num_hidden_layers": num_layers}, "nf4", {"fsdp": 1}, unroll=unroll)
         temp.append(step.memory_analysis().temp_size_in_bytes)
     # Of two layers more, unrolled, there are copies of the codes, and activations; but not their float32 numbers.
     assert temp[1] - temp[0] < (0.8 if unroll else 0.2) * 2 * 4 * numbers, temp
@@ -325,7 +324,7 @@ def test_maps_that_are_not_of_whole_blocks_stay_in_bfloat16_and_are_listed():
     model = abstract_model(decoder_maker(config, decoder_config(hf_config), family(hf_config), LoraConfig(rank=2)))
     variables = variables_of(model.frozen)
     assert variables["layers.mlp.down_proj.weight"].dtype == jnp.bfloat16
-    assert variables["layers.mlp.up_proj.weight.codes"].shape == (3, 200, 64)
+    assert variables["layers.mlp.up_proj.weight.codes"].shape == (2, 200, 64)
     (note,) = describe_quantized(nnx.merge(*model), "nf4")
     assert note.endswith("no multiple of it: layers.mlp.down_proj (200)")
 
