@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxsft.api import Batches as Batches
     from jaxsft.api import LoadedModel as LoadedModel
     from jaxsft.api import evaluate as evaluate
+    from jaxsft.api import evaluation_params as evaluation_params
     from jaxsft.api import export as export
     from jaxsft.api import generate as generate
     from jaxsft.api import init_state as init_state
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from jaxsft.training.events import Stopped as Stopped
 
 _WHERE = {
-    "jaxsft.api": ("Batches LoadedModel evaluate export generate init_state load_model prepare train_step"),
+    "jaxsft.api": (
+        "Batches LoadedModel evaluate evaluation_params export generate init_state load_model prepare train_step"
+    ),
     "jaxsft.config": "Config",
     "jaxsft.config_files": "load_config",
     "jaxsft.train": "run train",

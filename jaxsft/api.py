@@ -29,6 +29,7 @@ from jaxsft.setup import Setup
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.step import TrainState, forward_loss, make_train_step
+from jaxsft.training.step import evaluation_params as params_to_evaluate
 from jaxsft.training.step import init_state as make_state
 
 
@@ -151,6 +152,14 @@ def init_state(config: Config, model: LoadedModel) -> TrainState:
     return make_state(params, config.optim, model.mesh)
 
 
+def evaluation_params(config: Config, state: TrainState) -> Any:
+    """The parameters of a state that are to be evaluated, asked and exported.
+
+    With most optimizers `state.params`; with schedule_free_adamw an average, made anew at each call.
+    """
+    return params_to_evaluate(config.optim, state)
+
+
 def train_step(
     config: Config, model: LoadedModel, *, num_steps: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -171,7 +180,7 @@ def train_step(
         num_microbatches=config.train.num_microbatches,
         mesh=model.mesh,
         loss=config.loss,
-        noise_seed=config.noise_seed,
+        seed=config.seed,
     )
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

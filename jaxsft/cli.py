@@ -77,7 +77,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.model.freezing import frozen_key
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
-    from jaxsft.training.step import abstract_state
+    from jaxsft.training.step import abstract_state, evaluation_params
 
     setup = Setup(_config(args), say=print)
     config, mesh, folder = setup.config, setup.mesh, setup.folder
@@ -92,7 +92,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         print(f"evaluating checkpoint {int(state.step)} of {folder}")
         frozen = setup.load_frozen()
         checkpointer.beside(frozen_key(frozen))
-        weights = whole(state.params, frozen)
+        weights = whole(evaluation_params(config.optim, state), frozen)
     print(describe(setup.examiner.examine(weights)))
     return 0
 
@@ -135,6 +135,14 @@ def compare_command(args: argparse.Namespace) -> int:
     print(report.verdict)
     print(f"page: {page}")
     return 0 if report.passed is not False else PARTED
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """write the model of a run, or its adapter, from a checkpoint; with --merge-lora the adapter is in the weights"""
+    from jaxsft.export_run import export_run
+
+    print(f"ready: {export_run(args.run_dir, step=args.step, merge=args.merge_lora, out=args.out)}")
+    return 0
 
 
 def report_command(args: argparse.Namespace) -> int:
@@ -266,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparser.add_argument("--seed", type=_number(int, 0, 2**31 - 1), default=0, help="of what is drawn")
     subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
+    subparser = add("export", export_command)
+    subparser.add_argument("run_dir", metavar="RUN", help="run folder")
+    subparser.add_argument("--step", type=_step, help="of the checkpoint, or best (default: the newest)")
+    subparser.add_argument("--merge-lora", action="store_true", help="a whole model, its adapter in its weights")
+    subparser.add_argument("--out", metavar="FOLDER", help="where to write (default: RUN/export, or beside it)")
     subparser = add("report", report_command)
     subparser.add_argument(
         "paths",
@@ -297,6 +310,12 @@ def _number(kind: type, least: float, most: float) -> Any:
 
     parse.__name__ = kind.__name__  # what argparse calls it when it is no number at all
     return parse
+
+
+def _step(text: str) -> int | str:
+    if text != "best" and not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, or best")
+    return text if text == "best" else int(text)
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -6,6 +6,7 @@ runs see the whole. Reading a config from a file, and writing it to one, is `con
 
 import datetime
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -263,15 +264,68 @@ class TrainConfig(Section):
         return self
 
 
+_OF_ADAM = ("beta1", "beta2", "epsilon")
+
+KEYS_OF: dict[str, tuple[str, ...]] = {
+    "adamw": (*_OF_ADAM, "moment_dtype"),
+    "adamw8bit": _OF_ADAM,
+    "adafactor": (),
+    "lion": ("beta1", "beta2", "moment_dtype"),
+    "muon": ("momentum", *_OF_ADAM, "moment_dtype"),
+    "sgd": ("momentum", "moment_dtype"),
+    "schedule_free_adamw": (*_OF_ADAM, "moment_dtype"),
+}
+"""Optimizer -> those keys of `optim` that not all optimizers have."""
+
+USUAL: dict[str, dict[str, Any]] = {
+    "lion": {"beta2": 0.99},
+    "sgd": {"momentum": 0.9},
+    "schedule_free_adamw": {"schedule": "constant"},
+}
+"""Optimizer -> what keys are where they are left out, if that is not their default."""
+
+
+class GroupConfig(Section):
+    """Parameters that are trained at another rate, or decayed otherwise."""
+
+    match: Annotated[list[NonEmpty], BeforeValidator(_as_list), Field(min_length=1)]
+    """Regular expressions of which one is found in the parameter's path, such as `embed_tokens`, `lm_head`, `norm`,
+    `lora_b` or `layers.mlp.up_proj.weight`."""
+    learning_rate_factor: Annotated[float, Field(gt=0)] | None = None
+    """Their learning rate, as a multiple of that of all others."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Their weight decay, norms and biases among them included."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "GroupConfig":
+        for pattern in self.match:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"match: {pattern!r} is no regular expression: {error}") from None
+        if self.learning_rate_factor is None and self.weight_decay is None:
+            raise ValueError("no effect without `learning_rate_factor` or `weight_decay`")
+        return self
+
+
+def _as_groups(value: Any) -> Any:
+    """One group, or several; `{0: ...}` is what an override of `groups.0.match` makes."""
+    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+        return [value[key] for key in sorted(value, key=int)]
+    return [value] if isinstance(value, dict) else value
+
+
 class OptimConfig(Section):
     """Optimizer, schedule, and what is added to the loss."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "sgd", "schedule_free_adamw"] = "adamw"
+    """The optimizer; docs/optimizers.md says what each computes and how many bytes it keeps per parameter. Lion wants
+    about a tenth of adamw's learning rate, sgd far more; the others take adamw's."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """Course of the learning rate after warm-up; wsd stays at the peak and decays over the last `decay_ratio`."""
+    """Course of the learning rate after warm-up; wsd stays at the peak and decays over the last `decay_ratio`. Left out
+    with schedule_free_adamw: constant."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps in which the learning rate rises from 0."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -281,17 +335,25 @@ class OptimConfig(Section):
     final_ratio: Fraction = 0.0
     """Learning rate that is reached after the last step, as a share of the peak."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; of schedule_free_adamw, the share of the average in where gradients are taken."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the second moment."""
+    """Decay of the second moment; of lion, of its only one, left out: 0.99."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the second moment."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the momentum of muon and sgd; left out with sgd: 0.9."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay, not on norms and biases."""
+    groups: Annotated[list[GroupConfig], BeforeValidator(_as_groups)] = []
+    """Parameters with a learning rate or weight decay of their own; where a parameter is in several groups, what a
+    later one gives replaces what an earlier one gave."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global norm of the gradient; null: no clipping."""
     moment_dtype: Dtype = "float32"
-    """Dtype of the first and second moments."""
+    """Dtype of the first and second moments; those of adamw8bit and adafactor have their own."""
+    stochastic_rounding: bool = False
+    """Round bfloat16 parameters up or down at random after each step, so that small updates count on average, instead
+    of to the nearest; needs `model.param_dtype` bfloat16."""
     max_skipped: Fraction = 0.01
     """Share of the run's steps (rounded up) that may be skipped because their loss or gradient is not finite; with one
     more, or with 10 in a row, the run stops and exports nothing."""
@@ -304,8 +366,22 @@ class OptimConfig(Section):
     router_z: Annotated[float, Field(ge=0)] = 0.0
     """Mixtures of experts: weight of the mean over tokens and layers of logsumexp(router logits)^2."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_usual(cls, given: Any) -> Any:
+        """Keys that are left out get what is usual with the optimizer."""
+        if not isinstance(given, dict):
+            return given
+        name = given.get("name", cls.model_fields["name"].default)
+        return {**USUAL.get(name, {}), **given} if isinstance(name, str) else given
+
     @model_validator(mode="after")
     def _checked(self) -> "OptimConfig":
+        if refused := sorted(self.model_fields_set & keys_without_effect(self.name)):
+            keys = " and ".join(f"`{key}`" for key in refused)
+            raise ValueError(f"{keys} {'has' if len(refused) == 1 else 'have'} no effect with optimizer {self.name!r}")
+        if self.name == "schedule_free_adamw" and self.beta1 == 0:
+            raise ValueError("beta1: 0 given, but schedule_free_adamw finds its average by dividing by it")
         if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
             raise ValueError("give `warmup_steps` or `warmup_ratio`, not both")
         if self.schedule == "constant" and "final_ratio" in self.model_fields_set:
@@ -313,6 +389,11 @@ class OptimConfig(Section):
         if self.schedule != "wsd" and "decay_ratio" in self.model_fields_set:
             raise ValueError(f"`decay_ratio` has no effect with schedule {self.schedule!r}, only with 'wsd'")
         return self
+
+
+def keys_without_effect(optimizer: str) -> set[str]:
+    """Keys of `optim` that other optimizers have, and this one has not."""
+    return {key for keys in KEYS_OF.values() for key in keys}.difference(KEYS_OF[optimizer])
 
 
 class LoraConfig(Section):
@@ -453,12 +534,6 @@ class Config(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
-    @property
-    def noise_seed(self) -> int | None:
-        """Of what a step draws; None where it draws nothing."""
-        draws = self.loss.neftune_alpha or (self.lora is not None and self.lora.dropout)
-        return self.seed if draws else None
-
     @model_validator(mode="after")
     def _checked(self) -> "Config":
         if self.data.stream and self.train.steps is None:
@@ -468,4 +543,9 @@ class Config(Section):
         if not self.data.eval and self.eval.model_fields_set:
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")
+        if self.optim.stochastic_rounding and self.model.param_dtype != "bfloat16":
+            raise ValueError(
+                f"optim.stochastic_rounding: no effect with model.param_dtype {self.model.param_dtype}; it rounds to "
+                "bfloat16"
+            )
         return self

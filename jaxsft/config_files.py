@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from jaxsft.config import Config, ConfigError, Section, SourceConfig, as_sources
+from jaxsft.config import (
+    Config,
+    ConfigError,
+    GroupConfig,
+    Section,
+    SourceConfig,
+    as_sources,
+    keys_without_effect,
+)
 
 MOVED = {"train.log_every": "log.every"}
 """Keys that earlier versions had, and what they are called now."""
@@ -165,6 +173,8 @@ def dump_config(config: Config) -> str:
         del tree["optim"]["decay_ratio"]
     if config.optim.schedule == "constant":
         del tree["optim"]["final_ratio"]
+    for key in keys_without_effect(config.optim.name):
+        del tree["optim"][key]
     if not config.data.eval:
         del tree["eval"]
     if not config.data.stream:
@@ -210,10 +220,11 @@ def _leaves(section: type[Section], prefix: str = "") -> list[tuple[str, Any]]:
     leaves = []
     for name, field in section.model_fields.items():
         kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
-        if inner := next((kind for kind in kinds if issubclass(kind, Section)), None):
+        if field.annotation in (list[SourceConfig], list[GroupConfig]):
+            (item,) = get_args(field.annotation)
+            leaves += [(prefix + name, field), *_leaves(item, f"{prefix}{name}.N.")]
+        elif inner := next((kind for kind in kinds if issubclass(kind, Section)), None):
             leaves += _leaves(inner, f"{prefix}{name}.")
-        elif field.annotation == list[SourceConfig]:
-            leaves += [(prefix + name, field), *_leaves(SourceConfig, f"{prefix}{name}.N.")]
         else:
             leaves.append((prefix + name, field))
     return leaves

@@ -33,6 +33,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "e": ("expert",),
     "p": (),
     "a": (),
+    "c": (),
     "g": (),
     "h": (),
     "i": ("tensor",),
@@ -46,7 +47,8 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
 """Letter of a dim (the glossary of names) to the mesh axes that it is cut over, where no dim before it is (`cut_axes`).
 
 Devices that have different tokens have the same weights to work with, so the width of weights is cut over all of them
-but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `u` are
+but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `c` are
+blocks of numbers that share a scale, of which some meshes would cut the dim into uneven parts. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
 `"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut and
 not.

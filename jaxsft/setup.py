@@ -44,6 +44,7 @@ from jaxsft.model.pairs import share_of_whole_rows
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.records import Preview
 from jaxsft.rows.strict import DataError
+from jaxsft.training.optimizers.params import check_groups
 from jaxsft.training.run_folder import template_date
 from jaxsft.training.step import put_batch
 
@@ -156,6 +157,7 @@ class Setup:
         key = "train.microbatch_size" if config.train.microbatch_size else "train.batch_size"
         sizes = {f"{key} (b)": config.train.microbatch_rows, "data.seq_len (t)": config.data.seq_len}
         check_divisible(mesh, self.pretrained.model.weights, sizes)
+        check_groups(config.optim, self.pretrained.model.params)
 
     @functools.cached_property
     def attention(self) -> str:
@@ -224,7 +226,7 @@ class Setup:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a run to be continued: the data in its order, and the model."""
+        """What must be equal for a run to be continued: the data in its order, the model, and the optimizer."""
         model = json.dumps(self.pretrained.hf_config, sort_keys=True).encode()
         return (
             self.loader.fingerprint
@@ -233,6 +235,7 @@ class Setup:
                 "data.packing": self.config.data.packing,
                 "train.batch_size": self.config.train.batch_size,
                 "model.weights": self.config.model.weights,
+                "optim.name": self.config.optim.name,
                 "model: config.json": hashlib.sha256(model).hexdigest()[:16],
             }
             | {key: value for key, value in self._trained if value is not None}
@@ -240,7 +243,7 @@ class Setup:
 
     @property
     def _trained(self) -> list[tuple[str, Any]]:
-        lora, kind = self.config.lora, self.config.model.quantize
+        lora, kind = self.pretrained.lora, self.config.model.quantize
         return [
             ("lora", None if lora is None else lora.model_dump()),
             ("train.only", self.config.train.only),

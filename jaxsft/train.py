@@ -40,7 +40,14 @@ from jaxsft.training.memory import describe_bytes, where_bytes_go
 from jaxsft.training.metrics import Diverged, Speedometer
 from jaxsft.training.profile import Profiler, check_profile
 from jaxsft.training.run_folder import check_progress, claim_run_folder
-from jaxsft.training.step import TrainState, abstract_state, init_state, make_train_step, non_finite
+from jaxsft.training.step import (
+    TrainState,
+    abstract_state,
+    evaluation_params,
+    init_state,
+    make_train_step,
+    non_finite,
+)
 from jaxsft.training.stop import STOPPED, StopSignal
 from jaxsft.training.summary import note_versions, start_summary
 from jaxsft.training.writers import check_writers
@@ -113,7 +120,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         stop.doing = "finishing the export"
         logbook.check()
         console.say(f"exporting to {export}")
-        export_model(setup.pretrained, setup.tokenizer, whole(last_state.params, frozen), export, say=console.say)
+        weights = _weights(config, last_state, frozen)
+        export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
         if jax.process_index() == 0:
             console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     console.say(f"model, ready for transformers: {export}")
@@ -136,12 +144,12 @@ def _steps(
         num_microbatches=num_microbatches,
         mesh=mesh,
         loss=config.loss,
-        noise_seed=config.noise_seed,
+        seed=config.seed,
     )
     traced, say = config.log.profile_steps, logbook.say
     profiler = Profiler(traced, setup.folder / "profile", first=first, num_steps=num_steps, say=say)
     best_loss = checkpointer.best_loss()
-    if first == 0 and (evaluated := _evaluate(0, whole(state.params, frozen), setup, logbook, stop)):
+    if first == 0 and (evaluated := _evaluate(0, _weights(config, state, frozen), setup, logbook, stop)):
         yield evaluated
     with contextlib.closing(profiler), contextlib.closing(prefetch(setup.place_batch, first, num_steps)) as batches:
         logbook.begin()
@@ -171,7 +179,7 @@ def _steps(
                         yield Line(done, line)
                     evaluated = None
                     if due.evaluate:
-                        evaluated = _evaluate(done, whole(state.params, frozen), setup, logbook, stop)
+                        evaluated = _evaluate(done, _weights(config, state, frozen), setup, logbook, stop)
                     if evaluated is not None:
                         yield evaluated
                     if is_last and (names := non_finite(state.params)):
@@ -188,6 +196,11 @@ def _steps(
             raise
     checkpointer.wait()
     return state
+
+
+def _weights(config: Config, state: TrainState, frozen: Any) -> Any:
+    """What is evaluated and exported of a state."""
+    return whole(evaluation_params(config.optim, state), frozen)
 
 
 class Due(NamedTuple):

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from jaxsft.config import Config, ConfigError
+from jaxsft.config import KEYS_OF, Config, ConfigError
 from jaxsft.config_files import config_keys, dump_config, load_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -77,6 +77,18 @@ def test_all_mistakes_come_in_one_report_with_suggestions(tmp_path):
         (SMALLEST + "train: {log_every: 5}", "train.log_every: unknown key; it is called log.every now"),
         (SMALLEST + "log: {project: p, to: tensorboard}", "`project` has no effect without wandb or trackio"),
         (SMALLEST + "log: {to: [wandb, wandb]}", "to: wandb given twice"),
+        (SMALLEST + "optim: {name: sgd, beta2: 0.9}", "optim: `beta2` has no effect with optimizer 'sgd'"),
+        (SMALLEST + "optim: {momentum: 0.9}", "optim: `momentum` has no effect with optimizer 'adamw'"),
+        (
+            SMALLEST + "optim: {name: adafactor, beta1: 0.9, epsilon: 1e-6}",
+            "optim: `beta1` and `epsilon` have no effect with optimizer 'adafactor'",
+        ),
+        (SMALLEST + "optim: {name: adamw8bit, moment_dtype: bfloat16}", "`moment_dtype` has no effect"),
+        (SMALLEST + "optim: {name: muno}", "optim.name: 'muno' given"),
+        (SMALLEST + "optim: {name: schedule_free_adamw, beta1: 0}", "beta1: 0 given, but schedule_free_adamw"),
+        (SMALLEST + "optim: {groups: [{match: norm}]}", "no effect without `learning_rate_factor` or `weight_decay`"),
+        (SMALLEST + "optim: {groups: {match: '(', weight_decay: 0}}", "'(' is no regular expression"),
+        (SMALLEST + "optim: {stochastic_rounding: true}", "no effect with model.param_dtype float32"),
         (SMALLEST + "train: {batch_size: true}", "train.batch_size: True given"),
         (SMALLEST + "train: {batch_size: 0}", "train.batch_size: 0 given; input should be greater than or equal to 1"),
     ],
@@ -94,6 +106,23 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
     path = write(tmp_path, SMALLEST + "optim: {learning_rate: 1e-3, weight_decay: 0, epsilon: 1.0e-6}")
     config = load_config(path, ["optim.learning_rate=2e-4"])
     assert (config.optim.learning_rate, config.optim.weight_decay, config.optim.epsilon) == (2e-4, 0.0, 1e-6)
+
+
+def test_what_is_left_out_is_what_is_usual_with_the_optimizer(tmp_path):
+    path = write(tmp_path, SMALLEST)
+    assert load_config(path).optim.beta2 == 0.999
+    assert load_config(path, ["optim.name=lion"]).optim.beta2 == 0.99
+    assert load_config(path, ["optim.name=lion", "optim.beta2=0.9"]).optim.beta2 == 0.9
+    assert [load_config(path, [f"optim.name={name}"]).optim.momentum for name in ("muon", "sgd")] == [0.95, 0.9]
+    assert load_config(path, ["optim.name=schedule_free_adamw"]).optim.schedule == "constant"
+
+
+def test_groups_are_overridden_by_number(tmp_path):
+    path = write(
+        tmp_path, SMALLEST + "optim: {groups: [{match: norm, weight_decay: 0}, {match: [a, b], weight_decay: 1}]}"
+    )
+    groups = load_config(path, ["optim.groups.1.weight_decay=0.5"]).optim.groups
+    assert [(group.match, group.weight_decay) for group in groups] == [(["norm"], 0.0), (["a", "b"], 0.5)]
 
 
 def test_sources_are_given_as_paths_or_in_full_and_overridden_by_number(tmp_path):
@@ -122,6 +151,8 @@ def test_the_run_folder_is_named_after_the_config(tmp_path):
         SMALLEST + "train: {steps: 7}\noptim: {warmup_steps: 3, schedule: wsd, decay_ratio: 0.5}",
         "model: {path: m}\ndata: {train: d, eval: e}\neval: {every: 5}",
         SMALLEST + "log: {to: [tensorboard, trackio], project: p, profile_steps: 3}",
+        *(SMALLEST + f"optim: {{name: {name}, weight_decay: 0.1}}" for name in KEYS_OF),
+        SMALLEST + "optim: {name: lion, beta2: 0.98, groups: [{match: [norm, bias], weight_decay: 0}]}",
     ],
 )
 def test_the_resolved_config_says_the_same(tmp_path, text):

@@ -14,7 +14,7 @@ LAYERS = [
     {"training", "preview"},
     {"answers", "report"},
     {"setup"},
-    {"train"},
+    {"train", "export_run"},
     {"api", "baseline", "compare"},
     {"cli"},
     {"__main__"},

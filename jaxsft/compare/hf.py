@@ -126,6 +126,10 @@ def _check_comparable(config: Config, num_steps: int) -> None:
         for key in ("router_balance", "router_z")
         if getattr(config.optim, key)
     ]
+    if config.optim.name != "adamw":
+        problems.append(f"optim.name: {config.optim.name}, but PyTorch's loop has AdamW alone; compare with adamw")
+    if config.optim.groups or config.optim.stochastic_rounding:
+        problems.append("optim.groups, optim.stochastic_rounding: PyTorch's loop has neither; leave them out")
     problems += [f"loss.{key}: compared is the plain loss; leave it out" for key in config.loss.asked]
     if config.data.stream:
         problems.append("data.stream: true, but only prepared rows can be compared; set it to false")

@@ -137,6 +137,10 @@ def _check(config: Config) -> None:
         )
     if config.data.train_stop == "last":
         raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
+    if config.optim.name != "adamw":
+        raise ConfigError(f"optim.name: {config.optim.name}, but TRL is run with AdamW; compare with adamw")
+    if config.optim.groups or config.optim.stochastic_rounding:
+        raise ConfigError("optim.groups, optim.stochastic_rounding: TRL has neither; leave them out")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
         raise ConfigError(f"{', '.join(f'optim.{key}' for key in refused)}: TRL computes another router loss; use 0")
     if asked := config.loss.asked:

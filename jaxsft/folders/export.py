@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,8 @@ from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
-from jaxsft.folders.weights.layout import Weight, variables_of, whole_weights
-from jaxsft.folders.weights.save import dump_json, write_weights
+from jaxsft.folders.weights.layout import variables_of, whole_weights
+from jaxsft.folders.weights.save import Made, dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
 
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
@@ -75,7 +75,7 @@ def export_folder(
     source_folder: pathlib.Path | None = None,
     tokenizer_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 50 * 10**9,
-    layer_of: Callable[[Weight, int], jax.Array] | None = None,
+    merge: Mapping[str, Made] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
@@ -97,7 +97,7 @@ def export_folder(
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
-        layer_of: as in `write_weights`, for a state with quantised weights.
+        merge: see `write_weights`.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -106,7 +106,7 @@ def export_folder(
     """
     folder = pathlib.Path(folder).absolute()
     source = pathlib.Path(source_folder) if source_folder else None
-    _check_target(folder, source)
+    check_target(folder, [source] if source else [])
     into = None
     if dtype is not None or stored is None or not stored.files:
         name = export_dtype(hf_config, dtype)
@@ -114,9 +114,9 @@ def export_folder(
     writes = jax.process_index() == 0
     if writes:
         check_space(folder, _num_bytes(params, into, stored))
-    with _whole_or_not_there(folder, say, writes=writes) as aside:
+    with whole_or_not_there(folder, say, writes=writes) as aside:
         if writes:
-            _save_tokenizer(aside, tokenizer)
+            save_tokenizer(aside, tokenizer)
             _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
             settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
         write_weights(
@@ -128,18 +128,26 @@ def export_folder(
             stored=stored,
             max_shard_bytes=max_shard_bytes,
             writes=writes,
-            layer_of=layer_of,
+            merge=merge,
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")
 
 
-def _check_target(folder: pathlib.Path, source: pathlib.Path | None) -> None:
-    """Refuses a folder in whose place no export may come."""
-    if source is not None and folder.resolve() == source.resolve():
+def check_target(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
+    """Refuses a folder in whose place no export may come: one of the sources, or what is no export.
+
+    Raises:
+        ConfigError: names the folder.
+    """
+    if any(folder.resolve() == source.resolve() for source in sources):
         raise ConfigError(f"{folder}: the export would replace the model that it was made from")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / "config.json").exists()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not _is_export(folder)):
         raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) -> int:
@@ -151,7 +159,7 @@ def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) 
     return sum(math.prod(each.shape) for each in whole_weights(variables_of(params)).values()) * itemsize
 
 
-def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     """Writes the tokenizer as transformers saves it.
 
     Raises:
@@ -173,12 +181,24 @@ def _write_configs(
     dtype: np.dtype | None,
 ) -> None:
     """config.json and generation_config.json, those of `source` with only what differs."""
+    write_generation_config(folder, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids)
     config = dict(hf_config)
     if dtype is not None:
         dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
         config |= dict.fromkeys(dtype_keys, dtype.name)
     config, _ = with_older_words(config)
     _write_config(folder / "config.json", config | _new_ids(config, tokenizer, stop_ids), source)
+
+
+def write_generation_config(
+    folder: pathlib.Path,
+    hf_config: dict[str, Any],
+    source: pathlib.Path | None,
+    *,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+) -> None:
+    """generation_config.json, that of `source` with only what differs: it names every id that ends an answer."""
     generation_config = load_generation_config(source) if source else {}
     if changes := _new_ids(generation_config, tokenizer, stop_ids):
         # With this key, transformers would write the file anew from config.json.
@@ -229,7 +249,7 @@ def export_problem(folder: pathlib.Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writes: bool) -> Iterator[pathlib.Path]:
+def whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writes: bool) -> Iterator[pathlib.Path]:
     """A folder to write to, which takes the place of `folder` if nothing fails, and is removed if something does.
 
     Only the process that `writes` makes and renames it; the others get its path.
@@ -285,7 +305,7 @@ def _alone(folder: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
             if left.is_symlink() or not _is_marked(left):
                 raise ExportError(f"{left}: is in the way and no unfinished export of jaxsft; move it away")
             shutil.rmtree(left)
-        is_ours = was_going or (replaced / "config.json").exists()
+        is_ours = was_going or _is_export(replaced)
         if replaced.is_symlink() or (replaced.exists() and not is_ours):
             raise ExportError(f"{replaced}: is in the way and no export of jaxsft; move it away")
         if not folder.exists() and replaced.exists():

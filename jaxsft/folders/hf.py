@@ -28,12 +28,13 @@ from jaxsft.model.families.known import FAMILIES
 from jaxsft.model.fields import refusal
 
 
-def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
+def model_folder(path: str, *, weights: bool = True, revision: str | None = None) -> pathlib.Path:
     """The local folder of a model: `path` itself, or the hub's copy of it, downloaded once; or its GGUF file.
 
     Args:
         path: a folder, a .gguf file, or a hub id such as `org/name`.
         weights: whether a download brings the safetensors along.
+        revision: commit, branch or tag on the hub; left out: the newest.
 
     Raises:
         ConfigError: there is no such folder, and the hub does not give one.
@@ -54,7 +55,9 @@ def model_folder(path: str, *, weights: bool = True) -> pathlib.Path:
     # Some repositories hold the same weights a second time: in folders, or in the format of their authors.
     others = ["*/*", "consolidated*"]
     try:
-        found = pathlib.Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns, ignore_patterns=others))
+        found = pathlib.Path(
+            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=others)
+        )
     except Exception as error:  # The hub's client raises many kinds, of three libraries.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: no such folder here, and the hub gave no model of that name: {reason}") from None

@@ -24,7 +24,12 @@ from jaxsft.folders.export import export_dtype, export_folder
 from jaxsft.folders.gguf.model import is_gguf
 from jaxsft.folders.gguf.model import notes as gguf_notes
 from jaxsft.folders.gguf.tokenizer import check_gguf_tokens
+from jaxsft.folders.merge import merged_tensors
+from jaxsft.folders.peft.read import Adapter, read_adapter
+from jaxsft.folders.peft.source import Source, find_source
+from jaxsft.folders.peft.write import AdaptedModel, export_adapter
 from jaxsft.folders.weights.check import check_weights
+from jaxsft.folders.weights.layout import path_text
 from jaxsft.folders.weights.load import load_params as read_weights
 from jaxsft.folders.weights.stored import Stored
 from jaxsft.mesh import shardings
@@ -55,8 +60,8 @@ class OpenTokenizer(NamedTuple):
 class Pretrained(NamedTuple):
     """A model folder without its weights."""
 
-    folder: pathlib.Path
-    """Or the GGUF file."""
+    source: Source
+    """Where it lies."""
     hf_config: dict[str, Any]
     """As it is exported: what the folder says, with a vocabulary that has grown and embeddings that were untied."""
     stored: Stored | None
@@ -67,14 +72,28 @@ class Pretrained(NamedTuple):
     model: Model
     config: ModelConfig
     lora: LoraConfig | None
+    """Of the adapters that it has: as the config asks, or as the adapter in its folder is."""
     stored_vocab_size: int
     """Rows of the vocabulary in the folder; `decoder_config` has more where added tokens ask for them."""
     is_untied: bool = False
     """The folder has one table as embedding and output projection, of which the model has two."""
     new_ids: tuple[int, ...] = ()
     """Ids of added tokens, whose rows begin as the mean of the folder's."""
+    adapter: Adapter | None = None
+    """What a PEFT folder holds; its base model is all else here."""
     notes: tuple[str, ...] = ()
     """Sentences for the user."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Of the model, or of the base of an adapter; or the GGUF file."""
+        return self.source.folder
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids whose rows are not those of the folder: of added tokens, and those that an adapter brings along."""
+        brought = self.source.adapter.token_ids if self.source.adapter is not None else ()
+        return tuple(sorted({*self.new_ids, *brought, *range(self.stored_vocab_size, self.decoder_config.vocab_size)}))
 
 
 def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set_eos: bool = False) -> OpenTokenizer:
@@ -89,19 +108,21 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
         ConfigError: no tokenizer there, one that is not that of a GGUF model, no stop token at all, so that the model
             could never learn to stop, or none that could be the eos token.
     """
-    folder = hf.model_folder(config.path, weights=False)
+    source = find_source(config.path, weights=False)
     # Read before the tokenizer: where config.json is wrong, transformers would say that the tokenizer is.
-    configured = [hf.load_generation_config(folder), hf.load_hf_config(folder)]
-    place = hf.model_folder(config.tokenizer or config.path, weights=False)
-    tokenizer, own_template = hf.load_tokenizer_and_own_template(config.tokenizer or config.path, chat_template)
+    configured = [hf.load_generation_config(source.folder), hf.load_hf_config(source.folder)]
+    if source.adapter is not None:
+        configured.insert(0, hf.load_generation_config(source.adapter.folder))
+    place = _tokenizer_folder(config, source)
+    tokenizer, own_template = hf.load_tokenizer_and_own_template(str(place), chat_template)
     added: tuple[str, ...] = ()
     notes: list[str] = []
     if chat_template is not None:
         added = special_tokens.add_missing_tokens(tokenizer, chat_template, own_template=own_template)
         notes = special_tokens.describe_added(tokenizer, chat_template, added)
         notes += tokenizer_files.describe_sentencepiece(place, added)
-    if config.tokenizer is not None and is_gguf(config.path):
-        check_gguf_tokens(tokenizer, config.path, where=config.tokenizer, added=added)
+    if place != source.folder and is_gguf(str(source.folder)):
+        check_gguf_tokens(tokenizer, str(source.folder), where=str(place), added=added)
     stops = stop_ids(tokenizer, [each.get("eos_token_id") for each in configured])
     if not stops:
         raise ConfigError(
@@ -117,6 +138,10 @@ def open_tokenizer(config: ModelConfig, chat_template: str | None = None, *, set
     notes += special_tokens.describe_stop(tokenizer, stop)
     notes += tokenizer_files.describe_known_words(place)
     return OpenTokenizer(tokenizer, hf.tokenizer_key(tokenizer), stops, added, tuple(notes))
+
+
+def _tokenizer_folder(config: ModelConfig, source: Source) -> pathlib.Path:
+    return source.tokenizer if config.tokenizer is None else hf.model_folder(config.tokenizer, weights=False)
 
 
 def open_model(
@@ -138,35 +163,47 @@ def open_model(
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
             extra, misshapen or truncated, or `lora` or `quantize` does not fit it.
     """
-    folder = hf.model_folder(config.path, weights=config.weights == "pretrained")
-    stored, hf_config = hf.open_source(folder)
+    source = find_source(config.path, weights=config.weights == "pretrained")
+    _check_adapter_keys(config, source, lora)
+    stored, hf_config = hf.open_source(source.folder)
     family = family_of(hf_config)
     decoder_config = read_decoder_config(hf_config)
     needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
-    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=tokenizer.added_tokens)
+    brought = source.adapter.token_ids if source.adapter is not None else ()
+    known = [*tokenizer.added_tokens, *(tokenizer.tokenizer.convert_ids_to_tokens(id) for id in brought)]
+    notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=known)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
     untied = _untied(config, decoder_config)
-    grown = {"vocab_size": max(new_ids) + 1} if max(new_ids, default=0) >= stored_vocab_size else {}
+    largest = max((*new_ids, *brought), default=0)
+    grown = {"vocab_size": largest + 1} if largest >= stored_vocab_size else {}
     if changes := untied | grown:
         hf_config = hf_config | changes
         decoder_config = read_decoder_config(hf_config)
     if config.export_dtype or config.weights == "random":
         export_dtype(hf_config, config.export_dtype)  # to fail now, and not after the training
+    adapter = None
+    if source.adapter is not None:
+        base = nnx.merge(*abstract_model(decoder_maker(config, decoder_config, family)))
+        tied = decoder_config.tie_embeddings or bool(untied)
+        adapter = read_adapter(source.adapter, base, family, vocab_size=stored_vocab_size, base=stored, tied=tied)
+        lora = adapter.lora
+        notes += adapter.notes
     make_decoder = decoder_maker(config, decoder_config, family, lora, only)
     model = abstract_model(make_decoder)
+    _check_new_rows(model, [*new_ids, *brought])
     notes += decoder_config.notes
     if config.quantize != "none":
         notes += describe_quantized(nnx.merge(*model), config.quantize)
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
-        notes += gguf_notes(folder) if is_gguf(str(folder)) else ()
+        notes += gguf_notes(source.folder) if is_gguf(str(source.folder)) else ()
         weights = of_files(model.weights)
         check_weights(stored, family, weights, vocab_size=stored_vocab_size, untied=bool(untied))
         vocab_size = decoder_config.vocab_size
         notes += _vocabulary_notes(stored, family, weights, tokenizer, stored_vocab_size, vocab_size, new_ids)
     return Pretrained(
-        folder,
+        source,
         hf_config,
         stored if config.weights == "pretrained" else None,
         family,
@@ -178,8 +215,41 @@ def open_model(
         stored_vocab_size=stored_vocab_size,
         is_untied=bool(untied),
         new_ids=new_ids,
+        adapter=adapter,
         notes=tuple(notes),
     )
+
+
+def _check_adapter_keys(config: ModelConfig, source: Source, lora: LoraConfig | None) -> None:
+    """Refuses what goes with no adapter folder.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    if source.adapter is None:
+        return
+    folder = source.adapter.folder
+    if lora is not None:
+        raise ConfigError(
+            f"lora: given, but model.path {folder} is an adapter that is trained on as it is, its dropout included; "
+            "leave lora out, or merge the adapter and begin a new one on the merged model"
+        )
+    if config.weights == "random":
+        raise ConfigError(f"model.weights: random, but model.path {folder} is an adapter, which fits its base alone")
+
+
+def _check_new_rows(model: Model, ids: Sequence[int]) -> None:
+    """Refuses adapters on a table some of whose rows are not those of the base: PEFT has no file for both.
+
+    Raises:
+        ConfigError: names the table.
+    """
+    tables = [name for name in ("embed_tokens", "lm_head") if name in model.weights]
+    if ids and (adapted := [name for name in tables if "adapter" in model.weights[name]]):
+        raise ConfigError(
+            f"lora.targets: {', '.join(adapted)} cannot have an adapter beside tokens that data.chat_template adds; "
+            "leave it out, or begin with a model that has the tokens (an export of a run of all weights)"
+        )
 
 
 def decoder_maker(
@@ -308,8 +378,34 @@ def load_weights(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
     )
     if pretrained.lora is None:
         return weights
-    adapters = random_weights(pretrained.make_decoder, mesh, seed=seed, only=not_of_files)
-    return _finished(nnx.merge_state(weights, adapters), pretrained, mesh)
+    others = random_weights(pretrained.make_decoder, mesh, seed=seed, only=not_of_files)
+    weights = nnx.merge_state(weights, others)
+    if pretrained.adapter is not None:
+        return _with_adapter(weights, pretrained.adapter)
+    return _finished(weights, pretrained, mesh)
+
+
+def _with_adapter(weights: Any, adapter: Adapter) -> Any:
+    """With the values and rows that an adapter's folder holds."""
+
+    def filled(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        value, name = variable.get_value(), path_text(path)
+        if (ours := adapter.values.get(name)) is not None:
+            return variable.replace(_placed(ours.astype(value.dtype), value.sharding))
+        if (rows := adapter.rows.get(name)) is not None:
+            return variable.replace(_with_rows(value, jnp.array(rows.ids), rows.values))
+        return variable
+
+    return jax.tree_util.tree_map_with_path(filled, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _placed(values: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def _with_rows(table: jax.Array, ids: jax.Array, rows: Any) -> jax.Array:
+    put = jax.jit(lambda table: table.at[ids].set(rows.astype(table.dtype)), out_shardings=table.sharding)
+    return put(table)
 
 
 def _finished(weights: Any, pretrained: Pretrained, mesh: Mesh) -> Any:
@@ -348,12 +444,62 @@ def export_model(
     params: Any,
     folder: pathlib.Path,
     *,
+    merge: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Writes the model as a folder that transformers opens; `say` is told what of an earlier one was not ours."""
+    """Writes the model as a folder that transformers opens, or its adapters as one that PEFT opens.
+
+    Args:
+        pretrained: the model.
+        tokenizer: of it.
+        params: all its weights, trained or not.
+        folder: where to.
+        merge: write a model with its adapters in its weights; so are those of a model that began with random weights,
+            which lie nowhere else.
+        say: is told what of an earlier export was not ours.
+    """
+    sources = [pretrained.folder]
+    sources += [pretrained.source.adapter.folder] if pretrained.source.adapter is not None else []
+    tokenizer_folder = _tokenizer_folder(pretrained.config, pretrained.source)
+    if pretrained.lora is not None and pretrained.stored is not None and not merge:
+        export_adapter(
+            folder,
+            AdaptedModel(
+                nnx.merge(*pretrained.model),
+                pretrained.family,
+                pretrained.lora,
+                params,
+                vocab_size=pretrained.decoder_config.vocab_size,
+                stored=pretrained.stored,
+                base=pretrained.source.name,
+                revision=pretrained.source.revision,
+                token_ids=pretrained.token_ids,
+                is_tied=pretrained.decoder_config.tie_embeddings or pretrained.is_untied,
+            ),
+            hf_config=pretrained.hf_config,
+            tokenizer=tokenizer.tokenizer,
+            stop_ids=tokenizer.stops,
+            source_folders=sources,
+            tokenizer_folder=tokenizer_folder,
+            say=say,
+        )
+        return
+    merge_with, kept = None, params
+    if pretrained.lora is not None:
+        _check_mergeable(pretrained)
+        kept = of_files(params)
+        merge_with = merged_tensors(
+            params,
+            pretrained.family,
+            stored=pretrained.stored,
+            vocab_size=pretrained.decoder_config.vocab_size,
+            stored_vocab_size=pretrained.stored_vocab_size,
+            token_ids=pretrained.token_ids,
+            untied=pretrained.is_untied,
+        )
     export_folder(
         folder,
-        params,
+        kept,
         family=pretrained.family,
         hf_config=pretrained.hf_config,
         vocab_size=pretrained.decoder_config.vocab_size,
@@ -362,6 +508,20 @@ def export_model(
         dtype=pretrained.config.export_dtype,
         stored=pretrained.stored,
         source_folder=pretrained.folder,
-        tokenizer_folder=hf.model_folder(pretrained.config.tokenizer or pretrained.config.path, weights=False),
+        tokenizer_folder=tokenizer_folder,
+        merge=merge_with,
         say=say,
     )
+
+
+def _check_mergeable(pretrained: Pretrained) -> None:
+    """Refuses adapters that cannot be in the weights.
+
+    Raises:
+        ConfigError: that of an embedding would be in the output projection too, which is the same table.
+    """
+    if pretrained.decoder_config.tie_embeddings and "adapter" in pretrained.model.weights["embed_tokens"]:
+        raise ConfigError(
+            "the adapter of embed_tokens cannot be merged: the table is the output projection as well, which has none; "
+            "model.tie_embeddings: false parts them"
+        )

@@ -270,6 +270,11 @@ class Decoder(nnx.Module):
         return jnp.stack(stream)
 
     @property
+    def drops_inputs(self) -> bool:
+        """Whether adapters drop some of their inputs in training."""
+        return self.layers.number is not None
+
+    @property
     def stacks(self) -> list[Layers]:
         """Layers that are stacked together: mostly all of them."""
         return [self.layers] if self.last_layers is None else [self.layers, self.last_layers]

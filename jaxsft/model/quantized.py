@@ -130,6 +130,22 @@ def norms_of(parts: Mapping[str, nnx.Variable]) -> jax.Array:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _layer(layout: Layout, quantized: Quantized, layer: int) -> jax.Array:
+    one = dequantize(jax.tree.map(lambda array: array[layer], quantized), jnp.dtype(jnp.float32))
+    leading, count = one.ndim - 2, len(layout.outputs.split())
+    turned = one.reshape(*one.shape[:leading], *layout.sizes)
+    dims = range(turned.ndim)
+    return turned.transpose(*dims[:leading], *dims[leading + count :], *dims[leading : leading + count])[None]
+
+
+def unpacked_layer(parts: Mapping[str, nnx.Variable], layer: int) -> jax.Array:
+    """float32 [1, ...] with the axes of the weight: one layer, of the Variables of a quantised weight by name."""
+    layout: Layout = parts["codes"].get_metadata("layout")
+    record = RECORDS[layout.kind]
+    return _layer(layout, record(*(parts[name].get_value() for name in record._fields)), layer)
+
+
 def unpacked(layout: Layout, quantized: Quantized, dtype: jnp.dtype) -> jax.Array:
     """The weight of one layer, outputs before inputs, whole but for what `tensor` cuts."""
     axes = {name: letters.removeprefix(layout.leading).strip() for name, letters in layout.axes.items()}

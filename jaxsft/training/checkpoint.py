@@ -184,22 +184,29 @@ class Checkpointer:
             self._thread.shutdown()
             self._orbax.close()
 
-    def restore(self, abstract: Any) -> Any | None:
+    def restore(self, abstract: Any, step: int | None = None) -> Any | None:
         """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
 
         Args:
             abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
+            step: of one that is asked for.
 
         Raises:
-            ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged.
+            ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged, or that
+                of `step` is, or is not there.
         """
-        step = self._newest_verified()
+        if step is None:
+            step = self._newest_verified()
+        elif step not in (there := sealed_steps(self.folder)):
+            raise ConfigError(f"{self.folder}: no finished checkpoint of step {step}; there are {there}")
+        elif (problem := checkpoint_problem(self.folder / str(step))) is not None:
+            raise ConfigError(f"{self.folder / str(step)}: {problem}")
         if step is None:
             return None
         target = self.folder / str(step)
         try:
             meta = read_object(target / META)
-            self._check_arrays(meta["arrays"], abstract)
+            self._check_arrays(meta, abstract)
             leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
         except ConfigError:
             raise
@@ -228,6 +235,17 @@ class Checkpointer:
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
         return min((self._eval_loss(step) for step in sealed_steps(self.folder)), default=math.inf)
+
+    def best_step(self) -> int:
+        """That of the finished checkpoint with the smallest held-out loss.
+
+        Raises:
+            ConfigError: of none it is known.
+        """
+        losses = {step: self._eval_loss(step) for step in sealed_steps(self.folder)}
+        if not any(math.isfinite(loss) for loss in losses.values()):
+            raise ConfigError(f"{self.folder}: no checkpoint has a held-out loss (data.eval and eval.every measure it)")
+        return min(losses, key=losses.__getitem__)
 
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
@@ -265,14 +283,17 @@ class Checkpointer:
             )
         return found if found >= 0 else None
 
-    def _check_arrays(self, saved: dict[str, str], abstract: Any) -> None:
+    def _check_arrays(self, meta: dict[str, Any], abstract: Any) -> None:
         """Orbax would cast or fail obscurely where shapes or dtypes differ."""
+        saved = meta["arrays"]
         arrays = {name: _describe(leaf) for name, leaf in _leaves_by_name(abstract).items()}
         differing = [name for name in {**saved, **arrays} if saved.get(name) != arrays.get(name)]
         if differing:
             listed = "\n".join(f"  {n}: {saved.get(n)} then, {arrays.get(n)} now" for n in differing[:10])
+            name = meta.get("run", {}).get("fingerprint", {}).get("optim.name")
+            by = f" (its optim.name is {name})" if name else ""
             raise ConfigError(
-                f"{self.folder.parent} holds a run of another model or optimizer; "
+                f"{self.folder.parent} holds a run of another model or optimizer{by}; "
                 f"{len(differing)} arrays differ:\n{listed}\nchoose another run_dir"
             )
 

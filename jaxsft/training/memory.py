@@ -19,7 +19,7 @@ from flax import nnx
 from jax.extend.core import Var
 from jax.sharding import Mesh
 
-from jaxsft.config import OptimConfig
+from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
@@ -193,7 +193,8 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: Mesh, tokens: tuple
 
     def kept(num_periods: int, *, unroll: bool) -> int:
         of_some = nnx.merge(*nnx.split(decoder))  # a copy
-        of_some.config = dataclasses.replace(decoder.config, layers=decoder.config.layers[:period] * num_periods)
+        layers = decoder.config.layers[:period] * (num_periods * len(decoder.stacks))
+        of_some.config = dataclasses.replace(decoder.config, layers=layers)
         of_some.remat, of_some.unroll = "none", unroll
         return _kept_bytes(of_some, _with_layers(weights, num_periods * period), tokens)
 
@@ -266,8 +267,12 @@ def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int, 
     less_kept = {"none": "attention, or full", "attention": "full", "full": "offload", "offload": ""}
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
-    adapters = ["adapters (lora.rank)"] if is_all_trained else ["a smaller lora.rank"]
-    moments = ["optim.moment_dtype bfloat16 (now float32)"] if optim.moment_dtype == "float32" else []
+    adapters = ["adapters (lora.rank), or some weights alone (train.only)"] if is_all_trained else []
+    moments = []
+    if "moment_dtype" in KEYS_OF[optim.name] and optim.moment_dtype == "float32":
+        moments.append("optim.moment_dtype bfloat16 (now float32)")
+    if optim.name not in ("adamw8bit", "adafactor"):
+        moments.append(f"optim.name adamw8bit (now {optim.name})")
     found = {
         "parameters": [more],
         "frozen": [more],

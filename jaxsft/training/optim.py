@@ -1,19 +1,22 @@
-"""Schedules and optimizers.
+"""Schedules, and the table of optimizers.
 
-In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, and an optax transformation
-that turns a gradient into a direction; the step multiplies the direction by the negative learning rate, so that the
-learning rate is a function of the step alone, whatever the optimizer has counted.
+In: the `optim` section and the number of steps. Out: a schedule `step -> learning rate`, and an optimizer
+(`optimizers/`), which is told the learning rate of each step, so that it is a function of the step alone, whatever the
+optimizer has counted.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import nnx
 
 from jaxsft.config import OptimConfig
+from jaxsft.training.optimizers.adafactor import adafactor
+from jaxsft.training.optimizers.eight_bit import adamw8bit
+from jaxsft.training.optimizers.moments import adamw, lion, sgd
+from jaxsft.training.optimizers.muon import muon
+from jaxsft.training.optimizers.optimizer import Optimizer
+from jaxsft.training.optimizers.schedule_free import schedule_free_adamw
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -56,45 +59,17 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The transformation of `config.name`: gradient (already clipped) to direction of steepest ascent."""
+OPTIMIZERS: dict[str, Callable[[OptimConfig], Optimizer]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "adafactor": adafactor,
+    "lion": lion,
+    "muon": muon,
+    "sgd": sgd,
+    "schedule_free_adamw": schedule_free_adamw,
+}
+
+
+def make_optimizer(config: OptimConfig) -> Optimizer:
+    """The optimizer of `config.name`."""
     return OPTIMIZERS[config.name](config)
-
-
-def _adamw(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019): Adam's direction plus `weight_decay` times the parameter."""
-    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
-    return optax.chain(
-        _with_moment_dtype(adam, jnp.dtype(config.moment_dtype)),
-        optax.add_decayed_weights(config.weight_decay, mask=is_decayed),
-    )
-
-
-OPTIMIZERS: dict[str, Callable[[OptimConfig], optax.GradientTransformation]] = {"adamw": _adamw}
-
-
-def is_decayed(params: Any) -> Any:
-    """True for matrices; norms and biases are not decayed: seen per layer, they have one dim, or are named bias."""
-
-    def of_param(path: Any, param: Any) -> Any:
-        num_dims = len(param.get_metadata("axes").replace("l", " ").split())
-        is_bias = any(getattr(key, "key", None) == "bias" for key in path)
-        return param.replace(num_dims > 1 and not is_bias)
-
-    return jax.tree_util.tree_map_with_path(of_param, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _with_moment_dtype(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Keeps float moments in `dtype`, and computes with them in float32 (optax lets only the first one be chosen)."""
-
-    def cast(tree: Any, to: jnp.dtype) -> Any:
-        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-    def init(params: Any) -> Any:
-        return cast(inner.init(params), dtype)
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = inner.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
-        return updates, cast(state, dtype)
-
-    return optax.GradientTransformation(init, update)

@@ -29,6 +29,9 @@ from jaxsft.training.metrics_file import last_step
 
 FINGERPRINT, LOCK = "fingerprint.json", "run.lock"
 
+UNSAID = {"optim.name": "adamw"}
+"""What is true of runs of earlier versions, and is not in their fingerprints."""
+
 
 def claim_run_folder(
     folder: epath.Path,
@@ -84,6 +87,7 @@ def _claim(folder: epath.Path, fingerprint: dict[str, Any], *, restart: bool, sa
             write_whole(folder / PROGRESS, json.dumps({"sealed": None}) + "\n")
         if saved is None:
             return lock
+        saved, fingerprint = UNSAID | saved, UNSAID | fingerprint
         fields = [name for name in {**saved, **fingerprint} if saved.get(name) != fingerprint.get(name)]
         if fields:
             listed = "\n".join(f"  {f}: {saved.get(f)!r} then, {fingerprint.get(f)!r} now" for f in fields)

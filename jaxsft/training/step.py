@@ -29,10 +29,13 @@ from jaxsft.training.loss import LossSums, next_token_objective
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.objective import PLAIN
 from jaxsft.training.optim import make_optimizer, make_schedule
+from jaxsft.training.optimizers.optimizer import Given, Optimizer
+from jaxsft.training.optimizers.schedule_free import averaged, is_averaging
+from jaxsft.training.rounding import step_key
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; `params` and moments are pytrees of `nnx.Param` with their `axes`."""
+    """Everything that a step changes; `params` and moments are pytrees of Variables with `axes`."""
 
     step: jax.Array
     """int32 scalar: the number of steps done, which is also the position in the data."""
@@ -60,6 +63,18 @@ def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
         state,
         shardings(mesh, state),
     )
+
+
+def evaluation_params(optim: OptimConfig, state: TrainState) -> Any:
+    """The parameters that are evaluated, asked and exported, of those that are trained: most often the same.
+
+    Of schedule-free optimizers it is the average, made anew and cut over the mesh as the parameters are.
+    """
+    if not is_averaging(state.opt_state):
+        return state.params
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    average = jax.jit(averaged, static_argnames="beta1", out_shardings=placed)
+    return average(state.params, state.opt_state, beta1=optim.beta1)
 
 
 def non_finite(params: Any) -> list[str]:
@@ -258,7 +273,7 @@ def make_train_step(
     num_microbatches: int,
     mesh: Mesh,
     loss: LossConfig = PLAIN,
-    noise_seed: int | None = None,
+    seed: int = 0,
 ) -> Callable:
     """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
 
@@ -268,17 +283,17 @@ def make_train_step(
         num_steps: steps of the whole run, for the schedule.
         num_microbatches: forward-backward passes that a batch is cut into.
         mesh: where everything lives.
-        loss: what is minimised, and how much noise embeddings get.
-        noise_seed: of what is drawn in a step, such as adapters' dropout; None: nothing is.
+        seed: of what is drawn in a step, such as adapters' dropout, noise on embeddings, or what is rounded at random.
     """
     schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
-    config = nnx.merge(*model).config
+    decoder = nnx.merge(*model)
+    config, draws_by_rows = decoder.config, decoder.drops_inputs or loss.neftune_alpha > 0
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
         noise = None
-        if noise_seed is not None:
-            noise = split_rows(row_keys(noise_seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
+        if draws_by_rows:
+            noise = split_rows(row_keys(seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
         summed, sums, router, objective = summed_gradients(
             model.graphdef, state.params, frozen, microbatches, optim=optim, loss=loss, noise=noise
         )
@@ -288,15 +303,11 @@ def make_train_step(
         if optim.clip_norm is not None:
             factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
-        def gradients() -> Any:
-            # The gradients of the mean loss, clipped. Computed where they are used, so that they are never written to
-            # memory.
-            return jax.tree.map(lambda g: g * factor, summed)
-
         learning_rate = schedule(state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        params, opt_state = _updated(optimizer, state, gradients, learning_rate, is_finite=is_finite)
+        given = Given(summed, factor, learning_rate, step_key(seed, state.step))
+        params, opt_state = _updated(optimizer, state, given, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
             tokens=jnp.sum(batch.segment_ids > 0, dtype=jnp.float32),
@@ -319,31 +330,22 @@ def make_train_step(
     )
 
 
-def _updated(
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    gradients: Callable[[], Any],
-    learning_rate: jax.Array,
-    *,
-    is_finite: jax.Array,
-) -> tuple[Any, Any]:
+def _updated(optimizer: Optimizer, state: TrainState, given: Given, *, is_finite: jax.Array) -> tuple[Any, Any]:
     """The next parameters and optimizer state; the old ones where the step's numbers are not finite.
 
     The parameters are computed in one branch, and then the moments in another, so that each can be written over its old
-    values; in one branch together, the compiler would copy the old moments. Each branch calls the optimizer, and the
-    compiler drops the half of its results that the branch does not use. The first branch also returns whether it moved
-    the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
+    values; in one branch together, the compiler would copy the old moments. The first branch also returns whether it
+    moved the parameters, and the second one depends on that answer: this keeps the compiler from running them at once.
     """
 
     def move(old: Any) -> tuple[Any, bool]:
-        directions, _ = optimizer.update(gradients(), state.opt_state, old)
-        new = jax.tree.map(lambda p, d: (p.astype(jnp.float32) - learning_rate * d).astype(p.dtype), old, directions)
-        return new, True
+        return optimizer.move(given, state.opt_state, old), True
+
+    def advance(old: Any) -> Any:
+        return optimizer.advance(given, old, state.params)
 
     params, moved = jax.lax.cond(is_finite, move, lambda old: (old, False), state.params)
-    opt_state = jax.lax.cond(
-        moved, lambda old: optimizer.update(gradients(), old, state.params)[1], lambda old: old, state.opt_state
-    )
+    opt_state = jax.lax.cond(moved, advance, lambda old: old, state.opt_state)
     return params, opt_state
 
 

@@ -38,12 +38,13 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
         ConfigError: the path is neither a run folder nor an export.
     """
     folder = epath.Path(at_home(path))
-    if (folder / "config.json").exists() and not (folder / SEAL).exists() and not (folder / UNFINISHED_MARK).exists():
+    is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    if is_model and not (folder / SEAL).exists() and not (folder / UNFINISHED_MARK).exists():
         raise ConfigError(
             f"{path}: a model without {SEAL}: another program wrote it, or a version of jaxsft before there were "
             "seals, so that nothing says what it should hold"
         )
-    if (folder / SEAL).exists() or (folder / "config.json").exists():
+    if (folder / SEAL).exists() or is_model:
         findings = [_sealed(folder, folder.name, problem_of(folder))]
     elif (folder / "checkpoints").exists() or (folder / FINGERPRINT).exists():
         findings = _run_findings(folder)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from jaxsft.config import ConfigError, LoraConfig, MeshConfig, ModelConfig
 from jaxsft.folders.pretrained import decoder_maker
 from jaxsft.folders.weights.layout import join, path_text, variables_of
-from jaxsft.folders.weights.load import load_params, original_layers
+from jaxsft.folders.weights.load import load_params
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import make_mesh, shardings
@@ -343,6 +343,5 @@ def test_what_is_exported_are_the_weights_of_the_files(folders, model_type, tmp_
         stored=stored,
         max_shard_bytes=10**9,
         writes=True,
-        layer_of=original_layers(stored, mesh),
     )
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -355,7 +355,7 @@ def test_no_gradient_by_a_frozen_weight_travels():
 def test_a_step_moves_adapters_alone():
     mesh, model = mesh_of(fsdp=1), abstract_model(make_model("llama", LoraConfig(rank=2, dropout=0.1)))
     optim = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
-    step = make_train_step(model, optim, num_steps=10, num_microbatches=1, mesh=mesh, noise_seed=0)
+    step = make_train_step(model, optim, num_steps=10, num_microbatches=1, mesh=mesh)
     params, frozen = model.split(random_weights(make_model("llama", LoraConfig(rank=2, dropout=0.1)), mesh, seed=0))
     before = jax.device_get(frozen)
     state = init_state(params, optim, mesh)

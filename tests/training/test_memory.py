@@ -117,7 +117,7 @@ def test_what_is_stored_is_counted_by_shapes(folder):
     cut = bytes_of(opened(folder, sizes={"fsdp": 2, "tensor": 2})[-1])
     assert cut["parameters"] < 0.26 * plain["parameters"]
     adapters = bytes_of(opened(folder, ["lora.rank=8"])[-1])
-    assert adapters["frozen"] == plain["parameters"]
+    assert adapters["frozen"] == pytest.approx(plain["parameters"], rel=1e-4)  # and the numbers of layers and maps
     assert adapters["gradients"] == adapters["parameters"] < 0.1 * plain["parameters"]
 
 

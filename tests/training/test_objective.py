@@ -298,5 +298,3 @@ def test_keys_that_exclude_each_other_or_are_no_shares_are_refused_by_name(tiny_
     assert "dft: true" in dump_config(config)
     assert math.isclose(config.loss.z_loss, 1e-4) and not config.loss.is_plain
     assert LossConfig(neftune_alpha=5.0).is_plain
-    draws = load_config(tiny_config, ["loss.neftune_alpha=5", "seed=4"])
-    assert (config.noise_seed, draws.noise_seed) == (None, 4)

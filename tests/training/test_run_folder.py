@@ -56,6 +56,14 @@ def test_a_run_folder_is_claimed_by_its_run_and_refused_to_others(folder):
     assert names(folder) == ["fingerprint.json", "progress.json"], "no lock is left behind"
 
 
+def test_a_run_is_continued_by_its_own_optimizer_only_and_one_that_names_none_is_adamws(folder):
+    begin(folder)
+    with claimed(folder, FINGERPRINT | {"optim.name": "adamw"}):
+        pass
+    with pytest.raises(ConfigError, match="optim.name: 'adamw' then, 'muon' now"):
+        claim_run_folder(folder, FINGERPRINT | {"optim.name": "muon"})
+
+
 def test_two_runs_are_never_in_one_folder(folder):
     with (
         claimed(folder),

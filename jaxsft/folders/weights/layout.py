@@ -143,7 +143,7 @@ def variables_of(state: nnx.State) -> dict[str, nnx.Variable]:
 
 
 def whole_weights(variables: Mapping[str, nnx.Variable]) -> dict[str, nnx.Variable]:
-    """Variables by path, those of a quantised weight as the abstract one that they stand for.
+    """Variables by path, those of a quantised weight as the abstract one that they stand for (`is_quantized`).
 
     Of `x.weight.codes`, whose `layout` says what they are codes of, and its absmax this makes `x.weight`.
     """
@@ -153,10 +153,17 @@ def whole_weights(variables: Mapping[str, nnx.Variable]) -> dict[str, nnx.Variab
         if part == "codes":
             layout: Layout = variable.get_metadata("layout")
             shape = (*variable.shape[: len(layout.leading.split())], *layout.shape)
-            whole[parent] = nnx.Variable(jax.ShapeDtypeStruct(shape, np.dtype(np.float32)), axes=layout.ours)
+            parts = {name: variables[f"{parent}.{name}"] for name in layout.axes}
+            abstract = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
+            whole[parent] = nnx.Variable(abstract, axes=layout.ours, quantized=parts)
         elif f"{parent}.codes" not in variables:
             whole[path] = variable
     return whole
+
+
+def is_quantized(variable: nnx.Variable) -> bool:
+    """Whether it stands for others, by name in its `quantized`."""
+    return "quantized" in variable.get_metadata()
 
 
 def path_text(path: tuple[Any, ...]) -> str:

@@ -12,7 +12,7 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -336,7 +336,7 @@ def _quantized(
     arrays = zeros()
     with jax.set_mesh(mesh):
         for layer in range(weight.shape[0]):
-            values, found = read_layer(threads, weight, layer, mesh=mesh, tensors=tensors)
+            values, found = _read_layer(threads, weight, layer, mesh=mesh, tensors=tensors)
             problems |= found
             arrays = put(arrays, values, layer)
     return arrays
@@ -381,23 +381,7 @@ def _put_layer(
     }
 
 
-def original_layers(stored: Stored, mesh: Mesh) -> Callable[[Weight, int], jax.Array]:
-    """Gives one layer of a weight as it stands in files, float32 [1, ...] with the axes of the weight, on a mesh.
-
-    What was quantised in memory is exported from these: a merged model is that of the files and what was learnt, not of
-    what four bits have left of it.
-    """
-
-    def layer_of(weight: Weight, layer: int) -> jax.Array:
-        with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as threads:
-            values, problems = read_layer(threads, weight, layer, mesh=mesh, tensors=stored.tensors)
-        _refuse(list(problems.values()))
-        return values
-
-    return layer_of
-
-
-def read_layer(
+def _read_layer(
     threads: concurrent.futures.ThreadPoolExecutor,
     weight: Weight,
     layer: int,

@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,8 +23,9 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.copying import copy
-from jaxsft.folders.weights.layout import Box, Weight, join
-from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
+from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
+from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
+from jaxsft.model.quantized import unpacked_layer
 
 COPY_BYTES = GATHER_BYTES = 1 << 24
 
@@ -35,6 +36,17 @@ class Part(NamedTuple):
     weight: Weight
     variable: nnx.Variable
     at: tuple[int, ...]
+    original: StoredTensor | None = None
+    """Of a quantised weight, the tensor that it was read from: what was quantised is written as it was."""
+
+
+class Made(NamedTuple):
+    """Other values of a tensor than those of the state that is written."""
+
+    make: Callable[[bool], np.ndarray | None]
+    """Called on every process with whether it is the one that writes, which is given them, in the file's shape."""
+    is_stored: bool
+    """They are those that the model was read from."""
 
 
 class Tensor(NamedTuple):
@@ -45,6 +57,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     source: tuple[Part, ...] | SafeTensor
     """What it is put together from; a tensor that is no weight of the model is copied."""
+    made: Made | None = None
+    """Its values, where they are not those of `source`."""
 
     @property
     def num_bytes(self) -> int:
@@ -72,7 +86,7 @@ def write_weights(
     stored: Stored | None = None,
     max_shard_bytes: int,
     writes: bool,
-    layer_of: Callable[[Weight, int], jax.Array] | None = None,
+    merge: Mapping[str, Made] | None = None,
 ) -> None:
     """Writes the safetensors files, and an index if there is more than one.
 
@@ -88,12 +102,14 @@ def write_weights(
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
         writes: whether this process is the one that writes.
-        layer_of: what stands for one layer of a quantised weight, [1, ...] with its axes: `load.original_layers`, with
-            what adapters add. Needed where `params` has quantised weights, which are not written as they are.
+        merge: by the names of all tensors of the model, their values in place of those of `params`.
     """
     tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
     if stored is not None and stored.files:
         _add_passed_over(tensors, family, stored)
+    if merge is not None:
+        tensors = {name: _merged(tensor, name, merge, stored) for name, tensor in tensors.items()}
+    if stored is not None and stored.files:
         files = _files_as_stored(tensors, stored)
     else:
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
@@ -102,7 +118,7 @@ def write_weights(
             if out:
                 out.write(file.header)
             for tensor in file.tensors.values():
-                _write(out, tensor, layer_of)
+                _write(out, tensor)
             if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
                 out.flush()
                 os.fsync(out.fileno())
@@ -118,7 +134,9 @@ def _tensors(
     parts: dict[str, list[Part]] = {}
     for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
         for index in weight.indices():
-            parts.setdefault(weight.name(index), []).append(Part(weight, variable, index))
+            name = weight.name(index)
+            original = known.get(name) if is_quantized(variable) else None
+            parts.setdefault(name, []).append(Part(weight, variable, index, original))
     # The only tensor that the files may lack is an output projection that was tied to the embedding.
     tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
     tensors = {}
@@ -155,7 +173,7 @@ def _files_as_stored(tensors: dict[str, Tensor], stored: Stored) -> list[File]:
         names = was.names + (new if at == len(stored.files) - 1 else ())
         inside = {name: tensors[name] for name in names}
         is_same = names == was.names and all(_is_like(inside[name], stored, name) for name in names)
-        files.append(File(was.name, inside, was.header if is_same else _header(inside, was.metadata)))
+        files.append(File(was.name, inside, was.header if is_same else header_of(inside, was.metadata)))
     return files
 
 
@@ -184,11 +202,11 @@ def _files_of_transformers(tensors: dict[str, Tensor], max_shard_bytes: int) -> 
     for number, names in enumerate(shards, start=1):
         name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         inside = {each: tensors[each] for each in names}
-        files.append(File(name, inside, _header(inside, {"format": "pt"})))
+        files.append(File(name, inside, header_of(inside, {"format": "pt"})))
     return files
 
 
-def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
+def header_of(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:
     """The first bytes of a safetensors file, exactly as the safetensors library writes them."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     offset = 0
@@ -232,34 +250,84 @@ def dump_json(value: dict[str, Any], *, indent: int = 2) -> bytes:
 # The bytes of a tensor.
 
 
-def _write(out: BinaryIO | None, tensor: Tensor, layer_of: Callable[[Weight, int], jax.Array] | None) -> None:
+def _merged(tensor: Tensor, name: str, merge: Mapping[str, Made], stored: Stored | None) -> Tensor:
+    """A tensor whose values are others; one that stays as it is stored is copied."""
+    if isinstance(tensor.source, SafeTensor):
+        return tensor
+    # An output projection that is stored beside the embedding that it is tied to has no name of its own there.
+    own = name if name in merge else tensor.source[0].weight.name(tensor.source[0].at)
+    known = stored.tensors.get(own) if stored is not None and merge[own].is_stored else None
+    if isinstance(known, SafeTensor) and (known.word, known.shape) == (tensor.word, tensor.shape):
+        return tensor._replace(source=known)
+    return tensor._replace(made=merge[own])
+
+
+def _write(out: BinaryIO | None, tensor: Tensor) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
         for at in range(0, tensor.num_bytes, COPY_BYTES):
             if out:
                 out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
         return
-    factors = tensor.source[0].weight.factors
-    num_rows = len(factors) - len(tensor.source[0].weight.dims[-1])
-    whole = np.empty([factor.size for factor in factors] if out else [], DTYPES[tensor.word])
-    for part in tensor.source:
+    if tensor.made is None:
+        whole = put_together(tensor.source, DTYPES[tensor.word], keeps=out is not None)
+    else:
+        whole = _cast(tensor.made.make(out is not None), tensor)
+    if out:
+        assert whole is not None
+        out.write(whole.reshape(-1).view(np.uint8).data)
+
+
+def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
+    if values is None:
+        return None
+    assert values.shape == tensor.shape and not isinstance(tensor.source, SafeTensor)
+    whole = np.empty(values.shape, DTYPES[tensor.word])
+    copy(whole, values, max(1, values.ndim - 1))
+    _refuse_overflow(whole, values, tensor.source[0].weight.path)
+    return whole
+
+
+def _refuse_overflow(written: np.ndarray, values: np.ndarray, path: str) -> None:
+    if written.dtype == np.float16 and np.any(np.isinf(written) & np.isfinite(values)):
+        raise ConfigError(
+            f"{path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 or float32 "
+            "(model.export_dtype)"
+        )
+
+
+def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.ndarray | None:
+    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it."""
+    factors = parts[0].weight.factors
+    num_rows = len(factors) - len(parts[0].weight.dims[-1])
+    whole = np.empty([factor.size for factor in factors] if keeps else [], dtype)
+    for part in parts:
         assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
-        for box, values in _gather(part, layer_of):
-            if out:
+        if part.original is not None:
+            if keeps:
+                all_of_ours = part.weight.in_file(tuple((0, size) for size in part.weight.shape[part.weight.split :]))
+                region = tuple(slice(*bounds) for bounds in all_of_ours)
+                copy(whole[region], _read(part)[region], num_rows)
+            continue
+        for box, values in _gather(part):
+            if keeps:
                 place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
                 source = part.weight.file_order(values)
                 # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
                 copy(place, source, num_rows)
-                if tensor.word == "F16" and np.any(np.isinf(place) & np.isfinite(source)):
-                    raise ConfigError(
-                        f"{part.weight.path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 "
-                        "or float32 (model.export_dtype)"
-                    )
-    if out:
-        out.write(whole.reshape(-1).view(np.uint8).data)
+                _refuse_overflow(place, source, part.weight.path)
+    return whole if keeps else None
 
 
-def _gather(part: Part, layer_of: Callable[[Weight, int], jax.Array] | None) -> Iterator[tuple[Box, np.ndarray]]:
+def _read(part: Part) -> np.ndarray:
+    """The tensor of a file, in the shape of its factors."""
+    assert part.original is not None
+    tensor = part.original
+    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
+    return read.reshape([factor.size for factor in part.weight.factors])
+
+
+def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
     """A part of a tensor, as boxes of our dims that together are all of it; on every process.
 
     No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
@@ -267,9 +335,8 @@ def _gather(part: Part, layer_of: Callable[[Weight, int], jax.Array] | None) -> 
     """
     weight, value = part.weight, part.variable.get_value()
     layer, expert = part.at[:1], part.at[1:]
-    if isinstance(value, jax.ShapeDtypeStruct):  # quantised
-        assert layer_of is not None and layer, weight.path
-        value, layer = layer_of(weight, layer[0]), (0,)
+    if is_quantized(part.variable):  # of random weights, which are in no file
+        value, layer = unpacked_layer(part.variable.get_metadata("quantized"), layer[0]), (0,)
     assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
     shape = weight.shape[weight.split :]
     local = value.sharding.shard_shape(value.shape)[len(layer)]

@@ -185,6 +185,13 @@ def open_folder(folder: pathlib.Path) -> Stored:
     return Stored(folder, tensors, tuple(problems), tuple(files), index_file)
 
 
+def open_file(path: pathlib.Path) -> Stored:
+    """Reads the header of one safetensors file; what is wrong with it is noted in `problems`."""
+    problems: list[str] = []
+    found = _read_header(path, problems)
+    return Stored(path, dict(found[1]) if found else {}, tuple(problems), (found[0],) if found else ())
+
+
 def is_plain_name(name: str) -> bool:
     """Whether it names a file of the folder itself: "model-1.safetensors", not "../model.safetensors"."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", os.sep} and name.isprintable()

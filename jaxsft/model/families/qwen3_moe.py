@@ -1,7 +1,7 @@
 """Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder: Qwen3 with experts in place of the MLP, in every layer."""
 
 from jaxsft.model.architecture import DecoderConfig
-from jaxsft.model.families import llama
+from jaxsft.model.families import llama, mixtral
 from jaxsft.model.families.mixtral import routing
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated
@@ -14,6 +14,7 @@ WEIGHTS = llama.WEIGHTS | {
     "layers.mlp.experts.up_proj.weight": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight", "f d"),
     "layers.mlp.experts.down_proj.weight": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "d f"),
 }
+PARAMETERS = mixtral.PARAMETERS
 IGNORED = llama.IGNORED
 
 

@@ -1,0 +1,70 @@
+"""The model of a run, or its adapters, written anew from any of its checkpoints.
+
+In: a run folder. Out: a folder like the one that a run ends with, or with the adapters in the weights.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable
+
+from jaxsft.config import ConfigError
+from jaxsft.config_files import load_config
+from jaxsft.disk.writing import at_home
+from jaxsft.folders.pretrained import export_model
+from jaxsft.model.abstract import whole
+from jaxsft.setup import Setup
+from jaxsft.training.checkpoint import Checkpointer
+from jaxsft.training.step import abstract_state
+
+BEST = "best"
+
+
+def export_run(
+    run_dir: str,
+    *,
+    step: int | str | None = None,
+    merge: bool = False,
+    out: str | None = None,
+    say: Callable[[str], None] = print,
+) -> pathlib.Path:
+    """Writes the model of a checkpoint; returns the folder.
+
+    Args:
+        run_dir: folder of the run.
+        step: of the checkpoint, or "best" for that with the smallest held-out loss; left out: the newest.
+        merge: adapters are added to the weights of their base, so that a whole model is written.
+        out: where to; left out: `export` in the run folder for the newest, and beside it for others: `export-best`,
+            `export-step-100`, `export-merged`.
+        say: is told what is done.
+
+    Raises:
+        ConfigError: no run, no such checkpoint, or nothing to merge.
+        ExportError: it could not be written.
+    """
+    folder = at_home(run_dir).resolve()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: not the folder of a run, which has a config.yaml")
+    config = load_config(str(folder / "config.yaml"), []).model_copy(update={"run_dir": str(folder)})
+    setup = Setup(config, say=say)
+    lora = setup.pretrained.lora
+    if merge and lora is None:
+        raise ConfigError(f"{run_dir}: --merge-lora: this run has no adapters; its export is the whole model")
+    if (
+        merge
+        and setup.pretrained.decoder_config.tie_embeddings
+        and "adapter" in setup.pretrained.model.weights["embed_tokens"]
+    ):
+        say("the embedding has an adapter, and the output projection, one with it so far, has none: they are parted")
+        model = config.model.model_copy(update={"tie_embeddings": False})
+        setup = Setup(config.model_copy(update={"model": model}), say=say)
+    with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, say)) as checkpointer:
+        number = checkpointer.best_step() if step == BEST else None if step is None else int(step)
+        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, setup.mesh), number)
+    if state is None:
+        raise ConfigError(f"{folder}: no finished checkpoint yet, so there is nothing to export")
+    words = [BEST] if step == BEST else [] if step is None else [f"step-{number}"]
+    target = pathlib.Path(at_home(out)) if out else folder / "-".join(["export", *words, *["merged"] * merge])
+    say(f"exporting checkpoint {int(state.step)} of {folder} to {target}")
+    weights = whole(state.params, setup.load_frozen())
+    export_model(setup.pretrained, setup.tokenizer, weights, target, merge=merge, say=say)
+    return target
