@@ -55,6 +55,9 @@ class ModelConfig(Section):
     """Dtype of activations and matmuls; left out: bfloat16 on accelerators, float32 on CPU."""
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the exported weights; left out: each as it was stored, and random weights as config.json says."""
+    quantize: Literal["nf4", "int8", "none"] = "none"
+    """How the frozen weights of linear maps lie in memory: in 4.13 bits a number (`nf4`, QLoRA's, doubly quantised), in
+    8 (`int8`), or as they are. Embeddings, output projection, norms and routers are not quantised."""
     tie_embeddings: bool | None = None
     """Whether embedding and output projection are one; left out: as config.json says; false: trained apart."""
     unroll: bool = False

@@ -36,7 +36,10 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "c": (),
     "g": (),
     "h": (),
+    "i": ("tensor",),
+    "j": (),
     "l": (),
+    "o": ("tensor", "fsdp", "expert", "context"),
     "r": (),
     "s": (),
     "w": (),
@@ -47,7 +50,8 @@ Devices that have different tokens have the same weights to work with, so the wi
 but those along `data`, which are copies: that of experts, whose number is cut over `expert`, over the others. `c` are
 blocks of numbers that share a scale, of which some meshes would cut the dim into uneven parts. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
-`"b t d"`.
+`"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut and
+not.
 """
 
 ROW_AXES = DIM_AXES["b"]
@@ -306,7 +310,9 @@ DIM_WORDS = {
     "v": "vocabulary size",
     "p": "number of positions",
     "e": "number of experts",
+    "i": "number of bytes in a row of a quantised weight",
     "l": "number of layers",
+    "o": "number of rows of a quantised weight",
     "r": "rank of adapters",
 }
 

@@ -274,8 +274,12 @@ class Setup:
 
     @property
     def _trained(self) -> list[tuple[str, Any]]:
-        lora = self.pretrained.lora
-        return [("lora", None if lora is None else lora.model_dump()), ("train.only", self.config.train.only)]
+        lora, kind = self.pretrained.lora, self.config.model.quantize
+        return [
+            ("lora", None if lora is None else lora.model_dump()),
+            ("train.only", self.config.train.only),
+            ("model.quantize", None if kind == "none" else kind),
+        ]
 
     @property
     def notes(self) -> list[str]:

@@ -29,6 +29,7 @@ from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
+from jaxsft.folders.weights.layout import variables_of, whole_weights
 from jaxsft.folders.weights.save import Made, dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
 
@@ -155,7 +156,7 @@ def _num_bytes(params: nnx.State, into: np.dtype | None, stored: Stored | None) 
         tensors = stored.tensors.values()
         return sum(math.prod(each.shape) * each.dtype.itemsize for each in tensors if each.dtype is not None)
     itemsize = into.itemsize if into is not None else 4
-    return sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
+    return sum(math.prod(each.shape) for each in whole_weights(variables_of(params)).values()) * itemsize
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

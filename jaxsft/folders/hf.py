@@ -19,6 +19,7 @@ from jaxsft.disk.foreign import MOST_CONFIG_BYTES, check_folder, check_tokenizer
 from jaxsft.disk.writing import at_home
 from jaxsft.folders.gguf.model import is_gguf, open_gguf
 from jaxsft.folders.gguf.tokenizer import load_gguf_tokenizer
+from jaxsft.folders.weights.bnb4 import dequantized, is_bnb4
 from jaxsft.folders.weights.mxfp4 import is_mxfp4, unpacked
 from jaxsft.folders.weights.stored import Stored, load_json, open_folder
 from jaxsft.model.architecture import DecoderConfig
@@ -95,6 +96,8 @@ def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
     if is_gguf(str(folder)):
         return open_gguf(folder)
     stored, hf_config = open_folder(folder), load_hf_config(folder)
+    if is_bnb4(hf_config):
+        return dequantized(stored, hf_config)
     return unpacked(stored, hf_config) if is_mxfp4(hf_config) else (stored, hf_config)
 
 

@@ -40,6 +40,7 @@ from jaxsft.model.families.known import decoder_config as read_decoder_config
 from jaxsft.model.families.known import family as family_of
 from jaxsft.model.freezing import train_only
 from jaxsft.model.lora import add_adapters, not_of_files, of_files, with_magnitudes
+from jaxsft.model.quantized_maps import describe_quantized, quantize_maps
 
 
 class OpenTokenizer(NamedTuple):
@@ -160,7 +161,7 @@ def open_model(
 
     Raises:
         ConfigError: config.json is not understood, the tokenizer has more ids than the model, or weights are missing,
-            extra, misshapen or truncated, or `lora` does not fit it.
+            extra, misshapen or truncated, or `lora` or `quantize` does not fit it.
     """
     source = find_source(config.path, weights=config.weights == "pretrained")
     _check_adapter_keys(config, source, lora)
@@ -198,6 +199,8 @@ def open_model(
     model = abstract_model(make_decoder)
     _check_new_rows(model, [*new_ids, *brought])
     notes += decoder_config.notes
+    if config.quantize != "none":
+        notes += describe_quantized(nnx.merge(*model), config.quantize)
     notes += describe_older_words(hf_config, *with_older_words(hf_config))
     if config.weights == "pretrained":
         notes += gguf_notes(source.folder) if is_gguf(str(source.folder)) else ()
@@ -265,6 +268,10 @@ def decoder_maker(
     """Makes the model with random weights, in the dtypes and with the memory savings that the config asks for.
 
     With adapters, or with the names of some weights in `only`, these alone are trained.
+
+    Raises:
+        ConfigError: when it is called: `lora` or `only` does not fit the model, or it was to be quantised though all of
+            its weights are trained.
     """
 
     def make_decoder(rngs: nnx.Rngs) -> Decoder:
@@ -283,6 +290,8 @@ def decoder_maker(
             add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
         if only is not None:
             train_only(decoder, only, family.WEIGHTS)
+        if config.quantize != "none":
+            quantize_maps(decoder, config.quantize)
         return decoder
 
     return make_decoder

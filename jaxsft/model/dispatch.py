@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxsft.mesh import COPY_AXES, DIM_AXES, cut_axes, free_axes, partition_spec
 from jaxsft.model.products import cast, precision
+from jaxsft.model.quantized import QuantizedExperts
 
 MAX_BLOCK = 512
 """Rows of a block at most: enough for a matmul to hide the reading of its weights."""
@@ -33,12 +34,12 @@ Gating = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class ExpertWeights(NamedTuple):
-    """The weights of all experts in their stored dtype, of one layer."""
+    """The weights of all experts in their stored dtype, or quantised, of one layer."""
 
-    gate: jax.Array
-    """[E, D, F], as is `up`."""
-    up: jax.Array
-    down: jax.Array
+    gate: Any
+    """[E, D, F], as is `up`: a jax.Array or `QuantizedExperts`."""
+    up: Any
+    down: Any
     """[E, F, D]"""
     gate_bias: jax.Array | None
     """[E, F], as is `up_bias`; None where the experts have no biases."""
@@ -158,11 +159,17 @@ _experts.defvjp(_experts_forward, _experts_backward)
 
 def _over_mesh(local: Callable, inputs: Inputs, kind: _Kind, y_gradient: jax.Array | None = None) -> Any:
     """Runs `local` on each device's own experts, with the tokens of all that share them."""
-    arrays = inputs if y_gradient is None else (*inputs, y_gradient)
+    after = inputs[0] if y_gradient is None else y_gradient
+    weights = _map_weights(
+        lambda _, weight: weight.after(after, "b t d") if isinstance(weight, QuantizedExperts) else weight, inputs[-1]
+    )
+    arrays = (*inputs[:3], weights) if y_gradient is None else (*inputs[:3], weights, y_gradient)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*arrays, on_mesh=False)
     tokens = partition_spec("b t d")
-    weight_specs = _map_weights(lambda axes, weight: partition_spec(axes), inputs[-1])
+    weight_specs = _map_weights(
+        lambda axes, weight: weight.specs() if isinstance(weight, QuantizedExperts) else partition_spec(axes), weights
+    )
     in_specs: tuple[Any, ...] = (tokens, tokens, tokens, weight_specs)
     if y_gradient is None:
         out_specs: Any = tokens
@@ -408,17 +415,26 @@ def _group_size(weights: ExpertWeights) -> int:
 
 def _whole(weights: ExpertWeights, dtype: jnp.dtype, *, on_mesh: bool) -> ExpertWeights:
     """Weights in the dtype of the matmuls, and biases, gathered over the devices that cut their width."""
-    biases = weights[3:6]
-    maps = ExpertWeights(*(None if each is None else cast(each, dtype) for each in weights))  # type: ignore[arg-type]
+    biases, over = weights[3:6], WIDTH_AXES if on_mesh else ()
+
+    def in_dtype(weight: jax.Array | QuantizedExperts | None) -> jax.Array | None:
+        if isinstance(weight, QuantizedExperts):
+            return weight.numbers(dtype, over=over)
+        return None if weight is None else cast(weight, dtype)
+
+    is_whole = [isinstance(each, QuantizedExperts) for each in weights]
+    maps = ExpertWeights(*map(in_dtype, weights))
     maps = ExpertWeights(*maps[:3], *biases, *maps[6:])
     if not on_mesh:
         return maps
 
-    def gather(axes: str, weight: jax.Array) -> jax.Array:
+    def gather(axes: str, weight: jax.Array, is_whole: bool) -> jax.Array:
         letters = axes.split()
-        return jax.lax.all_gather(weight, WIDTH_AXES, axis=letters.index("d"), tiled=True) if "d" in letters else weight
+        if is_whole or "d" not in letters:
+            return weight
+        return jax.lax.all_gather(weight, WIDTH_AXES, axis=letters.index("d"), tiled=True)
 
-    maps = _map_weights(gather, maps)
+    maps = _map_weights(gather, maps, is_whole)
     if maps.down_bias is None:
         return maps
     # The parts of F are summed up over `tensor`; the bias belongs to one of them.

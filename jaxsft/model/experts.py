@@ -15,6 +15,7 @@ from jaxsft.mesh import constrain
 from jaxsft.model.adapter import Adapter, Frozen
 from jaxsft.model.dispatch import ExpertWeights, Gating, choose, experts_of_tokens, fill_up
 from jaxsft.model.layers import Linear, Sizes
+from jaxsft.model.quantized import QuantizedExperts, QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,18 @@ class PerExpert(nnx.Module):
         inputs, output = (side.strip() for side in dims.split("->"))
         axes = f"l e {inputs} {output}"
         shape = tuple(sizes[letter] for letter in axes.split())
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        self.weight: Any = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
         axes = f"l e {output}"
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
         self.adapter: Adapter | None = None
+
+    @property
+    def stored(self) -> Any:
+        """The weight of one layer as it lies: a jax.Array, or `QuantizedExperts`."""
+        if isinstance(self.weight, QuantizedWeight):
+            return QuantizedExperts(self.weight.arrays, self.weight.layout)
+        return self.weight[...]
 
     @property
     def scaled_adapter(self) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
@@ -133,10 +141,10 @@ class MixtureMLP(nnx.Module):
         chosen = jnp.where(is_token[..., None], chosen, num_experts)
         maps = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
         weights = ExpertWeights(
-            *(each.weight[...] for each in maps),
+            *(each.stored for each in maps),
             *(None if each.bias is None else each.bias[...] for each in maps),
             *(part for each in maps for part in each.scaled_adapter),
         )
-        is_frozen = isinstance(self.experts.gate_proj.weight, Frozen)
+        is_frozen = isinstance(self.experts.gate_proj.weight, Frozen | QuantizedWeight)
         y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating, is_frozen=is_frozen)
         return y[:num_rows, :length], sums

@@ -10,7 +10,7 @@ dim `l`, and what runs inside the scan over layers is the same module with that 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxsft.mesh import constrain
 from jaxsft.model.adapter import Adapter
 from jaxsft.model.products import product, products
+from jaxsft.model.quantized import QuantizedWeight, quantized_products
 from jaxsft.model.remat import keep
 
 Sizes = Mapping[str, int]
@@ -35,7 +36,8 @@ class Linear(nnx.Module):
         self.einsum = f"{x}, {weight} -> {y}"
         axes = f"l {weight}"
         shape = tuple(sizes[letter] for letter in axes.split())
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+        # A Variable, or a QuantizedWeight.
+        self.weight: Any = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
         axes = " ".join(["l", *outputs])
         shape = tuple(sizes[letter] for letter in axes.split())
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if bias else None
@@ -43,12 +45,18 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Of x [B, T, inputs]; `keys` [B, T, 2] are what an adapter's dropout is drawn by."""
-        return self._finished(x, product(self.einsum, x, self.weight[...]), keys)
+        if isinstance(self.weight, QuantizedWeight):
+            (y,) = quantized_products((self.weight.layout,), x, [self.weight.arrays])
+        else:
+            y = product(self.einsum, x, self.weight[...])
+        return self._finished(x, y, keys)
 
     def _finished(self, x: jax.Array, y: jax.Array, keys: jax.Array | None) -> jax.Array:
         """With adapter and bias; kept as the sum, so that no summand is kept beside it."""
         if self.adapter is not None:
-            y = self.adapter(x, y, self.weight[...], keys)
+            is_quantized = isinstance(self.weight, QuantizedWeight)
+            weight = self.weight.values(jnp.float32, after=x) if is_quantized else self.weight[...]
+            y = self.adapter(x, y, weight, keys)
         if self.bias is not None:
             # In float32, in which its gradient is then summed over tokens.
             y = (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
@@ -63,7 +71,14 @@ class Linear(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.shape["tensor"] == 1:
             return (each(x, keys) for each in maps)
-        ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
+        quantized = [each.weight for each in maps if isinstance(each.weight, QuantizedWeight)]
+        if quantized:
+            # They have the same inputs, so that all of them can be quantised where one is.
+            assert len(quantized) == len(maps)
+            layouts = tuple(weight.layout for weight in quantized)
+            ys = quantized_products(layouts, x, [weight.arrays for weight in quantized])
+        else:
+            ys = products(tuple(each.einsum for each in maps), x, [each.weight[...] for each in maps])
         return (each._finished(x, y, keys) for each, y in zip(maps, ys, strict=True))
 
 

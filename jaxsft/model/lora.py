@@ -20,6 +20,7 @@ from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, PerExpert
 from jaxsft.model.freezing import fits, freeze, regex_problems
 from jaxsft.model.layers import Linear
+from jaxsft.model.quantized import norms_of
 
 Kind = Literal["attention", "mlp", "router", "table"]
 
@@ -204,12 +205,15 @@ def with_magnitudes(weights: Any) -> Any:
     flat: dict[Any, Any] = dict(nnx.to_flat_state(weights))
     for path, magnitude in flat.items():
         if path[-1] == "magnitude":
-            weight = flat[(*path[:-2], "weight")]
-            of_outputs = magnitude.get_metadata("axes").split()
-            axes = weight.get_metadata("axes").split()
-            over = tuple(at for at, letter in enumerate(axes) if letter not in of_outputs)
-            squares = jnp.sum(jnp.square(weight.get_value().astype(jnp.float32)), axis=over)
-            flat[path] = magnitude.replace(jnp.sqrt(squares))
+            place = (*path[:-2], "weight")
+            if place in flat:
+                of_outputs = magnitude.get_metadata("axes").split()
+                axes = flat[place].get_metadata("axes").split()
+                over = tuple(at for at, letter in enumerate(axes) if letter not in of_outputs)
+                norms = jnp.sqrt(jnp.sum(jnp.square(flat[place].get_value().astype(jnp.float32)), axis=over))
+            else:
+                norms = norms_of({name[-1]: part for name, part in flat.items() if name[:-1] == place})
+            flat[path] = magnitude.replace(norms)
     return nnx.from_flat_state(flat)
 
 

@@ -91,21 +91,7 @@ def _products_backward(
 ) -> tuple[jax.Array, list[jax.Array]]:
     x, weights = kept
     exact, letters = precision(x.dtype), [_letters(dims) for dims in all_dims]
-
-    def by_x(weights: list[jax.Array], gradients: list[jax.Array]) -> jax.Array:
-        summands = [
-            jnp.einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight, precision=exact)
-            for (of_x, of_weight, of_y), weight, gradient in zip(letters, weights, gradients, strict=True)
-        ]
-        return jax.lax.psum(sum(summands), "tensor")
-
-    gathered = [partition_spec(of_weight, over=("tensor",)) for _, of_weight, _ in letters]
-    x_gradient = jax.shard_map(
-        by_x,
-        in_specs=(gathered, [partition_spec(of_y) for *_, of_y in letters]),
-        out_specs=partition_spec(letters[0][0]),
-        check_vma=False,
-    )([cast(weight, x.dtype) for weight in weights], gradients)
+    x_gradient = gradient_by_x(all_dims, [cast(weight, x.dtype) for weight in weights], gradients)
     by_weights = [
         jnp.einsum(f"{of_x}, {of_y} -> {of_weight}", x, gradient, precision=exact, preferred_element_type=jnp.float32)
         for (of_x, of_weight, of_y), gradient in zip(letters, gradients, strict=True)
@@ -114,3 +100,25 @@ def _products_backward(
 
 
 products.defvjp(_products_forward, _products_backward)
+
+
+def gradient_by_x(all_dims: tuple[str, ...], weights: list[jax.Array], gradients: list[jax.Array]) -> jax.Array:
+    """That by the one `x` of `products`, from weights in its dtype."""
+    letters = [_letters(dims) for dims in all_dims]
+
+    def by_x(weights: list[jax.Array], gradients: list[jax.Array]) -> jax.Array:
+        summands = [
+            jnp.einsum(f"{of_y}, {of_weight} -> {of_x}", gradient, weight, precision=precision(gradient.dtype))
+            for (of_x, of_weight, of_y), weight, gradient in zip(letters, weights, gradients, strict=True)
+        ]
+        return jax.lax.psum(sum(summands), "tensor")
+
+    return jax.shard_map(
+        by_x,
+        in_specs=(
+            [partition_spec(of_weight, over=("tensor",)) for _, of_weight, _ in letters],
+            [partition_spec(of_y) for *_, of_y in letters],
+        ),
+        out_specs=partition_spec(letters[0][0]),
+        check_vma=False,
+    )(weights, gradients)

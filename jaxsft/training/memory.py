@@ -23,6 +23,7 @@ from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
+from jaxsft.model.quantized_maps import with_plain_weights
 from jaxsft.training.chunks import chunk_size
 from jaxsft.training.loss import is_in_blocks
 from jaxsft.training.loss_in_blocks import block_rows
@@ -77,7 +78,8 @@ def where_bytes_go(
     gradient_sum = sum(_size(leaf) * 4 for leaf in trained)
     of_one = sum(_num_bytes(leaf) for leaf in trained if num_microbatches > 1 or leaf.dtype != jnp.float32)
     decoder = _of_one_device(nnx.merge(*model), mesh)
-    weights = [_resized(tree, _over_tensor(mesh)) for tree in (model.params, model.frozen)]
+    with_plain_weights(decoder)
+    weights = [_resized(tree, _over_tensor(mesh)) for tree in nnx.split(decoder, nnx.Param, ...)[1:]]
     tokens = rows // math.prod(mesh.shape[axis] for axis in ROW_AXES), length // mesh.shape["context"]
     sizes = {
         "parameters": sum(map(_num_bytes, trained)),

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compilation import TO_READ
+from flax import nnx
 
 from jaxsft.batch import Batch
 from jaxsft.config import MeshConfig
 from jaxsft.config_files import config_keys, load_config
 from jaxsft.folders.pretrained import open_model, open_tokenizer
-from jaxsft.mesh import batch_sharding, make_mesh
+from jaxsft.mesh import batch_sharding, make_mesh, shardings
 from jaxsft.training.memory import NAMES, describe_bytes, where_bytes_go
 from jaxsft.training.step import abstract_state, make_train_step
 
@@ -57,6 +58,27 @@ def opened(folder, overrides=(), sizes=None):
 
 def bytes_of(table):
     return {term.name: term.num_bytes for term in table.terms}
+
+
+def test_quantised_weights_are_counted_as_they_lie_and_as_what_a_layer_makes_of_them(folder):
+    sizes = {"fsdp": 2, "tensor": 2}
+    _, _, _, plain = opened(folder, ["lora.rank=8"], sizes)
+    _, model, mesh, table = opened(folder, ["lora.rank=8", "model.quantize=nf4"], sizes)
+    held = [
+        math.prod(place.get_value().shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(
+            jax.tree.leaves(model.frozen, is_leaf=is_variable),
+            jax.tree.leaves(shardings(mesh, model.frozen), is_leaf=is_variable),
+            strict=True,
+        )
+    ]
+    assert bytes_of(table)["frozen"] == sum(held) < 0.5 * bytes_of(plain)["frozen"]
+    numbers = WIDTH * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS) + 3 * WIDTH * MLP
+    assert bytes_of(table)["one layer"] >= numbers // sizes["tensor"] * 4
+
+
+def is_variable(leaf):
+    return isinstance(leaf, nnx.Variable)
 
 
 @pytest.mark.parametrize(

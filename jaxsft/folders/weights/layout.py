@@ -21,6 +21,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxsft.model.quantized import Layout
+
 Box = tuple[tuple[int, int], ...]
 """First and last + 1 of each dim."""
 
@@ -102,14 +104,14 @@ def join(
     """The weights of a state by path, in the order of the family's table.
 
     Args:
-        state: Variables with axes, of arrays or abstract.
+        state: Variables with axes, of arrays or abstract. A quantised weight is an abstract one here.
         family: the module with the table.
         vocab_size: rows of the vocabulary in the files; the state has more.
         stored: names of the tensors in the files: where none of them begins with the prefix of the table's names, the
             model was saved without its head, and names have no prefix.
         untied: an output projection that the files lack is read from the embedding.
     """
-    variables = variables_of(state)
+    variables = whole_weights(variables_of(state))
     lines = {path.removeprefix("last_") for path in variables}
     assert lines <= family.WEIGHTS.keys(), lines - family.WEIGHTS.keys()
     letters: dict[str, int] = {}
@@ -138,6 +140,30 @@ def variables_of(state: nnx.State) -> dict[str, nnx.Variable]:
     """The Variables of a state by path, such as "layers.mlp.up_proj.weight"."""
     leaves = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))[0]
     return {path_text(path): variable for path, variable in leaves}
+
+
+def whole_weights(variables: Mapping[str, nnx.Variable]) -> dict[str, nnx.Variable]:
+    """Variables by path, those of a quantised weight as the abstract one that they stand for (`is_quantized`).
+
+    Of `x.weight.codes`, whose `layout` says what they are codes of, and its absmax this makes `x.weight`.
+    """
+    whole: dict[str, nnx.Variable] = {}
+    for path, variable in variables.items():
+        parent, _, part = path.rpartition(".")
+        if part == "codes":
+            layout: Layout = variable.get_metadata("layout")
+            shape = (*variable.shape[: len(layout.leading.split())], *layout.shape)
+            parts = {name: variables[f"{parent}.{name}"] for name in layout.axes}
+            abstract = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
+            whole[parent] = nnx.Variable(abstract, axes=layout.ours, quantized=parts)
+        elif f"{parent}.codes" not in variables:
+            whole[path] = variable
+    return whole
+
+
+def is_quantized(variable: nnx.Variable) -> bool:
+    """Whether it stands for others, by name in its `quantized`."""
+    return "quantized" in variable.get_metadata()
 
 
 def path_text(path: tuple[Any, ...]) -> str:

@@ -7,24 +7,31 @@ a process holds little more than these.
 """
 
 import concurrent.futures
+import functools
 import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.config import ConfigError
+from jaxsft.folders.weights.bnb4 import Bnb4Tensor
 from jaxsft.folders.weights.check import check_weights, report
 from jaxsft.folders.weights.copying import copy, is_finite
 from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of
 from jaxsft.folders.weights.stored import BLOCK_BYTES, PAGE_BYTES, Stored, StoredTensor
+from jaxsft.mesh import partition_spec
+from jaxsft.model.quantize import RECORDS, quantize
+from jaxsft.model.quantized import Layout
 
 MAX_THREADS = 32
 
@@ -65,13 +72,12 @@ def load_params(
     weights = join(abstract, family, vocab_size=in_files, stored=stored.tensors, untied=untied)
     new_rows = sorted({*mean_rows, *range(in_files, vocab_size)})
     places = {path: place.get_value() for path, place in variables_of(shardings).items()}
+    parts = variables_of(abstract)
     arrays: dict[str, jax.Array] = {}
     problems: dict[str, str] = {}
 
     def finish(read: _Read) -> None:
-        for future in read.futures:
-            if found := future.result():
-                problems.setdefault(*found)
+        problems.update(_problems(read))
         if "v" in read.weight.axes:
             table = stored.tensors[read.weight.name(())]
             _fill_vocabulary(table, read.shards, new_rows, stored=in_files, vocab_size=vocab_size)
@@ -81,6 +87,9 @@ def load_params(
         # While one weight is read, the one before goes to the devices.
         before: _Read | None = None
         for path, (weight, variable) in weights.items():
+            if path not in parts:
+                arrays |= _quantized(threads, weight, parts, places, tensors=stored.tensors, problems=problems)
+                continue
             read = _begin(threads, weight, variable, sharding=places[path], tensors=stored.tensors)
             if before is not None:
                 finish(before)
@@ -94,6 +103,11 @@ def load_params(
         abstract,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
+
+
+def _problems(read: "_Read") -> dict[str, str]:
+    """Waits until a weight is read; the tensors with a number that is not finite, and a sentence for each."""
+    return dict(found for future in read.futures if (found := future.result()))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -290,6 +304,108 @@ def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target
             place = out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box, strict=True))]
             copy(place, source, num_rows)
     return read, row, begin
+
+
+# Quantised weights.
+
+
+def _quantized(
+    threads: concurrent.futures.ThreadPoolExecutor,
+    weight: Weight,
+    variables: Mapping[str, nnx.Variable],
+    places: Mapping[str, jax.sharding.Sharding],
+    *,
+    tensors: dict[str, StoredTensor],
+    problems: dict[str, str],
+) -> dict[str, jax.Array]:
+    """The arrays of a quantised weight by path. One layer of it is there in float32 at a time, cut over the mesh."""
+    codes = variables[f"{weight.path}.codes"]
+    layout: Layout = codes.get_metadata("layout")
+    names = [f"{weight.path}.{name}" for name in RECORDS[layout.kind]._fields]
+    if layout.kind == "nf4" and _lie_as_ours(weight, layout, tensors):
+        return {
+            name: _codes_as_stored(weight, variables[name], name.split(".")[-1], places[name], tensors)
+            for name in names
+        }
+    out = {name: places[name] for name in names}
+    zeros = jax.jit(
+        lambda: {name: jnp.zeros(variables[name].shape, variables[name].dtype) for name in names}, out_shardings=out
+    )
+    put = jax.jit(functools.partial(_put_layer, layout, names), donate_argnums=0, out_shardings=out)
+    mesh = places[names[0]].mesh  # type: ignore[attr-defined]
+    arrays = zeros()
+    with jax.set_mesh(mesh):
+        for layer in range(weight.shape[0]):
+            values, found = _read_layer(threads, weight, layer, mesh=mesh, tensors=tensors)
+            problems |= found
+            arrays = put(arrays, values, layer)
+    return arrays
+
+
+def _lie_as_ours(weight: Weight, layout: Layout, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether files hold the very codes that are wanted, each matrix in a tensor of its own."""
+    letters = " ".join(factor.letter or "" for factor in weight.factors)
+    found = [tensors[weight.name(index)] for index in weight.indices()]
+    return (
+        letters == layout.of_matrix
+        and all(factor.size == factor.length for factor in weight.factors)
+        and all(isinstance(tensor, Bnb4Tensor) and tensor.is_ours for tensor in found)
+    )
+
+
+def _codes_as_stored(
+    weight: Weight,
+    variable: nnx.Variable,
+    part: str,
+    place: jax.sharding.Sharding,
+    tensors: Mapping[str, StoredTensor],
+) -> jax.Array:
+    """One array of a quantised weight, each device's part of it read by itself."""
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        outer = [range(*each.indices(size)) for each, size in zip(index, variable.shape, strict=False)][: weight.split]
+        matrices = [tensors[weight.name(at)].part(part, index[weight.split :]) for at in itertools.product(*outer)]  # type: ignore[attr-defined]
+        return np.stack(matrices).reshape(*map(len, outer), *matrices[0].shape)
+
+    return jax.make_array_from_callback(variable.shape, place, read)
+
+
+def _put_layer(
+    layout: Layout, names: list[str], arrays: dict[str, jax.Array], values: jax.Array, layer: jax.Array
+) -> dict[str, jax.Array]:
+    quantized = quantize(layout.matrices(values), layout.kind)
+    return {
+        name: jax.lax.dynamic_update_slice_in_dim(arrays[name], part, layer, axis=0)
+        for name, part in zip(names, quantized, strict=True)
+    }
+
+
+def _read_layer(
+    threads: concurrent.futures.ThreadPoolExecutor,
+    weight: Weight,
+    layer: int,
+    *,
+    mesh: Mesh,
+    tensors: dict[str, StoredTensor],
+) -> tuple[jax.Array, dict[str, str]]:
+    """One layer of a weight as files have it, float32 [1, ...], and the tensors that hold a number that is not finite.
+
+    It is cut over the mesh as it would be if it was not quantised.
+    """
+    shape = (1, *weight.shape[1:])
+    place = NamedSharding(mesh, partition_spec(" ".join(weight.axes)))
+    shards = {
+        ((layer, layer + 1), *bounds[1:]): _empty([last - first for first, last in bounds], np.dtype(np.float32))
+        for bounds in _bounds(place, shape)
+    }
+    futures = [threads.submit(_fill_finite, weight, *task) for task in _tasks(weight, tensors, shards)]
+    read = _Read(weight, nnx.Variable(jax.ShapeDtypeStruct(shape, np.float32)), shards, futures)
+    problems = _problems(read)
+    array = jax.make_array_from_callback(
+        shape, place, lambda index: shards[((layer, layer + 1), *_as_bounds(index, shape)[1:])]
+    )
+    return jax.block_until_ready(array), problems
 
 
 # Rows of the vocabulary that the files do not have.

@@ -23,8 +23,9 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.copying import copy
-from jaxsft.folders.weights.layout import Box, Weight, join
-from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored
+from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
+from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
+from jaxsft.model.quantized import unpacked_layer
 
 COPY_BYTES = GATHER_BYTES = 1 << 24
 
@@ -35,6 +36,8 @@ class Part(NamedTuple):
     weight: Weight
     variable: nnx.Variable
     at: tuple[int, ...]
+    original: StoredTensor | None = None
+    """Of a quantised weight, the tensor that it was read from: what was quantised is written as it was."""
 
 
 class Made(NamedTuple):
@@ -131,7 +134,9 @@ def _tensors(
     parts: dict[str, list[Part]] = {}
     for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
         for index in weight.indices():
-            parts.setdefault(weight.name(index), []).append(Part(weight, variable, index))
+            name = weight.name(index)
+            original = known.get(name) if is_quantized(variable) else None
+            parts.setdefault(name, []).append(Part(weight, variable, index, original))
     # The only tensor that the files may lack is an output projection that was tied to the embedding.
     tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
     tensors = {}
@@ -298,6 +303,12 @@ def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.n
     whole = np.empty([factor.size for factor in factors] if keeps else [], dtype)
     for part in parts:
         assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
+        if part.original is not None:
+            if keeps:
+                all_of_ours = part.weight.in_file(tuple((0, size) for size in part.weight.shape[part.weight.split :]))
+                region = tuple(slice(*bounds) for bounds in all_of_ours)
+                copy(whole[region], _read(part)[region], num_rows)
+            continue
         for box, values in _gather(part):
             if keeps:
                 place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
@@ -308,6 +319,14 @@ def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.n
     return whole if keeps else None
 
 
+def _read(part: Part) -> np.ndarray:
+    """The tensor of a file, in the shape of its factors."""
+    assert part.original is not None
+    tensor = part.original
+    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
+    return read.reshape([factor.size for factor in part.weight.factors])
+
+
 def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
     """A part of a tensor, as boxes of our dims that together are all of it; on every process.
 
@@ -316,6 +335,8 @@ def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
     """
     weight, value = part.weight, part.variable.get_value()
     layer, expert = part.at[:1], part.at[1:]
+    if is_quantized(part.variable):  # of random weights, which are in no file
+        value, layer = unpacked_layer(part.variable.get_metadata("quantized"), layer[0]), (0,)
     assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
     shape = weight.shape[weight.split :]
     local = value.sharding.shard_shape(value.shape)[len(layer)]
