@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from gpu_cases import DETERMINISTIC, Case, room_for, rows_of, seconds_since_start
 
 from jaxsft.batch import Batch
@@ -19,9 +18,9 @@ from jaxsft.config import CheckpointConfig
 from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import decoder_maker
 from jaxsft.mesh import batch_sharding, make_mesh
-from jaxsft.model.abstract import abstract_model, random_params, with_attention
+from jaxsft.model.abstract import abstract_model, random_weights, with_attention
 from jaxsft.model.attention import choose_kernel
-from jaxsft.model.families.known import decoder_config
+from jaxsft.model.families.known import decoder_config, family
 from jaxsft.training.checkpoint import Checkpointer
 from jaxsft.training.metrics import matmul_params, peak_flops, train_flops
 from jaxsft.training.step import abstract_state, init_state, make_train_step, put_batch
@@ -55,8 +54,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Those of SmolLM2 135M and of Qwen2.5 1.5B."""
 FEWER = {"num_hidden_layers": 2, "vocab_size": 4096}
 
-TRAINED: dict[str, dict[str, Any]] = {"all": {}}
-"""Name -> sections of a config that say which parameters are trained; adapters get a line here."""
+TRAINED: dict[str, dict[str, Any]] = {"all": {}, "adapters": {"lora": {"rank": 16}}}
+"""Name -> sections of a config that say which parameters are trained."""
 
 
 def steps(shape: str, is_small: bool) -> list[Case]:
@@ -81,11 +80,12 @@ class Built(NamedTuple):
     """A step and what it is given."""
 
     step: Any
-    first_state: Callable[[], Any]
+    first_state: Callable[[], tuple[Any, Any]]
+    """It, and what is not trained."""
     abstract_state: Any
     batch: Any
     structure: Any
-    frozen: Any
+    model: Any
 
 
 def build(
@@ -107,17 +107,17 @@ def build(
     structure = decoder_config(SHAPES[shape] | (FEWER if is_small else {}))
     of_model = {"path": "none", "weights": "random", "remat": remat, "compute_dtype": "bfloat16"}
     config = load_config({"model": of_model, "data": {"train": "none"}} | TRAINED[trained], [])
-    mesh, optim, frozen = make_mesh(config.mesh, [device or jax.devices()[0]]), config.optim, nnx.State({})
+    mesh, optim = make_mesh(config.mesh, [device or jax.devices()[0]]), config.optim
     ids, positions = rows_of("packed", rows, length)
     q, k = (
         jax.ShapeDtypeStruct((*ids.shape, heads, structure.head_dim), jnp.bfloat16)
         for heads in (structure.num_heads, structure.num_kv_heads)
     )
-    make = decoder_maker(config.model, structure)
+    make = decoder_maker(config.model, structure, family(SHAPES[shape]), config.lora)
     with jax.set_mesh(mesh):
         choose_kernel(kernel, q, k, num_segments=room_for(ids))  # type: ignore[arg-type]
     model = with_attention(abstract_model(make), kernel, num_segments=room_for(ids))  # type: ignore[arg-type]
-    step = make_train_step(model, frozen, optim, num_steps=100, num_microbatches=1, mesh=mesh)
+    step = make_train_step(model, optim, num_steps=100, num_microbatches=1, mesh=mesh)
     tokens = np.random.default_rng(0).integers(0, structure.vocab_size, ids.shape).astype(np.int32)
     has_next = np.pad((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0), ((0, 0), (0, 1)))
     targets = np.where(has_next, np.roll(tokens, -1, axis=1), 0)
@@ -128,33 +128,32 @@ def build(
         batch = put_batch(lambda part: Batch(*(leaf[part] for leaf in host)), ids.shape, mesh)
     else:
         batch = Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)) for x in host))
-    return Built(
-        step,
-        lambda: init_state(random_params(make, mesh, seed=0), optim, mesh),
-        abstract_state(model.params, optim, mesh),
-        batch,
-        structure,
-        frozen,
-    )
+
+    def first_state() -> tuple[Any, Any]:
+        params, frozen = model.split(random_weights(make, mesh, seed=0))
+        return init_state(params, optim, mesh), frozen
+
+    return Built(step, first_state, abstract_state(model.params, optim, mesh), batch, structure, model)
 
 
 def step(*, is_small: bool, start: str = "cold", **settings: Any) -> dict[str, Any]:
     """Time of a step, what it makes of the device, memory beside what the compiler said, and the time to the first."""
     built = build(**settings, is_small=is_small)
-    state = built.first_state()
+    state, frozen = built.first_state()
     at = time.perf_counter()
-    compiled = built.step.lower(state, built.frozen, built.batch).compile()
+    compiled = built.step.lower(state, frozen, built.batch).compile()
     compiling, seconds = time.perf_counter() - at, []
     began: float | None = None
     for _ in range(3 if is_small else 12):
         at = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, built.frozen, built.batch))
+        state, metrics = jax.block_until_ready(compiled(state, frozen, built.batch))
         seconds.append(time.perf_counter() - at)
         began = began or seconds_since_start()
     taken, tokens = statistics.median(seconds[2:]), float(metrics.tokens)
     memory, stats, device = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}, jax.devices()[0]
     needed = train_flops(
-        matmul_params=matmul_params(built.abstract_state.params, built.structure),
+        matmul_params=matmul_params(built.model.params, built.structure),
+        frozen_matmul_params=matmul_params(built.model.frozen, built.structure),
         tokens=tokens,
         attention_width=built.structure.num_heads * built.structure.head_dim,
         attention_pairs=float(metrics.attention_pairs),
@@ -187,7 +186,7 @@ def repeated(*, kernel: str, length: int, is_small: bool) -> dict[str, Any]:
 
     def taken(state: Any, count: int) -> Any:
         for _ in range(count):
-            state, _ = built.step(state, built.frozen, built.batch)
+            state, _ = built.step(state, frozen, built.batch)
         return jax.block_until_ready(state)
 
     def digest(state: Any) -> str:
@@ -197,15 +196,16 @@ def repeated(*, kernel: str, length: int, is_small: bool) -> dict[str, Any]:
         return found.hexdigest()[:16]
 
     built = build("135M", kernel, "full", 2, length, "all", is_small=is_small)
-    whole = digest(taken(built.first_state(), 10))
-    state = jax.block_until_ready(built.first_state())
+    state, frozen = built.first_state()
+    whole = digest(taken(state, 10))
+    state, _ = jax.block_until_ready(built.first_state())
     at = time.perf_counter()
     state = taken(state, 10)
     step_ms = (time.perf_counter() - at) * 100
     again = digest(state)
     with tempfile.TemporaryDirectory() as folder:
         checkpointer = Checkpointer(epath.Path(folder) / "checkpoints", CheckpointConfig(), lambda text: None)
-        checkpointer.save(5, taken(built.first_state(), 5))
+        checkpointer.save(5, taken(built.first_state()[0], 5))
         checkpointer.wait()
         restored = checkpointer.restore(built.abstract_state)
         checkpointer.close()
