@@ -66,7 +66,8 @@ def parts_of(
         if is_own:
             of_a, of_b = of_a[..., used], np.compress(used, of_b, axis=axis)
         own = of_a.shape[-1]
-        alpha = scale * (math.sqrt(own) if settings.use_rslora else own)
+        # Without the last bits of its rounding, in which layers might differ.
+        alpha = float(f"{scale * (math.sqrt(own) if settings.use_rslora else own):.14g}")
         of_outputs = None if magnitude is None else take(magnitude_in_file(member), magnitude)
         yield Part(member.path, member.index, of_a, of_b, alpha, of_outputs)
 

@@ -259,6 +259,8 @@ def adapter_settings(model: AdaptedModel, places: Mapping[str, Place], adapted: 
 
 
 def _plain(value: float) -> float:
+    """Without the last bits of its rounding, in which the alphas of layers might differ; whole numbers as such."""
+    value = float(f"{value:.14g}")
     return int(value) if value == int(value) else value
 
 
