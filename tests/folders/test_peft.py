@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 TYPES = {name: json.loads(path.read_text())["model_type"] for name, path in TINY.items()}
-ONE_OF_EACH = [next(name for name, each in TYPES.items() if each == family) for family in FAMILIES]
-VARIANTS = sorted({*ONE_OF_EACH, "gpt2_untied", "glm4_tied", "qwen3_moe_biases", "gpt_neox_sequential"})
+ONE_OF_EACH = {FAMILIES[type]: name for name, type in reversed(TYPES.items())}
+VARIANTS = sorted({*ONE_OF_EACH.values(), "gpt2_untied", "glm4_tied", "qwen3_moe_biases"})
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -96,7 +96,6 @@ def test_peft_computes_what_we_do_and_we_what_peft_does_and_so_does_the_merged_m
     weights = random_adapters(pretrained)
     tokens = some_tokens(pretrained.decoder_config.vocab_size)
     ours = adapters.our_logits(pretrained, weights, tokens)
-    assert apart(adapters.their_logits(adapters.models.load_theirs(folder), tokens), ours) > 1e-2
 
     out = exported(pretrained, weights, tmp_path / "ours")
     assert apart(adapters.their_logits(adapters.with_peft(folder, out), tokens), ours) < 1e-5
@@ -124,8 +123,10 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("name", "rslora"),
+    [("llama", True), ("phi3", False), ("gpt_neox", True), ("gpt2", False), ("mixtral", True), ("gpt_oss", True)],
+)
 def test_layers_of_other_ranks_and_scales_keep_them(name, rslora, base, tmp_path):
     folder = base(name)
     pretrained = open_ours(folder, UNEVEN | {"rslora": rslora})
@@ -133,16 +134,19 @@ def test_layers_of_other_ranks_and_scales_keep_them(name, rslora, base, tmp_path
     tokens = some_tokens(pretrained.decoder_config.vocab_size)
     out = exported(pretrained, weights, tmp_path / "ours")
     theirs = adapters.their_logits(adapters.with_peft(folder, out), tokens)
-    again = open_ours(out)
-    found = adapters.our_logits(again, load_weights(again, one_device(), seed=9), tokens)
-    assert apart(found, theirs) < 1e-5
-    if name == "llama":  # no module holds several maps, so nothing had to change
-        assert_same_state(load_weights(again, one_device(), seed=9), weights)
     assert apart(adapters.our_logits(pretrained, weights, tokens), theirs) < 1e-5
     assert settings(out)["use_rslora"] == rslora
 
+    again = open_ours(out)
+    read = load_weights(again, one_device(), seed=9)
+    if name == "llama":  # no module holds several maps, so nothing had to change
+        assert_same_state(read, weights)
+    twice = exported(again, read, tmp_path / "twice")
+    assert settings(twice) == settings(out)
+    np.testing.assert_equal(tensors(twice), tensors(out))
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "gpt2"])
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("targets", [["attention"], ["q_proj", r"layers\.1\.self_attn\.v_proj"]])
 def test_magnitudes_are_those_of_peft_also_of_maps_that_share_a_module_with_others(name, targets, base, tmp_path):
     folder = base(name)
@@ -184,10 +188,11 @@ def test_adapters_of_the_embedding_and_the_output_projection(name, base, tmp_pat
         merged = exported(pretrained, weights, tmp_path / "merged", merge=True)
         assert apart(adapters.their_logits(adapters.models.load_theirs(merged), tokens), ours) < 1e-5
 
-    # PEFT saves the table of the base beside an embedding's adapter, which changes nothing.
+    # PEFT saves the table of the base beside an embedding's adapter, if it is called so; that changes nothing.
     target = {"llama_untied": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in"}[name]
     theirs = peft_adapter(folder, tmp_path / "theirs", target_modules=[target])
-    assert any(name.endswith("base_layer.weight") for name in tensors(tmp_path / "theirs"))
+    is_saved = any(each.endswith("base_layer.weight") for each in tensors(tmp_path / "theirs"))
+    assert is_saved == (target == "embed_tokens")
     imported = open_ours(tmp_path / "theirs")
     found = adapters.our_logits(imported, load_weights(imported, one_device(), seed=9), tokens)
     assert apart(found, adapters.their_logits(theirs, tokens)) < 1e-5

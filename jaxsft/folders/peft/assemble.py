@@ -22,7 +22,7 @@ class Part(NamedTuple):
     """The adapter of one map of one layer, or of one expert in it."""
 
     path: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     a: np.ndarray
     """[inputs, r], of experts in one tensor [e, inputs, r]."""
     b: np.ndarray
@@ -66,9 +66,10 @@ def parts_of(
         if is_own:
             of_a, of_b = of_a[..., used], np.compress(used, of_b, axis=axis)
         own = of_a.shape[-1]
-        alpha = scale * (math.sqrt(own) if settings.use_rslora else own)
+        # Without the last bits of its rounding, in which layers might differ.
+        alpha = float(f"{scale * (math.sqrt(own) if settings.use_rslora else own):.14g}")
         of_outputs = None if magnitude is None else take(magnitude_in_file(member), magnitude)
-        yield Part(member.path, member.index, of_a, of_b, alpha, of_outputs)
+        yield Part(member.path, member.at, of_a, of_b, alpha, of_outputs)
 
 
 def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -95,16 +96,16 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
         magnitude = empty(place.outputs) if settings.use_dora else None
         by_layer: dict[tuple[int, ...], list[Part]] = {}
         for part in of_map:
-            by_layer.setdefault(part.index[:1], []).append(part)
+            by_layer.setdefault(part.at[:1], []).append(part)
         for layer, of_layer in by_layer.items():
             rank, alpha = max((part.rank, part.alpha) for part in of_layer)
             scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
             for part in of_layer:
                 own = part.alpha / (math.sqrt(part.rank) if settings.use_rslora else part.rank)
-                _fill(a[part.index], part.a)
-                _fill(b[part.index], part.b if own == scale else part.b * np.float32(own / scale))
+                _fill(a[part.at], part.a)
+                _fill(b[part.at], part.b if own == scale else part.b * np.float32(own / scale))
                 if magnitude is not None and part.magnitude is not None:
-                    _fill(magnitude[part.index], part.magnitude)
+                    _fill(magnitude[part.at], part.magnitude)
             name = path if not layer else path.replace("layers.", f"layers.{layer[0]}.", 1)
             ranks[name], alphas[name] = rank, alpha
         is_everywhere = len(by_layer) == (num_layers if place.leading else 1)
@@ -145,7 +146,7 @@ def _patterns(given: dict[str, Any], default: Any) -> dict[str, Any]:
     by_path: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
         by_path.setdefault(_path_of(name), {})[name] = value
-    patterns = {}
+    patterns: dict[str, Any] = {}
     for path, of_layers in by_path.items():
         if len(set(of_layers.values())) == 1:
             of_layers = {path.split(".")[-1]: next(iter(of_layers.values()))}

@@ -25,7 +25,7 @@ class Member(NamedTuple):
 
     path: str
     """Such as "layers.self_attn.q_proj"."""
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     """Of its dims that lie in tensors of their own: the layer, or layer and expert."""
     weight: Weight
     inputs: tuple[str, ...]

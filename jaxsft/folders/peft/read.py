@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsft.config import ConfigError, LoraConfig
-from jaxsft.folders.peft.assemble import assembled, parts_of, with_dropout
+from jaxsft.folders.peft.assemble import Part, assembled, parts_of, with_dropout
 from jaxsft.folders.peft.places import PREFIX, Place, file_names, places_of
 from jaxsft.folders.peft.settings import CONFIG_FILE, WEIGHTS_FILE, Settings, read_settings
 from jaxsft.folders.weights.check import report
@@ -142,9 +142,10 @@ def read_adapter(
     ]
     if problems:
         raise ConfigError(report(f"{opened.folder}: this adapter does not fit its base model:", problems))
-    parts = [
-        part for place in targeted for part in parts_of(place, settings, *(tensors.get(n) for n in names[place.name]))
-    ]
+    parts: list[Part] = []
+    for place in targeted:
+        files = names[place.name]
+        parts += parts_of(place, settings, tensors[files.a], tensors[files.b], tensors.get(files.magnitude))
     lora, values = assembled(parts, settings, decoder)
     lora, notes = with_dropout(lora, settings, parts)
     if rows:

@@ -144,9 +144,9 @@ def read_settings(folder: pathlib.Path) -> Settings:
     ]
     for key in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
         problems += [
-            f"{key}: {text[:60]!r} is no regular expression: {error}"
+            f"{key}: {text[:60]!r} is no regular expression: {wrong}"
             for text in _regexes(key, fields.get(key))
-            if (error := _regex_error(text))
+            if (wrong := _regex_error(text))
         ]
     if problems:
         raise ConfigError("\n  ".join([f"{path}: this adapter cannot be read:", *dict.fromkeys(problems)]))

@@ -179,11 +179,11 @@ def adapted_places(places: Iterable[Place], shapes: Mapping[str, Shape]) -> list
         with_rank = []
         for member in place.members:
             if (shape := shapes.get(member.path)) is not None:
-                layer = member.index[:1]
+                layer = member.at[:1]
                 with_rank.append((member, int(shape.ranks[layer]), float(shape.alphas[layer])))
         with_rank = [each for each in with_rank if each[1]]
         if with_rank:
-            found.append(Adapted(place, *zip(*with_rank, strict=True)))  # type: ignore[arg-type]
+            found.append(Adapted(place, *zip(*with_rank, strict=True)))
     return found
 
 
@@ -271,6 +271,8 @@ def adapter_settings(model: AdaptedModel, places: Mapping[str, Place], adapted: 
 
 
 def _plain(value: float) -> float:
+    """Without the last bits of its rounding, in which the alphas of layers might differ; whole numbers as such."""
+    value = float(f"{value:.14g}")
     return int(value) if value == int(value) else value
 
 
@@ -312,7 +314,7 @@ def _magnitude(each: Adapted, variables: Mapping[str, nnx.Variable], stored: Sto
 def _norms(member: Member, stored: Stored, family: ModuleType) -> np.ndarray:
     """float32 [outputs]: of the base's own weights."""
     weight = member.weight
-    name = weight.name(member.index)
+    name = weight.name(member.at)
     found = stored.tensors.get(name) or stored.tensors[name.removeprefix(base_prefix(family))]
     rows = found.read(slice(0, math.prod(found.shape[:-1])), slice(0, found.shape[-1]))
     ours = take(weight, rows.astype(np.float32).reshape(found.shape))
@@ -326,4 +328,4 @@ def _cut(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def _of_layer(variable: nnx.Variable, member: Member) -> np.ndarray:
-    return of_layer(variable.get_value(), member.index[:1])
+    return of_layer(variable.get_value(), member.at[:1])
