@@ -269,15 +269,18 @@ def generate(
     ]
 
 
-def export(model: LoadedModel, folder: str | os.PathLike[str], params: Any = None) -> None:
+def export(model: LoadedModel, folder: str | os.PathLike[str], params: Any = None, *, merge: bool = False) -> None:
     """Writes a folder that transformers opens: weights, config, tokenizer, chat template, generation_config.
+
+    Of a model with adapters, it is one that PEFT opens.
 
     Args:
         model: the model.
         folder: where to; an export of ours that is there is replaced, what is not ours is kept beside it.
         params: of the model, where they are not those that were loaded.
+        merge: write the whole model, its adapters in its weights.
 
     Raises:
         ConfigError, WriteError: it cannot be written there.
     """
-    export_model(model._pretrained, model._opened, model._whole(params), pathlib.Path(folder), say=print)
+    export_model(model._pretrained, model._opened, model._whole(params), pathlib.Path(folder), merge=merge, say=print)

@@ -46,3 +46,8 @@ class Batch(NamedTuple):
     """int32, which example of the row, from 1."""
     positions: Any
     """int32, index within the segment."""
+
+
+def count_segments(segment_ids: np.ndarray) -> np.ndarray:
+    """Segments of each row of int32 [B, T], padding counted as one: `[[1, 1, 2, 0], [1, 2, 3, 3]]` gives `[3, 3]`."""
+    return 1 + (np.diff(segment_ids, axis=1) != 0).sum(axis=1)

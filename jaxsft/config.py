@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
-AttentionKernel = Literal["auto", "splash", "packed", "xla"]
+AttentionKernel = Literal["auto", "splash", "packed", "cudnn", "xla"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -65,8 +65,9 @@ class ModelConfig(Section):
     Checkpoints are the same."""
     attention: AttentionKernel = "auto"
     """What computes attention in training: JAX's TPU kernels (`splash`), ours that leave out what no query of a packed
-    row sees (`packed`), XLA's operations in blocks (`xla`), or what suits devices and rows (`auto`). The log says which
-    and why; a kernel is held against the formula before step 1."""
+    row sees (`packed`), those of NVIDIA GPUs for packed rows (`cudnn`: Hopper and newer, bfloat16, rows that are whole
+    and prepared), XLA's operations in blocks (`xla`), or what suits devices and rows (`auto`). The log says which and
+    why; a kernel is held against the formula before step 1."""
     remat: Literal["none", "attention", "full", "offload"] = "full"
     """What the backward pass computes again: only what is cheap (norms, rotations, activations; nothing in mixtures
     and unrolled layers), all but attention, or each whole layer. With "offload", what a layer then begins from waits in

@@ -38,7 +38,8 @@ from jaxsft.folders.pretrained import (
 )
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.model.abstract import with_attention
-from jaxsft.model.attention import choose_kernel
+from jaxsft.model.attention import Choice, choose_kernel
+from jaxsft.model.cudnn import FEWEST_SEGMENTS, room_for_segments
 from jaxsft.model.kernel_check import check_kernel
 from jaxsft.model.pairs import share_of_whole_rows
 from jaxsft.preview.make import make_preview
@@ -163,7 +164,7 @@ class Setup:
     def attention(self) -> str:
         """What computes attention, and why: a line for the log. A kernel is held against the formula first.
 
-        Where the rows decide for the kernels for packed rows, `pretrained` is a model with these from now on.
+        Where the rows decide, or a kernel must know something of them, `pretrained` is a model with it from now on.
 
         Raises:
             ConfigError: the kernel that is asked for cannot be had, or computes something else.
@@ -175,16 +176,37 @@ class Setup:
             jax.ShapeDtypeStruct((*tokens, heads, structure.head_dim), dtype)
             for heads in (structure.num_heads, structure.num_kv_heads)
         )
+        choose = functools.partial(
+            choose_kernel, model.attention, q, k, soft_cap=structure.attention_soft_cap, has_sinks=structure.sinks
+        )
+        num_segments = None
         with jax.set_mesh(self.mesh):
-            choice = choose_kernel(model.attention, q, k)
-            if model.attention == "auto" and choice.kernel != "xla":
-                choice = choose_kernel(model.attention, q, k, share=self._share_of_whole_rows())
-            said = f"{choice.kernel} ({choice.why})"
+            choice = choose(num_segments=FEWEST_SEGMENTS)  # before the rows are looked at
+            if choice.kernel == "cudnn":
+                num_segments = self._room_for_segments()
+                choice = choose(num_segments=num_segments)
+            elif model.attention == "auto" and choice.kernel != "xla":
+                choice = choose(share=self._share_of_whole_rows())
+            apart = ""
             if choice.kernel != "xla":
-                said += f"; apart from the formula by {check_kernel(choice.kernel, structure, dtype):.2%} at most"
-        if choice.kernel == "packed":
-            self.pretrained = self.pretrained._replace(model=with_attention(self.pretrained.model, "packed"))
-        return said
+                try:
+                    apart = f"{check_kernel(choice.kernel, structure, dtype):.2%}"
+                except ConfigError as error:
+                    # It was never seen on a GPU, and may be refused by a driver.
+                    if (model.attention, choice.kernel) != ("auto", "cudnn"):
+                        raise
+                    choice = Choice("xla", str(error))
+        if choice.kernel in ("packed", "cudnn"):
+            decoder = with_attention(self.pretrained.model, choice.kernel, num_segments=num_segments)
+            self.pretrained = self.pretrained._replace(model=decoder)
+        return f"{choice.kernel} ({choice.why})" + (f"; apart from the formula by {apart} at most" if apart else "")
+
+    def _room_for_segments(self) -> int | None:
+        """Segments of a row at most, trained or held out, as a power of two; None of a stream of packed rows."""
+        of_loaders = [self.loader.most_segments(self.num_steps)]
+        of_loaders += [each.loader.most_segments(each.loader.steps_per_epoch) for each in self.held_out]
+        known = [each for each in of_loaders if each is not None]
+        return room_for_segments(max(known)) if len(known) == len(of_loaders) else None
 
     def _share_of_whole_rows(self) -> float | None:
         """What kernels for packed rows compute of the first rows, the same on every process; None of a stream.
@@ -204,13 +226,22 @@ class Setup:
         )
 
     @functools.cached_property
+    def held_out(self) -> list[HeldOut]:
+        """The sets of `data.eval`.
+
+        Raises:
+            DataError: the held-out rows are not usable.
+        """
+        return [self._held_out(name, source) for name, source in self.config.data.eval.items()]
+
+    @functools.cached_property
     def examiner(self) -> Examiner | None:
         """What examines the states of this run on each set of `data.eval`; None where there is none.
 
         Raises:
             DataError: the held-out rows are not usable.
         """
-        sets = [self._held_out(name, source) for name, source in self.config.data.eval.items()]
+        sets = self.held_out
         if not sets:
             return None
         return Examiner(

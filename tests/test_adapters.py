@@ -8,13 +8,14 @@ import adapters
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from adapters import apart
 
 import jaxsft
 from jaxsft.answers.converse import converse
 from jaxsft.answers.generate import Sampling
 from jaxsft.cli import main
-from jaxsft.config import ConfigError, ModelConfig
+from jaxsft.config import ConfigError, LoraConfig, ModelConfig
 from jaxsft.config_files import load_config
 from jaxsft.folders.pretrained import export_model, load_weights, open_model, open_tokenizer
 from jaxsft.train import train
@@ -135,17 +136,23 @@ def test_a_run_of_all_weights_is_exported_too_and_has_nothing_to_merge(tiny_conf
     assert "no checkpoint has a held-out loss" in capsys.readouterr().err
 
 
-def test_adapters_on_random_weights_are_exported_in_them(tiny_config, tiny_model, tmp_path):
-    assert train(config_of(tiny_config, tiny_model, tmp_path / "run", "model.weights=random", "lora.rank=2")) == 0
-    export = tmp_path / "run" / "export"
-    assert (export / "config.json").exists() and not (export / "adapter_config.json").exists()
-    assert np.isfinite(adapters.their_logits(adapters.models.load_theirs(export), TOKENS)).all()
+def opened(folder, lora=None, *, chat_template=None, **model):
+    config = ModelConfig(path=str(folder), remat="none", **model)
+    tokenizer = open_tokenizer(config, chat_template)
+    return tokenizer, open_model(config, tokenizer, lora)
+
+
+def test_adapters_on_random_weights_are_exported_in_them(tiny_model, tmp_path):
+    tokenizer, pretrained = opened(tiny_model, LoraConfig(rank=2), weights="random")
+    weights = adapters.random_adapters(pretrained)
+    export_model(pretrained, tokenizer, weights, tmp_path / "out")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    theirs = adapters.their_logits(adapters.models.load_theirs(tmp_path / "out"), TOKENS)
+    assert apart(theirs, adapters.our_logits(pretrained, weights, TOKENS)) < 1e-5
 
 
 @pytest.mark.parametrize("vocab_size", [264, 261])
-def test_tokens_that_a_template_adds_come_with_their_rows(vocab_size, base, tiny_config, tmp_path):
-    import safetensors.numpy
-
+def test_tokens_that_a_template_adds_come_with_their_rows(vocab_size, base, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocab_size}
@@ -154,21 +161,23 @@ def test_tokens_that_a_template_adds_come_with_their_rows(vocab_size, base, tiny
     stored["model.embed_tokens.weight"] = stored["model.embed_tokens.weight"][:vocab_size]
     safetensors.numpy.save_file(stored, folder / "model.safetensors", {"format": "pt"})
 
-    overrides = ["lora.rank=2", "data.chat_template=chatml", "train.steps=2"]
-    assert train(config_of(tiny_config, folder, tmp_path / "run", *overrides)) == 0
-    export = tmp_path / "run" / "export"
+    tokenizer, pretrained = opened(folder, LoraConfig(rank=2), chat_template="chatml")
+    weights = adapters.random_adapters(pretrained)
+    export = tmp_path / "export"
+    export_model(pretrained, tokenizer, weights, export)
     ids = json.loads((export / "adapter_config.json").read_text())["trainable_token_indices"]["embed_tokens"]
     assert len(ids) == 2
     tokens = TOKENS.copy()
-    tokens[:, ::3] = ids[0]
-    tokens[:, 1::5] = ids[1]
+    tokens[:, ::3], tokens[:, 1::5] = ids
+    ours = adapters.our_logits(pretrained, weights, tokens)
     theirs = adapters.their_logits(peft.AutoPeftModelForCausalLM.from_pretrained(export).eval(), tokens)
-    ours = logits(export, tokens)
     assert apart(theirs[..., : ours.shape[-1]], ours) < 1e-5
-    assert main(["export", str(tmp_path / "run"), "--merge-lora"]) == 0
-    merged = adapters.their_logits(adapters.models.load_theirs(tmp_path / "run" / "export-merged"), tokens)
-    assert apart(merged, ours) < 1e-5
+    export_model(pretrained, tokenizer, weights, tmp_path / "merged", merge=True)
+    assert apart(adapters.their_logits(adapters.models.load_theirs(tmp_path / "merged"), tokens), ours) < 1e-5
+
     # It goes on without a word of the template, which is in the folder.
-    assert train(config_of(tiny_config, export, tmp_path / "more", "train.steps=2")) == 0
-    with pytest.raises(ConfigError, match="embed_tokens.*tokens that data.chat_template adds"):
-        train(config_of(tiny_config, folder, tmp_path / "no", *overrides, "lora.targets=[embed_tokens]"))
+    again, imported = opened(export)
+    assert again.tokenizer.chat_template == tokenizer.tokenizer.chat_template and again.stops == tokenizer.stops
+    adapters.assert_same_state(load_weights(imported, adapters.one_device(), seed=9), weights)
+    with pytest.raises(ConfigError, match=r"embed_tokens.*tokens that data.chat_template adds"):
+        opened(folder, LoraConfig(rank=2, targets=["embed_tokens"]), chat_template="chatml")

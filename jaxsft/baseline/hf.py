@@ -1,6 +1,7 @@
 """One run in PyTorch with transformers, step by step as the field writes it: `python -m jaxsft.baseline.hf FOLDER`.
 
-In: FOLDER/request.json, FOLDER/model (a Hugging Face folder) and the examples of each row. Out, in FOLDER/theirs: what
+In: FOLDER/request.json, FOLDER/model (a Hugging Face folder), with adapters FOLDER/adapter (PEFT's), and the examples
+of each row. Out, in FOLDER/theirs: what
 the model computes of one row, layer by layer; the gradients of the first step; the parameters after one step and
 after the last; `metrics.jsonl` and `facts.json`. Nothing of jaxsft is imported: rows, shift, schedule, loss and
 optimizer are built here once more, so that a mistake in ours shows.
@@ -45,7 +46,7 @@ def main(folder: pathlib.Path) -> None:
     theirs.mkdir(exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = load_model(folder / "model", request, device)
+    model = load_model(folder, request, device)
     optimizer = make_optimizer(model, request)
     examples = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in ("tokens", "weights", "segments")}
     starts = np.searchsorted(examples["segments"][:, 0], np.arange(request["num_steps"] + 1))
@@ -106,16 +107,23 @@ def main(folder: pathlib.Path) -> None:
 
 
 def load_model(folder: pathlib.Path, request: dict[str, Any], device: torch.device) -> Any:
-    """The model, without dropout; attention by sdpa, but where sdpa leaves out what the model asks for."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    """The model, without dropout; attention by sdpa, but where sdpa leaves out what the model asks for.
+
+    With adapters, these alone are trained, by PEFT.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder / "model")
     needs_eager = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
+        folder / "model",
         dtype=getattr(torch, request["param_dtype"]),
         attn_implementation="eager" if needs_eager else "sdpa",
     )
     # PyTorch gives the embedding of a pad token no gradient; where pad and stop token are one, it is trained.
     model.get_input_embeddings().padding_idx = None
+    if (folder / "adapter").exists():
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True)
     return model.to(device).eval()
 
 
@@ -193,6 +201,8 @@ def make_optimizer(model: Any, request: dict[str, Any]) -> torch.optim.Optimizer
     decayed: list[Any] = []
     spared: list[Any] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (spared if parameter.ndim < 2 or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": request["weight_decay"]}, {"params": spared, "weight_decay": 0.0}]
     betas = (request["beta1"], request["beta2"])
@@ -260,7 +270,9 @@ def save_tensors(model: Any, tensors: dict[str, Any], folder: pathlib.Path) -> N
         name: (torch.zeros_like(parameters[name]) if tensor is None else tensor).detach().float().cpu()
         for name, tensor in tensors.items()
     }
-    model.save_pretrained(folder, state_dict=state)
+    # PEFT would save the whole table beside the adapter of an embedding.
+    options = {} if isinstance(model, transformers.PreTrainedModel) else {"save_embedding_layers": False}
+    model.save_pretrained(folder, state_dict=state, **options)
 
 
 def as_arrays(rows: Rows) -> dict[str, np.ndarray]:

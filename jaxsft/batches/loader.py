@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxsft.batch import Batch, Example
+from jaxsft.batch import Batch, Example, count_segments
 from jaxsft.batches.mixture import Dataset, epoch_examples
 from jaxsft.batches.packing import PackingPlan, permutation, plan
 
@@ -51,6 +51,8 @@ class Loader:
         self._step_bounds = [0]
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
         self._built: tuple[int, dict[tuple[int, int], Batch]] = (-1, {})
+        self._most_segments = [0]  # of a row, over the epochs up to each
+        self._promised_segments: int | None = None
         self._extend()
 
     @property
@@ -101,6 +103,15 @@ class Loader:
         first, end = self._step_bounds[int(whole) : int(whole) + 2]
         return first + math.ceil(round(part * (end - first), 6))
 
+    def most_segments(self, num_steps: int) -> int:
+        """Examples in a row at most, and what fills it up counted as one more, over so many steps.
+
+        From now on `batch` makes no row that has more.
+        """
+        last = 0 if self._is_same_each_epoch else self._epoch_of_step(max(num_steps, 1) - 1)[0]
+        self._promised_segments = self._most_segments[last + 1]
+        return self._promised_segments
+
     def epochs_done(self, step: int) -> float:
         """Epochs before a step."""
         if self._is_same_each_epoch:
@@ -150,7 +161,9 @@ class Loader:
         if (start, stop) not in built:
             ids = self.row_ids(step)[start:stop]
             examples = [[self._dataset.example(index) for index in self.examples_in_row(int(row))] for row in ids]
-            built[start, stop] = make_batch(examples, self._seq_len)
+            batch = make_batch(examples, self._seq_len)
+            _check_segments(batch, self._promised_segments, step)
+            built[start, stop] = batch
         return built[start, stop]
 
     def rows_so_far(self, step: int) -> dict[str, int]:
@@ -171,9 +184,14 @@ class Loader:
 
     def _extend(self) -> None:
         """Looks at one more epoch."""
-        num_rows = len(self._plan(len(self._row_bounds) - 1).plan.row_starts) - 1
+        epoch = self._plan(len(self._row_bounds) - 1)
+        num_rows = len(epoch.plan.row_starts) - 1
         self._row_bounds.append(self._row_bounds[-1] + num_rows)
         self._step_bounds.append(self._step_bounds[-1] + -(-num_rows // self._batch_size))
+        lengths = self._lengths[epoch.examples[epoch.plan.examples]]
+        tokens = np.add.reduceat(lengths, epoch.plan.row_starts[:-1]) if num_rows else np.zeros(0)
+        segments = np.diff(epoch.plan.row_starts) + (tokens < self._seq_len)
+        self._most_segments.append(max(self._most_segments[-1], int(segments.max(initial=1))))
 
     def _plan(self, number: int) -> _Epoch:
         """The rows of an epoch; the latest two are kept, for who reads ahead and who looks back."""
@@ -223,6 +241,14 @@ def make_batch(rows: Sequence[Sequence[Example]], seq_len: int) -> Batch:
     for leaf in batch:
         leaf.flags.writeable = False
     return batch
+
+
+def _check_segments(batch: Batch, most: int | None, step: int) -> None:
+    """Attention may be compiled for so many segments: of more, two would be taken for one (`model/cudnn.py`)."""
+    if most is None or not len(batch.segment_ids):
+        return
+    if (found := int(count_segments(batch.segment_ids).max())) > most:
+        raise RuntimeError(f"step {step}: a row has {found} segments, and {most} at most were expected")
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Generator[T, None, None]:

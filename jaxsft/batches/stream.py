@@ -145,6 +145,10 @@ class StreamLoader:
         """Steps of the first window."""
         return -(-self.num_rows // self._batch_size)
 
+    def most_segments(self, num_steps: int) -> int | None:
+        """As `Loader.most_segments`; None where rows are packed, as the examples to come are not known."""
+        return None if self._config.packing else 2
+
     def num_steps(self, epochs: float) -> int:
         raise AssertionError("the config asks for train.steps")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxsft.batches.loader import Loader
 from jaxsft.compare.checks import check_runs, verdict
@@ -19,12 +20,18 @@ from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import dump_config
 from jaxsft.disk.writing import check_space
+from jaxsft.folders.peft.write import fused_maps
 from jaxsft.folders.pretrained import Pretrained, compute_dtype, export_model, load_weights
+from jaxsft.folders.weights.stored import open_folder
+from jaxsft.model.lora import of_files
 from jaxsft.report.columns import figures_of
 from jaxsft.report.records import Report, Run
 from jaxsft.setup import Setup
 from jaxsft.training.metrics import from_json_line
 from jaxsft.training.optim import warmup_steps
+
+ADAPTER = "adapter"
+"""Folder of the exchange with the adapters that both begin with, where there are some."""
 
 MOST_LOOKED_AT, MOST_LOGITS = 256, 2**26
 """Positions of one row whose residual stream and logits are compared, and numbers in their logits."""
@@ -42,7 +49,7 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
     Raises:
         ConfigError: packages are missing, the config asks for what the baseline does not do, or a program failed.
     """
-    check_packages(NEEDED)
+    check_packages(NEEDED | ({} if config.lora is None else {"peft": "0.21"}))
     _check_comparable(config, num_steps)
     title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
     with exchange(out, say) as folder:
@@ -68,6 +75,7 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     pretrained = setup.pretrained
     # The weights, and of each program the gradients and the parameters after the first and the last step.
     check_space(folder, 7 * _num_bytes(pretrained))
+    _check_adapters(pretrained)
     loader, schedule_steps = setup.loader, setup.num_steps
     assert isinstance(loader, Loader)
     num_steps = min(num_steps, schedule_steps)
@@ -101,14 +109,39 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 
 
 def write_model(config: Config, folder: pathlib.Path) -> None:
-    """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in."""
+    """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in.
+
+    Adapters go into a folder of their own beside it, for PEFT.
+    """
     setup = Setup(config)
     check_space(folder, _num_bytes(setup.pretrained))
     # Ours reads the source; what we export must be the same model to transformers.
     exported = setup.pretrained._replace(
         config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
     )
-    export_model(exported, setup.tokenizer, load_weights(setup.pretrained, setup.mesh, seed=config.seed), folder)
+    weights = load_weights(setup.pretrained, setup.mesh, seed=config.seed)
+    export_model(exported._replace(lora=None), setup.tokenizer, of_files(weights), folder)
+    if setup.pretrained.lora is not None:
+        with_base = setup.pretrained._replace(stored=open_folder(folder))
+        export_model(with_base, setup.tokenizer, weights, folder.with_name(ADAPTER))
+
+
+def _check_adapters(pretrained: Pretrained) -> None:
+    """Refuses adapters that PEFT trains otherwise.
+
+    Raises:
+        ConfigError: names the maps.
+    """
+    if pretrained.lora is None:
+        return
+    if pretrained.lora.dropout:
+        raise ConfigError("lora.dropout: PyTorch drops other inputs; compare with 0")
+    decoder, vocab_size = nnx.merge(*pretrained.model), pretrained.decoder_config.vocab_size
+    if fused := fused_maps(decoder, pretrained.family, pretrained.lora, vocab_size=vocab_size):
+        raise ConfigError(
+            f"lora.targets: {', '.join(fused[:3])}: in these tensors lie several maps, which PEFT trains as one with "
+            "one A; leave them out to compare"
+        )
 
 
 def _num_bytes(pretrained: Pretrained) -> int:
@@ -131,6 +164,8 @@ def _check_comparable(config: Config, num_steps: int) -> None:
     if config.optim.groups or config.optim.stochastic_rounding:
         problems.append("optim.groups, optim.stochastic_rounding: PyTorch's loop has neither; leave them out")
     problems += [f"loss.{key}: compared is the plain loss; leave it out" for key in config.loss.asked]
+    if config.train.only is not None:
+        problems.append("train.only: PyTorch's loop trains all weights; leave it out")
     if config.data.stream:
         problems.append("data.stream: true, but only prepared rows can be compared; set it to false")
     dtypes = {"model.param_dtype": config.model.param_dtype, "optim.moment_dtype": config.optim.moment_dtype}

@@ -23,8 +23,10 @@ from safetensors.numpy import save_file
 from jaxsft.batch import Batch
 from jaxsft.config import Config
 from jaxsft.config_files import load_config
-from jaxsft.folders.pretrained import Pretrained, load_weights
+from jaxsft.folders.peft.write import write_tensors
+from jaxsft.folders.pretrained import Pretrained, adapted_model, load_weights
 from jaxsft.folders.weights.save import write_weights
+from jaxsft.folders.weights.stored import open_folder
 from jaxsft.mesh import ROW_AXES
 from jaxsft.model.abstract import whole
 from jaxsft.setup import Setup
@@ -52,7 +54,7 @@ def main(folder: pathlib.Path) -> None:
         if looks_inside:
             look_inside(pretrained, whole(params, frozen), loader.batch(0), request, ours)
             gradients = jax.jit(functools.partial(_gradients, pretrained, config, num_microbatches))
-            _write(pretrained, gradients(params, frozen, setup.place_batch(0)), ours / "gradients")
+            _write(pretrained, gradients(params, frozen, setup.place_batch(0)), frozen, ours / "gradients")
         state = init_state(params, config.optim, mesh)
         train_step = make_train_step(
             pretrained.model,
@@ -79,9 +81,9 @@ def main(folder: pathlib.Path) -> None:
                 if step == 0:
                     startup += seconds
                     if looks_inside:
-                        _write(pretrained, state.params, ours / "params_first")
+                        _write(pretrained, state.params, frozen, ours / "params_first")
     if looks_inside:
-        _write(pretrained, state.params, ours / "params_last")
+        _write(pretrained, state.params, frozen, ours / "params_last")
         for leaf in Batch._fields:
             np.save(ours / f"{leaf}.npy", np.stack([getattr(batch, leaf) for batch in batches]))
     text = json.dumps(facts(pretrained, request) | {"startup_seconds": startup}, default=str)
@@ -116,9 +118,13 @@ def _gradients(
     return jax.tree.map(lambda gradient: gradient / divisor(sums.loss.weight_sum), sums.gradients)
 
 
-def _write(pretrained: Pretrained, tree: Any, folder: pathlib.Path) -> None:
-    """Parameters or their gradients as safetensors, under the names that transformers gives them."""
+def _write(pretrained: Pretrained, tree: Any, frozen: Any, folder: pathlib.Path) -> None:
+    """Trained parameters or their gradients as safetensors, under the names that transformers or PEFT gives them."""
     folder.mkdir(exist_ok=True)
+    if pretrained.lora is not None:
+        with_base = pretrained._replace(stored=open_folder(folder.parents[1] / "model"))
+        write_tensors(folder / "adapter_model.safetensors", adapted_model(with_base, whole(tree, frozen)))
+        return
     write_weights(
         folder,
         tree,

@@ -139,6 +139,10 @@ def _check(config: Config) -> None:
         raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
     if config.optim.name != "adamw":
         raise ConfigError(f"optim.name: {config.optim.name}, but TRL is run with AdamW; compare with adamw")
+    if config.lora is not None or config.train.only is not None:
+        raise ConfigError(
+            "lora, train.only: TRL's loop is compared on all weights; compare adapters with --baseline hf"
+        )
     if config.optim.groups or config.optim.stochastic_rounding:
         raise ConfigError("optim.groups, optim.stochastic_rounding: TRL has neither; leave them out")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:

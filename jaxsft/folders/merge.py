@@ -128,8 +128,9 @@ def _factors(part: Part, variables: Mapping[str, nnx.Variable]) -> Factors | Non
 
     a, b = (variables[f"{path}.{name}"].get_metadata("axes").split() for name in ("a", "b"))
     inputs, outputs = (tuple(each for each in axes[len(part.at) :] if each != "r") for axes in (a, b))
-    magnitude = get("magnitude") if f"{path}.magnitude" in variables else None
-    return Factors(inputs, outputs, get("a"), get("b"), get("scale"), magnitude)
+    scale = get("scale")
+    magnitude = get("magnitude") if f"{path}.magnitude" in variables and scale > 0 else None
+    return Factors(inputs, outputs, get("a"), get("b"), scale, magnitude)
 
 
 def _add(letters: tuple[str, ...], weight: np.ndarray, factors: Factors) -> None:

@@ -170,7 +170,13 @@ def open_model(
     decoder_config = read_decoder_config(hf_config)
     needed = {*tokenizer.stops, *special_tokens.template_ids(tokenizer.tokenizer)}
     brought = source.adapter.token_ids if source.adapter is not None else ()
-    known = [*tokenizer.added_tokens, *(tokenizer.tokenizer.convert_ids_to_tokens(id) for id in brought)]
+    with_rows = {id: tokenizer.tokenizer.convert_ids_to_tokens(id) for id in brought}
+    if unknown := [id for id, token in with_rows.items() if token is None and id >= decoder_config.vocab_size]:
+        raise ConfigError(
+            f"{config.path}: trainable_token_indices: {unknown[0]} is beyond the base's {decoder_config.vocab_size} "
+            "rows, and no token of the tokenizer"
+        )
+    known = [*tokenizer.added_tokens, *with_rows.values()]
     notes = hf.check_vocabulary(tokenizer.tokenizer, decoder_config, needed=needed, added=known)
     stored_vocab_size = decoder_config.vocab_size
     new_ids = tuple(int(tokenizer.tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.added_tokens)
@@ -275,7 +281,8 @@ def decoder_maker(
             param_dtype=config.param_dtype,
             remat=config.remat,
             unroll=config.unroll,
-            attention=config.attention,
+            # cuDNN must be told of the rows first (`Setup.attention`).
+            attention="auto" if config.attention == "cudnn" else config.attention,
             rngs=rngs,
         )
         if lora is not None:
@@ -438,6 +445,23 @@ def check_memory(params: Any, mesh: Mesh) -> None:
         )
 
 
+def adapted_model(pretrained: Pretrained, weights: Any) -> AdaptedModel:
+    """All that an adapter's folder is made of, of a model with adapters whose base lies in files."""
+    assert pretrained.lora is not None and pretrained.stored is not None
+    return AdaptedModel(
+        nnx.merge(*pretrained.model),
+        pretrained.family,
+        pretrained.lora,
+        weights,
+        vocab_size=pretrained.decoder_config.vocab_size,
+        stored=pretrained.stored,
+        base=pretrained.source.name,
+        revision=pretrained.source.revision,
+        token_ids=pretrained.token_ids,
+        is_tied=pretrained.decoder_config.tie_embeddings or pretrained.is_untied,
+    )
+
+
 def export_model(
     pretrained: Pretrained,
     tokenizer: OpenTokenizer,
@@ -464,18 +488,7 @@ def export_model(
     if pretrained.lora is not None and pretrained.stored is not None and not merge:
         export_adapter(
             folder,
-            AdaptedModel(
-                nnx.merge(*pretrained.model),
-                pretrained.family,
-                pretrained.lora,
-                params,
-                vocab_size=pretrained.decoder_config.vocab_size,
-                stored=pretrained.stored,
-                base=pretrained.source.name,
-                revision=pretrained.source.revision,
-                token_ids=pretrained.token_ids,
-                is_tied=pretrained.decoder_config.tie_embeddings or pretrained.is_untied,
-            ),
+            adapted_model(pretrained, params),
             hf_config=pretrained.hf_config,
             tokenizer=tokenizer.tokenizer,
             stop_ids=tokenizer.stops,

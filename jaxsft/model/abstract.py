@@ -49,11 +49,11 @@ def abstract_model(make_decoder: Callable[[nnx.Rngs], Decoder]) -> Model:
     return _split(nnx.eval_shape(lambda: make_decoder(nnx.Rngs(0))))
 
 
-def with_attention(model: Model, kernel: AttentionKernel) -> Model:
-    """The same decoder, whose attention is computed by a kernel."""
+def with_attention(model: Model, kernel: AttentionKernel, *, num_segments: int | None = None) -> Model:
+    """The same decoder, whose attention is computed by a kernel, on rows of at most so many segments (padding too)."""
     decoder = nnx.merge(*model)
     for layers in decoder.stacks:
-        layers.self_attn.kernel = kernel
+        layers.self_attn.kernel, layers.self_attn.num_segments = kernel, num_segments
     return _split(decoder)
 
 

@@ -106,7 +106,8 @@ class Adapter(nnx.Module):
         low = self._low(x if keys is None or not self.dropout else self._drop(x, keys))
         y_float = y.astype(jnp.float32) + self._raise(low)
         if self.magnitude is not None:
-            y_float *= self.magnitude[...] / jax.lax.stop_gradient(self.norm(weight))
+            ratio = self.magnitude[...] / jax.lax.stop_gradient(self.norm(weight))
+            y_float *= jnp.where(self.scale[...] > 0, ratio, 1.0)  # a layer of rank 0 has no adapter, and no magnitude
         return y_float.astype(y.dtype)
 
     def _low(self, x: jax.Array) -> jax.Array:

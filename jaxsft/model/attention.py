@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxsft.config import AttentionKernel, ConfigError
 from jaxsft.mesh import constrain, is_cut_evenly, num_parts, on_cpu, on_one_device, platform_and_kind
+from jaxsft.model.cudnn import cudnn_attention, cudnn_problem
 from jaxsft.model.needed import SMALL_IN_LARGE, TILE, Cut, Rule
 from jaxsft.model.packed import packed_attention
 from jaxsft.model.pairs import MOST_PAIRS, room_for_pairs
@@ -44,11 +45,20 @@ They were never timed on a TPU; twice as slow for a block, they would still be a
 class Choice(NamedTuple):
     """What computes attention, and why that."""
 
-    kernel: Literal["splash", "packed", "xla"]
+    kernel: Literal["splash", "packed", "cudnn", "xla"]
     why: str
 
 
-def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | None = None) -> Choice:
+def choose_kernel(
+    wanted: AttentionKernel,
+    q: Any,
+    k: Any,
+    *,
+    share: float | None = None,
+    num_segments: int | None = None,
+    soft_cap: float | None = None,
+    has_sinks: bool = False,
+) -> Choice:
     """What computes self-attention of arrays of these shapes and dtypes on the mesh in scope.
 
     Args:
@@ -57,19 +67,31 @@ def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | Non
         k: [B, T, K, H].
         share: of the pairs of queries and keys that splash attention computes, those that the kernels for packed rows
             do (`pairs.share_of_whole_rows`), if that is known.
+        num_segments: of a row at most, padding counted, if that is known; cuDNN needs to know.
+        soft_cap: of scores.
+        has_sinks: whether heads may attend to nothing.
 
     Raises:
         ConfigError: a kernel is asked for that cannot be had; says why.
     """
     platform, kind = platform_and_kind()
+    by_cudnn = wanted == "cudnn" or (wanted == "auto" and platform == "gpu")
     if wanted == "xla":
         return Choice("xla", "as asked for")
-    if wanted == "auto" and platform != "tpu":
+    if wanted == "auto" and platform != "tpu" and not by_cudnn:
         return Choice("xla", f"there is no kernel for {kind or 'unknown devices'}")
-    if (problem := _kernel_problem(platform, kind, q, k)) is not None:
+    problem = (
+        cudnn_problem(platform, kind, q, k, num_segments=num_segments, soft_cap=soft_cap, has_sinks=has_sinks)
+        if by_cudnn
+        else _tpu_problem(platform, kind, q)
+    )
+    if (problem := problem or _mesh_problem(platform, q, k)) is not None:
         if wanted != "auto":
             raise ConfigError(f"model.attention: {wanted}, but {problem}; set it to xla, or leave it out")
         return Choice("xla", problem)
+    if by_cudnn:
+        rows = f"{kind}, packed layout, up to {num_segments} segments in a row"
+        return Choice("cudnn", rows if wanted == "auto" else f"as asked for; {rows}")
     if wanted != "auto" and platform == "cpu":
         return Choice(wanted, "as asked for; on a CPU it is interpreted, which is slow and good for tests only")
     too_many = _too_many_pairs(q, k)
@@ -86,13 +108,18 @@ def choose_kernel(wanted: AttentionKernel, q: Any, k: Any, *, share: float | Non
     return Choice("packed" if share * MATMULS_OF_PACKED <= WORTH_IT else "splash", f"{blocks}; {part}")
 
 
-def _kernel_problem(platform: str, kind: str, q: Any, k: Any) -> str | None:
-    """Why there is no kernel for TPUs."""
+def _tpu_problem(platform: str, kind: str, q: Any) -> str | None:
+    """Why the kernels for TPUs cannot be had on these devices."""
     if platform not in ("tpu", "cpu"):
         return f"it runs on TPUs, not on {kind}"
     if platform == "tpu" and q.dtype != jnp.bfloat16:
         return f"on TPUs it multiplies in bfloat16, and model.compute_dtype is {q.dtype}"
-    if platform == "tpu" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
+    return None
+
+
+def _mesh_problem(platform: str, q: Any, k: Any) -> str | None:
+    """Why no kernel can be had on the mesh in scope."""
+    if platform != "cpu" and jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         return "no mesh is in scope that says how arrays are cut"
     for shape, letters in ((q.shape, "b t n h"), (k.shape, "b t k h")):
         if not is_cut_evenly(shape, letters):
@@ -131,6 +158,7 @@ def attention(
     order: Sequence[int] | None = None,
     block_size: int | None = None,
     kernel: AttentionKernel = "xla",
+    num_segments: int | None = None,
 ) -> jax.Array:
     """Causal attention within segments, with float32 softmax, in memory linear in T.
 
@@ -160,6 +188,7 @@ def attention(
             what is fast.
         kernel: of self-attention where positions grow by exactly 1 from one token of a segment to the next, what is to
             compute it (`choose_kernel`).
+        num_segments: of a row at most, padding counted; cuDNN computes nothing without it.
 
     Raises:
         ConfigError: a kernel is asked for that cannot be had.
@@ -170,7 +199,11 @@ def attention(
     num_queries, num_keys = q.shape[1], k.shape[1]
     is_self = num_keys == num_queries
     rule = Rule(q.shape[-1] ** -0.5 if scale is None else scale, window, soft_cap)
-    chosen = choose_kernel(kernel, q, k).kernel if is_self else "xla"
+    known: dict[str, Any] = {"num_segments": num_segments, "soft_cap": soft_cap, "has_sinks": sinks is not None}
+    chosen = choose_kernel(kernel, q, k, **known).kernel if is_self else "xla"
+    if chosen == "cudnn":
+        assert num_segments is not None and order is None
+        return cudnn_attention(rule, q, k, v, q_segment_ids, num_segments=num_segments)
     if chosen == "splash":
         return splash_attention(
             rule,

@@ -76,6 +76,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, kernel: AttentionKernel, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.kernel = kernel
+        self.num_segments: int | None = None  # of a row at most, where that is known (`with_attention`)
         shared: dict[str, Any] = dict(std=config.initializer_range, dtype=dtype, rngs=rngs)
         self.q_proj = Linear("d -> n h", config.sizes, bias=config.qkv_bias, **shared)
         self.k_proj = Linear("d -> k h", config.sizes, bias=config.qkv_bias, **shared)
@@ -126,6 +127,7 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...],
             order=slots.order,
             kernel=self.kernel if cached is None else "xla",
+            num_segments=self.num_segments,
         )
         return self.o_proj(mixed, slots.keys), cached
 

@@ -8,16 +8,19 @@ than rounding does.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsft.batch import count_segments
 from jaxsft.config import AttentionKernel, ConfigError
 from jaxsft.mesh import constrain, num_parts, platform_and_kind
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.attention import attention, choose_kernel
 from jaxsft.model.balance import balance, balanced_order, restore
+from jaxsft.model.cudnn import room_for_segments
 from jaxsft.model.needed import Rule
 
 LENGTH = 360
@@ -107,7 +110,9 @@ def _differences(
     q, cotangent = drawn(keys[0], num_heads, "n", large), jnp.where(is_token, drawn(keys[1], num_heads, "n"), 0)
     k, v = drawn(keys[2], num_kv_heads, "k", large), drawn(keys[3], num_kv_heads, "k")
     sinks = constrain(jax.random.normal(keys[4], (num_heads,)), "n") if config.sinks else None
-    assert choose_kernel(wanted, q, k).kernel != "xla", "nothing to check"
+    num_segments = room_for_segments(int(count_segments(segment_ids).max()))
+    known: dict[str, Any] = {"num_segments": num_segments, "soft_cap": rule.soft_cap, "has_sinks": config.sinks}
+    assert choose_kernel(wanted, q, k, **known).kernel != "xla", "nothing to check"
 
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None) -> jax.Array:
         order = balanced_order(*segment_ids.shape)
@@ -127,6 +132,7 @@ def _differences(
             order=order,
             block_size=BLOCK_SIZE,
             kernel=wanted,
+            num_segments=num_segments,
         )
         return jnp.where(is_token, back(out, "b t n h"), 0)
 

@@ -19,6 +19,8 @@ from jaxsft.training.metrics_file import metrics_problem
 from jaxsft.training.run_folder import FINGERPRINT
 
 SOUND, DAMAGED = 0, 1
+EXPORTS = r"export(-best|-step-[0-9]+)?(-merged)?"
+"""Names of the folders that `train` and `export` write into a run folder."""
 
 
 class Finding(NamedTuple):
@@ -68,8 +70,8 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
         # An unfinished checkpoint is no damage: a continued run clears it away.
         if (problem := checkpoint_problem(checkpoints / str(step))) is not UNFINISHED:
             findings.append(_sealed(checkpoints / str(step), f"checkpoints/{step}", problem))
-    if (folder / "export").exists():
-        findings.append(_sealed(folder / "export", "export", problem_of(folder / "export")))
+    exports = [each for each in sorted(folder.glob("export*")) if re.fullmatch(EXPORTS, each.name)]
+    findings += [_sealed(each, each.name, problem_of(each)) for each in exports]
     findings.append(_file(folder / FINGERPRINT, _fingerprint_problem(folder)))
     if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Earlier versions wrote none.
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from jaxsft.batch import Example
+from jaxsft.batch import Example, count_segments
 from jaxsft.batches.loader import Loader, prefetch
 from jaxsft.batches.mixture import make_dataset
 from jaxsft.batches.prepare import Prepared
@@ -187,6 +187,44 @@ def test_steps_of_a_mixture_are_known_before_the_first():
     for epochs, bound in enumerate(bounds, start=1):
         assert loader.epochs_done(bound) == epochs and epochs - 1 < loader.epochs_done(bound - 1) < epochs
     assert bounds[0] < loader.num_steps(1.5) < bounds[1]
+
+
+def segments_in(loader, num_steps):
+    return max(int(count_segments(loader.batch(step).segment_ids).max()) for step in range(num_steps))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_most_segments_of_a_row_are_known_before_the_first_step(packing):
+    """Counted over all batches; padding is one more, but not in a row that is full."""
+    sizes = {"seq_len": 24, "batch_size": 3, "packing": packing}
+    for trial in range(5):
+        prepared = random_prepared(np.random.default_rng(trial), 60, 20)
+        loader = Loader(prepared, seed=trial, **sizes)
+        assert loader.most_segments(7) == segments_in(loader, loader.steps_per_epoch)
+        # Epochs of a mixture are packed anew.
+        mixed = mixed_loader(seed=trial, **sizes)
+        num_steps = mixed.num_steps(3)
+        assert mixed.most_segments(num_steps) == segments_in(mixed, num_steps)
+    full = dataset_of([Example([1] * 4, [1] * 4) for _ in range(6)])
+    assert Loader(full, seq_len=8, batch_size=3, seed=0, packing=True).most_segments(1) == 2
+    assert Loader(full, seq_len=9, batch_size=3, seed=0, packing=True).most_segments(1) == 3
+
+
+def test_a_row_with_more_segments_than_promised_is_not_made():
+    """An epoch further on than was asked about may hold one."""
+    seen = set()
+    for seed in range(10):
+        loader = mixed_loader(seed=seed, seq_len=24, batch_size=3, packing=True)
+        first, most = loader.most_segments(1), mixed_loader(seed=seed, seq_len=24, batch_size=3, packing=True)
+        num_steps = loader.num_steps(4)
+        is_more = segments_in(most, num_steps) > first
+        seen.add(is_more)
+        if is_more:
+            with pytest.raises(RuntimeError, match=f"a row has .* segments, and {first} at most were expected"):
+                segments_in(loader, num_steps)
+        else:
+            segments_in(loader, num_steps)
+    assert True in seen
 
 
 def test_epochs_come_in_different_orders_and_seeds_too():

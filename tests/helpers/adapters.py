@@ -15,6 +15,7 @@ from jaxsft.config import LoraConfig, MeshConfig, ModelConfig
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, load_weights, open_model
 from jaxsft.folders.weights.layout import path_text, variables_of
 from jaxsft.mesh import make_mesh
+from jaxsft.model.lora import shapes_of
 
 _SPEC = importlib.util.spec_from_file_location(
     "conftest_of_models", pathlib.Path(__file__).parents[1] / "model" / "conftest.py"
@@ -63,6 +64,7 @@ def open_ours(path: pathlib.Path, lora: dict[str, Any] | None = None, **model: A
 def random_adapters(pretrained: Pretrained, *, seed: int = 0) -> Any:
     """All weights of a model; A, B and magnitudes are as if they had been trained."""
     rng = np.random.default_rng(seed)
+    ranks = {path: shape.ranks for path, shape in _shapes(pretrained).items()}
 
     def changed(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         name, value = path_text(path), np.asarray(variable.get_value())
@@ -71,12 +73,20 @@ def random_adapters(pretrained: Pretrained, *, seed: int = 0) -> Any:
         if not name.endswith((".adapter.a", ".adapter.b")):
             return variable
         drawn = 0.15 * rng.normal(size=value.shape).astype(np.float32)
-        # What fills a layer's A up to the largest rank is 0 and stays so.
-        drawn[np.broadcast_to(value == 0, value.shape) & bool(value.any())] = 0
+        axes = variable.get_metadata("axes").split()
+        if "v" in axes:  # rows that only fill up the table
+            np.moveaxis(drawn, axes.index("v"), 0)[pretrained.decoder_config.vocab_size :] = 0
+        for layer, rank in np.ndenumerate(ranks[name.rpartition(".adapter.")[0]]):  # what fills up the rank
+            of_layer = drawn[layer]
+            np.moveaxis(of_layer, axes.index("r") - len(layer), 0)[int(rank) :] = 0
         return variable.replace(jnp.asarray(drawn, value.dtype))
 
     weights = load_weights(pretrained, one_device(), seed=seed)
     return jax.tree_util.tree_map_with_path(changed, weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _shapes(pretrained: Pretrained) -> dict[str, Any]:
+    return shapes_of(nnx.merge(*pretrained.model), pretrained.lora, pretrained.family.WEIGHTS)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -91,16 +91,16 @@ class Files(NamedTuple):
     magnitude: str
 
 
-def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, per_expert: bool = False) -> dict[str, Place]:
+def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_files: bool = False) -> dict[str, Place]:
     """Everything in a model that PEFT can put an adapter on, by name, in the model's order.
 
     Args:
         decoder: abstract or not.
         family: the module of its family.
         vocab_size: rows of the vocabulary in files.
-        per_expert: as transformers had mixtures before version 5, with modules of their own for each expert.
+        as_in_files: as transformers had models before version 5, with modules for each expert.
     """
-    table = dict(family.WEIGHTS) | ({} if per_expert else getattr(family, "PARAMETERS", {}))
+    table = dict(family.WEIGHTS) | ({} if as_in_files else getattr(family, "IN_MEMORY", {}))
     sizes = {**decoder.config.sizes, "v": vocab_size}
     groups: dict[str, tuple[str, str]] = {}
     members: dict[str, list[Member]] = {}
@@ -108,7 +108,7 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, per_expe
         template, layout = table[f"{place.path}.weight"]
         axes = tuple(place.module.weight.get_metadata("axes").split())
         weight = make_weight(f"{place.path}.weight", axes, template, layout, sizes)
-        is_parameter = (place.kind == "router" or place.leading == "l e") and not per_expert
+        is_parameter = (place.kind == "router" or place.leading == "l e") and not as_in_files
         for index in weight.indices():
             name = weight.name(index)
             if not is_parameter:

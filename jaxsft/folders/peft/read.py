@@ -147,12 +147,14 @@ def read_adapter(
     ]
     lora, values = assembled(parts, settings, decoder)
     lora, notes = with_dropout(lora, settings, parts)
+    if rows:
+        notes += (f"{len(opened.token_ids)} rows of tokens are those of the adapter; they are kept, and not trained",)
     return Adapter(lora, values, rows, notes)
 
 
 def _places_in(opened: AdapterFolder, decoder: Decoder, family: ModuleType, vocab_size: int) -> dict[str, Place]:
     """What there is to adapt, called as the file calls it: mixtures had other modules before transformers 5."""
-    both = [places_of(decoder, family, vocab_size=vocab_size, per_expert=each) for each in (False, True)]
+    both = [places_of(decoder, family, vocab_size=vocab_size, as_in_files=each) for each in (False, True)]
 
     def num_known(places: dict[str, Place]) -> int:
         names = file_names(place for place in places.values() if opened.settings.targets(place))
@@ -191,8 +193,8 @@ def _token_rows(
         if table is None:
             problems.append(f"{where}: {key[:60]!r} is no table of this model")
             continue
-        if len(set(ids)) < len(ids) or min(ids, default=0) < 0:
-            problems.append(f"{where}: {key}: ids must be different, and 0 or more")
+        if len(set(ids)) < len(ids):
+            problems.append(f"{where}: {key}: an id stands there twice")
             continue
         if opened.settings.targets(table):
             problems.append(f"{where}: {key} has an adapter as well, which is not read")

@@ -20,6 +20,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 NO_ACCOUNT = {
     *("auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
@@ -61,7 +62,7 @@ class Settings(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
     fan_in_fan_out: bool = False
-    trainable_token_indices: dict[str, list[int]] | list[int] | None = None
+    trainable_token_indices: dict[str, list[TokenId]] | list[TokenId] | None = None
 
     def rank(self, name: str) -> int:
         """Of a place."""

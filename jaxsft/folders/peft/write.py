@@ -122,6 +122,18 @@ def export_adapter(
         multihost_utils.sync_global_devices("export")
 
 
+def write_tensors(path: pathlib.Path, model: AdaptedModel) -> None:
+    """Writes adapter_model.safetensors alone, in a run of one process."""
+    _write(path, adapter_entries(model)[0], writes=True)
+
+
+def fused_maps(decoder: Decoder, family: ModuleType, lora: LoraConfig, *, vocab_size: int) -> list[str]:
+    """Tensors of the base in which several maps with adapters lie: PEFT trains them as one."""
+    places = places_of(decoder, family, vocab_size=vocab_size)
+    shapes = shapes_of(decoder, lora, family.WEIGHTS)
+    return [each.place.name for each in adapted_places(places.values(), shapes) if len(each.place.members) > 1]
+
+
 def _write(path: pathlib.Path, entries: Sequence[Entry], *, writes: bool) -> None:
     header = header_of({entry.name: Tensor("F32", entry.shape, ()) for entry in entries}, {"format": "pt"})
     with path.open("wb") if writes else contextlib.nullcontext() as out:

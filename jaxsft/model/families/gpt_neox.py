@@ -26,6 +26,8 @@ WEIGHTS = {
     "norm.bias": ("gpt_neox.final_layer_norm.bias", "d"),
     "lm_head.weight": ("embed_out.weight", "v d"),
 }
+IN_MEMORY = {"lm_head.weight": ("lm_head.weight", "v d")}
+"""Weights that transformers 5 names otherwise in memory than in files, which is what PEFT means."""
 
 IGNORED = ("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq")
 """Masks and frequencies that old exports carry."""

@@ -12,13 +12,13 @@ WEIGHTS = llama.WEIGHTS | {
     "layers.mlp.experts.up_proj.weight": ("model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "f d"),
     "layers.mlp.experts.down_proj.weight": ("model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", "d f"),
 }
-PARAMETERS = {
+IN_MEMORY = {
     "layers.mlp.router.weight": ("model.layers.{l}.mlp.gate.weight", "e d"),
     "layers.mlp.experts.gate_proj.weight": ("model.layers.{l}.mlp.experts.gate_up_proj", "e (f*+f) d"),
     "layers.mlp.experts.up_proj.weight": ("model.layers.{l}.mlp.experts.gate_up_proj", "e (f+f*) d"),
     "layers.mlp.experts.down_proj.weight": ("model.layers.{l}.mlp.experts.down_proj", "e d f"),
 }
-"""Weights that transformers 5 holds otherwise in memory than in files: what PEFT's names and shapes mean."""
+"""Weights that transformers 5 names or holds otherwise in memory than in files, which is what PEFT means."""
 IGNORED = llama.IGNORED
 
 

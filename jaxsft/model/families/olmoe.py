@@ -10,7 +10,7 @@ WEIGHTS = qwen3_moe.WEIGHTS | {
     "layers.self_attn.q_norm.weight": ("model.layers.{l}.self_attn.q_norm.weight", "(n h)"),
     "layers.self_attn.k_norm.weight": ("model.layers.{l}.self_attn.k_norm.weight", "(k h)"),
 }
-PARAMETERS = qwen3_moe.PARAMETERS
+IN_MEMORY = qwen3_moe.IN_MEMORY
 IGNORED = qwen3_moe.IGNORED
 
 

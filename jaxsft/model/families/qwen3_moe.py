@@ -14,7 +14,7 @@ WEIGHTS = llama.WEIGHTS | {
     "layers.mlp.experts.up_proj.weight": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight", "f d"),
     "layers.mlp.experts.down_proj.weight": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "d f"),
 }
-PARAMETERS = mixtral.PARAMETERS
+IN_MEMORY = mixtral.IN_MEMORY
 IGNORED = llama.IGNORED
 
 
