@@ -20,7 +20,7 @@ from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, PerExpert
 from jaxsft.model.freezing import fits, freeze, regex_problems
 from jaxsft.model.layers import Linear
-from jaxsft.model.quantized import norms_of
+from jaxsft.model.quantized import QuantizedWeight, norms_of
 
 Kind = Literal["attention", "mlp", "router", "table"]
 
@@ -43,6 +43,13 @@ class Map(NamedTuple):
     outputs: str
     leading: str
     """Letters before those of the map: "l", "l e", or none."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of its weight, quantised or not."""
+        weight: Any = self.module.weight
+        letters = weight.layout.ours if isinstance(weight, QuantizedWeight) else weight.get_metadata("axes")
+        return tuple(letters.split())
 
 
 class Shape(NamedTuple):

@@ -214,6 +214,12 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, model_type, k
         np.testing.assert_allclose(run(unrolled, loaded)[0], hidden, atol=3e-5 * np.abs(expected).max())
 
 
+@functools.cache
+def run_alone(folder, model_type, dtype):
+    graphdef, state = abstract(CONFIGS[model_type], "nf4", dtype=dtype)
+    return run(graphdef, load(folder, CONFIGS[model_type], state, mesh_of({"fsdp": 1})))
+
+
 @pytest.mark.parametrize(
     ("model_type", "sizes", "dtype"),
     [
@@ -227,8 +233,7 @@ def test_a_decoder_computes_with_the_numbers_of_its_codes(folders, model_type, k
 def test_a_decoder_computes_the_same_on_every_mesh(folders, model_type, sizes, dtype):
     folder, hf_config = folders[model_type]
     graphdef, state = abstract(hf_config, "nf4", dtype=dtype)
-    alone = run(graphdef, load(folder, hf_config, state, mesh_of({"fsdp": 1})))
-    mesh = mesh_of(sizes)
+    alone, mesh = run_alone(folder, model_type, dtype), mesh_of(sizes)
     together = run(graphdef, load(folder, hf_config, state, mesh), mesh)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(together[0], alone[0], atol=tolerance * np.abs(alone[0]).max())

@@ -106,8 +106,7 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
     members: dict[str, list[Member]] = {}
     for place in maps_of(decoder):
         template, layout = table[f"{place.path}.weight"]
-        axes = tuple(place.module.weight.get_metadata("axes").split())
-        weight = make_weight(f"{place.path}.weight", axes, template, layout, sizes)
+        weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
         is_parameter = (place.kind == "router" or place.leading == "l e") and not as_in_files
         for index in weight.indices():
             name = weight.name(index)

@@ -7,31 +7,27 @@ a process holds little more than these.
 """
 
 import concurrent.futures
-import functools
 import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from jaxsft.config import ConfigError
-from jaxsft.folders.weights.bnb4 import Bnb4Tensor
 from jaxsft.folders.weights.check import check_weights, report
 from jaxsft.folders.weights.copying import copy, is_finite
 from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of
+from jaxsft.folders.weights.quantizing import quantized_arrays
 from jaxsft.folders.weights.stored import BLOCK_BYTES, PAGE_BYTES, Stored, StoredTensor
 from jaxsft.mesh import partition_spec
-from jaxsft.model.quantize import RECORDS, quantize
-from jaxsft.model.quantized import Layout
 
 MAX_THREADS = 32
 
@@ -77,7 +73,7 @@ def load_params(
     problems: dict[str, str] = {}
 
     def finish(read: _Read) -> None:
-        problems.update(_problems(read))
+        _note(read.futures, problems)
         if "v" in read.weight.axes:
             table = stored.tensors[read.weight.name(())]
             _fill_vocabulary(table, read.shards, new_rows, stored=in_files, vocab_size=vocab_size)
@@ -88,7 +84,12 @@ def load_params(
         before: _Read | None = None
         for path, (weight, variable) in weights.items():
             if path not in parts:
-                arrays |= _quantized(threads, weight, parts, places, tensors=stored.tensors, problems=problems)
+                mesh = places[f"{path}.codes"].mesh
+
+                def layer_of(layer: int, weight: Weight = weight, mesh: Mesh = mesh) -> jax.Array:
+                    return _read_layer(threads, weight, layer, problems, mesh=mesh, tensors=stored.tensors)
+
+                arrays |= quantized_arrays(weight, parts, places, layer_of, tensors=stored.tensors)
                 continue
             read = _begin(threads, weight, variable, sharding=places[path], tensors=stored.tensors)
             if before is not None:
@@ -105,9 +106,11 @@ def load_params(
     )
 
 
-def _problems(read: "_Read") -> dict[str, str]:
-    """Waits until a weight is read; the tensors with a number that is not finite, and a sentence for each."""
-    return dict(found for future in read.futures if (found := future.result()))
+def _note(futures: list[concurrent.futures.Future], problems: dict[str, str]) -> None:
+    """Waits until all is read, and notes of each tensor the first number that is not finite."""
+    for future in futures:
+        if found := future.result():
+            problems.setdefault(*found)
 
 
 def _refuse(problems: list[str]) -> None:
@@ -306,106 +309,30 @@ def _fill(weight: Weight, tensor: StoredTensor, block: Box, targets: list[Target
     return read, row, begin
 
 
-# Quantised weights.
-
-
-def _quantized(
-    threads: concurrent.futures.ThreadPoolExecutor,
-    weight: Weight,
-    variables: Mapping[str, nnx.Variable],
-    places: Mapping[str, jax.sharding.Sharding],
-    *,
-    tensors: dict[str, StoredTensor],
-    problems: dict[str, str],
-) -> dict[str, jax.Array]:
-    """The arrays of a quantised weight by path. One layer of it is there in float32 at a time, cut over the mesh."""
-    codes = variables[f"{weight.path}.codes"]
-    layout: Layout = codes.get_metadata("layout")
-    names = [f"{weight.path}.{name}" for name in RECORDS[layout.kind]._fields]
-    if layout.kind == "nf4" and _lie_as_ours(weight, layout, tensors):
-        return {
-            name: _codes_as_stored(weight, variables[name], name.split(".")[-1], places[name], tensors)
-            for name in names
-        }
-    out = {name: places[name] for name in names}
-    zeros = jax.jit(
-        lambda: {name: jnp.zeros(variables[name].shape, variables[name].dtype) for name in names}, out_shardings=out
-    )
-    put = jax.jit(functools.partial(_put_layer, layout, names), donate_argnums=0, out_shardings=out)
-    mesh = places[names[0]].mesh  # type: ignore[attr-defined]
-    arrays = zeros()
-    with jax.set_mesh(mesh):
-        for layer in range(weight.shape[0]):
-            values, found = _read_layer(threads, weight, layer, mesh=mesh, tensors=tensors)
-            problems |= found
-            arrays = put(arrays, values, layer)
-    return arrays
-
-
-def _lie_as_ours(weight: Weight, layout: Layout, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether files hold the very codes that are wanted, each matrix in a tensor of its own."""
-    letters = " ".join(factor.letter or "" for factor in weight.factors)
-    found = [tensors[weight.name(index)] for index in weight.indices()]
-    return (
-        letters == layout.of_matrix
-        and all(factor.size == factor.length for factor in weight.factors)
-        and all(isinstance(tensor, Bnb4Tensor) and tensor.is_ours for tensor in found)
-    )
-
-
-def _codes_as_stored(
-    weight: Weight,
-    variable: nnx.Variable,
-    part: str,
-    place: jax.sharding.Sharding,
-    tensors: Mapping[str, StoredTensor],
-) -> jax.Array:
-    """One array of a quantised weight, each device's part of it read by itself."""
-
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        outer = [range(*each.indices(size)) for each, size in zip(index, variable.shape, strict=False)][: weight.split]
-        matrices = [tensors[weight.name(at)].part(part, index[weight.split :]) for at in itertools.product(*outer)]  # type: ignore[attr-defined]
-        return np.stack(matrices).reshape(*map(len, outer), *matrices[0].shape)
-
-    return jax.make_array_from_callback(variable.shape, place, read)
-
-
-def _put_layer(
-    layout: Layout, names: list[str], arrays: dict[str, jax.Array], values: jax.Array, layer: jax.Array
-) -> dict[str, jax.Array]:
-    quantized = quantize(layout.matrices(values), layout.kind)
-    return {
-        name: jax.lax.dynamic_update_slice_in_dim(arrays[name], part, layer, axis=0)
-        for name, part in zip(names, quantized, strict=True)
-    }
+# One layer of a weight, to be quantised.
 
 
 def _read_layer(
     threads: concurrent.futures.ThreadPoolExecutor,
     weight: Weight,
     layer: int,
+    problems: dict[str, str],
     *,
     mesh: Mesh,
     tensors: dict[str, StoredTensor],
-) -> tuple[jax.Array, dict[str, str]]:
-    """One layer of a weight as files have it, float32 [1, ...], and the tensors that hold a number that is not finite.
-
-    It is cut over the mesh as it would be if it was not quantised.
-    """
+) -> jax.Array:
+    """One layer of a weight as files have it, float32 [1, ...], cut over the mesh as it would be if it stayed so."""
     shape = (1, *weight.shape[1:])
     place = NamedSharding(mesh, partition_spec(" ".join(weight.axes)))
     shards = {
         ((layer, layer + 1), *bounds[1:]): _empty([last - first for first, last in bounds], np.dtype(np.float32))
         for bounds in _bounds(place, shape)
     }
-    futures = [threads.submit(_fill_finite, weight, *task) for task in _tasks(weight, tensors, shards)]
-    read = _Read(weight, nnx.Variable(jax.ShapeDtypeStruct(shape, np.float32)), shards, futures)
-    problems = _problems(read)
+    _note([threads.submit(_fill_finite, weight, *task) for task in _tasks(weight, tensors, shards)], problems)
     array = jax.make_array_from_callback(
         shape, place, lambda index: shards[((layer, layer + 1), *_as_bounds(index, shape)[1:])]
     )
-    return jax.block_until_ready(array), problems
+    return jax.block_until_ready(array)
 
 
 # Rows of the vocabulary that the files do not have.
