@@ -56,7 +56,8 @@ def check_runs(folder: pathlib.Path, *, compute_dtype: str) -> list[Check]:
     checks = [_check_batches(ours, theirs), _check_curve("learning rate", our_lines, their_lines, tolerances)]
     checks += _check_first_row(ours, theirs, tolerances)
     checks.append(_check_curve("loss", our_lines[:1], their_lines[:1], tolerances, name="first loss"))
-    start, last = _Tensors(folder / "model"), len(our_lines)
+    trained = next(each for each in (folder / "adapter", folder / "model") if each.exists())
+    start, last = _Tensors(trained), len(our_lines)
     checks += [
         _check_gradients(ours, theirs, tolerances),
         _check_update(

@@ -8,8 +8,10 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 
 from jaxsft.cli import main
+from jaxsft.compare import ours
 from jaxsft.compare.checks import _of_tensors
 from jaxsft.compare.child import check_packages, run_child
 from jaxsft.compare.exchange import exchange as new_exchange
@@ -143,6 +145,47 @@ def test_a_weight_that_differs_is_found_in_its_layer(exchange, tmp_path):
 
     first = failed(planted(exchange, tmp_path / "weight", change))[0]
     assert first.name == "residual stream" and first.where.startswith("layer 2 of 2")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_config, tmp_path_factory):
+    """The folder of a comparison of adapters with PEFT's."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("adapted")
+    lora = ["lora.rank=4", "lora.dora=true", "lora.exclude=[v_proj]", r"lora.rank_pattern={layers\.1\..*q_proj: 2}"]
+    overrides = [f"run_dir={folder}/run", *lora, "data.template_date=2026-01-01", "mesh.tensor=2"]
+    write_request(load_config(tiny_config, overrides), folder, num_steps=STEPS)
+    ours.main(folder)
+    baseline.main(folder)
+    return folder
+
+
+def test_adapters_and_those_of_peft_agree_in_every_check(adapted):
+    report = make_report(adapted, title="adapters")
+    assert report.passed and not failed(report), report.checks
+    assert len(report.checks) == 12
+    with safetensors.safe_open(adapted / "ours" / "gradients" / "adapter_model.safetensors", "numpy") as gradients:
+        names = list(gradients.keys())
+        of_b = [np.abs(gradients.get_tensor(name)).max() for name in names if "lora_B" in name]
+    assert "base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector" in names
+    assert len(of_b) == 2 * 6 and min(of_b) > 0  # A has none before B is something
+
+
+def test_another_scale_of_adapters_is_found_in_their_gradients(adapted, tmp_path):
+    def rescale(folder):
+        path = folder / "adapter" / "adapter_config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+
+    first = failed(planted(adapted, tmp_path / "rescaled", rescale))[0]
+    assert first.name == "gradients of the first step" and "lora_B" in first.where
+
+
+def test_adapters_that_peft_trains_otherwise_are_refused(tiny_config, tmp_path):
+    for keys, said in ((["lora.dropout=0.1"], "lora.dropout"), (["train.only=[norms]"], "train.only")):
+        given = keys if "only" in keys[0] else ["lora.rank=2", *keys]
+        with pytest.raises(ConfigError, match=said):
+            write_request(load_config(tiny_config, given), tmp_path, num_steps=2)
 
 
 def test_a_package_that_is_missing_or_old_is_named_with_the_remedy():
