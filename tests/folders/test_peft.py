@@ -291,6 +291,19 @@ def test_a_merged_weight_is_rounded_once_from_the_stored_one_whatever_is_in_memo
         assert error.max() < 1e-6  # and what float32 rounds
 
 
+def test_adapters_beside_quantised_weights_go_out_as_beside_others_and_into_the_weights_of_the_files(base, tmp_path):
+    folder = base("llama", hidden_size=64, intermediate_size=128, num_attention_heads=4)
+    files = []
+    for kind in ("none", "nf4"):
+        pretrained = open_ours(folder, {"rank": 3}, quantize=kind)
+        weights = random_adapters(pretrained)
+        out = exported(pretrained, weights, tmp_path / kind)
+        merged = exported(pretrained, weights, tmp_path / f"{kind}-merged", merge=True)
+        files.append([(out / "adapter_model.safetensors").read_bytes(), (merged / "model.safetensors").read_bytes()])
+    assert files[0] == files[1]
+    assert files[0][1] != (folder / "model.safetensors").read_bytes()
+
+
 def test_what_the_config_says_is_short_and_names_the_base(base, tmp_path):
     folder = base("gpt2")
     pretrained = open_ours(folder, {"rank": 3, "targets": ["all_linear"]})
