@@ -76,6 +76,7 @@ def export_folder(
     tokenizer_folder: pathlib.Path | None = None,
     max_shard_bytes: int = 50 * 10**9,
     merge: Mapping[str, Made] | None = None,
+    has_new_rows: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
@@ -97,7 +98,7 @@ def export_folder(
         source_folder: where the model came from; the other keys of its generation_config.json are kept.
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
-        merge: see `write_weights`.
+        merge, has_new_rows: see `write_weights`.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -129,6 +130,7 @@ def export_folder(
             max_shard_bytes=max_shard_bytes,
             writes=writes,
             merge=merge,
+            has_new_rows=has_new_rows,
         )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export")

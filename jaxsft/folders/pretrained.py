@@ -523,6 +523,7 @@ def export_model(
         source_folder=pretrained.folder,
         tokenizer_folder=tokenizer_folder,
         merge=merge_with,
+        has_new_rows=bool(pretrained.token_ids),
         say=say,
     )
 

@@ -13,6 +13,7 @@ from jaxsft.config import ConfigError, MeshConfig, ModelConfig
 from jaxsft.folders import hf
 from jaxsft.folders.pretrained import check_positions, export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
+from jaxsft.model.abstract import whole
 
 
 class Positions(NamedTuple):
@@ -107,3 +108,19 @@ def test_rows_longer_than_a_table_of_positions_are_refused_with_both_numbers():
     check_positions(Positions(False, 1024), 4096)
     with pytest.raises(ConfigError, match="data.seq_len: 1025, but the model has a table of 1024 positions"):
         check_positions(Positions(True, 1024), 1025)
+
+
+def test_what_is_not_trained_is_exported_to_the_bit_whatever_it_is_computed_in(model, tmp_path):
+    """In memory it lies in bfloat16; of two layers, the first and the table."""
+    config = ModelConfig(path=str(model), compute_dtype="bfloat16")
+    tokenizer = open_tokenizer(config)
+    pretrained = open_model(config, tokenizer, only=[r"layers\.1\..*"])
+    weights = load_weights(pretrained, mesh(), seed=0)
+    params, frozen = pretrained.model.split(weights)
+    assert frozen["layers"]["mlp"]["up_proj"]["weight"].dtype == np.dtype("bfloat16")
+    trained = jax.tree.map(lambda leaf: leaf + 1, params)
+    export_model(pretrained, tokenizer, whole(trained, frozen), tmp_path / "out")
+    before, after = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    for name, tensor in before.items():
+        moved = 1.0 if ".layers.1." in name else 0.0
+        np.testing.assert_array_equal(after[name], tensor + np.float32(moved), err_msg=name)

@@ -25,6 +25,7 @@ from jaxsft.config import ConfigError
 from jaxsft.folders.weights.copying import copy
 from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
 from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
+from jaxsft.model.adapter import Frozen
 from jaxsft.model.quantized import unpacked_layer
 
 COPY_BYTES = GATHER_BYTES = 1 << 24
@@ -87,6 +88,7 @@ def write_weights(
     max_shard_bytes: int,
     writes: bool,
     merge: Mapping[str, Made] | None = None,
+    has_new_rows: bool = False,
 ) -> None:
     """Writes the safetensors files, and an index if there is more than one.
 
@@ -103,8 +105,16 @@ def write_weights(
         max_shard_bytes: largest file, where `stored` does not say what lies where.
         writes: whether this process is the one that writes.
         merge: by the names of all tensors of the model, their values in place of those of `params`.
+        has_new_rows: the tables of `params` have rows that `stored` has otherwise, also where they are not trained.
     """
-    tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, stored=stored)
+    known = stored.tensors if stored else {}
+
+    def original(weight: Weight, variable: nnx.Variable, name: str) -> StoredTensor | None:
+        # What is not trained lies in memory in the dtype of the matmuls, or quantised.
+        is_as_stored = isinstance(variable, Frozen) and not (has_new_rows and "v" in weight.axes)
+        return known.get(name) if is_as_stored or is_quantized(variable) else None
+
+    tensors = _tensors(params, family, vocab_size=vocab_size, dtype=dtype, known=known, original=original)
     if stored is not None and stored.files:
         _add_passed_over(tensors, family, stored)
     if merge is not None:
@@ -127,16 +137,20 @@ def write_weights(
 
 
 def _tensors(
-    params: nnx.State, family: ModuleType, *, vocab_size: int, dtype: np.dtype | None, stored: Stored | None
+    params: nnx.State,
+    family: ModuleType,
+    *,
+    vocab_size: int,
+    dtype: np.dtype | None,
+    known: Mapping[str, StoredTensor],
+    original: Callable[[Weight, nnx.Variable, str], StoredTensor | None],
 ) -> dict[str, Tensor]:
     """Every tensor of the model by name."""
-    known = stored.tensors if stored else {}
     parts: dict[str, list[Part]] = {}
     for weight, variable in join(params, family, vocab_size=vocab_size, stored=known).values():
         for index in weight.indices():
             name = weight.name(index)
-            original = known.get(name) if is_quantized(variable) else None
-            parts.setdefault(name, []).append(Part(weight, variable, index, original))
+            parts.setdefault(name, []).append(Part(weight, variable, index, original(weight, variable, name)))
     # The only tensor that the files may lack is an output projection that was tied to the embedding.
     tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
     tensors = {}
