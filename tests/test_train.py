@@ -282,6 +282,29 @@ def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
 # Mixtures and held-out sets.
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["lora.rank=4", "lora.dropout=0.2", "optim.name=adamw8bit"],
+        ["lora.rank=4", "model.quantize=nf4", "optim.name=muon"],
+        ["train.only=[norms, embeddings]", "loss.neftune_alpha=5", "optim.name=schedule_free_adamw"],
+    ],
+    ids=lambda overrides: overrides[-1].split("=")[1],
+)
+def test_whatever_is_trained_continued_equals_never_stopped_bitwise(tiny_config, tmp_path, overrides):
+    """Of whole runs; each optimizer by itself is in tests/training."""
+    if "optim.name=schedule_free_adamw" in overrides:
+        overrides = [*overrides, "optim.schedule=constant"]
+    overrides = [*overrides, "train.steps=4", "checkpoint.keep=4"]
+    whole, stopped = ([*overrides, f"run_dir={tmp_path}/{name}"] for name in ("whole", "stopped"))
+    assert main(["train", str(tiny_config), *whole, "checkpoint.every=2"]) == 0
+    stop_at(2, tiny_config, stopped)
+    assert main(["train", str(tiny_config), *stopped, "checkpoint.every=2"]) == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", step=4)
+    first, last = arrays(tmp_path / "whole", 2), arrays(tmp_path / "whole", 4)
+    assert any(np.any(first[name] != last[name]) for name in first if "params" in name)
+
+
 @pytest.fixture(scope="module")
 def mixed(tiny_data, tmp_path_factory):
     """Overrides for a run on two sources, whose draws differ in each epoch, with two held-out sets."""
