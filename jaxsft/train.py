@@ -124,7 +124,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
         if jax.process_index() == 0:
             console.say(f"loss curve: {plot_run(folder, say=console.say)}")
-    console.say(f"model, ready for transformers: {export}")
+    kind = "adapters, ready for PEFT" if (export / "adapter_config.json").exists() else "model, ready for transformers"
+    console.say(f"{kind}: {export}")
     if skipped := logbook.totals.skipped_steps:
         console.say(f"WARNING: {skipped:.0f} steps were skipped, as their loss or gradient was not finite")
     yield Finished(setup.num_steps, export)
