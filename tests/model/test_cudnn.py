@@ -422,7 +422,7 @@ def test_a_decoder_computes_the_same_by_either(on_h100):
             attention=kernel,
             rngs=nnx.Rngs(0),
         )
-        model = with_attention(Model(*nnx.split(made, nnx.Param)), kernel, num_segments=8)
+        model = with_attention(Model(*nnx.split(made, nnx.Param, ...)), kernel, num_segments=8)
 
         def loss(params):
             out = nnx.merge(model.graphdef, params)(tokens, SEGMENTS, POSITIONS)

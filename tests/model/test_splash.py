@@ -231,7 +231,7 @@ def chosen(wanted, platform, *, shape=(8, 4096, 32, 128), num_kv_heads=8, dtype=
 
 def test_auto_takes_splash_on_tpus_and_our_own_elsewhere():
     assert chosen("auto", "tpu") == ("splash", "TPU v5 lite, blocks of up to 512")
-    assert chosen("auto", "gpu") == ("xla", "there is no kernel for NVIDIA H100")
+    assert chosen("auto", "gpu").kernel == "xla"  # of the reasons is test_cudnn.py
     assert chosen("auto", "cpu").kernel == "xla"
     assert chosen("xla", "tpu") == ("xla", "as asked for")
     assert chosen("splash", "cpu").kernel == "splash"

@@ -399,6 +399,9 @@ def test_dora_is_its_formula():
         )
         turned = w + np.einsum(f"{a},{b},l->{weight}", factor_a, factor_b, scale)
         norm = np.sqrt(np.einsum(f"{weight},{weight}->{out}", turned, turned))
+        # A layer without an adapter has no magnitude either.
+        is_adapted = (scale != 0).reshape(-1, *[1] * (magnitude.ndim - 1))
+        magnitude = np.where(is_adapted, magnitude, norm)
         values[f"{path}.weight"] = np.einsum(f"{weight},{out}->{weight}", turned, magnitude / norm).astype(np.float32)
         chains[path] = (weight, a, b, out, turned, factor_a, factor_b, magnitude, norm, scale)
     plain = jax.tree_util.tree_map_with_path(
@@ -410,7 +413,8 @@ def test_dora_is_its_formula():
     by_weights, expected = flat_of(by_weights), {}
     for path, (weight, a, b, out, turned, factor_a, factor_b, magnitude, norm, scale) in chains.items():
         gradient = by_weights[f"{path}.weight"]
-        expected[f"{path}.adapter.magnitude"] = np.einsum(f"{weight},{weight},{out}->{out}", gradient, turned, 1 / norm)
+        by_magnitude = np.einsum(f"{weight},{weight},{out}->{out}", gradient, turned, 1 / norm)
+        expected[f"{path}.adapter.magnitude"] = by_magnitude * (scale != 0).reshape(-1, *[1] * (magnitude.ndim - 1))
         by_turned = np.einsum(f"{weight},{out},l->{weight}", gradient, magnitude / norm, scale)
         expected[f"{path}.adapter.a"] = np.einsum(f"{weight},{b}->{a}", by_turned, factor_b)
         expected[f"{path}.adapter.b"] = np.einsum(f"{weight},{a}->{b}", by_turned, factor_a)
