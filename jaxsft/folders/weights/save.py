@@ -155,7 +155,7 @@ def _tensors(
     tables = [known[name] for name, (part, *_) in parts.items() if part.weight.axes == ("v", "d") and name in known]
     tensors = {}
     for name, each in parts.items():
-        into = dtype or known.get(name, *tables[:1]).dtype
+        into = dtype or (known[name] if name in known else tables[0]).dtype
         assert into is not None, name
         word = next(word for word, each in DTYPES.items() if each == into)
         tensors[name] = Tensor(word, each[0].weight.file_shape, tuple(each))
