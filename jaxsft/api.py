@@ -67,7 +67,7 @@ class LoadedModel:
         """Use `load_model`."""
         self._opened, self._pretrained = opened, pretrained
         self._params, self.frozen = pretrained.model.split(weights)
-        """What is not trained: nothing, but where the config has adapters."""
+        """What is not trained: nothing, but where the config has `lora` or `train.only`."""
         self._examiners: dict[str, Examiner | None] = {}
         self._generator: Generator | None = None
         self._encoder: ChatEncoder | None = None

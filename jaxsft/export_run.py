@@ -7,14 +7,17 @@ import contextlib
 import pathlib
 from collections.abc import Callable
 
+from flax import nnx
+
 from jaxsft.config import ConfigError
 from jaxsft.config_files import load_config
 from jaxsft.disk.writing import at_home
 from jaxsft.folders.pretrained import export_model
 from jaxsft.model.abstract import whole
+from jaxsft.model.freezing import frozen_key
 from jaxsft.setup import Setup
 from jaxsft.training.checkpoint import Checkpointer
-from jaxsft.training.step import abstract_state
+from jaxsft.training.step import abstract_state, evaluation_params
 
 BEST = "best"
 
@@ -38,7 +41,7 @@ def export_run(
         say: is told what is done.
 
     Raises:
-        ConfigError: no run, no such checkpoint, or nothing to merge.
+        ConfigError: no run, no such checkpoint, nothing to merge, or the base is another one now.
         ExportError: it could not be written.
     """
     folder = at_home(run_dir).resolve()
@@ -49,22 +52,23 @@ def export_run(
     lora = setup.pretrained.lora
     if merge and lora is None:
         raise ConfigError(f"{run_dir}: --merge-lora: this run has no adapters; its export is the whole model")
-    if (
-        merge
-        and setup.pretrained.decoder_config.tie_embeddings
-        and "adapter" in setup.pretrained.model.weights["embed_tokens"]
-    ):
+    weights = setup.pretrained.model.weights
+    is_parted = merge and setup.pretrained.decoder_config.tie_embeddings and "adapter" in weights["embed_tokens"]
+    if is_parted:
         say("the embedding has an adapter, and the output projection, one with it so far, has none: they are parted")
         model = config.model.model_copy(update={"tie_embeddings": False})
         setup = Setup(config.model_copy(update={"model": model}), say=say)
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, say)) as checkpointer:
         number = checkpointer.best_step() if step == BEST else None if step is None else int(step)
         state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, setup.mesh), number)
-    if state is None:
-        raise ConfigError(f"{folder}: no finished checkpoint yet, so there is nothing to export")
+        if state is None:
+            raise ConfigError(f"{folder}: no finished checkpoint yet, so there is nothing to export")
+        frozen = setup.load_frozen()
+        of_run = nnx.State({name: part for name, part in frozen.items() if not (is_parted and name == "lm_head")})
+        checkpointer.beside(frozen_key(of_run))
     words = [BEST] if step == BEST else [] if step is None else [f"step-{number}"]
     target = pathlib.Path(at_home(out)) if out else folder / "-".join(["export", *words, *["merged"] * merge])
     say(f"exporting checkpoint {int(state.step)} of {folder} to {target}")
-    weights = whole(state.params, setup.load_frozen())
+    weights = whole(evaluation_params(config.optim, state), frozen)
     export_model(setup.pretrained, setup.tokenizer, weights, target, merge=merge, say=say)
     return target

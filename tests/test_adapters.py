@@ -136,6 +136,35 @@ def test_a_run_of_all_weights_is_exported_too_and_has_nothing_to_merge(tiny_conf
     assert "no checkpoint has a held-out loss" in capsys.readouterr().err
 
 
+def test_what_is_exported_of_a_schedule_free_run_is_what_it_evaluates(tiny_config, base, tmp_path):
+    keys = ("optim.name=schedule_free_adamw", "optim.schedule=constant", "data.eval={}", "eval={}")
+    assert train(config_of(tiny_config, base, tmp_path / "run", *keys)) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    ended, again = (folder / "model.safetensors" for folder in (tmp_path / "run" / "export", tmp_path / "out"))
+    assert ended.read_bytes() == again.read_bytes()
+
+
+def test_adapters_go_on_and_out_beside_the_weights_that_they_were_trained_on_alone(tiny_config, base, tmp_path, capsys):
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(base, model)
+    assert train(config_of(tiny_config, model, run, *LORA, "train.steps=2")) == 0
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+    safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="beside other frozen weights"):
+        train(config_of(tiny_config, model, run, *LORA))
+    for words in (["--merge-lora"], []):
+        assert main(["export", str(run), *words, "--out", str(tmp_path / "out")]) == 1
+        assert "beside other frozen weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_folder_goes_with_no_choice_of_weights(lora_run):
+    config = ModelConfig(path=str(lora_run / "export"))
+    with pytest.raises(ConfigError, match="train.only: given"):
+        open_model(config, open_tokenizer(config), only=["norms"])
+
+
 def opened(folder, lora=None, *, chat_template=None, **model):
     config = ModelConfig(path=str(folder), remat="none", **model)
     tokenizer = open_tokenizer(config, chat_template)

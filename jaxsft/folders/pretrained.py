@@ -164,7 +164,7 @@ def open_model(
             extra, misshapen or truncated, or `lora` or `quantize` does not fit it.
     """
     source = find_source(config.path, weights=config.weights == "pretrained")
-    _check_adapter_keys(config, source, lora)
+    _check_adapter_keys(config, source, lora, only)
     stored, hf_config = hf.open_source(source.folder)
     family = family_of(hf_config)
     decoder_config = read_decoder_config(hf_config)
@@ -226,7 +226,9 @@ def open_model(
     )
 
 
-def _check_adapter_keys(config: ModelConfig, source: Source, lora: LoraConfig | None) -> None:
+def _check_adapter_keys(
+    config: ModelConfig, source: Source, lora: LoraConfig | None, only: Sequence[str] | None
+) -> None:
     """Refuses what goes with no adapter folder.
 
     Raises:
@@ -240,6 +242,8 @@ def _check_adapter_keys(config: ModelConfig, source: Source, lora: LoraConfig | 
             f"lora: given, but model.path {folder} is an adapter that is trained on as it is, its dropout included; "
             "leave lora out, or merge the adapter and begin a new one on the merged model"
         )
+    if only is not None:
+        raise ConfigError(f"train.only: given, but model.path {folder} is an adapter, which is all that is trained")
     if config.weights == "random":
         raise ConfigError(f"model.weights: random, but model.path {folder} is an adapter, which fits its base alone")
 

@@ -76,7 +76,13 @@ def _map_weights(f: Callable, *trees: Any) -> ExpertWeights:
 
 
 def experts_of_tokens(
-    x: jax.Array, chosen: jax.Array, scores: jax.Array, weights: ExpertWeights, *, gating: Gating, is_frozen: bool
+    x: jax.Array,
+    chosen: jax.Array,
+    scores: jax.Array,
+    weights: ExpertWeights,
+    *,
+    gating: Gating,
+    is_trained: tuple[bool, ...] = (True,) * 6,
 ) -> jax.Array:
     """The weighted sum over each token's chosen experts, added up in float32 and cast back once.
 
@@ -90,9 +96,9 @@ def experts_of_tokens(
         scores: float32 [B, T, top_k].
         weights: of all experts.
         gating: see `Gating`.
-        is_frozen: no gradients by weights and biases are made, only those by adapters.
+        is_trained: of gate, up, down and their biases, whether a gradient is made; by adapters it always is.
     """
-    return _experts(_Kind(gating, is_frozen), (x, chosen, scores, weights))
+    return _experts(_Kind(gating, is_trained), (x, chosen, scores, weights))
 
 
 def fill_up(x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,11 +138,12 @@ class _Kind(NamedTuple):
     """What is known when a program is traced."""
 
     gating: Gating
-    is_frozen: bool
+    is_trained: tuple[bool, ...]
 
     def trained(self, weights: Any) -> ExpertWeights:
         """Those that have a gradient; None in place of the others."""
-        return ExpertWeights(*([None] * 6 if self.is_frozen else weights[:6]), *weights[6:])
+        own = [each if wanted else None for each, wanted in zip(weights[:6], self.is_trained, strict=True)]
+        return ExpertWeights(*[*own, *weights[6:]])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -289,17 +296,15 @@ def _block_gradients(
         by_low = matmul("cf,rf->cr", up_gradient, of_expert.up_b)
         of_rows += matmul("cr,dr->cd", by_low.astype(dtype), of_expert.up_a)
         up_parts = _adapter_gradients(of_expert.up_a, rows, by_low, up_gradient)
-    own: list[Any] = [None] * 6
-    if not kind.is_frozen:
-        own = [
-            matmul("cd,cf->df", rows, gate_gradient),
-            matmul("cd,cf->df", rows, up_gradient),
-            matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
-            *(
-                None if of_expert.gate_bias is None else each.sum(axis=0, dtype=jnp.float32)
-                for each in (gate_gradient, up_gradient, scored)
-            ),
-        ]
+    makers: tuple[Callable[[], jax.Array], ...] = (
+        lambda: matmul("cd,cf->df", rows, gate_gradient),
+        lambda: matmul("cd,cf->df", rows, up_gradient),
+        lambda: matmul("cf,cd->fd", inner.astype(dtype), scored.astype(dtype)),
+        lambda: gate_gradient.sum(axis=0, dtype=jnp.float32),
+        lambda: up_gradient.sum(axis=0, dtype=jnp.float32),
+        lambda: scored.sum(axis=0, dtype=jnp.float32),
+    )
+    own = [None if each is None else make() for each, make in zip(kind.trained(of_expert)[:6], makers, strict=True)]
     return of_rows, score_gradient, ExpertWeights(*[*own, *gate_parts, *up_parts, *down_parts])
 
 

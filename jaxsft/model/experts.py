@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
-from jaxsft.model.adapter import Adapter, Frozen
+from jaxsft.model.adapter import Adapter
 from jaxsft.model.dispatch import ExpertWeights, Gating, choose, experts_of_tokens, fill_up
 from jaxsft.model.layers import Linear, Sizes
 from jaxsft.model.quantized import QuantizedExperts, QuantizedWeight
@@ -114,9 +114,7 @@ class MixtureMLP(nnx.Module):
         self.router = Linear("d -> e", sizes, bias=routing.router_bias, std=std, dtype=dtype, rngs=rngs)
         self.experts = Experts(sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, is_token: jax.Array, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, RouterSums]:
+    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterSums]:
         """One layer: [B, T, D] -> [B, T, D], and what its router did.
 
         Args:
@@ -145,6 +143,7 @@ class MixtureMLP(nnx.Module):
             *(None if each.bias is None else each.bias[...] for each in maps),
             *(part for each in maps for part in each.scaled_adapter),
         )
-        is_frozen = isinstance(self.experts.gate_proj.weight, Frozen | QuantizedWeight)
-        y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating, is_frozen=is_frozen)
+        own = (*(each.weight for each in maps), *(each.bias for each in maps))
+        is_trained = tuple(isinstance(each, nnx.Param) for each in own)
+        y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating, is_trained=is_trained)
         return y[:num_rows, :length], sums

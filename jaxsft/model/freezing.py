@@ -73,7 +73,7 @@ def train_only(decoder: Decoder, words: Sequence[str], weights: Mapping[str, tup
         listed = ", ".join(map(repr, missed))
         raise ConfigError(
             f"train.only: {listed} fits no weight of this model; there are {', '.join(GROUPS)}, and names such as "
-            f"{', '.join(list(_paths(decoder))[:4])}"
+            f"{', '.join(_paths(decoder)[:4])}"
         )
     if len(set(firsts.values())) > 1 or -1 in firsts.values():
         listed = "\n  ".join(f"{path}: {_from(first)}" for path, first in firsts.items())

@@ -144,6 +144,8 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[st
         problems += [
             f"lora.{key}: {word!r} fits nothing in this model" for word in getattr(lora, key) if (key, word) not in used
         ]
+    if not shapes and not problems:
+        problems.append("lora.targets: no map is left that gets an adapter")
     if "lm_head" in lora.targets and decoder.lm_head is None:
         problems.append("lora.targets: lm_head is one with the embedding here; model.tie_embeddings: false parts them")
     problems += _limits(decoder, lora, shapes)

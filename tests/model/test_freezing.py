@@ -95,6 +95,8 @@ def whole(name):
         ("gemma2", [r"layers\.[23]\.mlp\..*", "embed_tokens"], {"fsdp": 1}),
         ("qwen3_moe", [r"layers\.[23]\..*"], {"fsdp": 1}),
         ("qwen3_moe", ["router", "norms"], {"fsdp": 1}),
+        ("qwen3_moe", [r"layers\..*\.experts\.down_proj"], {"expert": 2, "tensor": 2}),
+        ("gpt_oss", [".*bias"], {"fsdp": 1}),
         ("gpt2", [r"transformer\.h\.[23]\..*"], {"fsdp": 1}),
     ],
     ids=str,

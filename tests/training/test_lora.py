@@ -447,6 +447,7 @@ def drawn_like(rng, path, variable):
         ),
         ({"exclude": ["gate"]}, ["lora.exclude: 'gate' fits nothing"]),
         ({"rank_pattern": {"qproj": 3}, "alpha_pattern": {"x": 1.0}}, ["rank_pattern: 'qproj'", "alpha_pattern: 'x'"]),
+        ({"targets": ["q_proj"], "exclude": ["attention"]}, ["no map is left that gets an adapter"]),
         ({"targets": ["(q_proj"]}, ["'(q_proj' is no regular expression"]),
         ({"targets": ["embed_tokens"], "dropout": 0.1, "dora": True}, ["lora.dropout", "lora.dora", "embed_tokens"]),
     ],

@@ -1,6 +1,6 @@
 """Optimizers: each turns gradients (already clipped) into directions of steepest ascent, by a state of its own.
 
-In: the section `optim`, parameters and gradients as states of Variables with `axes`. Out: optax transformations, whose
+In: the section `optim`, parameters and gradients as states of Variables with `axes`. Out: `Optimizer`s, whose
 states are pytrees of Variables with the axes of the parameter, or with some of its letters, so that `mesh.shardings`
 knows where each part of them lies.
 
