@@ -12,6 +12,7 @@ when its lock says that its owner is dead; of any folder only files that have ou
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import stat
@@ -122,8 +123,8 @@ def check_replaceable(folder: pathlib.Path, say: Callable[[str], None]) -> None:
         if folder.is_symlink() or not folder.is_dir():
             raise _not_ours(folder)
         for path in folder.iterdir():
-            if path.name in _OURS and not _is_file(path):
-                raise _not_ours(path)
+            if path.name in _OURS and not _is_file(path) and os.path.lexists(path):
+                raise _not_ours(path)  # What is gone by now was replaced by another process that prepares the same.
     say(f"{folder}: prepared data that are damaged or not whole; they are prepared anew")
 
 

@@ -116,9 +116,10 @@ def _remove_parts(folder: pathlib.Path) -> None:
     for path in folder.iterdir():
         if not _ENTRY.fullmatch(path.name):
             continue
-        found = path.lstat()
-        if stat.S_ISREG(found.st_mode) and found.st_mtime > last - _MARGIN and not _is_whole(path):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # Another process has removed it meanwhile.
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_mtime > last - _MARGIN and not _is_whole(path):
+                path.unlink()
     os.utime(folder / MARK, (begin, begin))
 
 

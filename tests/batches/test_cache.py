@@ -260,6 +260,28 @@ def test_processes_that_prepare_the_same_at_once_all_get_it(setting, tmp_path):
     assert not [path for path in setting.place.iterdir() if path.name.startswith(".building")]
 
 
+def test_what_another_process_removes_while_a_damaged_folder_is_looked_at_is_nobodys(setting, monkeypatch):
+    expected = np.array(setting().tokens)
+    folder = setting.place / setting().key
+    (folder / "tokens.bin").write_bytes(b"\0")
+    listed = pathlib.Path.iterdir
+
+    def removed_behind_the_list(path):
+        for each in [*listed(path)]:
+            if path == folder:
+                each.unlink()
+            yield each
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "iterdir", removed_behind_the_list)
+        assert np.array_equal(setting().tokens, expected)
+    assert any("damaged" in text for text in setting.said) and cache.load(folder) is not None
+    (folder / "tokens.bin").unlink()
+    (folder / "tokens.bin").symlink_to(setting.place / "nowhere")
+    with pytest.raises(ConfigError, match="tokens.bin: exists and was not made by jaxsft"):
+        setting()
+
+
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_behind(setting):
     code = f"""
 import resource, signal, sys, pathlib

@@ -134,6 +134,26 @@ def test_processes_that_start_at_once_get_along(environment, start):
     assert start()[:3] == (said[0][0], 1, said[0][2])
 
 
+def test_a_part_that_another_process_has_removed_meanwhile_is_nothing(tmp_path, monkeypatch):
+    (tmp_path / compiled.MARK).write_text(compiled.MARK_TEXT)
+    os.utime(tmp_path / compiled.MARK, (0, 0))
+    parts = [tmp_path / f"jit_{number}-{'0' * 64}-cache" for number in range(3)]
+    for part in parts:
+        part.write_bytes(b"")
+    listed = pathlib.Path.iterdir
+
+    def removed_behind_the_list(path):
+        for each in sorted(listed(path)):
+            if each == parts[0]:
+                each.unlink()
+            yield each
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "iterdir", removed_behind_the_list)
+        compiled._remove_parts(tmp_path)
+    assert not any(part.exists() for part in parts)
+
+
 def test_a_program_is_looked_at_once(tmp_path):
     folder = tmp_path / "folder"
     compiled._claim(folder)

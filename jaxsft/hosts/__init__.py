@@ -1,0 +1,4 @@
+"""The processes of a run: that all of them came and agree, and that they end together.
+
+`table.py` is what they tell each other through.
+"""
