@@ -6,6 +6,7 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 (`"b t d"`); `DIM_AXES` says over which mesh axis each letter is cut. Nothing else in the program decides a sharding.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -105,6 +106,11 @@ def free_axes(axes: Collection[str]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if axis not in manual)
 
 
+def in_scope(mesh: AnyMesh) -> contextlib.AbstractContextManager[Any]:
+    """Puts a mesh into scope; under one of shapes alone, functions can be traced."""
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh)
+
+
 def constrain(x: jax.Array, axes: str) -> jax.Array:
     """Pins the sharding of an activation inside jit, by the letters of its dims; without a mesh in scope, nothing."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -149,12 +155,12 @@ def constrain_params(tree: Any) -> Any:
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """The sharding of every leaf of a batch."""
     return NamedSharding(mesh, partition_spec("b t"))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The sharding of a scalar, or of anything that every device holds whole."""
     return NamedSharding(mesh, partition_spec(""))
 

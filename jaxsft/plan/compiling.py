@@ -16,7 +16,7 @@ from jaxsft.batch import Batch
 from jaxsft.config import Config
 from jaxsft.disk.foreign import read_object
 from jaxsft.folders.pretrained import check_positions, decoder_maker
-from jaxsft.mesh import AXES, AnyMesh, batch_sharding, check_divisible, make_mesh, mesh_shape
+from jaxsft.mesh import AXES, AnyMesh, batch_sharding, check_divisible, in_scope, make_mesh, mesh_shape
 from jaxsft.model.abstract import Model, abstract_model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families.known import decoder_config, family
@@ -87,7 +87,6 @@ def open_planned(config: Config, mesh: AnyMesh) -> Planned:
 def trace_step(config: Config, planned: Planned) -> Any:
     """The train step, traced (`jax.stages.Traced`)."""
     model, _, mesh = planned
-    assert isinstance(mesh, Mesh), "a step is compiled for devices"
     rows, length = config.train.batch_size, config.data.seq_len
     step: Any = make_train_step(
         model, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
@@ -96,7 +95,7 @@ def trace_step(config: Config, planned: Planned) -> Any:
     batch = jax.tree.map(
         lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh)), dtypes
     )
-    with jax.set_mesh(mesh):
+    with in_scope(mesh):
         return step.trace(abstract_state(model.params, config.optim, mesh), model.frozen, batch)
 
 
@@ -104,7 +103,7 @@ def compile_step(config: Config, planned: Planned) -> Compiled:
     """Compiles the step of a config for every device of its mesh."""
     began = time.process_time()
     mesh = planned.mesh
-    assert isinstance(mesh, Mesh)
+    assert isinstance(mesh, Mesh), "a step is compiled for devices"
     traced = trace_step(config, planned)
     with jax.set_mesh(mesh):
         compiled = traced.lower().compile()

@@ -15,9 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsft.config import Config, ConfigError, MeshConfig
+from jaxsft.config import Config, ConfigError
 from jaxsft.folders.pretrained import compute_dtype
-from jaxsft.mesh import make_mesh
 from jaxsft.model.lora import of_files
 from jaxsft.plan.compiling import Compiled, Planned, compile_step, mesh_of, open_planned, trace_step
 from jaxsft.plan.costs import (
@@ -129,7 +128,7 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
         num_microbatches=config.train.num_microbatches,
     )
     compiled = compile_step(config, planned) if compiles and missing is None else None
-    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, _on_one(config, planned)))
+    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
     flops = count_flops(
         matmuls, model, structure, tokens=config.train.batch_size * config.data.seq_len, length=config.data.seq_len
     )
@@ -176,11 +175,6 @@ def as_on(config: Config, topology: Topology) -> Config:
     """The config as a run on these chips has it: bfloat16 compute, where the config leaves that open."""
     dtype = config.model.compute_dtype or ("float32" if topology.chip is None else "bfloat16")
     return config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": dtype})})
-
-
-def _on_one(config: Config, planned: Planned) -> Planned:
-    """The same on one CPU device, where it can be traced without a compiler; it has the same products."""
-    return planned._replace(mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def _num_steps(config: Config) -> int | None:

@@ -12,6 +12,8 @@ import pathlib
 
 from jax.sharding import Mesh
 
+from jaxsft.mesh import AnyMesh
+
 Options = dict[str, str | int]
 
 ONE_CPU: Options = {"xla_cpu_prefer_vector_width": 512}
@@ -31,8 +33,10 @@ They let it compute while the weights of a layer are gathered. What each changes
 """
 
 
-def compiler_options(mesh: Mesh) -> Options:
+def compiler_options(mesh: AnyMesh) -> Options:
     """What a train step on this mesh is compiled with; nothing where nothing is known to help."""
+    if not isinstance(mesh, Mesh):
+        return {}  # of shapes alone, for which nothing is compiled
     device = mesh.devices.flat[0]
     if device.platform == "cpu" and mesh.size == 1:
         return ONE_CPU

@@ -20,7 +20,7 @@ from jax.extend.core import Var
 from jax.sharding import Mesh
 
 from jaxsft.config import KEYS_OF, OptimConfig
-from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, shardings
+from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, in_scope, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.quantized_maps import with_plain_weights
@@ -219,7 +219,7 @@ def _loss_bytes(decoder: Decoder, mesh: AnyMesh, num_tokens: int) -> int:
     """What the loss makes: logits of a chunk, the gradient by hidden states, and its own copy of the table's rows."""
     table = (decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight
     (table_rows, width), is_cut, itemsize = table.shape, _is_cut(mesh), decoder.compute_dtype.itemsize
-    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
+    with in_scope(mesh):
         in_blocks = is_in_blocks(table)
         at_once = table_rows // mesh.shape["tensor"]
         at_once = block_rows(at_once, width) if in_blocks else at_once

@@ -271,7 +271,7 @@ def make_train_step(
     *,
     num_steps: int,
     num_microbatches: int,
-    mesh: Mesh,
+    mesh: AnyMesh,
     loss: LossConfig = PLAIN,
     seed: int = 0,
 ) -> Callable:
