@@ -31,6 +31,8 @@ from jaxsft.hosts.table import Table, place
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 """How long nothing is heard of a process until it is taken for dead."""
+SUSPECT_SECONDS = 10.0
+"""The same, where an error says that a connection to some process has broken."""
 WAIT_SECONDS = SILENT_SECONDS + 8.0
 """How long an error that may come of another process's end waits for the news of that."""
 FAREWELL_SECONDS = 5.0
@@ -74,6 +76,7 @@ def fail(error: Exception) -> None:
         return
     is_lost = _is_of_others(error)
     if is_lost:
+        _watch.patience = SUSPECT_SECONDS
         time.sleep(WAIT_SECONDS)  # Where another has ended, a thread ends this process meanwhile.
     trace = "".join(traceback.format_exception(error)) if is_bug(error) else ""
     _watch.fail(sentence(error), START_AGAIN if is_lost else exit_code(error), trace=trace)
@@ -113,6 +116,7 @@ class _Watch:
         self._causes, self._heard = Table("cause"), Table("heard")
         # All but process 0 look for that one alone, so that what is read grows with their number and not its square.
         self._mine, self._theirs = Table("beats" if process else "keeper"), Table("keeper" if process else "beats")
+        self.patience = SILENT_SECONDS
         self._missed = dict.fromkeys([0] if process else range(1, num_processes), 0)
         """Process -> rounds in which nothing new was heard of it. Not counted by a clock: it may be this one that stood
         still."""
@@ -174,8 +178,8 @@ class _Watch:
                     self._missed[process] = 0 if is_new else self._missed[process] + 1
                 self._beats |= seen
                 for process, missed in self._missed.items():
-                    if missed * BEAT_SECONDS > SILENT_SECONDS:
-                        self._tell(self._no_answer(process))
+                    if missed * BEAT_SECONDS > self.patience:
+                        self._tell(self._no_answer(process, missed * BEAT_SECONDS))
                 count += 1
                 time.sleep(BEAT_SECONDS)
 
@@ -193,8 +197,8 @@ class _Watch:
             if (seconds := time.monotonic() - self._ticked) > SILENT_SECONDS:
                 self._end(self._stood_still(seconds), is_told=False)
             self._ticked = time.monotonic()
-            if self._ticked - self._answered > SILENT_SECONDS:
-                self._end(self._no_answer(0), is_told=False)
+            if (seconds := self._ticked - self._answered) > self.patience:
+                self._end(self._no_answer(0, seconds), is_told=False)
 
     @contextlib.contextmanager
     def _until_table_is_gone(self) -> Iterator[None]:
@@ -213,8 +217,8 @@ class _Watch:
 
     # What is said.
 
-    def _no_answer(self, process: int) -> Cause:
-        text = f"process {process}{self._where(process)} has not answered for {SILENT_SECONDS:.0f} s"
+    def _no_answer(self, process: int, seconds: float) -> Cause:
+        text = f"process {process}{self._where(process)} has not answered for {seconds:.0f} s"
         return Cause(process, text, START_AGAIN)
 
     def _stood_still(self, seconds: float) -> Cause:
