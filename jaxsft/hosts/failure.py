@@ -27,6 +27,7 @@ import jax
 
 from jaxsft.hosts.exits import START_AGAIN, exit_code, is_bug, sentence
 from jaxsft.hosts.table import Table, place
+from jaxsft.interrupts import INTERRUPTED
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
@@ -36,7 +37,9 @@ SUSPECT_SECONDS = 10.0
 WAIT_SECONDS = SILENT_SECONDS + 8.0
 """How long an error that may come of another process's end waits for the news of that."""
 FAREWELL_SECONDS = 5.0
-"""How long a process that ends waits for the others to have heard why; less than `_put_off_aborts` gives it."""
+"""How long a process that ends waits for the others to have heard why."""
+ABORT_SECONDS = 2.0
+"""How long the table may take to answer, where JAX has called abort(), before it is taken for gone."""
 
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 """What errors of JAX begin with of which no other process can be the reason."""
@@ -58,7 +61,7 @@ def watch() -> None:
     global _watch, _is_program
     if not _is_program and jax.distributed.is_initialized() and place()[1] > 1:
         _watch = _Watch(*place())
-        _put_off_aborts()
+        _speak_before_aborts()
     _is_program = True
 
 
@@ -86,6 +89,8 @@ def on_exit(kind: type[BaseException] | None, error: BaseException | None, trace
     """`fail` for an ExitStack: pushed last it comes first, before anything is closed that waits for other processes."""
     if isinstance(error, Exception):
         fail(error)
+    if isinstance(error, KeyboardInterrupt) and _watch is not None:
+        end("interrupted", INTERRUPTED)
     return False
 
 
@@ -140,6 +145,11 @@ class _Watch:
         self._say_farewell(first)
         own = trace.rstrip() or f"error: {text}"
         _last_words(own if first == mine else f"{own}\n{first.text}", first.code)
+
+    def aborted(self) -> None:
+        """Somebody in C++ ends this process: says why where the table is gone, and returns where it is something else."""
+        if _within(ABORT_SECONDS, self._mine.all) is None:
+            self._end(self._gone(), is_told=False)
 
     def _end(self, cause: Cause, *, is_told: bool) -> NoReturn:
         """Ends this process because of another."""
@@ -211,15 +221,18 @@ class _Watch:
             if self._is_parting:
                 time.sleep(FAREWELL_SECONDS)
             if not self._has_parted:
-                seconds = time.monotonic() - self._ticked
-                gone = Cause(0, f"process 0{self._where(0)} is gone", START_AGAIN)
-                self._end(self._stood_still(seconds) if seconds > SILENT_SECONDS else gone, is_told=False)
+                self._end(self._gone(), is_told=False)
 
     # What is said.
 
     def _no_answer(self, process: int, seconds: float) -> Cause:
         text = f"process {process}{self._where(process)} has not answered for {seconds:.0f} s"
         return Cause(process, text, START_AGAIN)
+
+    def _gone(self) -> Cause:
+        if (seconds := time.monotonic() - self._ticked) > SILENT_SECONDS:
+            return self._stood_still(seconds)
+        return Cause(0, f"process 0{self._where(0)} is gone", START_AGAIN)
 
     def _stood_still(self, seconds: float) -> Cause:
         text = f"process {self._process} on {self._host} stood still for {seconds:.0f} s; the others have ended"
@@ -242,16 +255,21 @@ def _is_of_others(error: BaseException | None) -> bool:
     return False
 
 
-def _put_off_aborts() -> None:
-    """Lets the threads here end this process before JAX does.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    if _watch is not None:
+        _watch.aborted()
 
-    JAX's own watch calls abort() in the moment in which process 0 is gone, and prints where in C++ it stood. What takes
-    the signal is `sleep` of the C library, which no lock of Python can hold up: it gets the number of the signal, 6, as
-    seconds. Then the abort goes on, if nothing has ended this process.
+
+def _speak_before_aborts() -> None:
+    """Lets this process say why it ends before JAX ends it.
+
+    JAX's own watch calls abort() in the moment in which process 0 is gone, having printed where in C++ it stood. Python
+    would run a handler of its own only later, so the C library is told to call this one; after it, the abort goes on.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+    library.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ and the export, to the byte.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first trial; its rank is that of the fault")
     parser.add_argument("--continued", type=int, default=2, help="how many of the trials are started again")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated, of: " + ", ".join(FAULTS))
+    parser.add_argument("--at-once", type=int, default=1, help="how many trials; most of the time most of them wait")
     parser.add_argument("--table", action="store_true", help="print the table of all trials, and try nothing")
     args = parser.parse_args()
     work = args.work.resolve()
@@ -324,23 +326,28 @@ def main() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
         config = make_config(work)
         expected = calm_result(config, work / f"calm-{args.processes}", args.processes)
-        for number in range(args.first, args.first + args.trials):
-            for name in args.faults.split(","):
-                place = work / f"trial-{args.processes}-{name}"
-                shutil.rmtree(place, ignore_errors=True)
-                rank = number % args.processes
-                done = trial(
-                    name,
-                    config,
-                    place,
-                    expected,
-                    num_processes=args.processes,
-                    rank=rank,
-                    is_continued=number < args.continued,
-                )
-                print(done, flush=True)
-                with record.open("a") as file:
-                    file.write(json.dumps(done) + "\n")
+
+        def tried(number: int, name: str) -> None:
+            place = work / f"trial-{args.processes}-{name}-{number}"
+            shutil.rmtree(place, ignore_errors=True)
+            done = trial(
+                name,
+                config,
+                place,
+                expected,
+                num_processes=args.processes,
+                rank=number % args.processes,
+                is_continued=number < args.continued,
+            )
+            with record.open("a") as file:
+                file.write(json.dumps(done) + "\n")
+            print(done, flush=True)
+
+        numbers = range(args.first, args.first + args.trials)
+        with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+            pending = [pool.submit(tried, number, name) for number in numbers for name in args.faults.split(",")]
+            for each in pending:
+                each.result()
     trials = [Trial(*json.loads(line)) for line in record.read_text().splitlines()]
     print(table(trials))
 
