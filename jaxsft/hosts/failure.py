@@ -147,7 +147,7 @@ class _Watch:
         _last_words(own if first == mine else f"{own}\n{first.text}", first.code)
 
     def aborted(self) -> None:
-        """Somebody in C++ ends this process: says why where the table is gone, and returns where it is something else."""
+        """C++ ends this process: says why where the table is gone, and returns where it is something else."""
         if _within(ABORT_SECONDS, self._mine.all) is None:
             self._end(self._gone(), is_told=False)
 
