@@ -130,7 +130,7 @@ class _Watch:
         self._is_parting = self._has_parted = False
         self._ending = threading.Lock()
         for work in (self._beat, self._listen, self._tick):
-            threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
+            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
 
     def part(self) -> None:
         self._is_parting = True
