@@ -20,7 +20,7 @@ TRIALS = {
     "stopped": (1, False, ()),
     "stuck": (1, False, ("train.stall_timeout=10",)),
     "kill": (0, True, ()),
-    "disk-full": (1, True, ()),
+    "disk-full": (1, False, ()),
     "exception": (1, False, ()),
 }
 """Fault -> the process that has it, whether the run is then continued, and what else the command says."""
