@@ -1,6 +1,7 @@
 """The command line: one short function per command, and what an error looks like.
 
-Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written, 75 stopped (start again to continue).
+Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written, 75 start again to continue: stopped,
+stalled, or one of several processes was lost.
 """
 
 import argparse
@@ -19,9 +20,11 @@ from typing import Any
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import config_keys, load_config
+from jaxsft.hosts.exits import exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
-BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
+PARTED = 1
+"""Exit code of a comparison in which the two runs part."""
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -220,32 +223,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         # Nor need transformers spend seconds on importing it where it is installed.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    is_watched = arguments is None and args.command in (train_command, quickstart_command, evaluate_command)
     try:
         if arguments is None and args.command in COMPILING:
             from jaxsft.disk.compiled import keep_compiled
 
             keep_compiled(print)
-        if arguments is None and args.command in (train_command, evaluate_command):
+        if is_watched:
+            from jaxsft.hosts import failure
             from jaxsft.mesh import start_processes
 
-            start_processes()
-        return args.command(args)
+            if args.command is not quickstart_command:
+                start_processes()
+            failure.watch()
+        code = args.command(args)
+        if is_watched:
+            failure.part()
+        return code
     except KeyboardInterrupt:
+        if _is_one_of_several():
+            failure.end("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        return INTERRUPTED
     except Exception as error:
-        # Errors that say what the user can do carry their exit code; any other is a bug and shows where.
-        code = getattr(error, "exit_code", INPUT_OUTPUT if isinstance(error, OSError) else BUG)
-        if code != BUG or hasattr(error, "exit_code"):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        if _is_one_of_several():
+            failure.fail(error)
+        if is_bug(error):
             traceback.print_exc()
-    if _is_one_of_several():
-        # The other processes wait for this one; only its death, not its exception, is noticed.
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _is_one_of_several() -> bool:
+    failure = sys.modules.get("jaxsft.hosts.failure")
+    return failure is not None and failure.is_one_of_several()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -339,11 +351,3 @@ def _step(text: str) -> int | str:
 
 def _config(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
-
-
-def _is_one_of_several() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    import jax
-
-    return jax.distributed.is_initialized() and jax.process_count() > 1
