@@ -1,4 +1,5 @@
 """The processes of a run: that all of them came and agree, and that they end together.
 
 `table.py` is what they tell each other through.
+`logs.py` is what each of them says, in a file of its own.
 """
