@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             keep_compiled(print)
         if arguments is None and args.command in (train_command, evaluate_command):
-            from jaxsft.mesh import start_processes
+            from jaxsft.hosts.start import start_processes
 
             start_processes()
         return args.command(args)

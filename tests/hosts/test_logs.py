@@ -1,4 +1,4 @@
-"""Logs of processes: every event a line with time, process and host, also of what was said before there was a folder."""
+"""Logs of processes: an event is a line with time, process and host, also what was said before it had a folder."""
 
 import re
 import socket
@@ -78,9 +78,5 @@ def test_in_a_bucket_a_log_is_written_whole():
             log.open(folder)
             log.write(text)
             log.write("the end")
-    assert [line.split("  ")[1] for line in last_lines(folder, 1)] == [
-        "first start",
-        "the end",
-        "second start",
-        "the end",
-    ]
+    expected = ["first start", "the end", "second start", "the end"]
+    assert [line.split("  ")[1] for line in last_lines(folder, 1)] == expected
