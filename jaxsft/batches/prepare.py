@@ -29,6 +29,8 @@ from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.disk.writing import writing
+from jaxsft.hosts.agreement import agree
+from jaxsft.hosts.disks import once_per_disk
 from jaxsft.rows.detection import SAMPLE, choose_format
 from jaxsft.rows.items import Item
 from jaxsft.rows.messages import Spelling
@@ -125,19 +127,28 @@ def prepare(
         "versions": {package: metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")},
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    # Before anybody works for an hour on rows that another process does not have.
+    agree(f"data of {source.path}", {name: digest(value) for name, value in described.items()}, error=DataError)
     folder = cache.folder(config.cache, say) / key
-    found = cache.load(folder)
-    if found is not None:
-        return Prepared(key, **found.arrays, report=found.report)
-    cache.claim(folder.parent)
-    cache.check_replaceable(folder, say)
-    with cache.building(folder) as building, seldom_collected():
-        _build(building, config, source, encoder, limit, fingerprint, say)
-        found = cache.load(building)
-        assert found is not None, "whole, for it was just written"
-        cache.put_in_place(building, folder)
-    # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
-    found = cache.load(folder) or found
+
+    def make() -> cache.Found:
+        cache.check_replaceable(folder, say)
+        with cache.building(folder) as building, seldom_collected():
+            _build(building, config, source, encoder, limit, fingerprint, say)
+            found = cache.load(building)
+            assert found is not None, "whole, for it was just written"
+            cache.put_in_place(building, folder)
+        # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
+        return cache.load(folder) or found
+
+    found = once_per_disk(
+        folder.parent,
+        f"preparing {source.path}",
+        find=lambda: cache.load(folder),
+        claim=lambda: cache.claim(folder.parent),
+        make=make,
+        say=say,
+    )
     return Prepared(key, **found.arrays, report=found.report)
 
 
