@@ -1,6 +1,7 @@
 """The command line: one short function per command, and what an error looks like.
 
-Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written, 75 stopped (start again to continue).
+Exit codes: 0 done, 1 error, 65 bad data, 74 a file could not be read or written, 75 start again to continue: stopped,
+stalled, or one of several processes was lost.
 """
 
 import argparse
@@ -19,16 +20,21 @@ from typing import Any
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import config_keys, load_config
+from jaxsft.hosts.exits import exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
-BUG, PARTED, INPUT_OUTPUT = 1, 1, 74
+PARTED = 1
+"""Exit code of a comparison in which the two runs part."""
 
 
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
+    from jaxsft.hosts.agreement import together
     from jaxsft.train import train
 
-    return train(_config(args), restart=args.restart)
+    with together():
+        config = _config(args)
+    return train(config, restart=args.restart)
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
@@ -73,16 +79,20 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
     from jaxsft.answers.evaluate import describe
     from jaxsft.folders.pretrained import load_weights
+    from jaxsft.hosts.agreement import agree_on_start, together
     from jaxsft.model.abstract import whole
     from jaxsft.model.freezing import frozen_key
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
     from jaxsft.training.step import abstract_state, evaluation_params
 
-    setup = Setup(_config(args), say=print)
-    config, mesh, folder = setup.config, setup.mesh, setup.folder
-    if setup.examiner is None:
-        raise ConfigError("data.eval: required to evaluate, not given")
+    with together():
+        config = _config(args)
+        agree_on_start(config.model_dump(mode="json"))
+        setup = Setup(config, say=print)
+        config, mesh, folder = setup.config, setup.mesh, setup.folder
+        if setup.examiner is None:
+            raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
         state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
     if state is None:
@@ -208,32 +218,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         # Nor need transformers spend seconds on importing it where it is installed.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    is_watched = arguments is None and args.command in (train_command, quickstart_command, evaluate_command)
     try:
         if arguments is None and args.command in COMPILING:
             from jaxsft.disk.compiled import keep_compiled
 
             keep_compiled(print)
-        if arguments is None and args.command in (train_command, evaluate_command):
+        if is_watched:
+            from jaxsft.hosts import failure
             from jaxsft.hosts.start import start_processes
 
-            start_processes()
-        return args.command(args)
+            if args.command is not quickstart_command:
+                start_processes()
+            failure.watch()
+        code = args.command(args)
+        if is_watched:
+            failure.part()
+        return code
     except KeyboardInterrupt:
+        if _is_one_of_several():
+            failure.end("interrupted", INTERRUPTED)
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        return INTERRUPTED
     except Exception as error:
-        # Errors that say what the user can do carry their exit code; any other is a bug and shows where.
-        code = getattr(error, "exit_code", INPUT_OUTPUT if isinstance(error, OSError) else BUG)
-        if code != BUG or hasattr(error, "exit_code"):
-            print(f"error: {error}", file=sys.stderr)
-        else:
+        if _is_one_of_several():
+            failure.fail(error)
+        if is_bug(error):
             traceback.print_exc()
-    if _is_one_of_several():
-        # The other processes wait for this one; only its death, not its exception, is noticed.
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _is_one_of_several() -> bool:
+    failure = sys.modules.get("jaxsft.hosts.failure")
+    return failure is not None and failure.is_one_of_several()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -320,11 +339,3 @@ def _step(text: str) -> int | str:
 
 def _config(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
-
-
-def _is_one_of_several() -> bool:
-    if "jax" not in sys.modules:
-        return False
-    import jax
-
-    return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -27,9 +27,11 @@ from jaxsft.disk.locks import Lock
 from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
+from jaxsft.hosts import failure
 from jaxsft.hosts.agreement import agree_on_start, together
 from jaxsft.hosts.logs import Log
-from jaxsft.hosts.start import process_number
+from jaxsft.hosts.table import process_number
+from jaxsft.hosts.watchdog import Watchdog
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
@@ -81,6 +83,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
     """
     with StopSignal() as stop, contextlib.ExitStack() as closing:
         log = closing.enter_context(Log(process_number()))
+        failure.say_also(log.close)
         console = Console(log)
         with together():
             agree_on_start(config.model_dump(mode="json"), say=console.say)
@@ -124,17 +127,22 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             console.say(f"this run is finished; its model is in {export} (remove it to export anew)")
             yield Finished(first, export)
             return
+        watchdog = closing.enter_context(contextlib.closing(Watchdog(config.train.stall_timeout)))
+        if failure.is_program():
+            watchdog.start()
+        closing.push(failure.on_exit)
 
-        last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, stop)
+        last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, watchdog, stop)
         if last_state is None:
             return
         stop.doing = "finishing the export"
         logbook.check()
         console.say(f"exporting to {export}")
-        weights = _weights(config, last_state, frozen)
-        export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
-        if jax.process_index() == 0:
-            console.say(f"loss curve: {plot_run(folder, say=console.say)}")
+        with watchdog.busy("the model was exported"):
+            weights = _weights(config, last_state, frozen)
+            export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
+            if jax.process_index() == 0:
+                console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     kind = "adapters, ready for PEFT" if (export / "adapter_config.json").exists() else "model, ready for transformers"
     console.say(f"{kind}: {export}")
     if skipped := logbook.totals.skipped_steps:
@@ -143,7 +151,13 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
 
 
 def _steps(
-    setup: Setup, state: TrainState, frozen: Any, logbook: Logbook, checkpointer: Checkpointer, stop: StopSignal
+    setup: Setup,
+    state: TrainState,
+    frozen: Any,
+    logbook: Logbook,
+    checkpointer: Checkpointer,
+    watchdog: Watchdog,
+    stop: StopSignal,
 ) -> Generator[Event, None, TrainState | None]:
     """The loop: returns the state after the last step, or None where the run was asked to stop before that."""
     config, mesh, num_steps = setup.config, setup.mesh, setup.num_steps
@@ -168,7 +182,8 @@ def _steps(
         try:
             for step in range(first, num_steps):
                 if signal := stop.at(step):
-                    _save_and_wait(step, state, logbook, checkpointer, f"{signal}: saved")
+                    with watchdog.busy("the last checkpoint was saved"):
+                        _save_and_wait(step, state, logbook, checkpointer, f"{signal}: saved")
                     yield Stopped(step, signal)
                     return None
                 batch = logbook.watch.wait(batches)
@@ -176,16 +191,19 @@ def _steps(
                     stop.doing = f"compiling and finishing step {step + 1}, saving"
                     say("compiling the train step")
                 logbook.watch.launching()
+                watchdog.launching(step)
                 with jax.set_mesh(mesh), jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_step(state, frozen, batch)
                 logbook.add(metrics)
+                watchdog.launched(metrics.grad_norm)
+                checkpointer.check()
                 done, is_last = step + 1, step + 1 == num_steps
 
                 due = due_after(done, num_steps, config)
                 line = logbook.report(done) if due.report or profiler.is_edge(done) else None
                 if logbook.problem is not None:
                     raise _diverged(logbook.problem, checkpointer, first_bad=logbook.skips.first_of_row)
-                with logbook.watch.paused():
+                with logbook.watch.paused(), watchdog.busy("the model was evaluated or saved"):
                     profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                     if line is not None:
                         yield Line(done, line)
@@ -206,7 +224,8 @@ def _steps(
             if done > first and not sys.is_finalizing():
                 _save_and_wait(done, state, logbook, checkpointer, "left: saved")
             raise
-    checkpointer.wait()
+    with watchdog.busy("the last checkpoint was saved"):
+        checkpointer.wait()
     return state
 
 

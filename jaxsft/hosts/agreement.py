@@ -21,15 +21,14 @@ import jax
 
 from jaxsft import __version__
 from jaxsft.config import ConfigError
-from jaxsft.hosts.start import num_processes, process_number
-from jaxsft.hosts.table import Table
+from jaxsft.hosts import failure
+from jaxsft.hosts.table import Table, num_processes, process_number
 from jaxsft.hosts.words import processes
 
 SAY_EVERY = 10.0
 """Seconds between two words on whom process 0 waits for."""
 SAME_SECONDS = 5.0
 """How long a process that has failed waits to see whether all fail in the same way."""
-LEAVE_SECONDS = 10.0
 MOST_SHOWN = 20
 
 VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers")
@@ -199,48 +198,23 @@ def by_first(what: str, work: Callable[[], T], *, errors: tuple[type[Exception],
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What all processes do before the first step. An error in here that all of them have is said once, by process 0.
-
-    An error is as it would be elsewhere: `is_common` knows whether all have it.
-    """
+    """What all processes do before the first step: an error ends all; one that all have is said once, by process 0."""
     try:
         yield
     except Exception as error:
         if num_processes() > 1:
-            _note_if_common(error)
-        raise
+            end = failure.fail_alike if _have_all(error) else failure.fail
+            end(error)
+        raise  # In a notebook, which is not ended.
 
 
-def is_common(error: BaseException) -> bool:
-    """Whether all processes ended with this error, as far as `together` knows."""
-    return error is _common
-
-
-_common: BaseException | None = None
-
-
-def _note_if_common(error: Exception) -> None:
-    global _common
+def _have_all(error: Exception) -> bool:
+    """Whether all processes come here with the same error, within a few seconds."""
     table, text = Table("errors"), f"{type(error).__name__}: {error}"
-    with contextlib.suppress(Exception):  # The table may be gone.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # The table is gone.
         table.put(process_number(), hashlib.sha256(text.encode()).hexdigest())
         until = time.monotonic() + SAME_SECONDS
-        while len(found := table.all()) < num_processes() and time.monotonic() < until:
-            if len(set(found.values())) > 1:
-                return
+        while len(found := set(table.all().items())) < num_processes() and time.monotonic() < until:
             time.sleep(0.05)
-        if len(found) == num_processes() and len(set(found.values())) == 1:
-            _common = error
-
-
-def leave() -> None:
-    """To be called last by a process that ends with a common error: process 0, which keeps the table, is the last."""
-    table = Table("left")
-    with contextlib.suppress(Exception):
-        if process_number():
-            table.put(process_number(), "")
-            return
-        until = time.monotonic() + LEAVE_SECONDS
-        while len(table.all()) < num_processes() - 1 and time.monotonic() < until:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        return len(found) == num_processes() and len({key for _, key in found}) == 1
+    return False

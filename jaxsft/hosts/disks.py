@@ -13,8 +13,7 @@ from typing import TypeVar
 
 from jaxsft.disk.writing import Path, WriteError, writing
 from jaxsft.hosts.agreement import Say, share
-from jaxsft.hosts.start import num_processes, process_number
-from jaxsft.hosts.table import Table
+from jaxsft.hosts.table import Table, num_processes, process_number
 
 T = TypeVar("T")
 

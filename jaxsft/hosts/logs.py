@@ -16,6 +16,7 @@ import traceback
 from types import TracebackType
 
 from jaxsft.disk.writing import Path, is_file, read_file, write_whole
+from jaxsft.hosts.exits import is_bug
 
 FOLDER = "logs"
 UPLOAD_SECONDS = 30.0
@@ -64,16 +65,24 @@ class Log:
             self._waiting += [f"{now} process {self._process} {self._host}  {line}\n" for line in lines]
         self._write()
 
+    def close(self, last_words: str = "") -> None:
+        """Writes all that is left, and last what this process has to say at its end."""
+        if last_words:
+            self.write(last_words)
+        self._write(is_last=True)
+
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Closes the log; an error that passes here is its last event, with its traceback where it is a bug."""
+        words = ""
         if error is not None and not isinstance(error, GeneratorExit):
-            is_plain = hasattr(error, "exit_code") or isinstance(error, (OSError, KeyboardInterrupt))
-            what = f"error: {error or type(error).__name__}"
-            self.write(what if is_plain else "".join(traceback.format_exception(error)))
-        self._write(is_last=True)
+            is_plain = not is_bug(error) or isinstance(error, KeyboardInterrupt)
+            words = (
+                f"error: {error or type(error).__name__}" if is_plain else "".join(traceback.format_exception(error))
+            )
+        self.close(words)
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import clusters, distributed  # Public jax tells nobody what it found out about the cluster.
+from jax._src import clusters  # Public jax tells nobody what it finds out about the cluster.
 
 from jaxsft.hosts.words import processes, spans
 
@@ -54,16 +54,6 @@ class Place(NamedTuple):
     process: int
     local_devices: Sequence[int] | None = None
     """Numbers of the devices of this host that are this process's; None for all."""
-
-
-def process_number() -> int:
-    """Of this process, from 0; without a look at the devices, which would wait for all processes."""
-    return distributed.global_state.process_id
-
-
-def num_processes() -> int:
-    """Of this run; without a look at the devices, which would wait for all processes."""
-    return distributed.global_state.num_processes
 
 
 def start_processes(say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> None:

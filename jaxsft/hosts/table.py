@@ -27,6 +27,16 @@ class Table:
         """Writes a text, over what may be there."""
         client().key_value_set(f"{self._prefix}{key}", text, allow_overwrite=True)
 
+    def put_first(self, key: str | int, text: str) -> str:
+        """Writes a text where there is none; the one that is there then."""
+        try:
+            client().key_value_set(f"{self._prefix}{key}", text)
+            return text
+        except jax.errors.JaxRuntimeError as error:
+            if "ALREADY_EXISTS" not in str(error):
+                raise
+            return client().blocking_key_value_get(f"{self._prefix}{key}", 10_000)
+
     def get(self, key: str | int, *, seconds: float) -> str | None:
         """A text, waited for; None where it has not come in `seconds`.
 
@@ -52,3 +62,13 @@ class Table:
 def client() -> Any:
     """The connection to the coordination service; of several processes only."""
     return distributed.global_state.client
+
+
+def process_number() -> int:
+    """Of this process, from 0; unlike `jax.process_index`, before any device is touched."""
+    return distributed.global_state.process_id
+
+
+def num_processes() -> int:
+    """Of this run; unlike `jax.process_count`, before any device is touched."""
+    return distributed.global_state.num_processes

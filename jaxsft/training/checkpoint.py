@@ -162,6 +162,15 @@ class Checkpointer:
             )
         self._run["frozen"] = key
 
+    def check(self) -> None:
+        """Waits for nothing.
+
+        Raises:
+            SaveError: the save that was under way has failed.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def wait(self) -> None:
         """Returns when no save is under way.
 

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from jaxsft.hosts.logs import Log
-from jaxsft.hosts.start import process_number
+from jaxsft.hosts.table import process_number
 
 
 class Console:

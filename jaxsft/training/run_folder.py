@@ -80,8 +80,8 @@ def _check_shared(folder: epath.Path) -> None:
     if apart:
         does = "does" if len(apart) == 1 else "do"
         raise ConfigError(
-            f"run_dir: {processes(apart)} {does} not see {folder} as process 0 has it; expected a folder that all hosts "
-            "share and can write into"
+            f"run_dir: {processes(apart)} {does} not see {folder} as process 0 has it; expected a folder that all "
+            "hosts share and can write into"
         )
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jaxsft.hosts.exits import START_AGAIN
 from jaxsft.interrupts import is_importing
 
-STOPPED = 75
+STOPPED = START_AGAIN
 """Exit code of a run that goes on when it is started again."""
 GRACE_SECONDS = 10.0
 """How long a second Ctrl-C waits for the main thread, which may be compiling, before it ends the process itself."""

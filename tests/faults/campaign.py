@@ -56,8 +56,11 @@ def result_of(run: pathlib.Path) -> dict[str, object]:
     metrics = [{key: value for key, value in line.items() if key not in SPEED} for line in lines]
     newest = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdecimal() else -1)
     # How Orbax lays them out in files is not the same each time.
-    state = ocp.StandardCheckpointer().restore(epath.Path(newest) / "state")
-    arrays = {name: zlib.crc32(np.asarray(array).tobytes()) for name, array in state.items()}
+    reader, folder = ocp.PyTreeCheckpointer(), epath.Path(newest) / "state"
+    # As numpy arrays: it may be of devices that this process does not have.
+    names = json.loads((newest / "meta.json").read_text())["arrays"]
+    state = reader.restore(folder, restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
+    arrays = {name: zlib.crc32(np.asarray(state[name]).tobytes()) for name in names}
     export = {path.name: zlib.crc32(path.read_bytes()) for path in (run / "export").iterdir()}
     return {"step": newest.name, "arrays": arrays, "metrics": metrics, "export": export}
 
