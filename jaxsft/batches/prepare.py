@@ -29,8 +29,6 @@ from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.config import DataConfig, SourceConfig
 from jaxsft.disk.writing import writing
-from jaxsft.hosts.agreement import agree
-from jaxsft.hosts.disks import once_per_disk
 from jaxsft.rows.detection import SAMPLE, choose_format
 from jaxsft.rows.items import Item
 from jaxsft.rows.messages import Spelling
@@ -104,6 +102,10 @@ def prepare(
         ConfigError: what stands where the prepared data belong is somebody else's.
         WriteError: they cannot be written.
     """
+    # These know jax, which the workers that import this module do not need.
+    from jaxsft.hosts.agreement import agree
+    from jaxsft.hosts.disks import once_per_disk
+
     described = {
         "source": source_digest(source.path, held_out=is_held_out(config, source)),
         "format": source.format,

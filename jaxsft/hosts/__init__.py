@@ -5,6 +5,7 @@
 `logs.py` is what each of them says, in a file of its own.
 `agreement.py` compares what all of them must have in common, before the first step.
 `disks.py` knows which of them share a folder, and has work done once for each disk.
+`doctor.py` looks over all hosts before a run.
 `words.py` names some of many.
 `failure.py` ends all of them when one ends, each with the first cause as its last words.
 `watchdog.py` ends them when no step is finished any more.

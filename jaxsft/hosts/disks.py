@@ -39,10 +39,10 @@ def first_with(folder: Path) -> int:
             mine.write_bytes(b"")
     except WriteError as error:
         problem = error  # The others do not know, and wait below.
-    names = share(f"looking for {folder} on all hosts", None if problem else mine.name, list)
+    names = share("looking for a folder on all hosts", None if problem else mine.name, list)
     theirs = [number for number, name in enumerate(names) if name and number < process_number()]
     first = next((number for number in theirs if (folder / names[number]).exists()), process_number())
-    share(f"looking for {folder} on all hosts", None, len)  # Nobody removes before all have looked.
+    share("looking for a folder on all hosts", None, len)  # Nobody removes before all have looked.
     if problem:
         raise problem
     with contextlib.suppress(OSError):
