@@ -83,7 +83,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
     """
     with StopSignal() as stop, contextlib.ExitStack() as closing:
         log = closing.enter_context(Log(process_number()))
-        failure.say_also(log.close)
+        failure.keep_log(log)
         console = Console(log)
         with together():
             agree_on_start(config.model_dump(mode="json"), say=console.say)

@@ -27,15 +27,24 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 
 from jaxsft.hosts.exits import START_AGAIN, exit_code, is_bug, sentence
+from jaxsft.hosts.logs import Log
 from jaxsft.hosts.table import Table, num_processes, process_number
+from jaxsft.interrupts import INTERRUPTED
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 """How long nothing is heard of a process until it is taken for dead."""
+SUSPECT_SECONDS = 10.0
+"""The same, where an error says that a connection to some process has broken."""
 WAIT_SECONDS = SILENT_SECONDS + 8.0
 """How long an error that may come of another process's end waits for the news of that."""
 FAREWELL_SECONDS = 5.0
-"""How long a process that ends waits for the others to have heard why; less than `_put_off_aborts` gives it."""
+"""How long a process that ends waits for the others to have heard why."""
+ABORT_SECONDS = 2.0
+"""How long the table may take to answer, where JAX has called abort(), before it is taken for gone."""
+
+LOG_SECONDS = 2.0
+"""How long the log of a process that failed is waited for."""
 
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 """What errors of JAX begin with of which no other process can be the reason."""
@@ -57,7 +66,7 @@ def watch() -> None:
     global _watch, _is_program
     if not _is_program and jax.distributed.is_initialized() and num_processes() > 1:
         _watch = _Watch(process_number(), num_processes())
-        _put_off_aborts()
+        _speak_before_aborts()
     _is_program = True
 
 
@@ -75,6 +84,7 @@ def fail(error: Exception) -> None:
         return
     is_lost = _is_of_others(error)
     if is_lost:
+        _watch.patience = SUSPECT_SECONDS
         time.sleep(WAIT_SECONDS)  # Where another has ended, a thread ends this process meanwhile.
     _watch.fail(sentence(error), START_AGAIN if is_lost else exit_code(error), own=_in_full(error))
 
@@ -89,6 +99,8 @@ def on_exit(kind: type[BaseException] | None, error: BaseException | None, trace
     """`fail` for an ExitStack: pushed last it comes first, before anything is closed that waits for other processes."""
     if isinstance(error, Exception):
         fail(error)
+    if isinstance(error, KeyboardInterrupt) and _watch is not None:
+        end("interrupted", INTERRUPTED)
     return False
 
 
@@ -119,6 +131,7 @@ class _Watch:
         self._causes, self._heard = Table("cause"), Table("heard")
         # All but process 0 look for that one alone, so that what is read grows with their number and not its square.
         self._mine, self._theirs = Table("beats" if process else "keeper"), Table("keeper" if process else "beats")
+        self.patience = SILENT_SECONDS
         self._missed = dict.fromkeys([0] if process else range(1, num_processes), 0)
         """Process -> rounds in which nothing new was heard of it. Not counted by a clock: it may be this one that stood
         still."""
@@ -127,7 +140,7 @@ class _Watch:
         self._is_parting = self._has_parted = False
         self._ending = threading.Lock()
         for work in (self._beat, self._listen, self._tick):
-            threading.Thread(target=work, name=f"watch {work.__name__}", daemon=True).start()
+            threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
 
     def part(self) -> None:
         self._is_parting = True
@@ -149,12 +162,21 @@ class _Watch:
         self._say_farewell(Cause(0, text, code))
         _last_words(text, code, is_silent=self._process != 0)
 
+    def aborted(self) -> None:
+        """C++ ends this process: says why where the table is gone, and returns where it is something else."""
+        if _within(ABORT_SECONDS, self._mine.all) is None:
+            self._end(self._gone(), is_told=False)
+
     def _end(self, cause: Cause, *, is_told: bool) -> NoReturn:
         """Ends this process because of another."""
         self._ending.acquire()
         if is_told:
             self._say_farewell(cause)
-        _last_words(cause.text, cause.code)
+        lines = []
+        if _log is not None and self._process == 0:  # whose console is the run's
+            lines = _within(LOG_SECONDS, functools.partial(_log.last_of, cause.process)) or []
+        quoted = [f"the last lines of process {cause.process}:", *lines] if lines else []
+        _last_words("\n".join([*quoted, cause.text]), cause.code)
 
     def _tell(self, cause: Cause) -> Cause:
         """Writes down why all end, if nobody has before; the first cause."""
@@ -186,8 +208,8 @@ class _Watch:
                     self._missed[process] = 0 if is_new else self._missed[process] + 1
                 self._beats |= seen
                 for process, missed in self._missed.items():
-                    if missed * BEAT_SECONDS > SILENT_SECONDS:
-                        self._tell(self._no_answer(process))
+                    if missed * BEAT_SECONDS > self.patience:
+                        self._tell(self._no_answer(process, missed * BEAT_SECONDS))
                 count += 1
                 time.sleep(BEAT_SECONDS)
 
@@ -205,8 +227,8 @@ class _Watch:
             if (seconds := time.monotonic() - self._ticked) > SILENT_SECONDS:
                 self._end(self._stood_still(seconds), is_told=False)
             self._ticked = time.monotonic()
-            if self._ticked - self._answered > SILENT_SECONDS:
-                self._end(self._no_answer(0), is_told=False)
+            if (seconds := self._ticked - self._answered) > self.patience:
+                self._end(self._no_answer(0, seconds), is_told=False)
 
     @contextlib.contextmanager
     def _until_table_is_gone(self) -> Iterator[None]:
@@ -219,15 +241,18 @@ class _Watch:
             if self._is_parting:
                 time.sleep(FAREWELL_SECONDS)
             if not self._has_parted:
-                seconds = time.monotonic() - self._ticked
-                gone = Cause(0, f"process 0{self._where(0)} is gone", START_AGAIN)
-                self._end(self._stood_still(seconds) if seconds > SILENT_SECONDS else gone, is_told=False)
+                self._end(self._gone(), is_told=False)
 
     # What is said.
 
-    def _no_answer(self, process: int) -> Cause:
-        text = f"process {process}{self._where(process)} has not answered for {SILENT_SECONDS:.0f} s"
+    def _no_answer(self, process: int, seconds: float) -> Cause:
+        text = f"process {process}{self._where(process)} has not answered for {seconds:.0f} s"
         return Cause(process, text, START_AGAIN)
+
+    def _gone(self) -> Cause:
+        if (seconds := time.monotonic() - self._ticked) > SILENT_SECONDS:
+            return self._stood_still(seconds)
+        return Cause(0, f"process 0{self._where(0)} is gone", START_AGAIN)
 
     def _stood_still(self, seconds: float) -> Cause:
         text = f"process {self._process} on {self._host} stood still for {seconds:.0f} s; the others have ended"
@@ -250,16 +275,21 @@ def _is_of_others(error: BaseException | None) -> bool:
     return False
 
 
-def _put_off_aborts() -> None:
-    """Lets the threads here end this process before JAX does.
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    if _watch is not None:
+        _watch.aborted()
 
-    JAX's own watch calls abort() in the moment in which process 0 is gone, and prints where in C++ it stood. What takes
-    the signal is `sleep` of the C library, which no lock of Python can hold up: it gets the number of the signal, 6, as
-    seconds. Then the abort goes on, if nothing has ended this process.
+
+def _speak_before_aborts() -> None:
+    """Lets this process say why it ends before JAX ends it.
+
+    JAX's own watch calls abort() in the moment in which process 0 is gone, having printed where in C++ it stood. Python
+    would run a handler of its own only later, so the C library is told to call this one; after it, the abort goes on.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
+    library.signal(signal.SIGABRT, ctypes.cast(_aborted, ctypes.c_void_p))
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -285,15 +315,15 @@ def _last_words(text: str, code: int, *, is_silent: bool = False) -> NoReturn:
     _within(1.0, sys.stdout.flush)
     if not is_silent:
         os.write(2, f"{chr(10) * sys.stderr.isatty()}{text}\n".encode(errors="replace"))
-    if _also is not None:
-        _within(1.0, functools.partial(_also, text))
+    if _log is not None:
+        _within(1.0, functools.partial(_log.close, text))
     os._exit(code)
 
 
-_also: Callable[[str], None] | None = None
+_log: Log | None = None
 
 
-def say_also(write: Callable[[str], None]) -> None:
-    """Gives the last words of this process to somebody else as well, whatever thread has them."""
-    global _also
-    _also = write
+def keep_log(log: Log) -> None:
+    """The last words of this process go there as well, whatever thread has them."""
+    global _log
+    _log = log

@@ -38,6 +38,7 @@ class Log:
 
     def __init__(self, process: int) -> None:
         self._process, self._host = process, socket.gethostname()
+        self._folder: Path | None = None
         self._path: Path | None = None
         self._fd: int | None = None
         self._waiting: list[str] = []
@@ -47,7 +48,7 @@ class Log:
 
     def open(self, folder: Path) -> None:
         """From now on lines go to the folder of a run, which is ours already; those that were kept go first."""
-        self._path = log_path(folder, self._process)
+        self._folder, self._path = folder, log_path(folder, self._process)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if "://" not in os.fspath(self._path):
@@ -64,6 +65,10 @@ class Log:
         with self._turn:  # a thread that watches has events as well
             self._waiting += [f"{now} process {self._process} {self._host}  {line}\n" for line in lines]
         self._write()
+
+    def last_of(self, process: int) -> list[str]:
+        """The last lines of another process of this run."""
+        return last_lines(self._folder, process) if self._folder is not None else []
 
     def close(self, last_words: str = "") -> None:
         """Writes all that is left, and last what this process has to say at its end."""

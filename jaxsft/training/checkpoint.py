@@ -139,8 +139,12 @@ class Checkpointer:
             raise self._failed(target, needed, error) from error
 
     def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
-        """The error of a save that failed, of which nothing is left that would take up room."""
-        if self._making == target and not (target / SEAL).exists():
+        """The error of a save that failed, of which nothing is left that would take up room.
+
+        Of several processes others still write into it, and would fail of its absence before this error is told; the
+        next start removes it.
+        """
+        if jax.process_count() == 1 and self._making == target and not (target / SEAL).exists():
             # Where one of Orbax's writers has failed, others may go on for a moment, and write into what is removed.
             for _ in range(10):
                 with contextlib.suppress(OSError):

@@ -10,6 +10,7 @@ and the export, to the byte.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -73,7 +74,7 @@ RUN = "\nfrom jaxsft.cli import main\nsys.exit(main())\n"
 
 FAULTS = {
     "kill": Fault(
-        "SIGKILL", None, 75, rf"process RANK on {HOST} (has not answered for 30 s|is gone)", signal=signal.SIGKILL
+        "SIGKILL", None, 75, rf"process RANK on {HOST} (has not answered for \d+ s|is gone)", signal=signal.SIGKILL
     ),
     "exception": Fault(
         "exception in a step", 1, 1, rf"process RANK on {HOST} failed: KeyError: 'planted'", "KeyError: 'planted'",
@@ -88,7 +89,7 @@ FAULTS = {
         f" resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\nat({AT}, work)",
     ),
     "stopped": Fault(
-        "SIGSTOP", 75, 75, rf"process RANK on {HOST} has not answered for 30 s",
+        "SIGSTOP", 75, 75, rf"process RANK on {HOST} has not answered for \d+ s",
         rf"process (RANK on {HOST} stood still for \d+ s; the others have ended|\d on {HOST} .*)",
         signal=signal.SIGSTOP,
     ),
@@ -113,6 +114,8 @@ class Trial(NamedTuple):
     rank: int
     seconds: float
     """From the fault to the end of the last of the others."""
+    is_continued: bool
+    """Whether the same command was given again, and left what the calm run left."""
     problem: str
     """Empty where all held."""
 
@@ -226,9 +229,10 @@ def trial(
     *,
     num_processes: int,
     rank: int,
+    is_continued: bool = True,
     overrides: tuple[str, ...] = (),
 ) -> Trial:
-    """Plants a fault in one process, waits for the end of all, and starts them again."""
+    """Plants a fault in one process, waits for the end of all, and starts them again if they are to be continued."""
     fault = FAULTS[name]
     make_data(place, is_bad=name == "bad-row")
     scripts = {rank: fault.script} if fault.script else {}
@@ -239,12 +243,12 @@ def trial(
         for process in processes:
             process.kill()
             process.wait()
-    if not problem:
+    if not problem and is_continued:
         make_data(place)
         problem = run_calmly(config, place, num_processes)
         if not problem and (found := difference(result_of(place / "run"), expected)):
             problem = f"continued, it left other {found}"
-    return Trial(name, num_processes, rank, seconds, problem)
+    return Trial(name, num_processes, rank, seconds, is_continued, problem)
 
 
 def _watch(fault: Fault, place: pathlib.Path, processes: list[subprocess.Popen], rank: int) -> tuple[float, str]:
@@ -284,16 +288,22 @@ def _watch(fault: Fault, place: pathlib.Path, processes: list[subprocess.Popen],
 
 def table(trials: list[Trial]) -> str:
     """Seconds by fault and number of processes."""
-    lines = ["| fault in one process | processes | trials | held | median | worst | exit code of it | of the others |"]
-    lines.append("|---" * 8 + "|")
+    lines = [
+        "| fault in one process | processes | trials | held | continued bitwise | median | worst | exit code | others |"
+    ]
+    lines.append("|---" * 9 + "|")
     for name, fault in FAULTS.items():
         for processes in sorted({each.processes for each in trials if each.fault == name}):
             mine = [each for each in trials if (each.fault, each.processes) == (name, processes)]
             seconds = [each.seconds for each in mine]
             held = sum(not each.problem for each in mine)
+            continued = sum(each.is_continued and not each.problem for each in mine)
             own = "killed" if fault.code is None else fault.code
             figures = f"{statistics.median(seconds):.1f} s | {max(seconds):.1f} s"
-            lines.append(f"| {fault.words} | {processes} | {len(mine)} | {held} | {figures} | {own} | {fault.others} |")
+            lines.append(
+                f"| {fault.words} | {processes} | {len(mine)} | {held} | {continued} "
+                f"| {figures} | {own} | {fault.others} |"
+            )
     return "\n".join(lines)
 
 
@@ -302,7 +312,10 @@ def main() -> None:
     parser.add_argument("work", type=pathlib.Path, help="folder for runs and trials.jsonl")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial; its rank is that of the fault")
+    parser.add_argument("--continued", type=int, default=2, help="how many of the trials are started again")
     parser.add_argument("--faults", default=",".join(FAULTS), help="comma-separated, of: " + ", ".join(FAULTS))
+    parser.add_argument("--at-once", type=int, default=1, help="how many trials; most of the time most of them wait")
     parser.add_argument("--table", action="store_true", help="print the table of all trials, and try nothing")
     args = parser.parse_args()
     work = args.work.resolve()
@@ -313,15 +326,28 @@ def main() -> None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(work / "compiled"))
         config = make_config(work)
         expected = calm_result(config, work / f"calm-{args.processes}", args.processes)
-        for number in range(args.trials):
-            for name in args.faults.split(","):
-                place = work / f"trial-{args.processes}-{name}"
-                shutil.rmtree(place, ignore_errors=True)
-                rank = number % args.processes
-                done = trial(name, config, place, expected, num_processes=args.processes, rank=rank)
-                print(done, flush=True)
-                with record.open("a") as file:
-                    file.write(json.dumps(done) + "\n")
+
+        def tried(number: int, name: str) -> None:
+            place = work / f"trial-{args.processes}-{name}-{number}"
+            shutil.rmtree(place, ignore_errors=True)
+            done = trial(
+                name,
+                config,
+                place,
+                expected,
+                num_processes=args.processes,
+                rank=number % args.processes,
+                is_continued=number < args.continued,
+            )
+            with record.open("a") as file:
+                file.write(json.dumps(done) + "\n")
+            print(done, flush=True)
+
+        numbers = range(args.first, args.first + args.trials)
+        with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+            pending = [pool.submit(tried, number, name) for number in numbers for name in args.faults.split(",")]
+            for each in pending:
+                each.result()
     trials = [Trial(*json.loads(line)) for line in record.read_text().splitlines()]
     print(table(trials))
 

@@ -1,0 +1,80 @@
+"""A run that stands still is ended; one whose steps are finished, however slow at first, is let be."""
+
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from jaxsft.hosts import watchdog
+from jaxsft.hosts.watchdog import LEAST_SECONDS, LONG_SECONDS, TIMES_THE_MEDIAN, Watchdog
+
+
+@pytest.fixture
+def looked_often(monkeypatch):
+    """The thread of a watchdog looks a hundred times a second."""
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.01)
+
+
+def train(dog, num_steps, seconds):
+    """Steps, each of which is finished so many seconds after the one before."""
+    for step in range(num_steps):
+        dog.launching(step)
+        time.sleep(seconds)
+        dog.launched(jnp.zeros(()).block_until_ready())
+
+
+def wait_for(ends, seconds=5.0):
+    until = time.monotonic() + seconds
+    while not ends and time.monotonic() < until:
+        time.sleep(0.01)
+    return ends
+
+
+def test_a_run_whose_steps_stop_is_ended_once_with_all_stacks_and_what_it_waited_for(looked_often, capfd):
+    ends = []
+    dog = Watchdog(0.5, end=lambda *end: ends.append(end))
+    dog.start()
+    train(dog, 10, 0.1)
+    assert not ends
+    ((text, code),) = wait_for(ends)
+    assert code == 75 and "no step was finished for" in text and text.endswith("the next batch was waited for")
+    time.sleep(0.7)
+    assert len(ends) == 1
+    stacks = capfd.readouterr().err
+    assert "test_a_run_whose_steps_stop" in stacks and stacks.count("Thread 0x") >= 2
+
+
+def test_the_step_that_is_under_way_is_named(looked_often):
+    ends = []
+    dog = Watchdog(0.3, end=lambda *end: ends.append(end))
+    dog.start()
+    train(dog, 3, 0.05)
+    time.sleep(0.1)
+    dog.launching(3)
+    assert wait_for(ends)[0][0].endswith("step 4 was under way")
+
+
+def test_what_is_no_step_may_take_long_and_then_time_runs_anew(looked_often):
+    ends = []
+    dog = Watchdog(0.4, end=lambda *end: ends.append(end))
+    dog.start()
+    time.sleep(0.8)  # compiling
+    train(dog, 3, 0.05)
+    with dog.busy("the model was saved"):
+        time.sleep(0.8)
+    time.sleep(0.1)
+    assert not ends
+    assert wait_for(ends)
+    dog.close()
+
+
+def test_the_limit_follows_the_median_step_and_not_the_slowest(looked_often):
+    dog = Watchdog(None)
+    assert dog.limit() == LEAST_SECONDS + LONG_SECONDS  # the first step compiles
+    dog.start()
+    train(dog, 5, 0.05)
+    time.sleep(0.1)
+    assert dog.limit() == LEAST_SECONDS
+    dog.close()
+    dog._seconds.extend([8.0] * 20 + [500.0] * 5)
+    assert dog.limit() == TIMES_THE_MEDIAN * 8.0
