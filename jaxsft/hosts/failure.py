@@ -172,7 +172,7 @@ class _Watch:
         self._ending.acquire()
         if is_told:
             self._say_farewell(cause)
-        lines = []
+        lines: list[str] = []
         if _log is not None and self._process == 0:  # whose console is the run's
             lines = _within(LOG_SECONDS, functools.partial(_log.last_of, cause.process)) or []
         quoted = [f"the last lines of process {cause.process}:", *lines] if lines else []
