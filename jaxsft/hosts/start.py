@@ -263,7 +263,7 @@ def _answer(place: Place, seconds: float) -> None:
             strange = strange or time.monotonic()
             if time.monotonic() - strange > STRANGE_SECONDS:
                 break
-        time.sleep(min(1.0, left))
+        time.sleep(min(0.5, left))
     raise StartError(
         f"process {place.process} of {place.num_processes} ({socket.gethostname()}) did not find process 0 at "
         f"{place.address} in {time.monotonic() - begin:.0f} s: {reason}; see whether process 0 runs there, and whether "
