@@ -37,6 +37,7 @@ from jaxsft.folders.pretrained import (
 )
 from jaxsft.folders.weights.key import weights_key
 from jaxsft.hosts.agreement import agree, share
+from jaxsft.hosts.table import num_processes
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.model.abstract import with_attention
 from jaxsft.model.attention import Choice, choose_kernel
@@ -120,6 +121,8 @@ class Setup:
         Raises:
             ConfigError: they do not; on all of them.
         """
+        if num_processes() == 1:
+            return
         facts = {"tokenizer": self.tokenizer.key, "config.json": self.pretrained.hf_config}
         stored = self.pretrained.stored
         facts["weights"] = "random" if stored is None else weights_key(stored)
