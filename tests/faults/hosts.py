@@ -199,7 +199,7 @@ def run_calmly(config: pathlib.Path, place: pathlib.Path, num_processes: int) ->
     """The command with nothing planted; what went wrong."""
     processes = start(config, place, num_processes, {})
     try:
-        wait(processes, 200)
+        wait(processes, 400)
     finally:
         for process in processes:
             process.kill()
@@ -255,7 +255,7 @@ def _watch(fault: Fault, place: pathlib.Path, processes: list[subprocess.Popen],
     """Waits for the fault, or sends it; then for the end of all. Seconds, and what did not hold."""
     metrics = place / "run" / "metrics.jsonl"
     is_planted = bool(fault.script)
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while True:
         if fault.signal is not None and metrics.exists() and f'"step": {AT},' in metrics.read_text():
             processes[rank].send_signal(fault.signal)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.faults
 
 TRIALS = {
     "stopped": (1, False, ()),
-    "stuck": (1, False, ("train.stall_timeout=4",)),
+    "stuck": (1, False, ("train.stall_timeout=10",)),
     "kill": (0, True, ()),
     "disk-full": (1, True, ()),
     "exception": (1, False, ()),
@@ -60,9 +60,9 @@ def test_a_fault_in_one_of_two_processes_ends_both_with_the_cause_and_the_run_go
 def test_a_process_alone_that_stands_still_ends_with_all_stacks_and_exit_code_75(config, tmp_path):
     place, stuck = tmp_path / "alone", hosts.FAULTS["stuck"]
     hosts.make_data(place)
-    (process,) = hosts.start(config, place, 1, {0: stuck.script}, "train.stall_timeout=3")
+    (process,) = hosts.start(config, place, 1, {0: stuck.script}, "train.stall_timeout=8")
     try:
-        assert hosts.wait([process], 100) < 100
+        assert hosts.wait([process], 200) < 200
     finally:
         process.kill()
     output = hosts.said(place, 0)
