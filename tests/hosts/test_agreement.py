@@ -14,6 +14,7 @@ sys.path.append(str(pathlib.Path(__file__).parent))
 import trials
 
 from jaxsft.hosts.agreement import agree, differences, flat, share
+from jaxsft.hosts.logs import last_lines
 
 
 def test_what_differs_is_named_with_the_numbers_of_the_processes():
@@ -165,12 +166,21 @@ def test_the_doctor_sees_all_hosts(two):
     assert "on each of 4 devices" in table[-1]
 
 
-@pytest.mark.parametrize("name", ["data"])
-def test_a_run_whose_processes_do_not_have_the_same_does_not_start(name, tmp_path):
+def test_a_run_whose_processes_do_not_have_the_same_does_not_start(tmp_path):
     """The other cases are measured by hand: `trials.py`."""
-    case = trials.CASES[name]
+    case = trials.CASES["data"]
     ended = trials.run_all(trials.make_config(tmp_path), tmp_path, case, num_processes=2)
     assert not trials.problem_of(case, ended, 2), ended
     assert ended.seconds < 60
     assert "error:" not in ended.said[1]  # said once
     assert not (tmp_path / "run").exists()
+
+
+def test_process_0_quotes_the_log_of_the_one_that_failed(tmp_path):
+    case = trials.CASES["failure"]
+    ended = trials.run_all(trials.make_config(tmp_path), tmp_path, case, num_processes=2)
+    assert not trials.problem_of(case, ended, 2), ended
+    quoted, last = ended.said[0].split("the last lines of process 1:\n")[1].rstrip().rsplit("\n", 1)
+    assert last.endswith("failed: KeyError: 'planted'")
+    assert all(f"process 1 {socket.gethostname()}  " in line for line in quoted.splitlines())
+    assert "KeyError: 'planted'" in "".join(last_lines(tmp_path / "run", 1))

@@ -52,6 +52,12 @@ import importlib.metadata as metadata
 version = metadata.version
 metadata.version = lambda name: "0.0.1" if name == "optax" else version(name)
 """
+FAILS = """
+from jaxsft.training.stop import StopSignal
+def at(self, step):
+    raise KeyError("planted")
+StopSignal.at = at
+"""
 CASES = {
     "config": Case(
         "another learning rate",
@@ -67,6 +73,7 @@ CASES = {
     "same mistake": Case("all have the same mistake", 1, "error: ", all_overrides=("optim.learning_rte=1",)),
     "mistake": Case("one has a mistake in its config", 1, "failed: ", overrides=("optim.learning_rte=1",)),
     "run folder": Case("a run folder of its own", 1, "do not see|does not see", all_overrides=(f"run_dir={OWN}/run",)),
+    "failure": Case("one fails before the first step", 1, "the last lines of process LAST:", script=FAILS),
     "absent": Case("one does not come", 75, "within 15 s: missing LAST;", all_environment=WAIT, is_absent=True),
     "no coordinator": Case(
         "one has the address of nobody",
