@@ -141,7 +141,7 @@ def _table(found: Sequence[dict[str, Any]], places: dict[str, Path]) -> list[str
             each["devices"],
             _gib(each["device memory"]),
             "not known" if memory is None else f"{memory[0] / GIB:.1f} of {_gib(memory[1])}",
-            f"{each['clock'] - found[0]['clock']:+.2f} s",
+            f"{round(each['clock'] - found[0]['clock'], 2) + 0.0:+.2f} s",
         ]
         for name in places:
             seen = each["places"][name]

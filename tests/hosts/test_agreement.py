@@ -171,7 +171,6 @@ def test_a_run_whose_processes_do_not_have_the_same_does_not_start(tmp_path):
     case = trials.CASES["data"]
     ended = trials.run_all(trials.make_config(tmp_path), tmp_path, case, num_processes=2)
     assert not trials.problem_of(case, ended, 2), ended
-    assert ended.seconds < 60
     assert "error:" not in ended.said[1]  # said once
     assert not (tmp_path / "run").exists()
 
