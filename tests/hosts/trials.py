@@ -90,6 +90,8 @@ class Ended(NamedTuple):
 
     seconds: float
     """Until all were gone, from the start of the first."""
+    apart: float
+    """Between the ends of the first and of the last."""
     codes: list[int | None]
     said: list[str]
 
@@ -159,16 +161,20 @@ def run_all(
         with (own / "said.txt").open("w") as output:
             processes.append(subprocess.Popen(command, cwd=own, stdout=output, stderr=subprocess.STDOUT, env=mine))
     try:
+        first = None
         while any(each.poll() is None for each in processes) and time.monotonic() - begin < seconds:
+            if first is None and any(each.poll() is not None for each in processes):
+                first = time.monotonic()
             time.sleep(0.05)
         took = time.monotonic() - begin
+        apart = 0.0 if first is None else time.monotonic() - first
     finally:
         for each in processes:
             if each.poll() is None:
                 each.kill()
                 each.wait()
     said = [(place / str(number) / "said.txt").read_text(errors="replace") for number in range(len(processes))]
-    return Ended(took, [each.returncode for each in processes], said)
+    return Ended(took, apart, [each.returncode for each in processes], said)
 
 
 def problem_of(case: Case, ended: Ended, num_processes: int) -> str:
@@ -200,13 +206,16 @@ def main() -> int:
         for number in range(args.trials):
             place = args.work.resolve() / f"{name.replace(' ', '-')}-{number}"
             ended = run_all(config, place, case, num_processes=args.processes)
-            found.append((ended.seconds, problem_of(case, ended, args.processes)))
+            found.append((ended.seconds, ended.apart, problem_of(case, ended, args.processes)))
             if number == 0:
                 for who, said in enumerate(ended.said):
                     print("\n".join(f"    [{who}] {line}" for line in said.splitlines()[-6:]))
-        worst = max(seconds for seconds, _ in found)
-        problems = [problem for _, problem in found if problem]
-        print(f"{case.words}: worst of {len(found)} {worst:.1f} s; {'; '.join(problems) or 'all held'}", flush=True)
+        seconds, apart = (max(column) for column in list(zip(*found, strict=True))[:2])
+        problems = "; ".join(problem for *_, problem in found if problem) or "all held"
+        print(
+            f"{case.words}: worst of {len(found)} {seconds:.1f} s, {apart:.1f} s from the first to the last: {problems}",
+            flush=True,
+        )
     return 0
 
 
