@@ -212,10 +212,8 @@ def main() -> int:
                     print("\n".join(f"    [{who}] {line}" for line in said.splitlines()[-6:]))
         seconds, apart = (max(column) for column in list(zip(*found, strict=True))[:2])
         problems = "; ".join(problem for *_, problem in found if problem) or "all held"
-        print(
-            f"{case.words}: worst of {len(found)} {seconds:.1f} s, {apart:.1f} s from the first to the last: {problems}",
-            flush=True,
-        )
+        times = f"worst of {len(found)} {seconds:.1f} s, {apart:.1f} s from the first to the last"
+        print(f"{case.words}: {times}: {problems}", flush=True)
     return 0
 
 
