@@ -11,7 +11,7 @@ from jaxsft.folders.weights.stored import open_folder
 
 def test_copies_have_one_key_and_another_model_has_another(tmp_path):
     values = {f"layers.{n}.weight": np.full((6, 300), n, np.float32) for n in range(3 * TENSORS_READ)}
-    values |= {"scalar": np.float32(1).reshape(()), "empty": np.zeros((0, 4), np.float32)}
+    values |= {"scalar": np.array(1, np.float32), "empty": np.zeros((0, 4), np.float32)}
     one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
     one.mkdir()
     save_file(values, one / "model.safetensors")
