@@ -17,7 +17,7 @@ def test_copies_have_one_key_and_another_model_has_another(tmp_path):
     save_file(values, one / "model.safetensors")
     shutil.copytree(one, copy)
     other.mkdir()
-    save_file({name: value + np.float32(1e-6) for name, value in values.items()}, other / "model.safetensors")
+    save_file({name: np.asarray(value + 1, np.float32) for name, value in values.items()}, other / "model.safetensors")
     key = weights_key(open_folder(one))
     assert weights_key(open_folder(copy)) == key
     assert weights_key(open_folder(other)) != key
