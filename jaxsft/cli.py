@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import config_keys, load_config
-from jaxsft.hosts.exits import exit_code, is_bug
+from jaxsft.hosts.exits import BUG, exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
 PARTED = 1
@@ -29,9 +29,12 @@ PARTED = 1
 
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
+    from jaxsft.hosts.agreement import together
     from jaxsft.train import train
 
-    return train(_config(args), restart=args.restart)
+    with together():
+        config = _config(args)
+    return train(config, restart=args.restart)
 
 
 def quickstart_command(args: argparse.Namespace) -> int:
@@ -88,16 +91,20 @@ def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
     from jaxsft.answers.evaluate import describe
     from jaxsft.folders.pretrained import load_weights
+    from jaxsft.hosts.agreement import agree_on_start, together
     from jaxsft.model.abstract import whole
     from jaxsft.model.freezing import frozen_key
     from jaxsft.setup import Setup
     from jaxsft.training.checkpoint import Checkpointer
     from jaxsft.training.step import abstract_state, evaluation_params
 
-    setup = Setup(_config(args), say=print)
-    config, mesh, folder = setup.config, setup.mesh, setup.folder
-    if setup.examiner is None:
-        raise ConfigError("data.eval: required to evaluate, not given")
+    with together():
+        config = _config(args)
+        agree_on_start(config.model_dump(mode="json"))
+        setup = Setup(config, say=print)
+        config, mesh, folder = setup.config, setup.mesh, setup.folder
+        if setup.examiner is None:
+            raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
         state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
     if state is None:
@@ -193,6 +200,29 @@ def verify_command(args: argparse.Namespace) -> int:
     return verify(args.path, say=print)
 
 
+def doctor_command(args: argparse.Namespace) -> int:
+    """look over all hosts before a run: devices, versions, memory, disks, clocks, the run folder, an all-reduce"""
+    from etils import epath
+
+    from jaxsft.disk.writing import at_home
+    from jaxsft.hosts.agreement import together
+    from jaxsft.hosts.doctor import examine
+    from jaxsft.hosts.table import process_number
+
+    with together():
+        run_dir = _config(args).run_dir if args.config is not None else None
+        places = {}
+        if run_dir is not None:
+            is_bucket = "://" in run_dir
+            places["run_dir"] = epath.Path(run_dir) if is_bucket else epath.Path(at_home(run_dir, "run_dir")).resolve()
+        problems, table = examine(places)
+    if process_number() == 0:
+        count = len(problems)
+        print(f"{count} problem{'s' * (count > 1)}:" if problems else "no problems")
+        print("\n".join([*(f"  {problem}" for problem in problems), *table]))
+    return BUG if problems else 0
+
+
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
     for key, kind, default, meaning in config_keys():
@@ -202,6 +232,8 @@ def keys_command(args: argparse.Namespace) -> int:
 
 COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command)
 """Commands whose compiled programs are kept for the next start."""
+WATCHED = (train_command, quickstart_command, evaluate_command, doctor_command)
+"""Commands that end together where several processes run them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -223,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         # Nor need transformers spend seconds on importing it where it is installed.
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    is_watched = arguments is None and args.command in (train_command, quickstart_command, evaluate_command)
+    is_watched = arguments is None and args.command in WATCHED
     try:
         if arguments is None and args.command in COMPILING:
             from jaxsft.disk.compiled import keep_compiled
@@ -231,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_compiled(print)
         if is_watched:
             from jaxsft.hosts import failure
-            from jaxsft.mesh import start_processes
+            from jaxsft.hosts.start import start_processes
 
             if args.command is not quickstart_command:
                 start_processes()
@@ -326,6 +358,9 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--out", default="report", metavar="FOLDER", help="where to write (default: ./report)")
     subparser = add("verify", verify_command)
     subparser.add_argument("path", metavar="RUN_OR_EXPORT", help="run folder, or the export of a run")
+    subparser = add("doctor", doctor_command)
+    subparser.add_argument("config", nargs="?", help="YAML file, whose run folder is looked for on all hosts")
+    subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run_dir=/mnt/runs/one")
     add("keys", keys_command)
     return parser
 

@@ -1,4 +1,4 @@
-"""The device mesh, the one table from the letter of a dim to its mesh axis, and the start-up of processes.
+"""The device mesh, and the one table from the letter of a dim to its mesh axis.
 
 In: the `mesh` section, and arrays that name their dims by letters. Out: a mesh, and the sharding of each array on it.
 
@@ -8,7 +8,6 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 
 import contextlib
 import math
-import os
 from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -324,25 +323,3 @@ DIM_WORDS = {
     "o": "number of rows of a quantised weight",
     "r": "rank of adapters",
 }
-
-
-def start_processes() -> None:
-    """Joins the other processes of this run when a cluster is detected; a single process goes on alone.
-
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` name the run by hand; otherwise
-    `jax.distributed.initialize` asks SLURM, OpenMPI, GKE and Cloud TPU. Must run before anything touches a device.
-    """
-    if jax.distributed.is_initialized():
-        return
-    by_hand = [os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")]
-    if all(by_hand):
-        address, num_processes, process_id = by_hand
-        assert address and num_processes and process_id
-        jax.distributed.initialize(address, int(num_processes), int(process_id))
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        # This exact complaint is how JAX says that no cluster was found; any other is a cluster that failed.
-        if "coordinator_address should be defined" not in str(error):
-            raise

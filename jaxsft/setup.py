@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxsft.answers.evaluate import Examiner, HeldOut, describe_questions, make_questions
@@ -36,6 +35,9 @@ from jaxsft.folders.pretrained import (
     open_model,
     open_tokenizer,
 )
+from jaxsft.folders.weights.key import weights_key
+from jaxsft.hosts.agreement import agree, share
+from jaxsft.hosts.table import num_processes
 from jaxsft.mesh import check_divisible, make_mesh
 from jaxsft.model.abstract import with_attention
 from jaxsft.model.attention import Choice, choose_kernel
@@ -112,6 +114,38 @@ class Setup:
     def pretrained(self) -> Pretrained:
         """The model without its weights. Raises ConfigError, see `open_model`."""
         return open_model(self.config.model, self.tokenizer, self.config.lora, self.config.train.only)
+
+    def agree_on_model(self) -> None:
+        """Looks whether all processes have the same tokenizer, template and model, before rows or weights are read.
+
+        Raises:
+            ConfigError: they do not; on all of them.
+        """
+        if num_processes() == 1:
+            return
+        facts = {"tokenizer": self.tokenizer.key, "config.json": self.pretrained.hf_config}
+        stored = self.pretrained.stored
+        facts["weights"] = "random" if stored is None else weights_key(stored)
+        if self.pretrained.source.adapter is not None:
+            facts["adapter"] = weights_key(self.pretrained.source.adapter.stored)
+        agree("model and tokenizer", facts | self.encoder.settings, say=self._say)
+
+    def agree_on_batches(self) -> None:
+        """Looks whether all processes will make the same batches.
+
+        Raises:
+            DataError: they will not; on all of them.
+        """
+        rows, length = self.loader.shape
+        plan = {
+            "steps": self.num_steps,
+            "rows of a step": rows,
+            "tokens of a row": length,
+            "microbatches of a step": self.config.train.num_microbatches,
+            "mesh": str(dict(self.mesh.shape)),
+            "kernel of attention": self.attention.split()[0],
+        }
+        agree("rows and batches", plan | self.fingerprint, error=DataError, say=self._say)
 
     @functools.cached_property
     def loader(self) -> Loader | StreamLoader:
@@ -368,7 +402,7 @@ def _with_date(config: Config, folder: epath.Path | None) -> Config:
         return config
     began = template_date(folder) if folder is not None else None
     today = began or datetime.date.today()
-    if jax.process_count() > 1:  # it may be midnight between two of them
-        today = datetime.date.fromordinal(int(multihost_utils.broadcast_one_to_all(today.toordinal())))
-    data = config.data.model_copy(update={"template_date": today.isoformat()})
+    # It may be midnight between two processes.
+    day = share("which day it is", today.isoformat(), lambda days: days[0])
+    data = config.data.model_copy(update={"template_date": day})
     return config.model_copy(update={"data": data})

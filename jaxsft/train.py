@@ -28,6 +28,9 @@ from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.hosts import failure
+from jaxsft.hosts.agreement import agree_on_start, together
+from jaxsft.hosts.logs import Log
+from jaxsft.hosts.table import process_number
 from jaxsft.hosts.watchdog import Watchdog
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
@@ -79,42 +82,51 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         Diverged: too many steps were skipped as their loss or gradient was not finite, or a parameter is not finite.
     """
     with StopSignal() as stop, contextlib.ExitStack() as closing:
-        # What is trained, and on what. Whatever can be wrong with it is found before a weight is read.
-        console = Console()
-        setup = Setup(config, restart=restart, say=console.say)
-        config, folder = setup.config, setup.folder
-        _check(setup)
-        closing.enter_context(contextlib.closing(setup.loader))
+        log = closing.enter_context(Log(process_number()))
+        failure.keep_log(log)
+        console = Console(log)
+        with together():
+            agree_on_start(config.model_dump(mode="json"), say=console.say)
 
-        # The folder is this run's, and this process's alone.
-        lock = claim_run_folder(folder, setup.fingerprint, restart=restart, say=console.say)
-        if lock is not None:
-            closing.callback(lock.release)
-        sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config)}
-        checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=sealed)
-        closing.enter_context(contextlib.closing(checkpointer))
-        closing.enter_context(contextlib.closing(console))
-        stop.can_save()
-        if isinstance(setup.loader, StreamLoader):
-            setup.loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
+            # What is trained, and on what. Whatever can be wrong with it is found before a weight is read.
+            setup = Setup(config, restart=restart, say=console.say)
+            config, folder = setup.config, setup.folder
+            _check(setup)
+            closing.enter_context(contextlib.closing(setup.loader))
 
-        console.say(_memory(setup))
+            # The folder is this run's, and this process's alone.
+            lock = claim_run_folder(folder, setup.fingerprint, restart=restart, say=console.say)
+            if lock is not None:
+                closing.callback(lock.release)
+            log.open(folder)
+            sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config)}
+            checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=sealed)
+            closing.enter_context(contextlib.closing(checkpointer))
+            closing.enter_context(contextlib.closing(console))
+            stop.can_save()
+            if isinstance(setup.loader, StreamLoader):
+                setup.loader.use_index(folder / "stream.jsonl", is_writer=jax.process_index() == 0)
 
-        # The state: where a former start of this run left off, or the weights to begin with.
-        state, frozen = _first_state(setup, checkpointer, stop, console)
-        first = int(state.step)
-        console.say(_summary(setup, state, frozen))
-        logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
-        export = folder / "export"
-        if first >= setup.num_steps and export.exists():
-            if (problem := export_problem(export)) is None:
-                console.say(f"this run is finished; its model is in {export} (remove it to export anew)")
-                yield Finished(first, export)
-                return
-            console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
-        _describe_run(setup, console)
-        logbook.open()
-        closing.enter_context(contextlib.closing(logbook))
+            console.say(_memory(setup))
+
+            # The state: where a former start of this run left off, or the weights to begin with.
+            state, frozen = _first_state(setup, checkpointer, stop, console)
+            first = int(state.step)
+            console.say(_summary(setup, state, frozen))
+            logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
+            export = folder / "export"
+            is_finished = first >= setup.num_steps and export.exists()
+            if is_finished and (problem := export_problem(export)) is not None:
+                console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
+                is_finished = False
+            if not is_finished:
+                _describe_run(setup, console)
+                logbook.open()
+                closing.enter_context(contextlib.closing(logbook))
+        if is_finished:
+            console.say(f"this run is finished; its model is in {export} (remove it to export anew)")
+            yield Finished(first, export)
+            return
         watchdog = closing.enter_context(contextlib.closing(Watchdog(config.train.stall_timeout)))
         if failure.is_program():
             watchdog.start()
@@ -247,10 +259,12 @@ def due_after(done: int, num_steps: int, config: Config) -> Due:
 def _check(setup: Setup) -> None:
     """Opens all that the run needs but weights, in the order in which mistakes are found soonest."""
     check_writers(setup.config.log)
+    setup.agree_on_model()
     setup.check_fit()
     _ = setup.attention  # a kernel is checked before a weight is read, and is that of all that follows
     check_profile(setup.config.log, setup.num_steps, setup.folder / "profile")
     setup.check_overlap()
+    setup.agree_on_batches()
 
 
 def _first_state(

@@ -21,6 +21,7 @@ from etils import epath
 
 from jaxsft.cli import main
 from jaxsft.config_files import load_config
+from jaxsft.hosts.logs import last_lines
 from jaxsft.train import Due, due_after, run, train
 from jaxsft.training.events import Saved
 
@@ -277,6 +278,7 @@ def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
     ).stat().st_size
     assert "step 12" in results[0][1]
     assert "step 12" not in results[1][1]  # one process speaks
+    assert all(any("step 12" in line for line in last_lines(folder, number, 20)) for number in (0, 1))  # both write
 
 
 # Mixtures and held-out sets.

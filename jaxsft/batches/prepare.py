@@ -102,6 +102,10 @@ def prepare(
         ConfigError: what stands where the prepared data belong is somebody else's.
         WriteError: they cannot be written.
     """
+    # These know jax, which the workers that import this module do not need.
+    from jaxsft.hosts.agreement import agree
+    from jaxsft.hosts.disks import once_per_disk
+
     described = {
         "source": source_digest(source.path, held_out=is_held_out(config, source)),
         "format": source.format,
@@ -125,19 +129,28 @@ def prepare(
         "versions": {package: metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")},
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    # Before anybody works for an hour on rows that another process does not have.
+    agree(f"data of {source.path}", {name: digest(value) for name, value in described.items()}, error=DataError)
     folder = cache.folder(config.cache, say) / key
-    found = cache.load(folder)
-    if found is not None:
-        return Prepared(key, **found.arrays, report=found.report)
-    cache.claim(folder.parent)
-    cache.check_replaceable(folder, say)
-    with cache.building(folder) as building, seldom_collected():
-        _build(building, config, source, encoder, limit, fingerprint, say)
-        found = cache.load(building)
-        assert found is not None, "whole, for it was just written"
-        cache.put_in_place(building, folder)
-    # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
-    found = cache.load(folder) or found
+
+    def make() -> cache.Found:
+        cache.check_replaceable(folder, say)
+        with cache.building(folder) as building, seldom_collected():
+            _build(building, config, source, encoder, limit, fingerprint, say)
+            found = cache.load(building)
+            assert found is not None, "whole, for it was just written"
+            cache.put_in_place(building, folder)
+        # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
+        return cache.load(folder) or found
+
+    found = once_per_disk(
+        folder.parent,
+        f"preparing {source.path}",
+        find=lambda: cache.load(folder),
+        claim=lambda: cache.claim(folder.parent),
+        make=make,
+        say=say,
+    )
     return Prepared(key, **found.arrays, report=found.report)
 
 

@@ -11,6 +11,7 @@ table, looks for all of them, and they look for it. Nothing of this touches a de
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 
 from jaxsft.hosts.exits import START_AGAIN, exit_code, is_bug, sentence
-from jaxsft.hosts.table import Table, place
+from jaxsft.hosts.logs import Log
+from jaxsft.hosts.table import Table, num_processes, process_number
 from jaxsft.interrupts import INTERRUPTED
 
 BEAT_SECONDS = 2.0
@@ -40,6 +42,9 @@ FAREWELL_SECONDS = 5.0
 """How long a process that ends waits for the others to have heard why."""
 ABORT_SECONDS = 2.0
 """How long the table may take to answer, where JAX has called abort(), before it is taken for gone."""
+
+LOG_SECONDS = 2.0
+"""How long the log of a process that failed is waited for."""
 
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 """What errors of JAX begin with of which no other process can be the reason."""
@@ -59,8 +64,8 @@ class Cause(NamedTuple):
 def watch() -> None:
     """From now on this process, a program of its own, ends with the others of its run, and they with it."""
     global _watch, _is_program
-    if not _is_program and jax.distributed.is_initialized() and place()[1] > 1:
-        _watch = _Watch(*place())
+    if not _is_program and jax.distributed.is_initialized() and num_processes() > 1:
+        _watch = _Watch(process_number(), num_processes())
         _speak_before_aborts()
     _is_program = True
 
@@ -81,8 +86,13 @@ def fail(error: Exception) -> None:
     if is_lost:
         _watch.patience = SUSPECT_SECONDS
         time.sleep(WAIT_SECONDS)  # Where another has ended, a thread ends this process meanwhile.
-    trace = "".join(traceback.format_exception(error)) if is_bug(error) else ""
-    _watch.fail(sentence(error), START_AGAIN if is_lost else exit_code(error), trace=trace)
+    _watch.fail(sentence(error), START_AGAIN if is_lost else exit_code(error), own=_in_full(error))
+
+
+def fail_alike(error: Exception) -> None:
+    """`fail` for an error that all processes have: process 0 says it, and all end with its code."""
+    if _watch is not None:
+        _watch.fail_alike(_in_full(error), exit_code(error))
 
 
 def on_exit(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -137,14 +147,20 @@ class _Watch:
         jax.distributed.shutdown()  # Returns when all have come to it.
         self._has_parted = True
 
-    def fail(self, text: str, code: int, *, trace: str = "") -> NoReturn:
-        """Ends this process by its own fault."""
+    def fail(self, text: str, code: int, *, own: str = "") -> NoReturn:
+        """Ends this process by its own fault, which it says in words of its own."""
         self._ending.acquire()  # Of several threads with a reason to end the first does; others wait here for the end.
         mine = Cause(self._process, f"process {self._process} on {self._host} failed: {text}", code)
         first = _within(FAREWELL_SECONDS, lambda: self._tell(mine)) or mine
         self._say_farewell(first)
-        own = trace.rstrip() or f"error: {text}"
+        own = own or f"error: {text}"
         _last_words(own if first == mine else f"{own}\n{first.text}", first.code)
+
+    def fail_alike(self, text: str, code: int) -> NoReturn:
+        """Ends this process as all others end."""
+        self._ending.acquire()
+        self._say_farewell(Cause(0, text, code))
+        _last_words(text, code, is_silent=self._process != 0)
 
     def aborted(self) -> None:
         """C++ ends this process: says why where the table is gone, and returns where it is something else."""
@@ -156,7 +172,11 @@ class _Watch:
         self._ending.acquire()
         if is_told:
             self._say_farewell(cause)
-        _last_words(cause.text, cause.code)
+        lines: list[str] = []
+        if _log is not None and self._process == 0:  # whose console is the run's
+            lines = _within(LOG_SECONDS, functools.partial(_log.last_of, cause.process)) or []
+        quoted = [f"the last lines of process {cause.process}:", *lines] if lines else []
+        _last_words("\n".join([*quoted, cause.text]), cause.code)
 
     def _tell(self, cause: Cause) -> Cause:
         """Writes down why all end, if nobody has before; the first cause."""
@@ -286,8 +306,24 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     return results[0] if results else None
 
 
-def _last_words(text: str, code: int) -> NoReturn:
+def _in_full(error: Exception) -> str:
+    return "".join(traceback.format_exception(error)).rstrip() if is_bug(error) else f"error: {error}"
+
+
+def _last_words(text: str, code: int, *, is_silent: bool = False) -> NoReturn:
     """Ends this process without closing anything: all that could be closed may wait for other processes."""
     _within(1.0, sys.stdout.flush)
-    os.write(2, f"{chr(10) * sys.stderr.isatty()}{text}\n".encode(errors="replace"))
+    if not is_silent:
+        os.write(2, f"{chr(10) * sys.stderr.isatty()}{text}\n".encode(errors="replace"))
+    if _log is not None:
+        _within(1.0, functools.partial(_log.close, text))
     os._exit(code)
+
+
+_log: Log | None = None
+
+
+def keep_log(log: Log) -> None:
+    """The last words of this process go there as well, whatever thread has them."""
+    global _log
+    _log = log

@@ -64,6 +64,11 @@ def client() -> Any:
     return distributed.global_state.client
 
 
-def place() -> tuple[int, int]:
-    """(number of this process, number of all); unlike `jax.process_index`, before any device is touched."""
-    return distributed.global_state.process_id, distributed.global_state.num_processes
+def process_number() -> int:
+    """Of this process, from 0; unlike `jax.process_index`, before any device is touched."""
+    return distributed.global_state.process_id
+
+
+def num_processes() -> int:
+    """Of this run; unlike `jax.process_count`, before any device is touched."""
+    return distributed.global_state.num_processes

@@ -1,27 +1,34 @@
-"""What the user sees of a run: a live bar on a terminal, plain lines elsewhere.
+"""What the user sees of a run: a live bar on a terminal, plain lines elsewhere; and the log of each process.
 
-In: sentences, and the lines of metrics (`metrics.py`). Out: text on the terminal of process 0.
+In: sentences, and the lines of metrics (`metrics.py`). Out: text on the terminal of process 0, and in the log of every
+process.
 """
 
 import time
 from typing import Any
 
-import jax
+from jaxsft.hosts.logs import Log
+from jaxsft.hosts.table import process_number
 
 
 class Console:
-    """What the user sees: a live bar on a terminal, plain lines elsewhere, nothing on processes other than 0."""
+    """What the user sees: a live bar on a terminal, plain lines elsewhere, nothing on processes other than 0.
 
-    def __init__(self) -> None:
+    Args:
+        log: of this process, whose lines are the same on all.
+    """
+
+    def __init__(self, log: Log) -> None:
         import rich.console
 
-        self._quiet = jax.process_index() != 0
+        self._log, self._quiet = log, process_number() != 0
         self._console = rich.console.Console(quiet=self._quiet, highlight=False, emoji=False)
         self._bar: Any = None
         self._started: tuple[float, int] | None = None
 
     def say(self, text: str = "") -> None:
         """Prints a line, above the bar where there is one."""
+        self._log.write(text)
         self._console.print(text, markup=False, soft_wrap=True)
 
     def step(self, step: int, num_steps: int, line: dict[str, float]) -> None:
@@ -42,6 +49,7 @@ class Console:
         if not self._console.is_terminal:
             self.say(f"step {step}/{num_steps}  {shown}  left {_clock(left)}")
             return
+        self._log.write(f"step {step}/{num_steps}  {shown}  left {_clock(left)}")
         self._show_bar(step, num_steps, f"{shown}  left {_clock(left)}")
 
     def _show_bar(self, step: int, num_steps: int, text: str) -> None:

@@ -10,20 +10,21 @@ from that.
 
 import contextlib
 import datetime
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
 import yaml
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
 from jaxsft.disk.locks import Lock
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import WriteError, aside_of, read_file, set_aside, write_whole, writing
+from jaxsft.hosts.agreement import by_first, share
+from jaxsft.hosts.disks import first_with
+from jaxsft.hosts.words import processes
 from jaxsft.training.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
 from jaxsft.training.metrics_file import last_step
 
@@ -53,20 +54,35 @@ def claim_run_folder(
 
     Raises:
         ConfigError: the folder holds another run (the differing fields are named), or something that is no run, or
-            another process works in it.
-        WriteError: it cannot be made.
+            another process works in it, or not all processes of this run see it. On all processes.
+        WriteError: it cannot be made. On all processes.
     """
-    lock, problem = None, None
-    if jax.process_index() == 0:
-        try:
-            lock = _claim(folder, json.loads(json.dumps(fingerprint)), restart=restart, say=say)
-        except (ConfigError, WriteError) as error:
-            problem = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
-        problem = problem or ConfigError(f"run_dir: {folder}: process 0 could not have it; its own message says why")
-    if problem is not None:
-        raise problem
+    fingerprint = json.loads(json.dumps(fingerprint))
+    claim = functools.partial(_claim, folder, fingerprint, restart=restart, say=say)
+    lock = by_first("taking the run folder", claim, errors=(ConfigError, WriteError))
+    try:
+        _check_shared(folder)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     return lock
+
+
+def _check_shared(folder: epath.Path) -> None:
+    """Raises ConfigError, the same on all processes, where they do not all see the folder that process 0 has."""
+    first = None
+    with contextlib.suppress(WriteError):
+        first = first_with(folder)
+    apart = share(
+        "whether all see the run folder", first, lambda found: [n for n, each in enumerate(found) if each != 0]
+    )
+    if apart:
+        does = "does" if len(apart) == 1 else "do"
+        raise ConfigError(
+            f"run_dir: {processes(apart)} {does} not see {folder} as process 0 has it; expected a folder that all "
+            "hosts share and can write into"
+        )
 
 
 def _claim(folder: epath.Path, fingerprint: dict[str, Any], *, restart: bool, say: Callable[[str], None]) -> Lock:
@@ -146,18 +162,17 @@ def check_progress(folder: epath.Path) -> None:
     Raises:
         ConfigError: says what is there, what is missing, and what to do.
     """
-    problem = None
-    if jax.process_index() == 0 and (evidence := _evidence(folder)):
-        listed = "\n".join(f"  {each}" for each in evidence)
-        problem = ConfigError(
-            f"run_dir: {folder} has no finished checkpoint to go on from, but the run was further:\n{listed}\n"
-            f"bring {folder / 'checkpoints'} back as it was (is its disk mounted?), or start anew with --restart, "
-            "which moves this run aside"
-        )
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
-        problem = problem or ConfigError(f"run_dir: {folder}: process 0 refuses to begin at step 0; it says why")
-    if problem is not None:
-        raise problem
+
+    def check() -> None:
+        if evidence := _evidence(folder):
+            listed = "\n".join(f"  {each}" for each in evidence)
+            raise ConfigError(
+                f"run_dir: {folder} has no finished checkpoint to go on from, but the run was further:\n{listed}\n"
+                f"bring {folder / 'checkpoints'} back as it was (is its disk mounted?), or start anew with --restart, "
+                "which moves this run aside"
+            )
+
+    by_first("looking at the run folder", check, errors=(ConfigError,))
 
 
 def _evidence(folder: epath.Path) -> list[str]:

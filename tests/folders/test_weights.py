@@ -618,7 +618,8 @@ CHILD = """
     import json, os, pathlib, sys
     import jax
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-    from jaxsft.mesh import make_mesh, shardings, start_processes
+    from jaxsft.hosts.start import start_processes
+    from jaxsft.mesh import make_mesh, shardings
     if "JAX_PROCESS_ID" in os.environ:
         start_processes()
     import numpy as np
