@@ -1,4 +1,4 @@
-"""Seconds of a whole export beside transformers' `save_pretrained`, on the CPU, to a disk that has them when it returns.
+"""Seconds of a whole export beside transformers' `save_pretrained`, on the CPU, until all is on disk.
 
 Run as `python benchmarks/export.py FOLDER [gigabytes] [rounds]`, with the folder of a model and its tokenizer; needs
 torch. A second model, of random weights with that tokenizer, has so many gigabytes in several files. Ours is all that

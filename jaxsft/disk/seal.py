@@ -209,7 +209,7 @@ def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
 
 
 def _names(folder: epath.Path, within: str, but: Collection[str]) -> list[str]:
-    names = []
+    names: list[str] = []
     for child in (folder / within if within else folder).iterdir():
         name = f"{within}/{child.name}" if within else child.name
         if name not in but:

@@ -1,6 +1,7 @@
 """Texts that every process gives and every process gets, without a collective: in any thread, and beside a step."""
 
 import collections
+from collections.abc import Callable
 
 import jax
 
@@ -45,3 +46,22 @@ def gather_texts(name: str, text: str, *, seconds: float = WAIT_SECONDS) -> list
 def first_text(name: str, text: str) -> str:
     """The text of process 0, on every process; as `gather_texts`."""
     return gather_texts(name, text)[0]
+
+
+def done_by_first(name: str, act: Callable[[], object]) -> None:
+    """Process 0 does something, and the others wait for it.
+
+    Raises:
+        OSError: what went wrong, on every process.
+    """
+    problem, text = None, ""
+    if jax.process_index() == 0:
+        try:
+            act()
+        except OSError as error:
+            problem, text = error, error.strerror or str(error)
+    told = first_text(name, text)
+    if problem is not None:
+        raise problem
+    if told:
+        raise OSError(f"process 0: {told}")

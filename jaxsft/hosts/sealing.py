@@ -12,9 +12,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxsft.disk.seal import SEAL, Entry, found_of, problem_of, problem_with, read_seal, write_seal
-from jaxsft.disk.writing import read_file
-from jaxsft.hosts.exchange import first_text, gather_texts
+from jaxsft.disk.seal import SEAL, Entry, found_of, problem_of, problem_with, write_seal
+from jaxsft.hosts.exchange import done_by_first, gather_texts
 
 
 def seal_together(folder: epath.Path, sums: Callable[[], Mapping[str, Entry]]) -> None:
@@ -35,17 +34,12 @@ def seal_together(folder: epath.Path, sums: Callable[[], Mapping[str, Entry]]) -
         problem, told = error, {"problem": _by_whom(str(error))}
     parts = [json.loads(text) for text in gather_texts("seal", json.dumps(told))]
     failed = next((part["problem"] for part in parts if "problem" in part), "")
-    if jax.process_index() == 0 and not failed:
-        entries = {name: Entry(*each) for part in parts for name, each in part["entries"].items()}
-        try:
-            write_seal(folder, entries)
-        except OSError as error:
-            problem, failed = error, _by_whom(str(error))
-    failed = first_text("sealed", failed)
     if problem is not None:
         raise problem
     if failed:
         raise OSError(failed)
+    entries = {name: Entry(*each) for part in parts for name, each in part["entries"].items()}
+    done_by_first("sealed", lambda: write_seal(folder, entries))
 
 
 def problem_together(folder: epath.Path) -> str | None:

@@ -26,7 +26,9 @@ class ArrayFolders:
         # Compressed, trained weights are 8% smaller, and take three times as long to write.
         handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
         # What stands in the way is known here before; looking again would be too early on processes other than 0.
-        self._orbax = ocp.AsyncCheckpointer(handler, file_options=ocp.options.FileOptions(skip_sync_file_validations=True))
+        self._orbax = ocp.AsyncCheckpointer(
+            handler, file_options=ocp.options.FileOptions(skip_sync_file_validations=True)
+        )
         _quieten()
 
     def save(self, folder: epath.Path, leaves: dict[str, jax.Array]) -> None:

@@ -36,9 +36,10 @@ from jaxsft.disk.seal import (
     remove_sealed,
 )
 from jaxsft.disk.writing import aside_of, check_space, set_aside, write_error, write_whole
-from jaxsft.hosts.exchange import first_text
+from jaxsft.hosts.exchange import done_by_first, first_text
 from jaxsft.hosts.sealing import problem_together, seal_together
 from jaxsft.training.arrays import ArrayFolders, part_of, reason
+from jaxsft.training.local_copies import LocalCopies, hold
 
 META, PROGRESS = "meta.json", "progress.json"
 
@@ -74,6 +75,9 @@ class Checkpointer:
         self._arrays = ArrayFolders()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._local = LocalCopies(folder, config.local_dir, say) if config.local_every else None
+        self._local_thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="local copies")
+        self._local_pending: concurrent.futures.Future[None] | None = None
         self._at: int | None = None
         self._making: epath.Path | None = None
         self._passed_over: dict[int, str] = {}
@@ -103,13 +107,7 @@ class Checkpointer:
             return
         target = self.folder / str(step)
         leaves = _leaves_by_name(state)
-        meta = {
-            "step": step,
-            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
-            "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "run": self._run,
-            "progress": progress or {},
-        }
+        meta = self._meta(step, leaves, eval_loss, progress)
         needed = sum(leaf.nbytes for leaf in leaves.values())
         check_space(target, needed)
         try:
@@ -124,6 +122,30 @@ class Checkpointer:
         self._pending = self._thread.submit(self._finish, target, needed)
         self._at = step
 
+    def save_local(self, step: int, state: Any, *, progress: dict[str, Any] | None = None) -> None:
+        """Begins to copy the state to the disks of the hosts; returns when it may be donated. Arguments as of `save`.
+
+        Only where the config asks for such copies.
+        """
+        assert self._local is not None
+        if self._local_pending is not None:
+            self._local_pending.result()
+        self._local.begin()
+        leaves = _leaves_by_name(state)
+        meta = self._meta(step, leaves, math.inf, progress)
+        self._local_pending = self._local_thread.submit(self._local.write, step, hold(leaves), meta)
+
+    def _meta(
+        self, step: int, leaves: dict[str, Any], eval_loss: float, progress: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
+            "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "run": self._run,
+            "progress": progress or {},
+        }
+
     def _finish(self, target: epath.Path, needed: int) -> None:
         try:
             self._arrays.wait()
@@ -131,6 +153,8 @@ class Checkpointer:
             if jax.process_index() == 0:
                 write_whole(self.folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
                 self._delete_old()
+            if self._local is not None:
+                self._local_thread.submit(self._local.remove, before=int(target.name) + 1)
         except Exception as error:
             raise self._failed(target, needed, error) from error
 
@@ -178,19 +202,29 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
+            self._local_thread.shutdown()
             self._arrays.close()
 
-    def restore(self, abstract: Any, step: int | None = None) -> Any | None:
+    def restore(self, abstract: Any, step: int | None = None, *, local: bool = False) -> Any | None:
         """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
 
         Args:
             abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
             step: of one that is asked for.
+            local: take the copies on the disks of the hosts, if there are any, all of them whole and newer.
 
         Raises:
             ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged, or that
                 of `step` is, or is not there.
         """
+        if local and self._local is not None:
+            sealed = int(first_text("newest", str(max(sealed_steps(self.folder), default=-1))))
+            wanted = _leaves_by_name(abstract)
+            if (found := self._local.newest(wanted, after=sealed)) is not None:
+                at, meta = found
+                newest = "there is no checkpoint" if sealed < 0 else f"the newest checkpoint is {sealed}"
+                self._say(f"going on from the local copies of step {at}; {newest}")
+                return self._restored(meta, self._local.read(at, meta, wanted), abstract)
         if step is None:
             step = self._newest_verified()
         elif step not in (there := sealed_steps(self.folder)):
@@ -209,6 +243,9 @@ class Checkpointer:
         except Exception as error:  # whatever Orbax makes of files that are as they were sealed, and still no state
             raise ConfigError(f"{target}: cannot be read: {' '.join(str(error).split())[:200]}") from error
         self._at = step
+        return self._restored(meta, leaves, abstract)
+
+    def _restored(self, meta: dict[str, Any], leaves: dict[str, Any], abstract: Any) -> Any:
         self.progress = meta.get("progress", {})
         self.frozen_then = meta.get("run", {}).get("frozen", "")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
@@ -219,14 +256,17 @@ class Checkpointer:
         What was half saved or half removed is removed, if it is known to be ours; anything else is renamed, so that its
         step can be saved again when training comes back to it.
         """
-        if jax.process_index() == 0 and self.folder.is_dir():
-            for child in self.folder.iterdir():
-                if child.is_dir() and (child / REMOVING).exists():
-                    finish_removing(child)
-            for step in all_steps(self.folder):
-                if step in self._passed_over or self._is_unfinished(self.folder / str(step)):
-                    self._make_room(step)
-        first_text("tidied", "")
+        done_by_first("tidied", self._tidy)
+
+    def _tidy(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for child in self.folder.iterdir():
+            if child.is_dir() and (child / REMOVING).exists():
+                finish_removing(child)
+        for step in all_steps(self.folder):
+            if step in self._passed_over or self._is_unfinished(self.folder / str(step)):
+                self._make_room(step)
 
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""

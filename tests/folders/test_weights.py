@@ -175,7 +175,6 @@ def write(folder, params, stored, *, dtype=None, family=FAMILY, vocab_size=VOCAB
         dtype=None if dtype is None else np.dtype(dtype),
         stored=stored,
         max_shard_bytes=max_shard_bytes,
-        writes=True,
     )
     return folder
 
@@ -666,7 +665,6 @@ CHILD = """
     out.mkdir(exist_ok=True)
     write_weights(
         out, params, module, vocab_size=config.vocab_size, dtype=None, stored=stored, max_shard_bytes=10**9,
-        writes=jax.process_index() == 0,
     )
     print("RESULT", json.dumps(
         {"held": held, "read": sum(counts), "load": loaded - before, "export": peak() - loaded}

@@ -1,20 +1,20 @@
 """Weights from a mesh into safetensors: the tensors, dtypes and files that they came from, or those of transformers.
 
 In: the state of a `Decoder`, and the `Stored` that it was read from, if it was. Out: files that are equal to the byte
-where nothing was trained. Each tensor is put together from the weights that lie in it, gathered and written before the
-next, so that no more than one is ever in host memory.
+where nothing was trained. Files are shared out among the processes by their numbers. Each tensor is put together from
+the weights that lie in it and written while the next is gathered, so that only a few are ever in host memory.
 """
 
 import contextlib
 import functools
+import itertools
 import json
 import math
-import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.seal import Entry
+from jaxsft.folders.weights.beside import FileBeside, file_beside
 from jaxsft.folders.weights.copying import copy
 from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
 from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
@@ -86,13 +88,12 @@ def write_weights(
     dtype: np.dtype | None,
     stored: Stored | None = None,
     max_shard_bytes: int,
-    writes: bool,
     merge: Mapping[str, Made] | None = None,
     has_new_rows: bool = False,
-) -> None:
+) -> dict[str, Entry | None]:
     """Writes the safetensors files, and an index if there is more than one.
 
-    Every process must call this; those that do not write help to gather.
+    Every process must call this: of N, process k writes files k, k + N, ..., and helps the others to gather theirs.
 
     Args:
         folder: where to.
@@ -103,9 +104,14 @@ def write_weights(
         stored: what the model was read from: names, dtypes, and what lies in which file are the same again. Left out,
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
-        writes: whether this process is the one that writes.
         merge: by the names of all tensors of the model, their values in place of those of `params`.
         has_new_rows: the tables of `params` have rows that `stored` has otherwise, also where they are not trained.
+
+    Returns:
+        the files by name, as a seal has them; None where another process has written it.
+
+    Raises:
+        OSError: a file of this process could not be written; it has helped the others with theirs.
     """
     known = stored.tensors if stored else {}
 
@@ -123,17 +129,24 @@ def write_weights(
         files = _files_as_stored(tensors, stored)
     else:
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
-    for file in files:
-        with (folder / file.name).open("wb") if writes else contextlib.nullcontext() as out:
-            if out:
-                out.write(file.header)
-            for tensor in file.tensors.values():
-                _write(out, tensor)
-            if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
-                out.flush()
-                os.fsync(out.fileno())
-    if writes and (index := _index(files, tensors, stored)):
+    written: dict[str, Entry | None] = dict.fromkeys(file.name for file in files)
+    this, count = jax.process_index(), jax.process_count()
+    for at in range(0, len(files), count):
+        together = files[at : at + count]
+        mine = together[this] if this < len(together) else None
+        with file_beside(folder / mine.name) if mine else contextlib.nullcontext() as out:
+            if mine and out:
+                out.write(np.frombuffer(mine.header, np.uint8))
+            # All gather the first tensor of each file, then the second, so that all disks have something to do.
+            for each in itertools.zip_longest(*(file.tensors.values() for file in together)):
+                for process, tensor in enumerate(each):
+                    if tensor is not None:
+                        _write(out if process == this else None, tensor)
+        if mine and out:
+            written[mine.name] = out.entry
+    if this == 0 and (index := _index(files, tensors, stored)):
         (folder / INDEX_FILE).write_bytes(index)
+    return written
 
 
 def _tensors(
@@ -276,12 +289,12 @@ def _merged(tensor: Tensor, name: str, merge: Mapping[str, Made], stored: Stored
     return tensor._replace(made=merge[own])
 
 
-def _write(out: BinaryIO | None, tensor: Tensor) -> None:
+def _write(out: FileBeside | None, tensor: Tensor) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
-        for at in range(0, tensor.num_bytes, COPY_BYTES):
-            if out:
-                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
+        if out:
+            for at in range(0, tensor.num_bytes, COPY_BYTES):
+                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)))
         return
     if tensor.made is None:
         whole = put_together(tensor.source, DTYPES[tensor.word], keeps=out is not None)
@@ -289,7 +302,7 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
         whole = _cast(tensor.made.make(out is not None), tensor)
     if out:
         assert whole is not None
-        out.write(whole.reshape(-1).view(np.uint8).data)
+        out.write(whole)
 
 
 def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
