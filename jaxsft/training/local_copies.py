@@ -165,7 +165,8 @@ class LocalCopies:
         for child in list(self.folder.iterdir()):
             about = self._about(child)
             if about is not None and (about["run"] != self._mark or int(child.name) < before):
-                self._clear(child)
+                with contextlib.suppress(OSError):  # What is left is removed with the next.
+                    self._clear(child)
         for folder in (self.folder, self.folder.parent):
             if folder.is_dir() and not any(folder.iterdir()):
                 with contextlib.suppress(OSError):  # Another process may be about to use it.

@@ -1,6 +1,6 @@
-"""One run in 1, 2 and 4 processes: losses, exports, resumes on other topologies, and the bytes that each one sums up.
+"""One run in 1, 2 and 4 processes: losses, exports, resumes on other topologies, and the bytes each one sums up.
 
-Run as `python tests/faults/topologies.py bytes` (a minute) or `... runs [steps]` (10 minutes on 2 cores); `--into FOLDER`
+Run as `python tests/faults/topologies.py bytes` (a minute) or `... runs [steps]` (10 minutes on 2 cores); `--into DIR`
 keeps what was made. Processes are on this machine, on simulated devices of the CPU; 8 devices in all.
 
 `bytes`: a checkpoint of about 300 MB, saved and restored by 1, 2 and 4 processes; the bytes that a process reads to

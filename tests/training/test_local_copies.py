@@ -1,4 +1,4 @@
-"""Copies on local disks: used where they are newer and whole, ignored where they are not, removed where they are ours."""
+"""Copies on local disks: used where newer and whole, ignored where they are not, removed where they are ours."""
 
 import json
 import shutil

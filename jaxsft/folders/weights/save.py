@@ -6,41 +6,28 @@ the weights that lie in it and written while the next is gathered, so that only 
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from jaxsft.config import ConfigError
 from jaxsft.disk.seal import Entry
 from jaxsft.folders.weights.beside import FileBeside, file_beside
 from jaxsft.folders.weights.copying import copy
-from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
+from jaxsft.folders.weights.layout import Weight, is_quantized, join
 from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
+from jaxsft.folders.weights.together import Part, put_together, refuse_overflow
 from jaxsft.model.adapter import Frozen
-from jaxsft.model.quantized import unpacked_layer
 
-COPY_BYTES = GATHER_BYTES = 1 << 24
-
-
-class Part(NamedTuple):
-    """One weight of ours, or one index of its split dims, as a part of a tensor."""
-
-    weight: Weight
-    variable: nnx.Variable
-    at: tuple[int, ...]
-    original: StoredTensor | None = None
-    """Of a quantised weight, the tensor that it was read from: what was quantised is written as it was."""
+COPY_BYTES = 1 << 24
 
 
 class Made(NamedTuple):
@@ -311,103 +298,5 @@ def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
     assert values.shape == tensor.shape and not isinstance(tensor.source, SafeTensor)
     whole = np.empty(values.shape, DTYPES[tensor.word])
     copy(whole, values, max(1, values.ndim - 1))
-    _refuse_overflow(whole, values, tensor.source[0].weight.path)
+    refuse_overflow(whole, values, tensor.source[0].weight.path)
     return whole
-
-
-def _refuse_overflow(written: np.ndarray, values: np.ndarray, path: str) -> None:
-    if written.dtype == np.float16 and np.any(np.isinf(written) & np.isfinite(values)):
-        raise ConfigError(
-            f"{path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 or float32 "
-            "(model.export_dtype)"
-        )
-
-
-def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.ndarray | None:
-    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it."""
-    factors = parts[0].weight.factors
-    num_rows = len(factors) - len(parts[0].weight.dims[-1])
-    whole = np.empty([factor.size for factor in factors] if keeps else [], dtype)
-    for part in parts:
-        assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
-        if part.original is not None:
-            if keeps:
-                all_of_ours = part.weight.in_file(tuple((0, size) for size in part.weight.shape[part.weight.split :]))
-                region = tuple(slice(*bounds) for bounds in all_of_ours)
-                copy(whole[region], _read(part)[region], num_rows)
-            continue
-        for box, values in _gather(part):
-            if keeps:
-                place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
-                source = part.weight.file_order(values)
-                # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
-                copy(place, source, num_rows)
-                _refuse_overflow(place, source, part.weight.path)
-    return whole if keeps else None
-
-
-def _read(part: Part) -> np.ndarray:
-    """The tensor of a file, in the shape of its factors."""
-    assert part.original is not None
-    tensor = part.original
-    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
-    return read.reshape([factor.size for factor in part.weight.factors])
-
-
-def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
-    """A part of a tensor, as boxes of our dims that together are all of it; on every process.
-
-    No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
-    them gives as many of its indices at a time, and those of other processes travel.
-    """
-    weight, value = part.weight, part.variable.get_value()
-    layer, expert = part.at[:1], part.at[1:]
-    if is_quantized(part.variable):  # of random weights, which are in no file
-        value, layer = unpacked_layer(part.variable.get_metadata("quantized"), layer[0]), (0,)
-    assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
-    shape = weight.shape[weight.split :]
-    local = value.sharding.shard_shape(value.shape)[len(layer)]
-    parts = value.shape[len(layer)] // local
-    step = local
-    if not value.is_fully_addressable:
-        step = max(1, GATHER_BYTES // (parts * math.prod(value.shape[len(layer) + 1 :]) * value.dtype.itemsize))
-    # An expert is one index within one shard.
-    starts = [expert[0] % local] if expert else range(0, local, step)
-    for start in starts:
-        size = 1 if expert else min(step, local - start)
-        chunk = _pick(value, layer, start, parts=parts, size=size)
-        for bounds, piece in _pieces(chunk).items():
-            for number in range(*bounds[0]):
-                if expert and number != expert[0] // local:
-                    continue
-                at = number * local + start
-                box = bounds[2:] if expert else ((at, at + size), *bounds[2:])
-                # The state may have more rows of the vocabulary than are written.
-                box = tuple((first, min(last, most)) for (first, last), most in zip(box, shape, strict=True))
-                if all(first < last for first, last in box):
-                    values = np.asarray(piece).view(value.dtype)[number - bounds[0][0]]
-                    values = values[0] if expert else values
-                    yield box, values[tuple(slice(0, last - first) for first, last in box)]
-
-
-@functools.partial(jax.jit, static_argnames=("parts", "size"))
-def _pick(value: jax.Array, layer: tuple[int, ...], start: int, *, parts: int, size: int) -> jax.Array:
-    """[parts, size, ...]: from each of the parts that the first dim (of a layer) is cut into, some indices.
-
-    Works on the bits of the numbers, since adding zeros to numbers, as a gather may do, can change their bits.
-    """
-    bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
-    for at in layer:
-        bits = jax.lax.dynamic_index_in_dim(bits, at, keepdims=False)
-    return jax.lax.dynamic_slice_in_dim(bits.reshape(parts, -1, *bits.shape[1:]), start, size, axis=1)
-
-
-def _pieces(chunk: jax.Array) -> dict[Box, Any]:
-    """The shards of an array, each once; where other processes hold some of them, all of it."""
-    if not chunk.is_fully_addressable:
-        return {tuple((0, size) for size in chunk.shape): multihost_utils.process_allgather(chunk, tiled=True)}
-    indices = [
-        tuple(each.indices(size)[:2] for each, size in zip(shard.index, chunk.shape, strict=True))
-        for shard in chunk.addressable_shards
-    ]
-    return {bounds: shard.data for bounds, shard in zip(indices, chunk.addressable_shards, strict=True)}
