@@ -25,7 +25,7 @@ from flax import nnx
 
 from jaxsft.config import ConfigError
 from jaxsft.disk.seal import REMOVING, SEAL, Entry, checksums, finish_removing, remove_sealed
-from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
+from jaxsft.disk.writing import WriteError, check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
@@ -267,15 +267,36 @@ def write_whole_folder(
         ExportError: what failed.
     """
     aside = _partial(folder)
-    done_by_first("space for the export", lambda: check_space(folder, num_bytes))
     with contextlib.ExitStack() as begun, concurrent.futures.ThreadPoolExecutor(1) as thread:
+
+        def begin() -> None:
+            check_space(folder, num_bytes)
+            begun.enter_context(_alone(folder, say))
+
         try:
-            done_by_first("export begun", lambda: begun.enter_context(_begun(folder, aside, say)))
+            done_by_first("export begun", begin)
+        except (ExportError, WriteError):
+            raise
+        except OSError as error:
+            raise ExportError(str(error)) from error
+        try:
+            done_by_first("export folder", lambda: begun.enter_context(_in_the_making(aside)))
             beside = thread.submit(others if jax.process_index() == 0 else lambda aside: None, aside)
-            written = weights(aside)
-            beside.result()
-            # The mark stays until the folder is sealed, so that one whose export was killed is known as ours.
-            seal_together(epath.Path(aside), lambda: _sums(aside, written))
+            written, failed = {}, None
+            try:
+                written = weights(aside)
+            except OSError as error:
+                failed = error
+
+            def sums() -> dict[str, Entry]:
+                beside.result()
+                if failed is not None:
+                    raise failed
+                return _sums(aside, written)
+
+            # What fails on one process is told to all. The mark stays until the folder is sealed, so that one whose
+            # export was killed is known as ours.
+            seal_together(epath.Path(aside), sums)
             done_by_first("export finished", lambda: _finish(aside, folder, say))
         except OSError as error:
             reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
@@ -283,15 +304,14 @@ def write_whole_folder(
 
 
 @contextlib.contextmanager
-def _begun(folder: pathlib.Path, aside: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
-    """A folder in the making, that nobody else writes into; what is left of it at the end is removed."""
-    with _alone(folder, say):
-        aside.mkdir(parents=True)
-        try:
-            (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
-            yield
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+def _in_the_making(aside: pathlib.Path) -> Iterator[None]:
+    """A folder to write into; what is left of it at the end is removed."""
+    aside.mkdir(parents=True)
+    try:
+        (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+        yield
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sums(aside: pathlib.Path, written: dict[str, Entry | None]) -> dict[str, Entry]:

@@ -28,10 +28,8 @@ DEVICES = 8
 CHILD = """
 import json, os, pathlib, sys, threading
 import jax
-number = int(os.environ["JAX_NUM_PROCESSES"])
-jax.config.update("jax_num_cpu_devices", 8 // number)
 from jaxsft.mesh import make_mesh, partition_spec, start_processes
-if number > 1:
+if "JAX_COORDINATOR_ADDRESS" in os.environ:
     start_processes()
 import jax.numpy as jnp
 from etils import epath
@@ -83,9 +81,9 @@ def cluster(number: int) -> list[dict[str, str]]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_PROCESSES": str(number)}
-    shared |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo" if number > 1 else "none", "XLA_FLAGS": ""}
+    shared |= {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": str(DEVICES // number)}
     if number > 1:
-        shared["JAX_COORDINATOR_ADDRESS"] = f"localhost:{port}"
+        shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     return [shared | {"JAX_PROCESS_ID": str(process)} for process in range(number)]
 
 
@@ -139,10 +137,6 @@ def compare_runs(place: pathlib.Path, steps: int) -> None:
         overrides = [f"run_dir={folder}", *(f"mesh.{axis}={size}" for axis, size in mesh.items())]
         begin = time.perf_counter()
         environments = cluster(number)
-        for each in environments:
-            each["JAX_NUM_CPU_DEVICES"] = str(DEVICES // number)
-            if number == 1:
-                del each["JAX_NUM_PROCESSES"], each["JAX_PROCESS_ID"]
         run_all([sys.executable, "run.py", "train", str(config), *overrides], environments)
         ours, expected = losses(folder), losses(place / "whole")
         assert ours.keys() == expected.keys(), ours.keys() ^ expected.keys()

@@ -118,19 +118,25 @@ def write_weights(
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
     written: dict[str, Entry | None] = dict.fromkeys(file.name for file in files)
     this, count = jax.process_index(), jax.process_count()
+    failed: OSError | None = None
     for at in range(0, len(files), count):
         together = files[at : at + count]
         mine = together[this] if this < len(together) else None
-        with file_beside(folder / mine.name) if mine else contextlib.nullcontext() as out:
+        try:
+            with file_beside(folder / mine.name) if mine else contextlib.nullcontext() as out:
+                if mine and out:
+                    out.write(np.frombuffer(mine.header, np.uint8))
+                # All gather the first tensor of each file, then the second, so that all disks have something to do.
+                for each in itertools.zip_longest(*(file.tensors.values() for file in together)):
+                    for process, tensor in enumerate(each):
+                        if tensor is not None:
+                            _write(out if process == this else None, tensor)
             if mine and out:
-                out.write(np.frombuffer(mine.header, np.uint8))
-            # All gather the first tensor of each file, then the second, so that all disks have something to do.
-            for each in itertools.zip_longest(*(file.tensors.values() for file in together)):
-                for process, tensor in enumerate(each):
-                    if tensor is not None:
-                        _write(out if process == this else None, tensor)
-        if mine and out:
-            written[mine.name] = out.entry
+                written[mine.name] = out.entry
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
     if this == 0 and (index := _index(files, tensors, stored)):
         (folder / INDEX_FILE).write_bytes(index)
     return written
