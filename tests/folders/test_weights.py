@@ -625,7 +625,6 @@ CHILD = """
     from flax import nnx
     from jaxsft.folders.weights import load as weights
     from jaxsft.folders.weights.save import write_weights
-from jaxsft.folders.weights.together import cast_bits
     from jaxsft.config import MeshConfig
     from jaxsft.model.decoder import Decoder
     from jaxsft.model.families.known import decoder_config, family
