@@ -208,7 +208,6 @@ def measure_jaxsft(folder: pathlib.Path, dtype: str, out: pathlib.Path) -> dict[
         dtype=None,
         stored=stored,
         max_shard_bytes=10**12,
-        writes=True,
     )
     return {
         "returns": seconds,

@@ -498,6 +498,21 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
+    local_every: PositiveInt | None = None
+    """Steps between copies on the disks of the hosts, from which a start goes on where all of them are newer than the
+    checkpoints; left out: none."""
+    local_dir: str | None = None
+    """Folder of these copies on each host; left out: in the user's cache."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "CheckpointConfig":
+        if self.local_dir is not None and self.local_every is None:
+            raise ValueError("`local_dir` has no effect without `local_every`")
+        if self.local_every is not None and self.local_every >= self.every:
+            raise ValueError(
+                f"`local_every` {self.local_every} has no effect with `every` {self.every}: give fewer steps"
+            )
+        return self
 
 
 class LogConfig(Section):

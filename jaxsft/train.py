@@ -219,6 +219,8 @@ def _steps(
                     if (due.save or eval_loss < best_loss) and (is_last or not logbook.skips.in_a_row):
                         best_loss = min(eval_loss, best_loss)
                         yield _save(done, state, logbook, checkpointer, eval_loss=eval_loss)
+                    elif due.save_local and not logbook.skips.in_a_row:
+                        checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
         except GeneratorExit:  # Whoever reads the events has enough of them.
             if done > first and not sys.is_finalizing():
@@ -242,6 +244,7 @@ class Due(NamedTuple):
     counts."""
     evaluate: bool
     save: bool
+    save_local: bool
 
 
 def due_after(done: int, num_steps: int, config: Config) -> Due:
@@ -253,7 +256,9 @@ def due_after(done: int, num_steps: int, config: Config) -> Due:
     is_last = done == num_steps
     evaluate = is_last or (config.eval.every is not None and done % config.eval.every == 0)
     save = is_last or done % config.checkpoint.every == 0
-    return Due(evaluate or save or done % config.log.every == 0, evaluate, save)
+    local_every = config.checkpoint.local_every
+    save_local = not save and local_every is not None and done % local_every == 0
+    return Due(evaluate or save or save_local or done % config.log.every == 0, evaluate, save, save_local)
 
 
 def _check(setup: Setup) -> None:
@@ -275,7 +280,7 @@ def _first_state(
     stop.doing = "reading the checkpoint, and stopping then"
     if steps := sealed_steps(setup.folder / "checkpoints"):
         console.say(f"reading checkpoint {steps[-1]}, to the byte")
-    state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
+    state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh), local=True)
     if state is None:
         check_progress(setup.folder)
         stop.doing = "loading the weights, saving then"

@@ -252,33 +252,77 @@ def test_a_run_continued_on_another_device_count_sees_the_same_rows(whole_run, t
         np.testing.assert_allclose(ours[step]["loss"], expected[step]["loss"], rtol=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
-    folder = tmp_path / "two"
+def in_processes(config, overrides, number, *, devices=8):
+    """The same command once for each process of a run, together with so many devices; what they printed."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     cluster = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_PROCESSES": str(number),
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    overrides = [f"run_dir={folder}"]
-    processes = [start(tiny_config, overrides, devices=4, JAX_PROCESS_ID=str(i), **cluster) for i in range(2)]
-    results = [finish(process) for process in processes]
-    assert [code for code, _ in results] == [0, 0], "\n".join(output for _, output in results)
-    (ours, ours_eval), (expected, expected_eval) = metrics(folder), metrics(whole_run)
+    started = [
+        start(config, overrides, devices=devices // number, JAX_PROCESS_ID=str(process), **cluster)
+        for process in range(number)
+    ]
+    results = [finish(process) for process in started]
+    assert [code for code, _ in results] == [0] * number, "\n".join(output for _, output in results)
+    return [output for _, output in results]
+
+
+def assert_nearly_same_run(folder, whole):
+    """Same rows, and losses within 1e-6."""
+    (ours, ours_eval), (expected, expected_eval) = metrics(folder), metrics(whole)
     assert ours.keys() == expected.keys()
     for step in expected:
         assert ours[step]["rows_crc"] == expected[step]["rows_crc"]
         np.testing.assert_allclose(ours[step]["loss"], expected[step]["loss"], rtol=1e-6)
         np.testing.assert_allclose(ours[step]["grad_norm"], expected[step]["grad_norm"], rtol=1e-5)
     np.testing.assert_allclose(list(ours_eval.values()), list(expected_eval.values()), rtol=1e-6)
-    assert (folder / "export" / "model.safetensors").stat().st_size == (
-        whole_run / "export" / "model.safetensors"
-    ).stat().st_size
-    assert "step 12" in results[0][1]
-    assert "step 12" not in results[1][1]  # one process speaks
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_processes_give_the_losses_of_one(whole_run, tiny_config, tmp_path):
+    folder = tmp_path / "two"
+    outputs = in_processes(tiny_config, [f"run_dir={folder}"], 2)
+    assert_nearly_same_run(folder, whole_run)
+    assert contents(folder / "export").keys() == contents(whole_run / "export").keys()
+    assert "step 12" in outputs[0]
+    assert "step 12" not in outputs[1]  # one process speaks
     assert all(any("step 12" in line for line in last_lines(folder, number, 20)) for number in (0, 1))  # both write
+
+
+def test_four_processes_on_another_mesh_go_on_where_one_was_stopped_and_export_what_one_does(
+    whole_run, tiny_config, tmp_path
+):
+    folder = tmp_path / "four"
+    stop_at(4, tiny_config, [f"run_dir={folder}"])
+    in_processes(tiny_config, [f"run_dir={folder}", "mesh.tensor=2", "mesh.data=2"], 4)
+    assert_nearly_same_run(folder, whole_run)
+    assert main(["verify", str(folder)]) == 0
+    assert main(["export", str(folder), "--out", str(tmp_path / "by_one")]) == 0
+    assert contents(folder / "export") == contents(tmp_path / "by_one")
+
+
+def test_a_run_killed_between_two_checkpoints_goes_on_from_its_local_copies_bitwise(
+    whole_run, tiny_config, tmp_path, capsys
+):
+    folder = tmp_path / "killed"
+    overrides = [f"run_dir={folder}", "checkpoint.every=100", "checkpoint.local_every=2"]
+    overrides.append(f"checkpoint.local_dir={tmp_path}/disk")
+    process = start(tiny_config, overrides)
+    wait_for_step(folder, 7, process)
+    process.kill()
+    process.communicate()
+    assert not list((folder / "checkpoints").glob("*/seal.json"))
+    assert main(["train", str(tiny_config), *overrides]) == 0
+    assert "going on from the local copies of step" in capsys.readouterr().out
+    assert_same_run(folder, whole_run)
+    assert not [path for path in (tmp_path / "disk").rglob("*") if path.is_file()], "they are of no use any more"
 
 
 # Mixtures and held-out sets.
@@ -626,4 +670,9 @@ def test_what_is_due_after_a_step_is_what_the_config_says_and_all_of_it_at_the_e
     report, evaluate, save = ({done for done, due in found.items() if due[at]} for at in range(3))
     assert (report, evaluate, save) == ({4, 5, 6, 8, 10, 12, 13}, {6, 12, 13}, {4, 8, 12, 13})
     config = load_config(tiny_config, ["checkpoint.every=100", "log.every=100"])
-    assert [due_after(done, 3, config) for done in (1, 3)] == [Due(False, False, False), Due(True, True, True)]
+    nothing, everything = Due(False, False, False, False), Due(True, True, True, False)
+    assert [due_after(done, 3, config) for done in (1, 3)] == [nothing, everything]
+    config = load_config(tiny_config, ["checkpoint.every=4", "checkpoint.local_every=2", "log.every=100"])
+    found = {done: due_after(done, 9, config) for done in range(1, 10)}
+    assert {done for done, due in found.items() if due.save_local} == {2, 6}, "where no checkpoint is due"
+    assert {done for done, due in found.items() if due.report} == {2, 4, 6, 8, 9}, "each with its line"

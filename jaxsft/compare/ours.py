@@ -132,7 +132,6 @@ def _write(pretrained: Pretrained, tree: Any, frozen: Any, folder: pathlib.Path)
         vocab_size=pretrained.decoder_config.vocab_size,
         dtype=np.dtype(np.float32),
         max_shard_bytes=MAX_FILE_BYTES,
-        writes=True,
     )
 
 

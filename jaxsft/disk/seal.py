@@ -8,10 +8,12 @@ A folder without a seal was never finished; one whose files differ from it is da
 says, is known to be ours: nothing else is ever removed with the folder.
 """
 
+import concurrent.futures
 import json
 import os
 import zlib
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 from etils import epath
 
@@ -22,6 +24,7 @@ REMOVING = "removing.json"
 """The name of a seal while its folder is being removed."""
 UNFINISHED = "it was never finished"
 CRC_READ_SIZE = 2**24
+MAX_THREADS = 8
 
 
 class Entry(NamedTuple):
@@ -31,10 +34,18 @@ class Entry(NamedTuple):
     crc32: int
 
 
-def seal(folder: epath.Path, *, but: str | None = None) -> None:
-    """Seals a folder as it stands, but for a file that will be gone when it is finished."""
-    entries = {name: each._asdict() for name, each in checksums(folder).items() if name != but}
-    write_whole(folder / SEAL, json.dumps(entries, indent=1))
+Look: TypeAlias = Callable[[epath.Path, dict[str, Entry]], dict[str, Entry | None]]
+
+
+def seal(folder: epath.Path) -> None:
+    """Seals a folder as it stands."""
+    write_seal(folder, checksums(folder))
+
+
+def write_seal(folder: epath.Path, entries: Mapping[str, Entry]) -> None:
+    """Seals a folder with what is known of all its files."""
+    in_order = {name: entries[name]._asdict() for name in sorted(entries)}
+    write_whole(folder / SEAL, json.dumps(in_order, indent=1))
 
 
 def read_seal(path: epath.Path) -> dict[str, Entry]:
@@ -73,17 +84,37 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     return found
 
 
-def problem_of(folder: epath.Path) -> str | None:
-    """What is wrong with a sealed folder, None when every file is as it was sealed; others may stand beside them."""
+def problem_of(folder: epath.Path, *, look: Look | None = None) -> str | None:
+    """What is wrong with a sealed folder, None when every file is as it was sealed; others may stand beside them.
+
+    Args:
+        folder: the folder.
+        look: says of each file that the seal names what is there, as `found_of` does, which looks at all of them.
+    """
     if not (folder / SEAL).exists():
         return UNFINISHED
     try:
         sealed = read_seal(folder / SEAL)
         if not sealed:
             return f"it cannot be read: {SEAL} names no file"
-        found = {name: checksum(folder / name) if (folder / name).exists() else None for name in sealed}
+        found = (look or found_of)(folder, sealed)
     except (OSError, ValueError) as error:
         return f"it cannot be read: {error}"
+    return problem_with(sealed, found)
+
+
+def found_of(folder: epath.Path, entries: Mapping[str, Entry]) -> dict[str, Entry | None]:
+    """What is there of files that a seal names; None where nothing is.
+
+    Raises:
+        ValueError, OSError: as `checksum`.
+    """
+    there = [name for name in entries if (folder / name).exists()]
+    return dict.fromkeys(entries) | _in_threads(folder, there)
+
+
+def problem_with(sealed: Mapping[str, Entry], found: Mapping[str, Entry | None]) -> str | None:
+    """What differs, in a sentence; None where nothing does."""
     differing = sorted(name for name in sealed if sealed[name] != found[name])
     if not differing:
         return None
@@ -107,11 +138,23 @@ def read_sealed_object(folder: epath.Path, name: str) -> dict[str, Any]:
     return read_object(folder / name)
 
 
-def checksums(folder: epath.Path) -> dict[str, Entry]:
-    """Size and CRC-32 of every file but the seal, by path."""
-    found = {str(path.relative_to(folder)): checksum(path) for path in sorted(_files(folder))}
-    found.pop(SEAL, None)
-    return found
+def checksums(folder: epath.Path, *, within: str = "", but: Collection[str] = ()) -> dict[str, Entry]:
+    """Size and CRC-32 of every file but the seal, by path.
+
+    Args:
+        folder: the folder.
+        within: only of what is in this folder of it.
+        but: files and folders of it that are left out, by path.
+    """
+    names = _names(folder, within, {SEAL, *but})
+    return _in_threads(folder, names)
+
+
+def _in_threads(folder: epath.Path, names: Iterable[str]) -> dict[str, Entry]:
+    """The sums of files, several at a time: neither reading nor summing needs Python."""
+    names = sorted(names)
+    with concurrent.futures.ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+        return dict(zip(names, threads.map(lambda name: checksum(folder / name), names), strict=True))
 
 
 def checksum(path: epath.Path) -> Entry:
@@ -165,8 +208,10 @@ def finish_removing(folder: epath.Path, *, to_the_byte: bool = False) -> None:
             each.rmdir()
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
-    files = []
-    for child in folder.iterdir():
-        files += _files(child) if child.is_dir() else [child]
-    return files
+def _names(folder: epath.Path, within: str, but: Collection[str]) -> list[str]:
+    names: list[str] = []
+    for child in (folder / within if within else folder).iterdir():
+        name = f"{within}/{child.name}" if within else child.name
+        if name not in but:
+            names += _names(folder, name, but) if child.is_dir() else [name]
+    return names

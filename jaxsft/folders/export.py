@@ -6,6 +6,7 @@ before stays until then, whatever fails. Of an earlier export, only what is know
 somebody added or changed stays, in a folder beside.
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import json
@@ -21,17 +22,18 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
-from jaxsft.disk.seal import REMOVING, SEAL, finish_removing, problem_of, remove_sealed, seal
-from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
+from jaxsft.disk.seal import REMOVING, SEAL, Entry, checksums, finish_removing, remove_sealed
+from jaxsft.disk.writing import WriteError, check_space, is_file, set_aside, write_error
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.folders.weights.layout import variables_of, whole_weights
 from jaxsft.folders.weights.save import Made, dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
+from jaxsft.hosts.exchange import done_by_first
+from jaxsft.hosts.sealing import problem_together, seal_together
 
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
 
@@ -81,11 +83,10 @@ def export_folder(
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
 
-    Every process of the run must call this. Tensors are gathered one after the other, and process 0 writes each as it
-    comes, so no more than one is ever in host memory. The folder appears in one rename, complete or not at all, and
-    takes the place of an earlier export. config.json and generation_config.json are those of the source, to the byte if
-    nothing in them has to change; what only transformers 5 would read in config.json is there in the words of version
-    4, too.
+    Every process of the run must call this; they share the files of weights, and process 0 writes all others. The
+    folder appears in one rename, complete or not at all, and takes the place of an earlier export. config.json and
+    generation_config.json are those of the source, to the byte if nothing in them has to change; what only transformers
+    5 would read in config.json is there in the words of version 4, too.
 
     Args:
         params: the whole state of the model, Variables with axes.
@@ -112,15 +113,14 @@ def export_folder(
     if dtype is not None or stored is None or not stored.files:
         name = export_dtype(hf_config, dtype)
         into = next(each for each in DTYPES.values() if each.name == name)
-    writes = jax.process_index() == 0
-    if writes:
-        check_space(folder, _num_bytes(params, into, stored))
-    with whole_or_not_there(folder, say, writes=writes) as aside:
-        if writes:
-            save_tokenizer(aside, tokenizer)
-            _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
-            settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
-        write_weights(
+
+    def write_others(aside: pathlib.Path) -> None:
+        save_tokenizer(aside, tokenizer)
+        _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
+        settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
+
+    def write(aside: pathlib.Path) -> dict[str, Entry | None]:
+        return write_weights(
             aside,
             params,
             family,
@@ -128,12 +128,11 @@ def export_folder(
             dtype=into,
             stored=stored,
             max_shard_bytes=max_shard_bytes,
-            writes=writes,
             merge=merge,
             has_new_rows=has_new_rows,
         )
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
+
+    write_whole_folder(folder, say, num_bytes=_num_bytes(params, into, stored), weights=write, others=write_others)
 
 
 def check_target(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
@@ -242,42 +241,90 @@ def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Pa
 
 def export_problem(folder: pathlib.Path) -> str | None:
     """What is wrong with an export that was written before, None when every file is as it was sealed."""
-    problem = None
-    if jax.process_index() == 0:
-        problem = problem_of(epath.Path(folder))
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(problem is not None)):
-        problem = problem or "process 0 found it damaged"
-    return problem
+    return problem_together(epath.Path(folder))
 
 
-@contextlib.contextmanager
-def whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writes: bool) -> Iterator[pathlib.Path]:
-    """A folder to write to, which takes the place of `folder` if nothing fails, and is removed if something does.
+def write_whole_folder(
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+    *,
+    num_bytes: int,
+    weights: Callable[[pathlib.Path], dict[str, Entry | None]],
+    others: Callable[[pathlib.Path], None],
+) -> None:
+    """Writes an export, which takes the place of `folder` if nothing fails, and is removed if something does.
 
-    Only the process that `writes` makes and renames it; the others get its path.
+    Every process must call this.
+
+    Args:
+        folder: where to.
+        say: as `export_folder`.
+        num_bytes: of the weights.
+        weights: writes them into a folder, on every process; returns what `write_weights` does.
+        others: writes all else, on process 0, while weights are gathered.
 
     Raises:
         ExportError: what failed.
     """
-    aside, is_begun = _partial(folder), False
-    with _alone(folder, say) if writes else contextlib.nullcontext():
+    aside = _partial(folder)
+    with contextlib.ExitStack() as begun, concurrent.futures.ThreadPoolExecutor(1) as thread:
+
+        def begin() -> None:
+            check_space(folder, num_bytes)
+            begun.enter_context(_alone(folder, say))
+
         try:
-            if writes:
-                aside.mkdir(parents=True)
-                is_begun = True
-                (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
-            yield aside
-            if writes:
-                # The mark stays until the folder is sealed, so that one whose export was killed is known as ours.
-                seal(epath.Path(aside), but=UNFINISHED_MARK)
-                (aside / UNFINISHED_MARK).unlink()
-                _rename_over(aside, folder, say)
+            done_by_first("export begun", begin)
+        except (ExportError, WriteError):
+            raise
+        except OSError as error:
+            raise ExportError(str(error)) from error
+        try:
+            done_by_first("export folder", lambda: begun.enter_context(_in_the_making(aside)))
+            beside = thread.submit(others if jax.process_index() == 0 else lambda aside: None, aside)
+            written, failed = {}, None
+            try:
+                written = weights(aside)
+            except OSError as error:
+                failed = error
+
+            def sums() -> dict[str, Entry]:
+                beside.result()
+                if failed is not None:
+                    raise failed
+                return _sums(aside, written)
+
+            # What fails on one process is told to all. The mark stays until the folder is sealed, so that one whose
+            # export was killed is known as ours.
+            seal_together(epath.Path(aside), sums)
+            done_by_first("export finished", lambda: _finish(aside, folder, say))
         except OSError as error:
             reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
             raise ExportError(str(write_error(folder, reason))) from error
-        finally:
-            if is_begun:
-                shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _in_the_making(aside: pathlib.Path) -> Iterator[None]:
+    """A folder to write into; what is left of it at the end is removed."""
+    aside.mkdir(parents=True)
+    try:
+        (aside / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+        yield
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sums(aside: pathlib.Path, written: dict[str, Entry | None]) -> dict[str, Entry]:
+    """What this process has written; process 0 all but weights."""
+    sums = {name: entry for name, entry in written.items() if entry is not None}
+    if jax.process_index() == 0:
+        sums |= checksums(epath.Path(aside), but=[UNFINISHED_MARK, *written])
+    return sums
+
+
+def _finish(aside: pathlib.Path, folder: pathlib.Path, say: Callable[[str], None]) -> None:
+    (aside / UNFINISHED_MARK).unlink()
+    _rename_over(aside, folder, say)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from flax import nnx
 from jaxsft.folders.peft.places import take
 from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import Weight, join, variables_of
-from jaxsft.folders.weights.save import Made, Part, put_together
+from jaxsft.folders.weights.save import Made
 from jaxsft.folders.weights.stored import Stored
+from jaxsft.folders.weights.together import Part, put_together
 from jaxsft.model.lora import of_files
 
 
@@ -107,7 +108,8 @@ def _base(of_tensor: list[tuple[Part, Weight]], stored: Stored | None, *, writes
     """float32, in the shape of the file, on the process that writes."""
     part, source = of_tensor[0]
     if stored is None:
-        whole = put_together([part for part, _ in of_tensor], np.dtype(np.float32), keeps=writes)
+        gathered = put_together([part for part, _ in of_tensor], np.dtype(np.float32), keeps=writes)
+        whole = None if gathered is None else np.array(gathered)  # what a device has may not be changed
         return whole if whole is None else whole.reshape(part.weight.file_shape)
     if not writes:
         return None

@@ -1,46 +1,45 @@
-"""Sealed checkpoints of the train state: the one module that knows Orbax.
+"""Sealed checkpoints of the train state.
 
     checkpoints/STEP/meta.json   what is known of the run at this step; written first: the mark of a folder of ours
-    checkpoints/STEP/state/      the arrays, as Orbax writes them
+    checkpoints/STEP/state/      the arrays; see `arrays.py`
     checkpoints/STEP/seal.json   see `seal.py`; written last
     progress.json                the newest step that was sealed
 
 In: a state at a step. Out: a folder that a continued run restores, or nothing where the save was cut off. Checkpoint i
-holds the state before step i. Saving goes on in the background while training continues. Orbax itself notices neither
-flipped bytes nor an empty folder.
+holds the state before step i. Saving goes on in the background while training continues: each process writes and sums
+up its own files, no step waits for another process, and process 0 writes the seal when all are done.
 """
 
 import concurrent.futures
 import contextlib
-import functools
 import json
-import logging
 import math
 import os
-import re
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from jaxsft.config import CheckpointConfig, ConfigError
 from jaxsft.disk.seal import (
     REMOVING,
     SEAL,
     UNFINISHED,
+    Entry,
+    checksums,
     finish_removing,
     problem_of,
     read_object,
     read_sealed_object,
     remove_sealed,
-    seal,
 )
 from jaxsft.disk.writing import aside_of, check_space, set_aside, write_error, write_whole
+from jaxsft.hosts.exchange import done_by_first, first_text
+from jaxsft.hosts.sealing import problem_together, seal_together
+from jaxsft.training.arrays import ArrayFolders, part_of, reason
+from jaxsft.training.local_copies import LocalCopies, hold
 
 META, PROGRESS = "meta.json", "progress.json"
 
@@ -73,10 +72,12 @@ class Checkpointer:
         self._config = config
         self._say = say
         self._run = json.loads(json.dumps(run or {}))
-        self._orbax = ocp.StandardCheckpointer()
-        _quieten()
+        self._arrays = ArrayFolders()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._local = LocalCopies(folder, config.local_dir, say) if config.local_every else None
+        self._local_thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="local copies")
+        self._local_pending: concurrent.futures.Future[None] | None = None
         self._at: int | None = None
         self._making: epath.Path | None = None
         self._passed_over: dict[int, str] = {}
@@ -106,13 +107,7 @@ class Checkpointer:
             return
         target = self.folder / str(step)
         leaves = _leaves_by_name(state)
-        meta = {
-            "step": step,
-            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
-            "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
-            "run": self._run,
-            "progress": progress or {},
-        }
+        meta = self._meta(step, leaves, eval_loss, progress)
         needed = sum(leaf.nbytes for leaf in leaves.values())
         check_space(target, needed)
         try:
@@ -121,20 +116,45 @@ class Checkpointer:
                 target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
                 self._making = target
                 write_whole(target / META, json.dumps(meta, indent=1))
-            _sync("checkpoint_folder")
-            self._orbax.save(target / "state", leaves)
+            self._arrays.save(target / "state", leaves)
         except (OSError, ValueError) as error:
             raise self._failed(target, needed, error) from error
         self._pending = self._thread.submit(self._finish, target, needed)
         self._at = step
 
+    def save_local(self, step: int, state: Any, *, progress: dict[str, Any] | None = None) -> None:
+        """Begins to copy the state to the disks of the hosts; returns when it may be donated. Arguments as of `save`.
+
+        Only where the config asks for such copies.
+        """
+        assert self._local is not None
+        if self._local_pending is not None:
+            self._local_pending.result()
+        self._local.begin()
+        leaves = _leaves_by_name(state)
+        meta = self._meta(step, leaves, math.inf, progress)
+        self._local_pending = self._local_thread.submit(self._local.write, step, hold(leaves), meta)
+
+    def _meta(
+        self, step: int, leaves: dict[str, Any], eval_loss: float, progress: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "eval_loss": eval_loss if math.isfinite(eval_loss) else None,
+            "arrays": {name: _describe(leaf) for name, leaf in leaves.items()},
+            "run": self._run,
+            "progress": progress or {},
+        }
+
     def _finish(self, target: epath.Path, needed: int) -> None:
         try:
-            self._orbax.wait_until_finished()
+            self._arrays.wait()
+            seal_together(target, lambda: _sums(target))
             if jax.process_index() == 0:
-                seal(target)
                 write_whole(self.folder.parent / PROGRESS, json.dumps({"sealed": int(target.name)}) + "\n")
                 self._delete_old()
+            if self._local is not None:
+                self._local_thread.submit(self._local.remove, before=int(target.name) + 1)
         except Exception as error:
             raise self._failed(target, needed, error) from error
 
@@ -150,8 +170,8 @@ class Checkpointer:
                 with contextlib.suppress(OSError):
                     target.rmtree()
                 time.sleep(0.1)
-        reason = getattr(error, "strerror", None) or _reason(str(error))
-        return SaveError(str(write_error(target, reason[:200], needed)))
+        said = getattr(error, "strerror", None) or reason(str(error))
+        return SaveError(str(write_error(target, said[:200], needed)))
 
     def beside(self, key: str) -> None:
         """Says what weights, that are not trained and in no checkpoint, a state of this run is nothing without.
@@ -195,24 +215,34 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._orbax.close()
+            self._local_thread.shutdown()
+            self._arrays.close()
 
-    def restore(self, abstract: Any, step: int | None = None) -> Any | None:
+    def restore(self, abstract: Any, step: int | None = None, *, local: bool = False) -> Any | None:
         """The newest state that verifies, or None when no save was ever finished; changes nothing on disk.
 
         Args:
             abstract: pytree of ShapeDtypeStructs with shardings; the same values come back on any mesh.
             step: of one that is asked for.
+            local: take the copies on the disks of the hosts, if there are any, all of them whole and newer.
 
         Raises:
             ConfigError: the arrays are of another model or optimizer, or every finished checkpoint is damaged, or that
                 of `step` is, or is not there.
         """
+        if local and self._local is not None:
+            sealed = int(first_text("newest", str(max(sealed_steps(self.folder), default=-1))))
+            wanted = _leaves_by_name(abstract)
+            if (found := self._local.newest(wanted, after=sealed)) is not None:
+                at, meta = found
+                newest = "there is no checkpoint" if sealed < 0 else f"the newest checkpoint is {sealed}"
+                self._say(f"going on from the local copies of step {at}; {newest}")
+                return self._restored(meta, self._local.read(at, meta, wanted), abstract)
         if step is None:
             step = self._newest_verified()
         elif step not in (there := sealed_steps(self.folder)):
             raise ConfigError(f"{self.folder}: no finished checkpoint of step {step}; there are {there}")
-        elif (problem := checkpoint_problem(self.folder / str(step))) is not None:
+        elif (problem := _agreed_problem(self.folder / str(step))) is not None:
             raise ConfigError(f"{self.folder / str(step)}: {problem}")
         if step is None:
             return None
@@ -220,12 +250,15 @@ class Checkpointer:
         try:
             meta = read_object(target / META)
             self._check_arrays(meta, abstract)
-            leaves = self._orbax.restore(target / "state", _leaves_by_name(abstract))
+            leaves = self._arrays.restore(target / "state", _leaves_by_name(abstract))
         except ConfigError:
             raise
         except Exception as error:  # whatever Orbax makes of files that are as they were sealed, and still no state
             raise ConfigError(f"{target}: cannot be read: {' '.join(str(error).split())[:200]}") from error
         self._at = step
+        return self._restored(meta, leaves, abstract)
+
+    def _restored(self, meta: dict[str, Any], leaves: dict[str, Any], abstract: Any) -> Any:
         self.progress = meta.get("progress", {})
         self.frozen_then = meta.get("run", {}).get("frozen", "")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in _leaves_by_name(abstract)])
@@ -236,18 +269,22 @@ class Checkpointer:
         What was half saved or half removed is removed, if it is known to be ours; anything else is renamed, so that its
         step can be saved again when training comes back to it.
         """
-        if jax.process_index() == 0 and self.folder.is_dir():
-            for child in self.folder.iterdir():
-                if child.is_dir() and (child / REMOVING).exists():
-                    finish_removing(child)
-            for step in all_steps(self.folder):
-                if step in self._passed_over or self._is_unfinished(self.folder / str(step)):
-                    self._make_room(step)
-        _sync("checkpoints_tidied")
+        done_by_first("tidied", self._tidy)
+
+    def _tidy(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for child in self.folder.iterdir():
+            if child.is_dir() and (child / REMOVING).exists():
+                finish_removing(child)
+        for step in all_steps(self.folder):
+            if step in self._passed_over or self._is_unfinished(self.folder / str(step)):
+                self._make_room(step)
 
     def best_loss(self) -> float:
         """The smallest held-out loss among the finished checkpoints, infinity where there is none."""
-        return min((self._eval_loss(step) for step in sealed_steps(self.folder)), default=math.inf)
+        found = min((self._eval_loss(step) for step in sealed_steps(self.folder)), default=math.inf)
+        return float(first_text("best_loss", repr(found)))
 
     def best_step(self) -> int:
         """That of the finished checkpoint with the smallest held-out loss.
@@ -266,28 +303,25 @@ class Checkpointer:
         return self.folder / str(steps[-1]) if steps else None
 
     def _newest_verified(self) -> int | None:
-        """Process 0 looks and all processes follow, so that all restore the same step."""
+        """All processes look together, each at its share; what process 0 finds in the folder is there for all."""
         found, damaged = NONE_FOUND, {}
-        if jax.process_index() == 0:
-            self._passed_over = {}
-            for step in reversed(all_steps(self.folder)):
-                problem = checkpoint_problem(self.folder / str(step))
-                if problem is None:
-                    found = step
-                    break
-                if problem is UNFINISHED and step == self._last_sealed():
-                    problem = f"it was finished, but its {SEAL} is gone"
-                self._passed_over[step] = problem
-                if problem is not UNFINISHED:
-                    damaged[step] = problem
-                self._say(f"passed over checkpoint {step}: {problem}")
-            if found < 0 and damaged:
-                found = ALL_DAMAGED
-            newest = self._last_sealed()
-            if found >= 0 and newest is not None and newest > found and newest not in self._passed_over:
-                self._say(f"checkpoint {newest}, which was finished, is not there any more")
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(found))
+        steps, last = json.loads(first_text("checkpoints", json.dumps([all_steps(self.folder), self._last_sealed()])))
+        self._passed_over = {}
+        for step in reversed(steps):
+            problem = _agreed_problem(self.folder / str(step))
+            if problem is None:
+                found = step
+                break
+            if problem == UNFINISHED and step == last:
+                problem = f"it was finished, but its {SEAL} is gone"
+            self._passed_over[step] = problem
+            if problem != UNFINISHED:
+                damaged[step] = problem
+            self._say(f"passed over checkpoint {step}: {problem}")
+        if found >= 0 and last is not None and last > found and last not in self._passed_over:
+            self._say(f"checkpoint {last}, which was finished, is not there any more")
+        if found < 0 and damaged:
+            found = ALL_DAMAGED
         if found == ALL_DAMAGED:
             listed = "".join(f"\n  checkpoint {step}: {problem}" for step, problem in damaged.items())
             raise ConfigError(
@@ -390,8 +424,16 @@ def sealed_steps(folder: epath.Path) -> list[int]:
 
 def checkpoint_problem(folder: epath.Path) -> str | None:
     """What is wrong with a checkpoint, None when it is as it was sealed, and the one that its name says."""
-    if (problem := problem_of(folder)) is not None:
-        return problem
+    return problem_of(folder) or _meta_problem(folder)
+
+
+def _agreed_problem(folder: epath.Path) -> str | None:
+    """As `checkpoint_problem`; each process looks at a share of the bytes."""
+    problem = problem_together(folder)
+    return problem or first_text("meta", _meta_problem(folder) or "" if jax.process_index() == 0 else "") or None
+
+
+def _meta_problem(folder: epath.Path) -> str | None:
     try:
         meta = read_object(folder / META)
     except (OSError, ValueError) as error:
@@ -415,16 +457,13 @@ def newest_run(folder: epath.Path) -> dict[str, Any]:
     return {}
 
 
-def _reason(said: str) -> str:
-    """What the system said, out of the words of the library that Orbax writes with.
-
-    That puts places before it and attributes behind it, of which the system's number is one:
-    `Failed to write 9 bytes to file 7: File too large [tensorstore_spec='...'] [os_error_code='27']`.
-    """
-    said = " ".join(said.split())
-    if "[os_error_code=" not in said:
-        return said
-    return re.split(r" \[\w+='", said, maxsplit=1)[0].rpartition(": ")[2].strip()
+def _sums(target: epath.Path) -> dict[str, Entry]:
+    """Of what this process has written, process 0 of all that is no other's."""
+    if (process := jax.process_index()) == 0:
+        others = [f"state/{part_of(number)}" for number in range(1, jax.process_count())]
+        return checksums(target, but=others)
+    own = f"state/{part_of(process)}"
+    return checksums(target, within=own) if (target / own).is_dir() else {}
 
 
 def _leaves_by_name(tree: Any) -> dict[str, Any]:
@@ -434,28 +473,3 @@ def _leaves_by_name(tree: Any) -> dict[str, Any]:
 
 def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-@functools.cache
-def _quieten() -> None:
-    """Where a write fails, Orbax logs tracebacks, and the library that it writes with others still after that.
-
-    What they say is in the error that is raised; it is shown in one line.
-    """
-    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-    # Of several writes that fail, one is waited for; of the others Python says that nobody asked.
-    logging.getLogger("asyncio").addFilter(
-        lambda record: not (record.exc_info and "[os_error_code=" in str(record.exc_info[1]))
-    )
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -313,11 +313,11 @@ def test_a_kill_at_the_end_of_an_export_keeps_no_later_one_from_being_written(
 
 
 def test_an_export_is_known_as_unfinished_until_it_is_sealed(folder, state, tokenizer, tmp_path, monkeypatch):
-    def killed(aside, **_):
+    def killed(aside, _):
         assert (aside / "unfinished-export").read_bytes() == MARK_TEXT
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "seal", killed)
+    monkeypatch.setattr(export, "seal_together", killed)
     monkeypatch.setattr(export.shutil, "rmtree", lambda *_, **__: None)  # A kill leaves what is there.
     with pytest.raises(KeyboardInterrupt):
         write(folder, state, tokenizer)

@@ -25,6 +25,7 @@ from jaxsft.folders.weights import load as weights
 from jaxsft.folders.weights.check import check_weights
 from jaxsft.folders.weights.save import write_weights
 from jaxsft.folders.weights.stored import INDEX_FILE, Stored, open_folder
+from jaxsft.folders.weights.together import cast_bits
 from jaxsft.mesh import make_mesh, shardings
 
 SIZES = dict(l=3, v=128, d=16, n=8, k=4, h=6, f=24, e=4)
@@ -175,7 +176,6 @@ def write(folder, params, stored, *, dtype=None, family=FAMILY, vocab_size=VOCAB
         dtype=None if dtype is None else np.dtype(dtype),
         stored=stored,
         max_shard_bytes=max_shard_bytes,
-        writes=True,
     )
     return folder
 
@@ -667,7 +667,6 @@ CHILD = """
     out.mkdir(exist_ok=True)
     write_weights(
         out, params, module, vocab_size=config.vocab_size, dtype=None, stored=stored, max_shard_bytes=10**9,
-        writes=jax.process_index() == 0,
     )
     print("RESULT", json.dumps(
         {"held": held, "read": sum(counts), "load": loaded - before, "export": peak() - loaded}
@@ -801,3 +800,18 @@ def test_without_files_to_follow_an_export_is_laid_out_as_transformers_does_it(f
     sizes = {file.name: file.stat().st_size for file in out.glob("*.safetensors")}
     assert len(sizes) > 3 and sorted(sizes) == sorted(set(index["weight_map"].values()))
     jax.tree.map(np.testing.assert_array_equal, load(open_folder(out)), params)
+
+
+def test_devices_round_as_the_host_does():
+    chance = np.random.default_rng(0)
+    edges = np.array(
+        [0, 1, 0x7F800000, 0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0x00008000, 0x00018000, 0x3F808000], np.uint32
+    )
+    bits = np.concatenate([chance.integers(0, 2**32, 200_000, np.uint32), edges, edges | np.uint32(0x80000000)])
+    single, brain = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
+    with np.errstate(invalid="ignore"):
+        expected = bits.view(single).astype(brain)
+    ours = np.asarray(jax.jit(lambda x: cast_bits(x, single, brain))(bits)).view(brain)
+    np.testing.assert_array_equal(ours.view(np.uint16), expected.view(np.uint16))
+    back = np.asarray(jax.jit(lambda x: cast_bits(x, brain, single))(expected.view(np.uint16)))
+    np.testing.assert_array_equal(back, expected.astype(single).view(np.uint32))

@@ -347,6 +347,5 @@ def test_what_is_exported_are_the_weights_of_the_files(folders, model_type, tmp_
         dtype=None,
         stored=stored,
         max_shard_bytes=10**9,
-        writes=True,
     )
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -23,7 +23,7 @@ from jaxsft.disk import writing
 from jaxsft.disk.seal import seal
 from jaxsft.disk.writing import WriteError
 from jaxsft.mesh import make_mesh, partition_spec
-from jaxsft.training import checkpoint
+from jaxsft.training import arrays
 from jaxsft.training.checkpoint import Checkpointer, SaveError
 from jaxsft.training.stop import StopSignal
 
@@ -349,7 +349,7 @@ def test_a_disk_that_fills_up_is_one_line_with_the_numbers_and_leaves_nothing(tm
 
 @pytest.mark.parametrize(("words", "is_said"), [("Failed: No space [os_error_code='28']", False), ("of ours", True)])
 def test_of_several_writes_that_fail_those_that_nobody_waits_for_are_not_told_again(caplog, words, is_said):
-    checkpoint._quieten()
+    arrays._quieten()
 
     async def leave() -> None:
         asyncio.get_running_loop().create_future().set_exception(ValueError(words))
@@ -369,7 +369,7 @@ def test_of_several_writes_that_fail_those_that_nobody_waits_for_are_not_told_ag
     ],
 )
 def test_of_what_the_library_says_only_the_words_of_the_system_are_told(said):
-    assert checkpoint._reason(said) == "File too large"
+    assert arrays.reason(said) == "File too large"
 
 
 def test_sigterm_is_noticed_and_the_former_handler_comes_back():

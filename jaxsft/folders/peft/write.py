@@ -8,7 +8,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,11 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from jaxsft.config import LoraConfig
-from jaxsft.disk.writing import check_space
-from jaxsft.folders.export import check_target, save_tokenizer, whole_or_not_there, write_generation_config
+from jaxsft.disk.seal import Entry as SealEntry
+from jaxsft.folders.export import check_target, save_tokenizer, write_generation_config, write_whole_folder
 from jaxsft.folders.peft.places import (
     PREFIX,
     Member,
@@ -40,6 +38,7 @@ from jaxsft.folders.peft.places import (
 from jaxsft.folders.peft.read import DELTA
 from jaxsft.folders.peft.settings import CONFIG_FILE, WEIGHTS_FILE
 from jaxsft.folders.tokenizer_files import settle_tokenizer
+from jaxsft.folders.weights.beside import file_beside
 from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import base_prefix, variables_of
 from jaxsft.folders.weights.save import Tensor, dump_json, header_of
@@ -108,23 +107,23 @@ def export_adapter(
     folder = pathlib.Path(folder).absolute()
     check_target(folder, source_folders)
     entries, settings = adapter_entries(model)
-    writes = jax.process_index() == 0
-    if writes:
-        check_space(folder, 4 * sum(math.prod(entry.shape) for entry in entries))
-    with whole_or_not_there(folder, say, writes=writes) as aside:
-        if writes:
-            save_tokenizer(aside, tokenizer)
-            write_generation_config(aside, hf_config, source_folders[0], tokenizer=tokenizer, stop_ids=stop_ids)
-            settle_tokenizer(aside, tokenizer, tokenizer_folder)
-            (aside / CONFIG_FILE).write_bytes(dump_json(settings))
-        _write(aside / WEIGHTS_FILE, entries, writes=writes)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("export")
+    num_bytes = 4 * sum(math.prod(entry.shape) for entry in entries)
+
+    def write_others(aside: pathlib.Path) -> None:
+        save_tokenizer(aside, tokenizer)
+        write_generation_config(aside, hf_config, source_folders[0], tokenizer=tokenizer, stop_ids=stop_ids)
+        settle_tokenizer(aside, tokenizer, tokenizer_folder)
+        (aside / CONFIG_FILE).write_bytes(dump_json(settings))
+
+    def write(aside: pathlib.Path) -> dict[str, SealEntry | None]:
+        return {WEIGHTS_FILE: _write(aside / WEIGHTS_FILE, entries)}
+
+    write_whole_folder(folder, say, num_bytes=num_bytes, weights=write, others=write_others)
 
 
 def write_tensors(path: pathlib.Path, model: AdaptedModel) -> None:
     """Writes adapter_model.safetensors alone, in a run of one process."""
-    _write(path, adapter_entries(model)[0], writes=True)
+    _write(path, adapter_entries(model)[0])
 
 
 def fused_maps(decoder: Decoder, family: ModuleType, lora: LoraConfig, *, vocab_size: int) -> list[str]:
@@ -134,19 +133,18 @@ def fused_maps(decoder: Decoder, family: ModuleType, lora: LoraConfig, *, vocab_
     return [each.place.name for each in adapted_places(places.values(), shapes) if len(each.place.members) > 1]
 
 
-def _write(path: pathlib.Path, entries: Sequence[Entry], *, writes: bool) -> None:
+def _write(path: pathlib.Path, entries: Sequence[Entry]) -> SealEntry | None:
+    """Process 0 writes what all gather; None on the others."""
     header = header_of({entry.name: Tensor("F32", entry.shape, ()) for entry in entries}, {"format": "pt"})
-    with path.open("wb") if writes else contextlib.nullcontext() as out:
+    with file_beside(path) if jax.process_index() == 0 else contextlib.nullcontext() as out:
         if out:
-            out.write(header)
+            out.write(np.frombuffer(header, np.uint8))
         for entry in entries:
             values = entry.make()
             assert values.shape == entry.shape and values.dtype == np.float32, entry.name
             if out:
-                out.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        if out:
-            out.flush()
-            os.fsync(out.fileno())
+                out.write(np.ascontiguousarray(values))
+    return out.entry if out else None
 
 
 class Adapted(NamedTuple):

@@ -1,44 +1,33 @@
 """Weights from a mesh into safetensors: the tensors, dtypes and files that they came from, or those of transformers.
 
 In: the state of a `Decoder`, and the `Stored` that it was read from, if it was. Out: files that are equal to the byte
-where nothing was trained. Each tensor is put together from the weights that lie in it, gathered and written before the
-next, so that no more than one is ever in host memory.
+where nothing was trained. Files are shared out among the processes by their numbers. Each tensor is put together from
+the weights that lie in it and written while the next is gathered, so that only a few are ever in host memory.
 """
 
 import contextlib
-import functools
+import itertools
 import json
 import math
-import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from jaxsft.config import ConfigError
+from jaxsft.disk.seal import Entry
+from jaxsft.folders.weights.beside import FileBeside, file_beside
 from jaxsft.folders.weights.copying import copy
-from jaxsft.folders.weights.layout import Box, Weight, is_quantized, join
+from jaxsft.folders.weights.layout import Weight, is_quantized, join
 from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, SafeTensor, Stored, StoredTensor
+from jaxsft.folders.weights.together import Part, put_together, refuse_overflow
 from jaxsft.model.adapter import Frozen
-from jaxsft.model.quantized import unpacked_layer
 
-COPY_BYTES = GATHER_BYTES = 1 << 24
-
-
-class Part(NamedTuple):
-    """One weight of ours, or one index of its split dims, as a part of a tensor."""
-
-    weight: Weight
-    variable: nnx.Variable
-    at: tuple[int, ...]
-    original: StoredTensor | None = None
-    """Of a quantised weight, the tensor that it was read from: what was quantised is written as it was."""
+COPY_BYTES = 1 << 24
 
 
 class Made(NamedTuple):
@@ -86,13 +75,12 @@ def write_weights(
     dtype: np.dtype | None,
     stored: Stored | None = None,
     max_shard_bytes: int,
-    writes: bool,
     merge: Mapping[str, Made] | None = None,
     has_new_rows: bool = False,
-) -> None:
+) -> dict[str, Entry | None]:
     """Writes the safetensors files, and an index if there is more than one.
 
-    Every process must call this; those that do not write help to gather.
+    Every process must call this: of N, process k writes files k, k + N, ..., and helps the others to gather theirs.
 
     Args:
         folder: where to.
@@ -103,9 +91,14 @@ def write_weights(
         stored: what the model was read from: names, dtypes, and what lies in which file are the same again. Left out,
             or not of safetensors: files such as transformers' save_pretrained writes.
         max_shard_bytes: largest file, where `stored` does not say what lies where.
-        writes: whether this process is the one that writes.
         merge: by the names of all tensors of the model, their values in place of those of `params`.
         has_new_rows: the tables of `params` have rows that `stored` has otherwise, also where they are not trained.
+
+    Returns:
+        the files by name, as a seal has them; None where another process has written it.
+
+    Raises:
+        OSError: a file of this process could not be written; it has helped the others with theirs.
     """
     known = stored.tensors if stored else {}
 
@@ -123,17 +116,30 @@ def write_weights(
         files = _files_as_stored(tensors, stored)
     else:
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
-    for file in files:
-        with (folder / file.name).open("wb") if writes else contextlib.nullcontext() as out:
-            if out:
-                out.write(file.header)
-            for tensor in file.tensors.values():
-                _write(out, tensor)
-            if out:  # a folder that is renamed into place must be whole, whatever happens to the machine then
-                out.flush()
-                os.fsync(out.fileno())
-    if writes and (index := _index(files, tensors, stored)):
+    written: dict[str, Entry | None] = dict.fromkeys(file.name for file in files)
+    this, count = jax.process_index(), jax.process_count()
+    failed: OSError | None = None
+    for at in range(0, len(files), count):
+        together = files[at : at + count]
+        mine = together[this] if this < len(together) else None
+        try:
+            with file_beside(folder / mine.name) if mine else contextlib.nullcontext() as out:
+                if mine and out:
+                    out.write(np.frombuffer(mine.header, np.uint8))
+                # All gather the first tensor of each file, then the second, so that all disks have something to do.
+                for each in itertools.zip_longest(*(file.tensors.values() for file in together)):
+                    for process, tensor in enumerate(each):
+                        if tensor is not None:
+                            _write(out if process == this else None, tensor)
+            if mine and out:
+                written[mine.name] = out.entry
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    if this == 0 and (index := _index(files, tensors, stored)):
         (folder / INDEX_FILE).write_bytes(index)
+    return written
 
 
 def _tensors(
@@ -276,12 +282,12 @@ def _merged(tensor: Tensor, name: str, merge: Mapping[str, Made], stored: Stored
     return tensor._replace(made=merge[own])
 
 
-def _write(out: BinaryIO | None, tensor: Tensor) -> None:
+def _write(out: FileBeside | None, tensor: Tensor) -> None:
     """Writes a tensor; without a file, it helps other processes to do so."""
     if isinstance(tensor.source, SafeTensor):
-        for at in range(0, tensor.num_bytes, COPY_BYTES):
-            if out:
-                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)).data)
+        if out:
+            for at in range(0, tensor.num_bytes, COPY_BYTES):
+                out.write(tensor.source.read_bytes(at, min(COPY_BYTES, tensor.num_bytes - at)))
         return
     if tensor.made is None:
         whole = put_together(tensor.source, DTYPES[tensor.word], keeps=out is not None)
@@ -289,7 +295,7 @@ def _write(out: BinaryIO | None, tensor: Tensor) -> None:
         whole = _cast(tensor.made.make(out is not None), tensor)
     if out:
         assert whole is not None
-        out.write(whole.reshape(-1).view(np.uint8).data)
+        out.write(whole)
 
 
 def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
@@ -298,103 +304,5 @@ def _cast(values: np.ndarray | None, tensor: Tensor) -> np.ndarray | None:
     assert values.shape == tensor.shape and not isinstance(tensor.source, SafeTensor)
     whole = np.empty(values.shape, DTYPES[tensor.word])
     copy(whole, values, max(1, values.ndim - 1))
-    _refuse_overflow(whole, values, tensor.source[0].weight.path)
+    refuse_overflow(whole, values, tensor.source[0].weight.path)
     return whole
-
-
-def _refuse_overflow(written: np.ndarray, values: np.ndarray, path: str) -> None:
-    if written.dtype == np.float16 and np.any(np.isinf(written) & np.isfinite(values)):
-        raise ConfigError(
-            f"{path}: has numbers that float16 cannot hold (65504 at most); export as bfloat16 or float32 "
-            "(model.export_dtype)"
-        )
-
-
-def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.ndarray | None:
-    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it."""
-    factors = parts[0].weight.factors
-    num_rows = len(factors) - len(parts[0].weight.dims[-1])
-    whole = np.empty([factor.size for factor in factors] if keeps else [], dtype)
-    for part in parts:
-        assert [factor.size for factor in part.weight.factors] == [factor.size for factor in factors], part.weight.path
-        if part.original is not None:
-            if keeps:
-                all_of_ours = part.weight.in_file(tuple((0, size) for size in part.weight.shape[part.weight.split :]))
-                region = tuple(slice(*bounds) for bounds in all_of_ours)
-                copy(whole[region], _read(part)[region], num_rows)
-            continue
-        for box, values in _gather(part):
-            if keeps:
-                place = whole[tuple(slice(*bounds) for bounds in part.weight.in_file(box))]
-                source = part.weight.file_order(values)
-                # Cast on the host: compiled for CPU, XLA would take numbers below the normal ones for zeros.
-                copy(place, source, num_rows)
-                _refuse_overflow(place, source, part.weight.path)
-    return whole if keeps else None
-
-
-def _read(part: Part) -> np.ndarray:
-    """The tensor of a file, in the shape of its factors."""
-    assert part.original is not None
-    tensor = part.original
-    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
-    return read.reshape([factor.size for factor in part.weight.factors])
-
-
-def _gather(part: Part) -> Iterator[tuple[Box, np.ndarray]]:
-    """A part of a tensor, as boxes of our dims that together are all of it; on every process.
-
-    No device ever holds more than its shard and GATHER_BYTES: of the first dim that may be cut over devices, each of
-    them gives as many of its indices at a time, and those of other processes travel.
-    """
-    weight, value = part.weight, part.variable.get_value()
-    layer, expert = part.at[:1], part.at[1:]
-    if is_quantized(part.variable):  # of random weights, which are in no file
-        value, layer = unpacked_layer(part.variable.get_metadata("quantized"), layer[0]), (0,)
-    assert len(expert) <= 1 and (not layer or weight.axes[0] == "l"), weight.path
-    shape = weight.shape[weight.split :]
-    local = value.sharding.shard_shape(value.shape)[len(layer)]
-    parts = value.shape[len(layer)] // local
-    step = local
-    if not value.is_fully_addressable:
-        step = max(1, GATHER_BYTES // (parts * math.prod(value.shape[len(layer) + 1 :]) * value.dtype.itemsize))
-    # An expert is one index within one shard.
-    starts = [expert[0] % local] if expert else range(0, local, step)
-    for start in starts:
-        size = 1 if expert else min(step, local - start)
-        chunk = _pick(value, layer, start, parts=parts, size=size)
-        for bounds, piece in _pieces(chunk).items():
-            for number in range(*bounds[0]):
-                if expert and number != expert[0] // local:
-                    continue
-                at = number * local + start
-                box = bounds[2:] if expert else ((at, at + size), *bounds[2:])
-                # The state may have more rows of the vocabulary than are written.
-                box = tuple((first, min(last, most)) for (first, last), most in zip(box, shape, strict=True))
-                if all(first < last for first, last in box):
-                    values = np.asarray(piece).view(value.dtype)[number - bounds[0][0]]
-                    values = values[0] if expert else values
-                    yield box, values[tuple(slice(0, last - first) for first, last in box)]
-
-
-@functools.partial(jax.jit, static_argnames=("parts", "size"))
-def _pick(value: jax.Array, layer: tuple[int, ...], start: int, *, parts: int, size: int) -> jax.Array:
-    """[parts, size, ...]: from each of the parts that the first dim (of a layer) is cut into, some indices.
-
-    Works on the bits of the numbers, since adding zeros to numbers, as a gather may do, can change their bits.
-    """
-    bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
-    for at in layer:
-        bits = jax.lax.dynamic_index_in_dim(bits, at, keepdims=False)
-    return jax.lax.dynamic_slice_in_dim(bits.reshape(parts, -1, *bits.shape[1:]), start, size, axis=1)
-
-
-def _pieces(chunk: jax.Array) -> dict[Box, Any]:
-    """The shards of an array, each once; where other processes hold some of them, all of it."""
-    if not chunk.is_fully_addressable:
-        return {tuple((0, size) for size in chunk.shape): multihost_utils.process_allgather(chunk, tiled=True)}
-    indices = [
-        tuple(each.indices(size)[:2] for each, size in zip(shard.index, chunk.shape, strict=True))
-        for shard in chunk.addressable_shards
-    ]
-    return {bounds: shard.data for bounds, shard in zip(indices, chunk.addressable_shards, strict=True)}
