@@ -1,7 +1,7 @@
 """Sealed checkpoints of the train state: the one module that knows Orbax.
 
     checkpoints/STEP/meta.json   what is known of the run at this step; written first: the mark of a folder of ours
-    checkpoints/STEP/state/      the arrays, as Orbax writes them
+    checkpoints/STEP/state/      the arrays, as Orbax writes them; in a bucket, see `bucket_arrays.py`
     checkpoints/STEP/seal.json   see `seal.py`; written last
     progress.json                the newest step that was sealed
 
@@ -29,6 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from jaxsft.config import CheckpointConfig, ConfigError
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.seal import (
     REMOVING,
     SEAL,
@@ -41,6 +42,7 @@ from jaxsft.disk.seal import (
     seal,
 )
 from jaxsft.disk.writing import aside_of, check_space, set_aside, write_error, write_whole
+from jaxsft.training.bucket_arrays import BucketArrays
 
 META, PROGRESS = "meta.json", "progress.json"
 
@@ -73,7 +75,8 @@ class Checkpointer:
         self._config = config
         self._say = say
         self._run = json.loads(json.dumps(run or {}))
-        self._orbax = ocp.StandardCheckpointer()
+        # Orbax 0.12 takes an s3:// for a relative path, and renames folders where it knows no better.
+        self._orbax: Any = BucketArrays() if is_bucket(folder) else ocp.StandardCheckpointer()
         _quieten()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -140,12 +143,13 @@ class Checkpointer:
 
     def _failed(self, target: epath.Path, needed: int, error: Exception) -> SaveError:
         """The error of a save that failed, of which nothing is left that would take up room."""
-        if self._making == target and not (target / SEAL).exists():
-            # Where one of Orbax's writers has failed, others may go on for a moment, and write into what is removed.
-            for _ in range(10):
-                with contextlib.suppress(OSError):
-                    target.rmtree()
-                time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            if self._making == target and not (target / SEAL).exists():
+                # Where one of the writers has failed, others may go on for a moment, and write into what is removed.
+                for _ in range(10):
+                    with contextlib.suppress(OSError):
+                        target.rmtree()
+                    time.sleep(0.1)
         reason = getattr(error, "strerror", None) or _reason(str(error))
         return SaveError(str(write_error(target, reason[:200], needed)))
 
