@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.batch import Example
-from jaxsft.batches import cache
+from jaxsft.batches import bucket_cache, cache
 from jaxsft.batches.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
 from jaxsft.batches.workers import CHUNK, Workers, seldom_collected
 from jaxsft.chat.encoder import ChatEncoder
@@ -126,8 +126,13 @@ def prepare(
     }
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     folder = cache.folder(config.cache, say) / key
+    there = bucket_cache.remote(config.cache)
     found = cache.load(folder)
+    if found is None and there is not None:
+        found = bucket_cache.fetch(there / key, folder, say)
     if found is not None:
+        if there is not None:
+            bucket_cache.send(folder, there / key, say)
         return Prepared(key, **found.arrays, report=found.report)
     cache.claim(folder.parent)
     cache.check_replaceable(folder, say)
@@ -138,6 +143,8 @@ def prepare(
         cache.put_in_place(building, folder)
     # Whoever comes second uses the first one's. Mapped files outlive their names, should those be gone by now.
     found = cache.load(folder) or found
+    if there is not None:
+        bucket_cache.send(folder, there / key, say)
     return Prepared(key, **found.arrays, report=found.report)
 
 

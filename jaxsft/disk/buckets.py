@@ -11,7 +11,6 @@ A call that fails as connections do is tried again for half a minute, and then i
 """
 
 import errno
-import functools
 import glob
 import importlib
 import io
@@ -194,11 +193,14 @@ class BucketPath(epath.Path):
         to = BucketPath(target)
         places = {self: to} if self.is_file() else {each: to / each.relative_to(self) for each in self.files()}
         for each, place in places.items():
-            copy = functools.partial(self._files.cp_file, each._key, place._key)
-            each._tried(copy)
+            each.copy_to(place)
         for each in places:
             each.unlink(missing_ok=True)
         return to
+
+    def copy_to(self, target: "BucketPath") -> None:
+        """Copies an object within its bucket, or to another one of the same kind."""
+        self._tried(lambda: self._files.cp_file(self._key, target._key))
 
     def open(self, mode: str = "r", **options: Any) -> Any:
         """For reading only: an object is written as a whole."""
@@ -344,7 +346,18 @@ def _tried(where: str, call: Callable[[], _Result]) -> _Result:
 
 _GIVEN_UP: set[str] = set()
 """Buckets that did not answer, however often they were asked; so that an end is not put off by each thing it does."""
-_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "google", "requests", "urllib3", "fsspec", "asyncio")
+_LIBRARIES = (
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "s3fs",
+    "gcsfs",
+    "google",
+    "requests",
+    "urllib3",
+    "fsspec",
+    "asyncio",
+)
 _HOPELESS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
 
 

@@ -24,20 +24,19 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.disk.seal import REMOVING, SEAL, finish_removing, problem_of, remove_sealed, seal
-from jaxsft.disk.writing import check_space, is_file, set_aside, write_error
+from jaxsft.disk.writing import WriteError, check_space, is_file, set_aside, write_error
+from jaxsft.folders.bucket_export import MARK_TEXT, UNFINISHED_MARK, is_unfinished, sent
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
+from jaxsft.folders.mirror import origin_of
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.folders.weights.layout import variables_of, whole_weights
 from jaxsft.folders.weights.save import Made, dump_json, write_weights
 from jaxsft.folders.weights.stored import DTYPES, Stored
 
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
-
-UNFINISHED_MARK = "unfinished-export"
-"""A file in a folder of ours that is being written, and may be removed."""
-MARK_TEXT = b"An export that jaxsft has not finished.\n"
 
 
 class ExportError(OSError):
@@ -105,7 +104,7 @@ def export_folder(
         ConfigError: `folder` holds something else than an export, or is `source_folder`.
         ExportError: it could not be written.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = target_of(folder)
     source = pathlib.Path(source_folder) if source_folder else None
     check_target(folder, [source] if source else [])
     into = None
@@ -136,19 +135,26 @@ def export_folder(
         multihost_utils.sync_global_devices("export")
 
 
+def target_of(folder: Any) -> Any:
+    """The path of an export on a disk or in a bucket, absolute."""
+    return folder if isinstance(folder, BucketPath) else pathlib.Path(folder).absolute()
+
+
 def check_target(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     """Refuses a folder in whose place no export may come: one of the sources, or what is no export.
 
     Raises:
         ConfigError: names the folder.
     """
-    if any(folder.resolve() == source.resolve() for source in sources):
+    if any(folder.resolve() == origin_of(source).resolve() for source in sources):
         raise ConfigError(f"{folder}: the export would replace the model that it was made from")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not _is_export(folder)):
         raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
 
 
 def _is_export(folder: pathlib.Path) -> bool:
+    if isinstance(folder, BucketPath) and is_unfinished(folder):
+        return True
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
@@ -259,6 +265,16 @@ def whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writ
     Raises:
         ExportError: what failed.
     """
+    if isinstance(folder, BucketPath):
+        try:
+            with sent(folder, say, writes=writes) as made:
+                yield made
+        except OSError as error:
+            text = (
+                str(error) if isinstance(error, WriteError) else str(write_error(folder, error.strerror or str(error)))
+            )
+            raise ExportError(text) from error
+        return
     aside, is_begun = _partial(folder), False
     with _alone(folder, say) if writes else contextlib.nullcontext():
         try:

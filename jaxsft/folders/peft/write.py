@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from jaxsft.config import LoraConfig
 from jaxsft.disk.writing import check_space
-from jaxsft.folders.export import check_target, save_tokenizer, whole_or_not_there, write_generation_config
+from jaxsft.folders.export import check_target, save_tokenizer, target_of, whole_or_not_there, write_generation_config
 from jaxsft.folders.peft.places import (
     PREFIX,
     Member,
@@ -105,7 +105,7 @@ def export_adapter(
         ConfigError: `folder` holds something else than an export, or a source.
         ExportError: it could not be written.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = target_of(folder)
     check_target(folder, source_folders)
     entries, settings = adapter_entries(model)
     writes = jax.process_index() == 0
