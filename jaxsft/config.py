@@ -44,8 +44,8 @@ class ModelConfig(Section):
     """The model to begin with, and the dtypes of its numbers."""
 
     path: str
-    """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file; a folder may be in a
-    bucket (gs://, s3://)."""
+    """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file; a folder may be in
+    a bucket (gs://, s3://)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights in `path`, or from random ones drawn for its config.json."""
     tokenizer: str | None = None

@@ -43,7 +43,7 @@ def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Seque
     Raises:
         ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
     """
-    path = "config" if isinstance(source, Mapping) else place(source)
+    path: Any = "config" if isinstance(source, Mapping) else place(source)
     tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(path)
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
     try:

@@ -43,6 +43,9 @@ _VERSION_KEYS = ("size", "ETag", "LastModified", "generation", "md5Hash", "crc32
 class BucketError(OSError):
     """A bucket could not be reached, or refused what was asked of it."""
 
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether a path is of no disk: a `BucketPath`, or its text."""
@@ -362,5 +365,6 @@ _HOPELESS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredential
 
 
 def _code(error: Exception) -> int:
-    code = getattr(error, "code", None)
-    return int(code) if str(code).isdigit() else 0
+    """Of HTTP, where the library says it."""
+    code = str(getattr(error, "code", ""))
+    return int(code) if code.isdigit() else 0

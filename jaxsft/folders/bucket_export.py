@@ -79,11 +79,9 @@ def _send(made: pathlib.Path, folder: BucketPath, say: Callable[[str], None]) ->
     if (folder / SEAL).exists():
         remove_sealed(folder, to_the_byte=True)
     if folder.exists():
-        others = ", ".join(each.name for each in list(folder.iterdir())[:5])
+        shown = ", ".join(each.name for each in list(folder.iterdir())[:5])
         beside = set_aside(folder)
-        say(
-            f"{folder} held files that this program did not write, or that were changed: they are in {beside} ({others})"
-        )
+        say(f"{folder} held files that this program did not write, or that were changed: now in {beside} ({shown})")
     (folder / UNFINISHED_MARK).write_bytes(MARK_TEXT)
     for name in names:
         (partial / name).copy_to(folder / name)

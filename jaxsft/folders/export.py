@@ -269,11 +269,10 @@ def whole_or_not_there(folder: pathlib.Path, say: Callable[[str], None], *, writ
         try:
             with sent(folder, say, writes=writes) as made:
                 yield made
+        except WriteError as error:
+            raise ExportError(str(error)) from error
         except OSError as error:
-            text = (
-                str(error) if isinstance(error, WriteError) else str(write_error(folder, error.strerror or str(error)))
-            )
-            raise ExportError(text) from error
+            raise ExportError(str(write_error(folder, error.strerror or str(error)))) from error
         return
     aside, is_begun = _partial(folder), False
     with _alone(folder, say) if writes else contextlib.nullcontext():

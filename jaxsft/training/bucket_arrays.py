@@ -99,7 +99,8 @@ def part_of(process: int) -> str:
 
 
 def _on_devices(leaf: Any, reads: dict[Box, "concurrent.futures.Future[np.ndarray]"]) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         return reads[_box(index, leaf.shape)].result()
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)

@@ -62,9 +62,7 @@ def check_writers(log: LogConfig, folder: epath.Path) -> None:
         raise ConfigError(f"log.to: {', '.join(missing)} not installed: pip install 'jaxsft[{extras}]'")
     of_disks = [name for name in log.to if name in ("tensorboard", "wandb")]
     if of_disks and is_bucket(folder):
-        raise ConfigError(
-            f"log.to: {', '.join(of_disks)} writes to a disk, and run_dir {folder} is a bucket; leave it out"
-        )
+        raise ConfigError(f"log.to: {', '.join(of_disks)} writes to a disk, and run_dir {folder} is a bucket")
     if "wandb" in log.to and jax.process_index() == 0:
         import wandb
 

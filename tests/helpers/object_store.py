@@ -66,5 +66,3 @@ def download(source, folder):
         to.parent.mkdir(parents=True, exist_ok=True)
         each.download(to)
     return folder
-
-

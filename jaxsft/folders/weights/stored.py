@@ -1,8 +1,9 @@
 """The tensors that a model folder holds: which there are, where, and reading parts of them.
 
-In: a folder of safetensors, one file or several with an index, on a disk or in a bucket. Out: a `Stored`, with all that is wrong about the files.
-Whether these are the tensors that a model needs is `load.py`'s question. Only headers are read here; the bytes of a
-tensor are read by those who ask for them. A model in another format (`folders/gguf/model.py`) is a `Stored` too.
+In: a folder of safetensors, one file or several with an index, on a disk or in a bucket. Out: a `Stored`, with all that
+is wrong about the files. Whether these are the tensors that a model needs is `load.py`'s question. Only headers are
+read here; the bytes of a tensor are read by those who ask for them. A model in another format (`folders/gguf/model.py`)
+is a `Stored` too.
 """
 
 import collections
