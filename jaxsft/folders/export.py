@@ -153,7 +153,7 @@ def check_target(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
 
 
 def _is_export(folder: pathlib.Path) -> bool:
-    if isinstance(folder, BucketPath) and is_unfinished(folder):
+    if isinstance(folder, BucketPath) and (is_unfinished(folder) or (folder / REMOVING).exists()):
         return True
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 

@@ -47,6 +47,7 @@ def start_store():
             patch.setenv(name, value)
         import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # which may know the address of a store before
         s3fs.S3FileSystem().mkdir(BUCKET)
         yield store
     store.stop()
