@@ -22,7 +22,8 @@ from jaxsft.model.abstract import abstract_model, random_weights, with_attention
 from jaxsft.model.attention import choose_kernel
 from jaxsft.model.families.known import decoder_config, family
 from jaxsft.training.checkpoint import Checkpointer
-from jaxsft.training.metrics import matmul_params, peak_flops, train_flops
+from jaxsft.training.chips import chip_of
+from jaxsft.training.metrics import matmul_params, train_flops
 from jaxsft.training.step import abstract_state, init_state, make_train_step, put_batch
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -158,7 +159,8 @@ def step(*, is_small: bool, start: str = "cold", **settings: Any) -> dict[str, A
         attention_width=built.structure.num_heads * built.structure.head_dim,
         attention_pairs=float(metrics.attention_pairs),
     )
-    peak = peak_flops(device)
+    chip = chip_of(device)
+    peak = chip.flops if chip else None
     return {
         "step_ms": taken * 1e3,
         "tokens_per_second": tokens / taken,

@@ -69,6 +69,18 @@ def preview_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan_command(args: argparse.Namespace) -> int:
+    """say what a run will need on chips that need not be there: memory, messages, hours; no weights are read"""
+    from jaxsft.plan.make import as_json, describe, make_plan
+    from jaxsft.plan.topologies import read_topology
+
+    topology = read_topology(args.topology, num_slices=args.slices)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        plan = make_plan(_config(args), topology, compiles=not args.quick)
+    print(json.dumps(as_json(plan)) if args.json else describe(plan))
+    return 0
+
+
 def evaluate_command(args: argparse.Namespace) -> int:
     """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
     from jaxsft.answers.evaluate import describe
@@ -264,6 +276,13 @@ def _parser() -> argparse.ArgumentParser:
             )
         if command is preview_command:
             subparser.add_argument("--json", action="store_true", help="the same for programs; see docs/preview.md")
+    subparser = add("plan", plan_command)
+    subparser.add_argument("config", help="YAML file")
+    subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.microbatch_size=64")
+    subparser.add_argument("--topology", required=True, help="such as v6e:8x8, v5p:8x8x4, h100:8, h200:1, cpu:1")
+    subparser.add_argument("--slices", type=_number(int, 1, 10**4), default=1, help="of TPUs, each of that topology")
+    subparser.add_argument("--quick", action="store_true", help="count alone, also where a compiler is installed")
+    subparser.add_argument("--json", action="store_true", help="the same for programs")
     subparser = add("compare", compare_command)
     subparser.add_argument("config", help="YAML file")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.compute_dtype=float32")

@@ -9,17 +9,20 @@ Every parameter is born with the letters of its dims (`"l d n h"`) and every act
 import math
 import os
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsft.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+"""A mesh of devices, which may be those of another machine; or of none, for shapes alone."""
 
 DIM_AXES: dict[str, tuple[str, ...]] = {
     "b": ("data", "fsdp", "expert"),
@@ -122,7 +125,7 @@ def is_cut_evenly(shape: Sequence[int], axes: str) -> bool:
     return all(size % number == 0 for size, number in zip(shape, ways, strict=True))
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shardings(mesh: AnyMesh, tree: Any) -> Any:
     """The sharding of each leaf of a state: parameters and moments by their `axes`, all other leaves replicated.
 
     `tree` is any pytree whose weights are `nnx.Variable`s with `axes` metadata (optimizer moments keep it). The result
@@ -268,7 +271,7 @@ def on_one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
-def check_divisible(mesh: Mesh, tree: Any, sizes: dict[str, int]) -> None:
+def check_divisible(mesh: AnyMesh, tree: Any, sizes: dict[str, int]) -> None:
     """Refuses a mesh that cannot cut the weights or the batch evenly, before any weight is read.
 
     Args:

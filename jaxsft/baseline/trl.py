@@ -64,9 +64,13 @@ def prepare(request: dict[str, Any], folder: pathlib.Path, theirs: pathlib.Path)
     at = [index for index in range(len(lengths)) if lengths[index] > 1][: request["num_checked"]]
     features = [{"input_ids": tokens[index], "labels": labels[index]} for index in at]
     inputs = trainer._prepare_inputs(trainer.data_collator(features))
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        loss = trainer.compute_loss(trainer.model.eval(), inputs)
-    (theirs / "first.json").write_text(json.dumps({"examples": at, "loss": loss.item()}))
+    model = trainer.model.eval()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(model, inputs)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+    first = {"examples": at, "loss": loss.item(), "grad_norm": norm.item()}
+    (theirs / "first.json").write_text(json.dumps(first))
 
 
 def train(request: dict[str, Any], folder: pathlib.Path, theirs: pathlib.Path) -> None:
@@ -116,26 +120,48 @@ def make_trainer(request: dict[str, Any], folder: pathlib.Path, other: dict[str,
         **other,
     }
     dataset = read_rows(request, folder)
-    refusal = None
-    try:
-        trainer = trl.SFTTrainer(
+    adapter = folder / request["adapter"] if request["adapter"] is not None else None
+
+    def make(options: dict[str, Any]) -> Any:
+        return trl.SFTTrainer(
             model=str(folder / request["model"]),
             args=trl.SFTConfig(**options),
             train_dataset=dataset,
             processing_class=tokenizer,
+            peft_config=adapter_config(adapter) if adapter is not None else None,
         )
+
+    refusal = None
+    try:
+        trainer = make(options)
     except ValueError as error:
         if not options["assistant_only_loss"] or NOT_TRAINABLE not in str(error):
             raise
         refusal = str(error)
     if refusal is not None:
-        trainer = trl.SFTTrainer(
-            model=str(folder / request["model"]),
-            args=trl.SFTConfig(**options | {"assistant_only_loss": False}),
-            train_dataset=dataset,
-            processing_class=tokenizer,
-        )
+        trainer = make(options | {"assistant_only_loss": False})
+    if adapter is not None:
+        begin_with(trainer.model, adapter)
     return trainer, refusal
+
+
+def adapter_config(folder: pathlib.Path) -> Any:
+    """What a user gives TRL as `peft_config`, of a folder of adapters."""
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
+
+
+def begin_with(model: Any, folder: pathlib.Path) -> None:
+    """Gives the adapters that TRL made the values that ours begin with."""
+    import peft
+
+    found: Any = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+    missing = [name for name in found.missing_keys if "lora_" in name]
+    if found.unexpected_keys or missing:
+        raise ValueError(f"TRL's model has other adapters than {folder}: {[*found.unexpected_keys, *missing][:3]}")
 
 
 def read_rows(request: dict[str, Any], folder: pathlib.Path) -> Any:

@@ -27,6 +27,8 @@ SECONDS_BETWEEN_NEWS = 30.0
 
 NEEDED = {"torch": "2.4", "accelerate": "1.1"}
 """Package -> oldest version, of every baseline."""
+NEEDED_FOR_ADAPTERS = {"peft": "0.21"}
+"""The same, where the config has adapters."""
 
 
 def check_packages(needed: Mapping[str, str]) -> None:

@@ -1,11 +1,12 @@
 """What two preparations of the same rows have shown, as a report.
 
 In: rows as both prepared them, their differences by cause, and runs. Out: a `Report`, which passes when no difference
-is unexplained and both compute the same loss on the same tokens. That the preparations differ is no failure: it is what
-the report is about.
+is unexplained and both compute the same loss and gradients of the same tokens. That the preparations differ is no
+failure: it is what the report is about.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jaxsft.compare import tokens
 from jaxsft.report.records import Check, Report, Run, TokenDifference
@@ -16,21 +17,30 @@ NUM_SHOWN = 3
 """Differences of each kind that are shown."""
 
 
+class Same(NamedTuple):
+    """Of both figures of the same tokens: values, or what may differ."""
+
+    loss: Any
+    grad_norm: Any
+
+
 def make_report(
     compared: Sequence[tokens.Row],
     results: Sequence[tokens.Found],
     habits: tokens.Habits,
     *,
     runs: Sequence[Run],
-    losses: tuple[float, float],
-    tolerance: float,
+    of_first: tuple[Same, Same],
+    tolerances: Same,
     refusal: str | None,
     title: str,
     facts: dict[str, str],
 ) -> Report:
     """All of it as a report; it passes when nothing is unexplained and the losses of equal tokens are equal."""
     counts = tokens.count_by_kind(results)
-    checks = [*_mask_check(refusal, habits), *_token_checks(compared, results, counts), _loss_check(losses, tolerance)]
+    checks = [*_mask_check(refusal, habits), *_token_checks(compared, results, counts)]
+    of_same = _same_checks(*of_first, tolerances)
+    checks += of_same
     unexplained = counts.get(tokens.OTHER, (0, 0, 0))[0]
     equal = sum(not each.places for each in results)
     passed = all(check.passed is not False for check in checks if check.name in JUDGED)
@@ -40,8 +50,8 @@ def make_report(
     )
     if unexplained:
         verdict += f"{unexplained:,} rows differ in a way that is not explained."
-    if abs(losses[0] - losses[1]) > tolerance * abs(losses[1]):
-        verdict += f" On the same tokens, the losses differ: {losses[0]:.6f} and {losses[1]:.6f}."
+    for check in of_same:
+        verdict += f" The {check.name} differs: {check.detail}." if check.passed is False else ""
     figures = {
         f"differs: {kind}": f"{rows:,} rows, {lone:,} tokens without a partner, {weights:,} tokens trained by one alone"
         for kind, (rows, lone, weights) in counts.items()
@@ -60,7 +70,8 @@ def make_report(
     )
 
 
-JUDGED = ("every difference explained", "counts add up", "loss of the same tokens")
+_SAME = Same("loss of the same tokens", "gradient norm of the same tokens")
+JUDGED = ("every difference explained", "counts add up", *_SAME)
 
 
 def _mask_check(refusal: str | None, habits: tokens.Habits) -> list[Check]:
@@ -121,17 +132,13 @@ def _token_checks(
     ]
 
 
-def _loss_check(losses: tuple[float, float], tolerance: float) -> Check:
-    ours, theirs = losses
-    difference = abs(ours - theirs) / max(abs(theirs), 1e-12)
-    return Check(
-        "loss of the same tokens",
-        difference <= tolerance,
-        difference,
-        tolerance,
-        f"first {NUM_CHECKED} rows",
-        f"relative, with the weights to begin with, on TRL's tokens and mask: ours {ours:.7f}, TRL's {theirs:.7f}",
-    )
+def _same_checks(ours: Same, theirs: Same, tolerances: Same) -> list[Check]:
+    checks = []
+    for name, one, other, tolerance in zip(_SAME, ours, theirs, tolerances, strict=True):
+        difference = abs(one - other) / max(abs(other), 1e-12)
+        words = f"relative, with the weights to begin with, on TRL's tokens and mask: ours {one:.7f}, TRL's {other:.7f}"
+        checks.append(Check(name, difference <= tolerance, difference, tolerance, f"first {NUM_CHECKED} rows", words))
+    return checks
 
 
 def _examples(

@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxsft.batches.loader import Loader
 from jaxsft.compare.checks import check_runs, verdict
-from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
+from jaxsft.compare.child import NEEDED, NEEDED_FOR_ADAPTERS, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import dump_config
@@ -49,7 +49,7 @@ def compare_hf(config: Config, *, out: pathlib.Path, num_steps: int, say: Callab
     Raises:
         ConfigError: packages are missing, the config asks for what the baseline does not do, or a program failed.
     """
-    check_packages(NEEDED | ({} if config.lora is None else {"peft": "0.21"}))
+    check_packages(NEEDED | ({} if config.lora is None else NEEDED_FOR_ADAPTERS))
     _check_comparable(config, num_steps)
     title = f"{pathlib.Path(config.run_dir or out).name}: jaxsft and transformers"
     with exchange(out, say) as folder:
@@ -75,7 +75,9 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
     pretrained = setup.pretrained
     # The weights, and of each program the gradients and the parameters after the first and the last step.
     check_space(folder, 7 * _num_bytes(pretrained))
-    _check_adapters(pretrained)
+    check_adapters(pretrained)
+    if config.lora is not None and config.lora.dropout:
+        raise ConfigError("lora.dropout: PyTorch drops other inputs; compare with 0")
     loader, schedule_steps = setup.loader, setup.num_steps
     assert isinstance(loader, Loader)
     num_steps = min(num_steps, schedule_steps)
@@ -111,7 +113,8 @@ def write_request(config: Config, folder: pathlib.Path, num_steps: int) -> None:
 def write_model(config: Config, folder: pathlib.Path) -> None:
     """The weights that a run begins with, for programs in PyTorch: in the dtype that ours are held in.
 
-    Adapters go into a folder of their own beside it, for PEFT.
+    Of quantised weights these are their values, and not what they were made of. Adapters go into a folder of their own
+    beside it, for PEFT.
     """
     setup = Setup(config)
     check_space(folder, _num_bytes(setup.pretrained))
@@ -120,13 +123,14 @@ def write_model(config: Config, folder: pathlib.Path) -> None:
         config=config.model.model_copy(update={"export_dtype": config.model.param_dtype})
     )
     weights = load_weights(setup.pretrained, setup.mesh, seed=config.seed)
-    export_model(exported._replace(lora=None), setup.tokenizer, of_files(weights), folder)
+    stored = exported.stored if config.model.quantize == "none" else None
+    export_model(exported._replace(lora=None, stored=stored), setup.tokenizer, of_files(weights), folder)
     if setup.pretrained.lora is not None:
         with_base = setup.pretrained._replace(stored=open_folder(folder))
         export_model(with_base, setup.tokenizer, weights, folder.with_name(ADAPTER))
 
 
-def _check_adapters(pretrained: Pretrained) -> None:
+def check_adapters(pretrained: Pretrained) -> None:
     """Refuses adapters that PEFT trains otherwise.
 
     Raises:
@@ -134,8 +138,6 @@ def _check_adapters(pretrained: Pretrained) -> None:
     """
     if pretrained.lora is None:
         return
-    if pretrained.lora.dropout:
-        raise ConfigError("lora.dropout: PyTorch drops other inputs; compare with 0")
     decoder, vocab_size = nnx.merge(*pretrained.model), pretrained.decoder_config.vocab_size
     if fused := fused_maps(decoder, pretrained.family, pretrained.lora, vocab_size=vocab_size):
         raise ConfigError(

@@ -12,27 +12,28 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from jaxsft.batch import Example
+from jaxsft.batch import Batch, Example
 from jaxsft.batches.loader import Loader, make_batch
 from jaxsft.batches.prepare import read_items
 from jaxsft.compare import tokens
-from jaxsft.compare.child import NEEDED, call_apart, check_packages, run_child
+from jaxsft.compare.child import NEEDED, NEEDED_FOR_ADAPTERS, call_apart, check_packages, run_child
 from jaxsft.compare.exchange import exchange
-from jaxsft.compare.findings import NUM_CHECKED, make_report
-from jaxsft.compare.hf import read_side, write_model
+from jaxsft.compare.findings import NUM_CHECKED, Same, make_report
+from jaxsft.compare.hf import ADAPTER, check_adapters, read_side, write_model
 from jaxsft.compare.trl_rows import Prepared, habits_of, prepared_rows, trl_arguments, trl_rows
 from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import dump_config
 from jaxsft.folders.pretrained import compute_dtype, load_weights
 from jaxsft.report.records import Report, Run
 from jaxsft.setup import Setup
-from jaxsft.training.step import make_eval_step, put_batch
+from jaxsft.training.step import divisor, put_batch, split_microbatches, summed_gradients
 
 NEEDED_FOR_TRL = NEEDED | {"trl": "1.16"}
 MOST_ROWS = 20_000
 """Rows that are compared and given to TRL, from the start of each source."""
-LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+TOLERANCES = {"float32": Same(1e-5, 1e-4), "bfloat16": Same(2e-2, 2e-2)}
 
 
 def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Callable[[str], None]) -> Report:
@@ -47,9 +48,10 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
     Raises:
         ConfigError: packages are missing, the config asks for what TRL does not do, or a program failed.
     """
-    check_packages(NEEDED_FOR_TRL)
+    check_packages(NEEDED_FOR_TRL | ({} if config.lora is None else NEEDED_FOR_ADAPTERS))
     _check(config)
     setup = Setup(config, say=say)
+    check_adapters(setup.pretrained)
     loader, encoder = setup.loader, setup.encoder
     assert isinstance(loader, Loader)
     items = [item for s in config.data.train for item in read_items(config.data, s, encoder, limit=MOST_ROWS)]
@@ -69,7 +71,7 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
         habits = habits_of(setup.tokenizer, config, rows.shape, found)
         compared = prepared_rows(items, encoder, setup.tokenizer, config, found)
         results = [tokens.compare(row, habits) for row in compared]
-        losses = call_apart(_losses, config, found)
+        of_first = call_apart(_of_first, config, found)
         reports = [source.report for source in loader.dataset.sources]
         facts = _facts(compared, found, reports, shape=rows.shape) | ({} if not num_steps else _versions(folder))
     return make_report(
@@ -77,8 +79,8 @@ def compare_trl(config: Config, *, out: pathlib.Path, num_steps: int, say: Calla
         results,
         habits,
         runs=runs,
-        losses=losses,
-        tolerance=LOSS_TOLERANCE[compute_dtype(config.model)],
+        of_first=of_first,
+        tolerances=TOLERANCES[compute_dtype(config.model)],
         refusal=found.about["refusal"],
         title=f"{pathlib.Path(config.run_dir or out).name}: jaxsft and TRL",
         facts=facts,
@@ -107,6 +109,7 @@ def _run_trl(
             "rows": "../rows.jsonl",
             "model": "../model",
             "tokenizer": "../model",
+            "adapter": f"../{ADAPTER}" if config.lora is not None else None,
             "param_dtype": config.model.param_dtype,
             "compute_dtype": compute_dtype(config.model),
             "arguments": arguments | {"packing": packing},
@@ -139,10 +142,8 @@ def _check(config: Config) -> None:
         raise ConfigError("data.train_stop: last, but TRL trains every stop token; compare with every")
     if config.optim.name != "adamw":
         raise ConfigError(f"optim.name: {config.optim.name}, but TRL is run with AdamW; compare with adamw")
-    if config.lora is not None or config.train.only is not None:
-        raise ConfigError(
-            "lora, train.only: TRL's loop is compared on all weights; compare adapters with --baseline hf"
-        )
+    if config.train.only is not None:
+        raise ConfigError("train.only: TRL trains all weights, or adapters; leave it out")
     if config.optim.groups or config.optim.stochastic_rounding:
         raise ConfigError("optim.groups, optim.stochastic_rounding: TRL has neither; leave them out")
     if refused := [key for key in ("router_balance", "router_z") if getattr(config.optim, key)]:
@@ -154,8 +155,8 @@ def _check(config: Config) -> None:
 # Losses and runs.
 
 
-def _losses(config: Config, found: Prepared) -> tuple[float, float]:
-    """Ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
+def _of_first(config: Config, found: Prepared) -> tuple[Same, Same]:
+    """Loss and gradient norm, ours and TRL's, of the same tokens and the same mask: those that TRL prepared."""
     setup = Setup(config)
     mesh, pretrained = setup.mesh, setup.pretrained
     weights = load_weights(pretrained, mesh, seed=config.seed)
@@ -167,11 +168,18 @@ def _losses(config: Config, found: Prepared) -> tuple[float, float]:
     rows, multiple = -(-len(examples) // mesh.size) * mesh.size, 128 * mesh.shape["context"]
     seq_len = -(-max(len(each.tokens) for (each,) in examples) // multiple) * multiple
     batch = make_batch([*examples, *[[]] * (rows - len(examples))], seq_len)
-    eval_step = make_eval_step(pretrained.model, mesh)
     placed = put_batch(lambda part: jax.tree.map(lambda leaf: leaf[part], batch), batch.tokens.shape, mesh)
+
+    @jax.jit
+    def loss_and_norm(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        one = split_microbatches(batch, 1)
+        sums = summed_gradients(pretrained.model.graphdef, params, frozen, one, optim=config.optim)
+        weight = divisor(sums.loss.weight_sum)
+        return sums.loss.loss_sum / weight, optax.tree.norm(sums.gradients) / weight
+
     with jax.set_mesh(mesh):
-        sums = jax.device_get(eval_step(weights, placed))
-    return float(sums.loss_sum) / max(float(sums.weight_sum), 1.0), float(found.first["loss"])
+        ours = jax.device_get(loss_and_norm(*pretrained.model.split(weights), placed))
+    return Same(*map(float, ours)), Same(found.first["loss"], found.first["grad_norm"])
 
 
 def _train_ours(

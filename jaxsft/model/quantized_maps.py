@@ -62,14 +62,21 @@ def describe_quantized(decoder: Decoder, kind: Kind) -> list[str]:
     ]
 
 
-def with_plain_weights(decoder: Decoder) -> None:
+def with_plain_weights(decoder: Decoder) -> int:
     """Gives an abstract decoder plain frozen weights in place of its quantised ones, to count what a step makes.
 
     They are of another size than the compute dtype, to which a product casts them, as quantised ones are unpacked.
+
+    Returns:
+        How many quantised numbers a layer had.
     """
+    count = 0
     dtype = jnp.bfloat16 if decoder.compute_dtype.itemsize == 4 else jnp.float32
     for place in _maps(decoder):
         weight = place.module.weight
         if isinstance(weight, QuantizedWeight):
-            shape = (*weight.codes.shape[: len(place.leading.split())], *weight.layout.shape)
+            leading = weight.codes.shape[: len(place.leading.split())]
+            count += math.prod(leading[1:]) * math.prod(weight.layout.shape)
+            shape = (*leading, *weight.layout.shape)
             place.module.weight = Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=weight.layout.ours)
+    return count

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from jax._src.interpreters import partial_eval  # Public jax has no way to leave out what is not needed.
+
 AGAIN = "rematted_computation"
 """What jax calls the part of a backward pass that computes a forward pass again."""
 
@@ -30,8 +32,13 @@ class Matmul(NamedTuple):
 
 
 def read_matmuls(traced: Any) -> list[Matmul]:
-    """The matrix products of a traced program (`jax.stages.Traced`, or its `jaxpr`)."""
-    return list(_matmuls(_inner(getattr(traced, "jaxpr", traced)), 1, "", is_open=False))
+    """The matrix products of a traced program (`jax.stages.Traced`, or its `jaxpr`) that its results need.
+
+    Others are traced as well, such as the gradients of weights that are not trained, and left out by the compiler.
+    """
+    jaxpr = _inner(getattr(traced, "jaxpr", traced))
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, True)
+    return list(_matmuls(needed, 1, "", is_open=False))
 
 
 def _inner(jaxpr: Any) -> Any:

@@ -20,7 +20,7 @@ from jax.extend.core import Var
 from jax.sharding import Mesh
 
 from jaxsft.config import KEYS_OF, OptimConfig
-from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, shardings
+from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.quantized_maps import with_plain_weights
@@ -28,6 +28,10 @@ from jaxsft.training.chunks import chunk_size
 from jaxsft.training.loss import is_in_blocks
 from jaxsft.training.loss_in_blocks import block_rows
 from jaxsft.training.step import abstract_state
+
+UNPACKED_BYTES = 16
+"""For each quantised number of a layer, what it takes to unpack it: XLA unpacks the maps of a layer at once, in
+float32. Seen in compiled programs (docs/memory.md)."""
 
 
 class Term(NamedTuple):
@@ -60,14 +64,14 @@ backward pass of one period of layers, its gathered or rounded weights included,
 
 
 def where_bytes_go(
-    model: Model, optim: OptimConfig, mesh: Mesh, *, rows: int, length: int, num_microbatches: int
+    model: Model, optim: OptimConfig, mesh: AnyMesh, *, rows: int, length: int, num_microbatches: int
 ) -> Bytes:
     """The table of a train step. Nothing is allocated or compiled; the model is traced twice, in about a second.
 
     Args:
         model: whose `params` are trained, and whose `frozen` are not.
         optim: whose moments are counted.
-        mesh: of devices that need not be there.
+        mesh: of devices that need not be there; an AbstractMesh is one of accelerators.
         rows: of one forward-backward, over all devices.
         length: T.
         num_microbatches: forward-backward passes of a step.
@@ -78,7 +82,7 @@ def where_bytes_go(
     gradient_sum = sum(_size(leaf) * 4 for leaf in trained)
     of_one = sum(_num_bytes(leaf) for leaf in trained if num_microbatches > 1 or leaf.dtype != jnp.float32)
     decoder = _of_one_device(nnx.merge(*model), mesh)
-    with_plain_weights(decoder)
+    unpacked = with_plain_weights(decoder)
     weights = [_resized(tree, _over_tensor(mesh)) for tree in nnx.split(decoder, nnx.Param, ...)[1:]]
     tokens = rows // math.prod(mesh.shape[axis] for axis in ROW_AXES), length // mesh.shape["context"]
     sizes = {
@@ -87,7 +91,7 @@ def where_bytes_go(
         "optimizer": sum(map(_num_bytes, jax.tree.leaves(state.opt_state))),
         "gradients": gradient_sum + of_one,
         "activations": _kept_bytes(decoder, weights, tokens),
-        "one layer": _layer_bytes(decoder, weights, mesh, tokens),
+        "one layer": _layer_bytes(decoder, weights, mesh, tokens) + UNPACKED_BYTES * unpacked // mesh.shape["tensor"],
         "loss": _loss_bytes(decoder, mesh, math.prod(tokens)),
     }
     at_loss = sizes["gradients"]
@@ -118,7 +122,7 @@ def _mib(num_bytes: int) -> str:
 # One device's part of the model.
 
 
-def _of_one_device(decoder: Decoder, mesh: Mesh) -> Decoder:
+def _of_one_device(decoder: Decoder, mesh: AnyMesh) -> Decoder:
     """The decoder as it is to be traced: without kernels, whose arrays are those of the formula.
 
     Of CPUs, what XLA makes of it there: bfloat16 is computed in float32, and what unrolled layers would compute again
@@ -136,7 +140,7 @@ Resize = Callable[[str, int], int]
 """From the letter and the size of a dim to another size."""
 
 
-def _over_tensor(mesh: Mesh) -> Resize:
+def _over_tensor(mesh: AnyMesh) -> Resize:
     """Of heads and MLP widths, the part of one device; the table of the vocabulary is looked up whole."""
 
     def resize(letter: str, size: int) -> int:
@@ -181,7 +185,7 @@ def _kept_bytes(decoder: Decoder, weights: list[Any], tokens: tuple[int, int]) -
     return sum(aval.size * aval.dtype.itemsize for aval in on_device)
 
 
-def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: Mesh, tokens: tuple[int, int]) -> int:
+def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tuple[int, int]) -> int:
     """What one period of layers makes in its backward pass.
 
     On CPUs, where little is fused: all that it would keep if nothing were computed again. Elsewhere what it would keep
@@ -211,11 +215,11 @@ def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:
     return [_resized(tree, lambda letter, size: num_layers if letter == "l" else size) for tree in weights]
 
 
-def _loss_bytes(decoder: Decoder, mesh: Mesh, num_tokens: int) -> int:
+def _loss_bytes(decoder: Decoder, mesh: AnyMesh, num_tokens: int) -> int:
     """What the loss makes: logits of a chunk, the gradient by hidden states, and its own copy of the table's rows."""
     table = (decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head).weight
     (table_rows, width), is_cut, itemsize = table.shape, _is_cut(mesh), decoder.compute_dtype.itemsize
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else jax.sharding.use_abstract_mesh(mesh):
         in_blocks = is_in_blocks(table)
         at_once = table_rows // mesh.shape["tensor"]
         at_once = block_rows(at_once, width) if in_blocks else at_once
@@ -228,16 +232,16 @@ def _loss_bytes(decoder: Decoder, mesh: Mesh, num_tokens: int) -> int:
     return logits + by_hidden + copied + reduced
 
 
-def _is_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+def _is_cpu(mesh: AnyMesh) -> bool:
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
 
 
-def _is_cut(mesh: Mesh) -> bool:
+def _is_cut(mesh: AnyMesh) -> bool:
     """Whether the width of weights is."""
     return any(mesh.shape[axis] > 1 for axis in WIDTH_AXES)
 
 
-def _placed(tree: Any, mesh: Mesh) -> list[Any]:
+def _placed(tree: Any, mesh: AnyMesh) -> list[Any]:
     """The leaves of abstract weights with their shardings."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings(mesh, tree)), strict=True)
     return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf, sharding in leaves]
@@ -254,7 +258,9 @@ def _num_bytes(leaf: Any) -> int:
 # What lowers it.
 
 
-def _lowered_by(decoder: Decoder, optim: OptimConfig, mesh: Mesh, *, rows: int, is_all_trained: bool) -> dict[str, str]:
+def _lowered_by(
+    decoder: Decoder, optim: OptimConfig, mesh: AnyMesh, *, rows: int, is_all_trained: bool
+) -> dict[str, str]:
     """Keys that are not at their lowest already, for each entry."""
     shares = math.prod(mesh.shape[axis] for axis in ROW_AXES)
     more = "more devices along mesh.fsdp"

@@ -20,6 +20,7 @@ from flax import nnx
 from jaxsft.model.abstract import Model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.training.chips import chip_of
 from jaxsft.training.loss import LossSums
 
 
@@ -40,29 +41,6 @@ class StepMetrics(NamedTuple):
     """sum of what is minimised, without the routers' losses; None where it is `sums.loss_sum`."""
     router: RouterSums | None
     """Of each layer of a mixture of experts (leading L)."""
-
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bfloat16 FLOP/s of one device as its maker states them, by the beginning of `device_kind`."""
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak of one device, None where it is not known (as on CPUs): then no MFU is reported."""
-    names = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(names, key=len)] if names else None
 
 
 def train_flops(
@@ -357,8 +335,8 @@ class Speedometer:
         self._matmul_params = matmul_params(model.params, config)
         self._frozen_matmul_params = matmul_params(model.frozen, config)
         self._attention_width = config.num_heads * config.head_dim
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak * jax.device_count() if peak else None
+        chip = chip_of(jax.devices()[0])
+        self._peak = chip.flops * jax.device_count() if chip else None
 
     def read(self, steps: Sequence[StepMetrics], watch: Stopwatch) -> dict[str, float]:
         """The figures of the steps since the last line; starts the next lap of the watch."""

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxsft.batch import Batch
 from jaxsft.config import LossConfig, OptimConfig
-from jaxsft.mesh import batch_sharding, constrain, constrain_params, replicated, shardings
+from jaxsft.mesh import AnyMesh, batch_sharding, constrain, constrain_params, replicated, shardings
 from jaxsft.model.abstract import Model, whole
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
@@ -55,7 +55,7 @@ def _first_state(params: Any, *, optim: OptimConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(optim).init(params))
 
 
-def abstract_state(params: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
+def abstract_state(params: Any, optim: OptimConfig, mesh: AnyMesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, to restore a checkpoint into."""
     state = jax.eval_shape(functools.partial(_first_state, optim=optim), params)
     return jax.tree.map(

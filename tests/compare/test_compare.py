@@ -149,11 +149,11 @@ def test_a_weight_that_differs_is_found_in_its_layer(exchange, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapted(tiny_config, tmp_path_factory):
-    """The folder of a comparison of adapters with PEFT's."""
+    """The folder of a comparison of adapters on four bits with PEFT's on their values."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("adapted")
     lora = ["lora.rank=4", "lora.dora=true", "lora.exclude=[v_proj]", r"lora.rank_pattern={layers\.1\..*q_proj: 2}"]
-    overrides = [f"run_dir={folder}/run", *lora, "data.template_date=2026-01-01", "mesh.tensor=2"]
+    overrides = [f"run_dir={folder}/run", "model.quantize=nf4", *lora, "data.template_date=2026-01-01", "mesh.tensor=2"]
     write_request(load_config(tiny_config, overrides), folder, num_steps=STEPS)
     ours.main(folder)
     baseline.main(folder)

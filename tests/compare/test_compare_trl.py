@@ -351,21 +351,22 @@ def trl() -> Any:
     return pytest.importorskip("trl", reason="the oracle is TRL")
 
 
-def test_two_steps_of_trl_beside_two_of_ours(trl, material, tmp_path):
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def test_two_steps_of_trl_beside_two_of_ours(trl, tiny_model, material, tmp_path):
     """gsm8k on stories260K: the preparation, the loss of the same tokens, and runs with our metrics."""
-    model = shutil.copytree(material / "models" / "stories260K", tmp_path / "model")
-    (tmp_path / "template.jinja").write_text(
-        "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
     report = compared(
         tmp_path,
-        model,
+        tiny_model,
         read(material / "data" / "gsm8k_train.jsonl", 24),
         steps=2,
         model={"weights": "pretrained"},
-        data={"seq_len": 320, "chat_template": str(tmp_path / "template.jinja")},
+        data={"seq_len": 320, "chat_template": str(tiny_model.parent / "template.jinja")},
     )
     assert report.passed and tokens.OTHER not in report.difference_counts
     assert {"after the stop token", "length"} == {*report.difference_counts}
@@ -378,6 +379,54 @@ def test_two_steps_of_trl_beside_two_of_ours(trl, material, tmp_path):
         assert run.figures["memory_gib"] > 0 and run.figures["trained_tokens_per_second"] > 0
     assert report.runs[0].settings["seq_len"] == report.runs[1].settings["max_length"] == 320
     assert not report.runs[2].settings["padding_free"] and report.runs[1].settings["padding_free"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(material, tmp_path_factory) -> pathlib.Path:
+    """stories260K with a template that is not known to TRL; its rows are one answer to one question."""
+    model = shutil.copytree(material / "models" / "stories260K", tmp_path_factory.mktemp("stories") / "model")
+    (model.parent / "template.jinja").write_text(TEMPLATE)
+    return model
+
+
+LORA = {"rank": 4, "alpha": 16, "dropout": 0.1, "rank_pattern": {r"layers\.1\..*q_proj": 2}, "dora": True}
+
+
+def test_trl_with_a_peft_config_has_our_adapters(trl, in_this_process, tiny_model, material, tmp_path):
+    """The gradient of B, which begins as 0, has the scale and A in it; of quantised weights TRL gets the values."""
+    pytest.importorskip("peft")
+    report = compared(
+        tmp_path,
+        tiny_model,
+        read(material / "data" / "gsm8k_train.jsonl", 16),
+        model={"weights": "pretrained", "quantize": "nf4"},
+        lora=LORA,
+        data={"seq_len": 320, "chat_template": str(tiny_model.parent / "template.jinja")},
+    )
+    assert report.passed, report.verdict
+    assert check_of(report, "gradient norm of the same tokens").measured < 1e-5
+
+
+def test_another_scale_of_trls_adapters_is_found(trl, in_this_process, tiny_model, material, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    read_config = peft.PeftConfig.from_pretrained
+
+    def doubled(*given):
+        config = read_config(*given)
+        config.lora_alpha *= 2
+        return config
+
+    monkeypatch.setattr(peft.PeftConfig, "from_pretrained", doubled)
+    report = compared(
+        tmp_path,
+        tiny_model,
+        read(material / "data" / "gsm8k_train.jsonl", 8),
+        model={"weights": "pretrained"},
+        lora={"rank": 4},
+        data={"seq_len": 320, "chat_template": str(tiny_model.parent / "template.jinja")},
+    )
+    assert not report.passed and "gradient norm of the same tokens differs" in report.verdict
+    assert check_of(report, "loss of the same tokens").passed
 
 
 def test_a_template_that_trl_does_not_know_is_trained_without_a_mask(

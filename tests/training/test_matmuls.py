@@ -39,6 +39,19 @@ def test_a_loop_counts_as_often_as_it_turns_and_an_open_one_once():
     assert [(each.flops, each.is_open) for each in read_matmuls(traced)] == [(ONE, True)]
 
 
+def test_what_no_result_needs_does_not_count():
+    """As in a step whose backward pass makes gradients of weights that are not trained, in a loop over layers."""
+
+    def loss(w, frozen, x):
+        return jax.lax.scan(lambda x, _: (x @ w @ frozen, None), x, length=3)[0].sum()
+
+    def both(x, w, frozen):
+        return jax.grad(loss, (0, 1))(w, frozen, x)
+
+    assert flops(both, X, W, W) == 18 * ONE
+    assert flops(lambda *given: both(*given)[0], X, W, W) == 15 * ONE
+
+
 def test_of_branches_the_largest_counts():
     assert flops(lambda x, w, b: jax.lax.cond(b, lambda: x @ w @ w, lambda: x @ w), X, W, True) == 2 * ONE
 

@@ -1,0 +1,1 @@
+"""What a run will need, on hardware that one does not have."""

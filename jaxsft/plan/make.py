@@ -1,0 +1,361 @@
+"""The plan of a run: its bytes, FLOPs, messages and least time, on chips that need not be there.
+
+In: a config and a topology. Out: a `Plan`: plain numbers, for the terminal, for programs and for the header of a
+recipe.
+"""
+
+import dataclasses
+import math
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsft.config import Config, ConfigError, MeshConfig
+from jaxsft.folders.pretrained import compute_dtype
+from jaxsft.mesh import make_mesh
+from jaxsft.model.lora import of_files
+from jaxsft.plan.compiling import Compiled, Planned, compile_step, mesh_of, open_planned, trace_step
+from jaxsft.plan.costs import (
+    Bound,
+    Flops,
+    bound_of,
+    count_flops,
+    expected_collectives,
+    link_seconds,
+    memory_bytes,
+)
+from jaxsft.plan.topologies import Topology, missing_compiler
+from jaxsft.setup import Setup
+from jaxsft.training.matmuls import read_matmuls
+from jaxsft.training.memory import Bytes, where_bytes_go
+from jaxsft.training.program import Collective, total_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs. Bytes are those of one device, unless they are of the whole run."""
+
+    model: str
+    topology: Topology
+    mesh: dict[str, int]
+    rows: int
+    """Of a step."""
+    microbatch_rows: int
+    seq_len: int
+    remat: str
+    num_trained: int
+    num_frozen: int
+    """Parameters, those that fill up tables of the vocabulary among them."""
+    counted: Bytes
+    """By shapes and an estimate."""
+    compiled: Compiled | None
+    missing: str | None
+    """What to install for `compiled`."""
+    flops: Flops
+    collectives: list[Collective]
+    """Those of the compiled program, or expected ones."""
+    bound: Bound | None
+    num_steps: int | None
+    """None where neither `train.steps` nor data say it."""
+    checkpoint_bytes: int
+    """Of one, of all devices."""
+    export_bytes: int
+    seconds: float
+    """That planning took, of the processor."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """As compiled, where it was."""
+        return self.compiled.peak_bytes if self.compiled is not None else self.counted.peak
+
+    @property
+    def room_bytes(self) -> float | None:
+        """Memory that is left over on each device, negative where it is too little; None where it is not known."""
+        return None if self.topology.chip is None else self.topology.chip.memory_bytes * self._share - self.peak_bytes
+
+    @property
+    def _share(self) -> float:
+        """Of a chip that a device is: some compilers give a chip two."""
+        return self.topology.num_chips / math.prod(self.mesh.values())
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """At most, of all chips."""
+        return None if self.bound is None else self.rows * self.seq_len / self.bound.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """At most."""
+        if self.bound is None or self.topology.chip is None:
+            return None
+        return self.flops.needed / self.bound.seconds / self.topology.chip.flops / self.topology.num_chips
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run, at least."""
+        return None if self.bound is None or self.num_steps is None else self.num_steps * self.bound.seconds / 3600
+
+
+def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> Plan:
+    """Plans the run of a config.
+
+    Args:
+        config: of the run; `model.path` may be a `config.json` alone, with `train.steps`.
+        topology: what it is to run on.
+        compiles: with the real compiler, where that is installed.
+
+    Raises:
+        ConfigError: model, batch and mesh do not go together, or it cannot be known how long the run is.
+    """
+    began = time.process_time()
+    jax.config.update("jax_platforms", "cpu")
+    config = as_on(config, topology)
+    planned = open_planned(config, mesh_of(config, topology))
+    missing = missing_compiler(topology)
+    model, structure, mesh = planned
+    sizes = dict(mesh.shape)
+    counted = where_bytes_go(
+        model,
+        config.optim,
+        mesh,
+        rows=config.train.microbatch_rows,
+        length=config.data.seq_len,
+        num_microbatches=config.train.num_microbatches,
+    )
+    compiled = compile_step(config, planned) if compiles and missing is None else None
+    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, _on_one(config, planned)))
+    flops = count_flops(
+        matmuls, model, structure, tokens=config.train.batch_size * config.data.seq_len, length=config.data.seq_len
+    )
+    itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
+    if compiled is not None:
+        collectives = compiled.report.collectives
+    else:
+        collectives = expected_collectives(model, structure, config, sizes, itemsize=itemsize)
+    terms = {term.name: term.num_bytes for term in counted.terms}
+    num_bytes = memory_bytes(
+        model,
+        config,
+        sizes,
+        moments=terms["optimizer"],
+        activations=terms["activations"],
+        itemsize=itemsize,
+    )
+    trained = jax.tree.leaves(model.params)
+    devices = math.prod(sizes.values())
+    copies = sizes["data"]
+    return Plan(
+        config.model.path,
+        topology,
+        sizes,
+        config.train.batch_size,
+        config.train.microbatch_rows,
+        config.data.seq_len,
+        config.model.remat,
+        num_trained=sum(math.prod(leaf.shape) for leaf in trained),
+        num_frozen=_num_frozen(model),
+        counted=counted,
+        compiled=compiled,
+        missing=missing if compiles else None,
+        flops=flops,
+        collectives=collectives,
+        bound=bound_of(flops, num_bytes, link_seconds(collectives, sizes, topology), topology),
+        num_steps=_num_steps(config),
+        checkpoint_bytes=(terms["parameters"] + terms["optimizer"]) * devices // copies,
+        export_bytes=_export_bytes(config, planned),
+        seconds=time.process_time() - began,
+    )
+
+
+def as_on(config: Config, topology: Topology) -> Config:
+    """The config as a run on these chips has it: bfloat16 compute, where the config leaves that open."""
+    dtype = config.model.compute_dtype or ("float32" if topology.chip is None else "bfloat16")
+    return config.model_copy(update={"model": config.model.model_copy(update={"compute_dtype": dtype})})
+
+
+def _on_one(config: Config, planned: Planned) -> Planned:
+    """The same on one CPU device, where it can be traced without a compiler; it has the same products."""
+    return planned._replace(mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def _num_frozen(model: Any) -> int:
+    """Numbers that are not trained; two of a byte of four bits."""
+    total = 0
+    for leaf in jax.tree.leaves(model.frozen, is_leaf=lambda each: hasattr(each, "get_metadata")):
+        layout = leaf.get_metadata().get("layout")
+        if layout is not None:
+            leading = leaf.shape[: len(layout.leading.split())]
+            total += math.prod(leading) * math.prod(layout.sizes)
+        elif leaf.dtype != jnp.uint8:
+            total += math.prod(leaf.shape)
+    return total
+
+
+def _num_steps(config: Config) -> int | None:
+    """Of the whole run.
+
+    Raises:
+        ConfigError: it has no data that can be read here, and no `train.steps`.
+    """
+    if config.train.steps is not None:
+        return config.train.steps
+    if pathlib.Path(config.model.path).suffix == ".json":
+        raise ConfigError(
+            f"model.path: {config.model.path} has no tokenizer, so that the rows of data.train cannot be counted; give "
+            "train.steps, or the model's folder"
+        )
+    return Setup(config).num_steps
+
+
+def _export_bytes(config: Config, planned: Planned) -> int:
+    """Of the weights that a run ends with: of adapters alone, or of a whole model."""
+    itemsize = jnp.dtype(config.model.export_dtype or config.model.param_dtype).itemsize
+    params = planned.model.params if config.lora is not None else of_files(planned.model.weights)
+    return sum(math.prod(leaf.shape) * itemsize for leaf in jax.tree.leaves(params))
+
+
+# Words.
+
+
+def describe(plan: Plan) -> str:
+    """All of it as text, no line wider than 80 columns but for names."""
+    chips, chip = plan.topology.num_chips, plan.topology.chip
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    slices = f" x {plan.topology.num_slices} slices" if plan.topology.num_slices > 1 else ""
+    rows = f"{plan.rows} rows of {plan.seq_len:,} a step"
+    if plan.microbatch_rows < plan.rows:
+        rows += f", {plan.microbatch_rows} at once"
+    frozen = f", {_count(plan.num_frozen)} frozen" if plan.num_frozen else ""
+    lines = [
+        _line("model", f"{plan.model}: {_count(plan.num_trained)} parameters trained{frozen}"),
+        _line("on", f"{plan.topology.name}{slices}, {chips} chip{'s' * (chips > 1)}: {mesh}"),
+        _line("step", f"{rows}; remat {plan.remat}"),
+        "",
+        _line("memory", f"of one device; {_gib(plan.counted.peak)} counted, " + _compiled_words(plan)),
+    ]
+    lines += [_line("", f"{term.name:<14}{_gib(term.num_bytes):>12}") for term in plan.counted.terms if term.num_bytes]
+    if chip is not None and plan.room_bytes is not None:
+        room = plan.room_bytes
+        fits = f"fits, with {_gib(room)} to spare" if room >= 0 else f"DOES NOT FIT: {_gib(-room)} too much"
+        lines.append(_line("", f"{fits} ({_gib(chip.memory_bytes * plan._share)} there)"))
+    lines.append(_line("", f"most are {plan.counted.largest.name}; fewer with {plan.counted.largest.lowered_by}"))
+    lines += ["", _line("FLOPs", f"{plan.flops.all / 1e12:,.1f} T a step on all chips, if every token is trained:")]
+    parts = {"layers": plan.flops.layers - plan.flops.again, "again": plan.flops.again, "loss": plan.flops.loss}
+    words = {"layers": "", "again": "computed again for the backward pass", "loss": ""}
+    lines += [_line("", f"{name:<14}{value / 1e12:>12,.1f} T  {words[name]}".rstrip()) for name, value in parts.items()]
+    if plan.collectives:
+        source = "in the compiled program" if plan.compiled is not None else "expected; no compiler was asked"
+        lines += ["", _line("messages", f"of one device a step, {source}:")]
+        for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items()):
+            along = ", ".join(axes) or "one device"
+            lines.append(_line("", f"{kind:<18}{along:<22}{number:>7,}{_gib(num_bytes):>13}"))
+    lines.append("")
+    if plan.bound is None or chip is None:
+        lines.append(_line("time", "no bound: nothing is known of this processor"))
+    else:
+        lines += _time_lines(plan)
+    lines += [
+        "",
+        _line("on disk", f"a checkpoint {_gb(plan.checkpoint_bytes)}, the export {_gb(plan.export_bytes)}"),
+        _line("planned in", f"{plan.seconds:.0f} processor seconds, {_resident_gib():.1f} GiB"),
+    ]
+    return "\n".join(lines)
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    bound, chip = plan.bound, plan.topology.chip
+    assert bound is not None and chip is not None and plan.tokens_per_second is not None and plan.mfu is not None
+    lines = [_line("time", f"a step takes at least {bound.seconds:.3g} s, bound by {bound.by}:")]
+    rates = {
+        "compute": f"at {chip.flops / 1e12:,.0f} TFLOP/s a chip",
+        "memory": f"at {chip.memory_rate / 1e9:,.0f} GB/s a chip",
+        "links": f"at {chip.link_rate / 1e9:,.0f} GB/s into a chip",
+    }
+    if plan.topology.num_slices > 1 or (chip.linked and plan.topology.num_chips > chip.linked):
+        rates["links"] += f", {chip.network_rate / 1e9:,.3g} by the network"
+    lines += [_line("", f"{name:<14}{getattr(bound, name):>10.3g} s  {rate}") for name, rate in rates.items()]
+    lines.append(_line("", f"({chip.source})"))
+    each = plan.tokens_per_second / plan.topology.num_chips
+    lines.append(
+        _line("", f"at most {plan.tokens_per_second:,.0f} tokens/s, {each:,.0f} a chip; MFU bound {plan.mfu:.1%}")
+    )
+    if plan.hours is not None:
+        hours, chips = plan.hours, plan.topology.num_chips
+        lines.append(
+            _line("", f"{plan.num_steps:,} steps: at least {hours:,.2f} hours, {hours * chips:,.1f} chip-hours")
+        )
+    return lines
+
+
+def _compiled_words(plan: Plan) -> str:
+    if plan.compiled is not None:
+        away = plan.counted.peak / plan.compiled.peak_bytes - 1
+        return f"{_gib(plan.compiled.peak_bytes)} as compiled ({away:+.1%})"
+    if plan.missing is not None:
+        return f"not compiled: pip install {plan.missing}"
+    return "not compiled"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All of it for programs; bytes, FLOPs and seconds."""
+    compiled, bound = plan.compiled, plan.bound
+    return {
+        "model": plan.model,
+        "topology": plan.topology.name,
+        "slices": plan.topology.num_slices,
+        "chips": plan.topology.num_chips,
+        "mesh": plan.mesh,
+        "batch_size": plan.rows,
+        "microbatch_size": plan.microbatch_rows,
+        "seq_len": plan.seq_len,
+        "remat": plan.remat,
+        "parameters": {"trained": plan.num_trained, "frozen": plan.num_frozen},
+        "memory": {
+            "counted": {term.name: term.num_bytes for term in plan.counted.terms} | {"peak": plan.counted.peak},
+            "compiled": None
+            if compiled is None
+            else {"peak": compiled.peak_bytes, "arguments": compiled.argument_bytes},
+            "left": plan.room_bytes,
+        },
+        "flops": plan.flops._asdict(),
+        "messages": [
+            {"kind": kind, "axes": list(axes), "number": number, "bytes": num_bytes}
+            for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items())
+        ],
+        "bound": None if bound is None else bound._asdict() | {"seconds": bound.seconds, "by": bound.by},
+        "tokens_per_second": plan.tokens_per_second,
+        "mfu": plan.mfu,
+        "steps": plan.num_steps,
+        "hours": plan.hours,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "export_bytes": plan.export_bytes,
+    }
+
+
+def _by_kind(collectives: list[Collective]) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, int]]:
+    return total_bytes([each._replace(scope="") for each in collectives])
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<11}{text}".rstrip()
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+
+
+def _resident_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
