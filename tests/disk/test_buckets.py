@@ -164,6 +164,7 @@ TAKEN = {
     "CONFIG of train": ["train {}"],
     "CONFIG of preview": ["preview {}"],
     "CONFIG of evaluate": ["evaluate {}"],
+    "CONFIG of plan": ["plan {} --topology h100:1 --quick"],
     "run_dir of preview": ["preview"],
     "run_dir of evaluate": ["evaluate"],
     "MODEL of chat": ["chat {}"],
