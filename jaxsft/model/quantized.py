@@ -99,7 +99,8 @@ class QuantizedWeight(nnx.Module):
         parts = {
             name: Frozen(array, axes=self.layout.axes[name]) for name, array in zip(found._fields, found, strict=True)
         }
-        parts["codes"].set_metadata(layout=self.layout)
+        for name, part in parts.items():
+            part.set_metadata(layout=self.layout if name == "codes" else None)
         self.codes, self.absmax = parts["codes"], parts["absmax"]
         self.scales, self.offset = parts.get("scales"), parts.get("offset")
 
@@ -116,6 +117,22 @@ class QuantizedWeight(nnx.Module):
         (arrays,) = _after(after, f"b t {self.layout.inputs}", [self.arrays])
         weight = unpacked(self.layout, arrays, dtype)
         return weight.transpose(*range(num_outputs, weight.ndim), *range(num_outputs))
+
+
+def dims_of(variable: nnx.Variable) -> dict[str, int] | None:
+    """Letter -> size of each dim of a weight; of one that lies quantised, those of its numbers, for its codes.
+
+    None for scales, which are no numbers of a model.
+    """
+    letters, metadata = variable.get_metadata("axes").split(), variable.get_metadata()
+    sizes = dict(zip(letters, variable.shape, strict=True))
+    if "layout" not in metadata:
+        return sizes
+    layout: Layout | None = metadata["layout"]
+    if layout is None:
+        return None
+    leading = {letter: sizes[letter] for letter in layout.leading.split()}
+    return leading | dict(zip(layout.of_matrix.split(), layout.sizes, strict=True))
 
 
 def norms_of(parts: Mapping[str, nnx.Variable]) -> jax.Array:

@@ -33,6 +33,7 @@ from jaxsft.plan.topologies import Topology, missing_compiler
 from jaxsft.setup import Setup
 from jaxsft.training.matmuls import read_matmuls
 from jaxsft.training.memory import Bytes, where_bytes_go
+from jaxsft.training.metrics import num_params
 from jaxsft.training.program import Collective, total_bytes
 
 
@@ -50,7 +51,7 @@ class Plan:
     remat: str
     num_trained: int
     num_frozen: int
-    """Parameters, those that fill up tables of the vocabulary among them."""
+    """Parameters."""
     counted: Bytes
     """By shapes and an estimate."""
     compiled: Compiled | None
@@ -146,7 +147,6 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
         activations=terms["activations"],
         itemsize=itemsize,
     )
-    trained = jax.tree.leaves(model.params)
     devices = math.prod(sizes.values())
     copies = sizes["data"]
     return Plan(
@@ -157,8 +157,8 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
         config.train.microbatch_rows,
         config.data.seq_len,
         config.model.remat,
-        num_trained=sum(math.prod(leaf.shape) for leaf in trained),
-        num_frozen=_num_frozen(model),
+        num_trained=num_params(model.params, structure)[0],
+        num_frozen=num_params(of_files(model.frozen), structure)[0],
         counted=counted,
         compiled=compiled,
         missing=missing if compiles else None,
@@ -181,19 +181,6 @@ def as_on(config: Config, topology: Topology) -> Config:
 def _on_one(config: Config, planned: Planned) -> Planned:
     """The same on one CPU device, where it can be traced without a compiler; it has the same products."""
     return planned._replace(mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
-
-
-def _num_frozen(model: Any) -> int:
-    """Numbers that are not trained; two of a byte of four bits."""
-    total = 0
-    for leaf in jax.tree.leaves(model.frozen, is_leaf=lambda each: hasattr(each, "get_metadata")):
-        layout = leaf.get_metadata().get("layout")
-        if layout is not None:
-            leading = leaf.shape[: len(layout.leading.split())]
-            total += math.prod(leading) * math.prod(layout.sizes)
-        elif leaf.dtype != jnp.uint8:
-            total += math.prod(leaf.shape)
-    return total
 
 
 def _num_steps(config: Config) -> int | None:

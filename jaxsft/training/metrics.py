@@ -20,6 +20,7 @@ from flax import nnx
 from jaxsft.model.abstract import Model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.experts import RouterSums, router_losses
+from jaxsft.model.quantized import dims_of
 from jaxsft.training.chips import chip_of
 from jaxsft.training.loss import LossSums
 
@@ -72,7 +73,8 @@ def num_params(params: Any, config: DecoderConfig) -> tuple[int, int]:
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     total = real = 0
     for leaf in leaves:
-        sizes = dict(zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True))
+        if (sizes := dims_of(leaf)) is None:
+            continue
         total += math.prod(sizes.values())
         real += math.prod((sizes | ({"v": config.vocab_size} if "v" in sizes else {})).values())
     return real, total - real
@@ -85,9 +87,9 @@ def matmul_params(params: Any, config: DecoderConfig) -> int:
     for path, leaf in leaves:
         names = [key.key for key in path]
         is_looked_up = names[0] == "embed_positions" or (names[0] == "embed_tokens" and not config.tie_embeddings)
-        if names[-1] not in ("weight", "a", "b") or is_looked_up or any("norm" in name for name in names):
+        is_matrix = names[-1] in ("weight", "codes", "a", "b") and not any("norm" in name for name in names)
+        if is_looked_up or not is_matrix or (sizes := dims_of(leaf)) is None:
             continue
-        sizes = dict(zip(leaf.get_metadata("axes").split(), leaf.shape, strict=True))
         if "v" in sizes:
             sizes["v"] = config.vocab_size
         if "router" not in names and "e" in sizes and config.routing is not None:

@@ -12,10 +12,13 @@ from compilation import TO_READ
 from etils import epath
 from flax import nnx
 
+from jaxsft.config import LoraConfig, ModelConfig
+from jaxsft.folders.pretrained import decoder_maker
 from jaxsft.model import attention
+from jaxsft.model.abstract import abstract_model
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.experts import RouterSums
-from jaxsft.model.families.known import decoder_config
+from jaxsft.model.families.known import decoder_config, family
 from jaxsft.report.picture import plot_run
 from jaxsft.training.loss import LossSums
 from jaxsft.training.metrics import (
@@ -155,6 +158,25 @@ def test_parameters_that_multiply_a_token_are_those_of_its_own_experts(tied):
     experts_of_layer = 8 * 7 + 3 * 7 * 8 * 6
     expected = 3 * (attention + experts_of_layer + 2 * 8) + 8 + tables * 100 * 8
     assert num_params(params, config) == (expected, tables * 28 * 8)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_quantised_weights_count_as_what_they_stand_for(model_type, kind):
+    """In all parameters, and in those that multiply a token: MFU is of the same model."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    of_experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
+    hf_config = (
+        {"model_type": model_type, "vocab_size": 100, "num_key_value_heads": 2, "head_dim": 16} | sizes | of_experts
+    )
+    structure = decoder_config(hf_config)
+
+    def counts(quantize):
+        config = ModelConfig(path="model", quantize=quantize)
+        model = abstract_model(decoder_maker(config, structure, family(hf_config), LoraConfig(rank=2), None))
+        return [(num_params(tree, structure), matmul_params(tree, structure)) for tree in (model.params, model.frozen)]
+
+    assert counts(kind) == counts("none") and counts("none")[1][1] > 3 * 64 * 128
 
 
 def test_flops_of_a_worked_example():
