@@ -6,7 +6,6 @@ them under their names; nothing is imported before it is asked for.
 
 import math
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxsft.batch import Batch
 from jaxsft.chat.encoder import ChatEncoder, asking_encoder
 from jaxsft.config import Config, ConfigError, MeshConfig, ModelConfig
 from jaxsft.config_files import dump_config
+from jaxsft.disk.writing import place
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, export_model, load_weights, open_model, open_tokenizer
 from jaxsft.mesh import make_mesh
 from jaxsft.model.abstract import whole
@@ -283,4 +283,4 @@ def export(model: LoadedModel, folder: str | os.PathLike[str], params: Any = Non
     Raises:
         ConfigError, WriteError: it cannot be written there.
     """
-    export_model(model._pretrained, model._opened, model._whole(params), pathlib.Path(folder), merge=merge, say=print)
+    export_model(model._pretrained, model._opened, model._whole(params), place(folder), merge=merge, say=print)

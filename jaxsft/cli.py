@@ -133,6 +133,7 @@ def compare_command(args: argparse.Namespace) -> int:
     """train the first steps of a run in PyTorch too, and show on one page where the two part, if they do"""
     from jaxsft.compare.hf import compare_hf
     from jaxsft.compare.trl import compare_trl
+    from jaxsft.disk.buckets import is_bucket
     from jaxsft.disk.pages import refuse_other_pages
     from jaxsft.report.page import FILES, write_report
     from jaxsft.setup import Setup
@@ -141,7 +142,12 @@ def compare_command(args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
-    setup = Setup(_config(args))
+    config = _config(args)
+    sources = [*config.data.train, *config.data.eval.values()]
+    paths = [config.run_dir, config.model.path, config.model.tokenizer, *(source.path for source in sources)]
+    if in_buckets := [path for path in paths if path and is_bucket(path)]:
+        raise ConfigError(f"compare: {in_buckets[0]}: the other programs read and write on a disk only; download it")
+    setup = Setup(config)
     folder = setup.folder
     out = pathlib.Path(folder).with_name(f"{folder.name}.compare-{args.baseline}")
     refuse_other_pages(out / name for name in FILES)
@@ -189,7 +195,7 @@ def report_command(args: argparse.Namespace) -> int:
     print(text_table(made.runs))
     for caveat in dict.fromkeys(f"{run.name}: {caveat}" for run in made.runs for caveat in run.caveats):
         print(f"to know: {caveat}")
-    print(f"page: {os.path.join(args.out, 'report.html')}")
+    print(f"page: {args.out.rstrip('/')}/report.html")
     return 0
 
 

@@ -44,7 +44,8 @@ class ModelConfig(Section):
     """The model to begin with, and the dtypes of its numbers."""
 
     path: str
-    """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file."""
+    """Hugging Face folder of the model (config.json, safetensors, tokenizer), hub id, or GGUF file; a folder may be in
+    a bucket (gs://, s3://)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """Start from the weights in `path`, or from random ones drawn for its config.json."""
     tokenizer: str | None = None
@@ -87,7 +88,8 @@ class SourceConfig(Section):
     """One source of rows, and how its columns, roles and keys are called."""
 
     path: str
-    """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), or hub `org/name[@config][:split]`."""
+    """Rows: a file, folder or glob (JSONL, JSON, Parquet, CSV, TSV; .gz, .zst), also in a bucket (gs://, s3://), or hub
+    `org/name[@config][:split]`."""
     format: str | None = None
     """Format of the rows; left out: detected from the columns."""
     columns: Annotated[dict[str, str], BeforeValidator(_with_text_values)] = {}
@@ -194,7 +196,8 @@ class DataConfig(Section):
     shuffle_buffer: PositiveInt = 8192
     """Rows that are shuffled and packed together when streaming."""
     cache: str | None = None
-    """Folder of the prepared data; left out: jaxsft in the user's cache folder."""
+    """Folder of the prepared data; left out: jaxsft in the user's cache folder. In a bucket (gs://, s3://), it is where
+    hosts share them: each has its copy in the user's cache folder."""
 
     @model_validator(mode="after")
     def _checked(self) -> "DataConfig":
@@ -540,7 +543,8 @@ class Config(Section):
     """All of a run. Checks that concern several sections are here."""
 
     run_dir: str | None = None
-    """Folder of the run; left out: `runs/` and the name of the config file, where the config is one."""
+    """Folder of the run, on a disk or in a bucket (gs://, s3://); left out: `runs/` and the name of the config file,
+    where the config is one."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of packing, order of rows, and random weights."""
     model: ModelConfig

@@ -24,6 +24,7 @@ from jaxsft.config import (
     as_sources,
     keys_without_effect,
 )
+from jaxsft.disk.writing import place
 
 MOVED = {"train.log_every": "log.every"}
 """Keys that earlier versions had, and what they are called now."""
@@ -42,8 +43,8 @@ def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Seque
     Raises:
         ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
     """
-    path = "config" if isinstance(source, Mapping) else pathlib.Path(source)
-    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(pathlib.Path(source))
+    path: Any = "config" if isinstance(source, Mapping) else place(source)
+    tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(path)
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
     try:
         config = Config.model_validate(tree)
@@ -54,7 +55,7 @@ def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Seque
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
-    if config.run_dir is None and isinstance(path, pathlib.Path):
+    if config.run_dir is None and not isinstance(source, Mapping):
         config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
     return config
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxsft.config import ConfigError
 from jaxsft.config_files import load_config
-from jaxsft.disk.writing import at_home
+from jaxsft.disk.writing import place
 from jaxsft.folders.pretrained import export_model
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
@@ -44,7 +44,7 @@ def export_run(
         ConfigError: no run, no such checkpoint, nothing to merge, or the base is another one now.
         ExportError: it could not be written.
     """
-    folder = at_home(run_dir).resolve()
+    folder = place(run_dir).resolve()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not the folder of a run, which has a config.yaml")
     config = load_config(str(folder / "config.yaml"), []).model_copy(update={"run_dir": str(folder)})
@@ -67,7 +67,7 @@ def export_run(
         of_run = nnx.State({name: part for name, part in frozen.items() if not (is_parted and name == "lm_head")})
         checkpointer.beside(frozen_key(of_run))
     words = [BEST] if step == BEST else [] if step is None else [f"step-{number}"]
-    target = pathlib.Path(at_home(out)) if out else folder / "-".join(["export", *words, *["merged"] * merge])
+    target = place(out) if out else folder / "-".join(["export", *words, *["merged"] * merge])
     say(f"exporting checkpoint {int(state.step)} of {folder} to {target}")
     weights = whole(evaluation_params(config.optim, state), frozen)
     export_model(setup.pretrained, setup.tokenizer, weights, target, merge=merge, say=say)

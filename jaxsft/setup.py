@@ -25,7 +25,7 @@ from jaxsft.batches.prepare import prepare, read_items
 from jaxsft.batches.stream import StreamLoader
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import Config, ConfigError, SourceConfig
-from jaxsft.disk.writing import at_home
+from jaxsft.disk.writing import place
 from jaxsft.folders.pretrained import (
     OpenTokenizer,
     Pretrained,
@@ -81,14 +81,12 @@ class Setup:
         """The folder of the run, absolute.
 
         Raises:
-            ConfigError: it is not given, or a bucket, which cannot hold an export yet.
+            ConfigError: it is not given, or no place that can be written to.
         """
         run_dir = self.config.run_dir
         if run_dir is None:
             raise ConfigError("run_dir: required for a run whose config is no file, not given")
-        if "://" in run_dir:
-            raise ConfigError(f"run_dir: {run_dir}: only folders that are mounted on the hosts can be used so far")
-        return epath.Path(at_home(run_dir, "run_dir")).resolve()
+        return epath.Path(place(run_dir, "run_dir")).resolve()
 
     @functools.cached_property
     def mesh(self) -> Mesh:

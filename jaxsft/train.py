@@ -263,7 +263,7 @@ def due_after(done: int, num_steps: int, config: Config) -> Due:
 
 def _check(setup: Setup) -> None:
     """Opens all that the run needs but weights, in the order in which mistakes are found soonest."""
-    check_writers(setup.config.log)
+    check_writers(setup.config.log, setup.folder)
     setup.agree_on_model()
     setup.check_fit()
     _ = setup.attention  # a kernel is checked before a weight is read, and is that of all that follows

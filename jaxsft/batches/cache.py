@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.disk.locks import DEAD_SECONDS, Lock
-from jaxsft.disk.writing import at_home, user_cache, write_whole, writing
+from jaxsft.disk.writing import place, user_cache, write_whole, writing
 
 ARRAYS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "tokens": (np.int32, (-1,)),
@@ -38,8 +39,8 @@ ARRAYS: dict[str, tuple[Any, tuple[int, ...]]] = {
 REPORT, SEAL, LOCK = "report.json", "seal.json", "building.lock"
 MARK, MARK_TEXT = "jaxsft.txt", "Prepared data of jaxsft, made anew where it is missing.\n"
 
-_SEALED = (*(f"{name}.bin" for name in ARRAYS), REPORT)
-_OURS = {*_SEALED, SEAL, LOCK, *(f".{name}.jaxsft-part" for name in (REPORT, SEAL))}
+SEALED = (*(f"{name}.bin" for name in ARRAYS), REPORT)
+_OURS = {*SEALED, SEAL, LOCK, *(f".{name}.jaxsft-part" for name in (REPORT, SEAL))}
 """What we write into a folder of prepared data."""
 _BUILDING = re.compile(r"\.building-[0-9a-f]{16}-[0-9a-f]{32}")
 _MARKING = re.compile(r"\.jaxsft-[0-9a-f]{32}\.txt")
@@ -54,13 +55,13 @@ class Found(NamedTuple):
 
 
 def folder(configured: str | None, say: Callable[[str], None] = lambda text: None) -> pathlib.Path:
-    """Where prepared data stand: in a folder of our own in `data.cache`, or in the user's cache.
+    """Where prepared data stand on this disk: in a folder of our own in `data.cache`, or in the user's cache.
 
     Raises:
         ConfigError: that place begins with `~`, and there is no such folder.
     """
-    if configured is not None:
-        return at_home(configured, "data.cache") / "jaxsft-prepared"
+    if configured is not None and not isinstance(place(configured, "data.cache"), BucketPath):
+        return place(configured, "data.cache") / "jaxsft-prepared"
     return user_cache(say) / "prepared"
 
 
@@ -89,12 +90,12 @@ def claim(folder: pathlib.Path) -> None:
 def load(folder: pathlib.Path) -> Found | None:
     """The prepared data in a folder; None unless they are whole, to the byte."""
     try:
-        if not all(_is_file(folder / name) for name in (*_SEALED, SEAL)):
+        if not all(_is_file(folder / name) for name in (*SEALED, SEAL)):
             return None
         if (folder / SEAL).stat().st_size > _LONGEST_SEAL:
             return None
         seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        if not isinstance(seal, dict) or seal.keys() != {*_SEALED}:
+        if not isinstance(seal, dict) or seal.keys() != {*SEALED}:
             return None
         if any(_checksum(folder / name) != sealed for name, sealed in seal.items()):
             return None
@@ -170,7 +171,7 @@ def finish(folder: pathlib.Path, offsets: np.ndarray, origins: np.ndarray, repor
             path.write_bytes(array.tobytes())
     sizes = {name: (folder / f"{name}.bin").stat().st_size for name in ARRAYS}
     write_whole(folder / REPORT, json.dumps(report | {"bytes": sizes}, indent=2, ensure_ascii=False))
-    write_whole(folder / SEAL, json.dumps({name: _checksum(folder / name) for name in _SEALED}, indent=1))
+    write_whole(folder / SEAL, json.dumps({name: _checksum(folder / name) for name in SEALED}, indent=1))
 
 
 def put_in_place(building: pathlib.Path, folder: pathlib.Path) -> None:
@@ -195,15 +196,15 @@ def put_in_place(building: pathlib.Path, folder: pathlib.Path) -> None:
             raise reason
         check_replaceable(folder, lambda text: None)
         (folder / SEAL).unlink(missing_ok=True)
-        for name in (*_SEALED, SEAL):
+        for name in (*SEALED, SEAL):
             (building / name).replace(folder / name)
 
 
-def _remove_dead(place: pathlib.Path, seen: dict[pathlib.Path, bytes]) -> dict[pathlib.Path, bytes]:
+def _remove_dead(within: pathlib.Path, seen: dict[pathlib.Path, bytes]) -> dict[pathlib.Path, bytes]:
     """Removes the folders that were being made by processes that are dead.
 
     Args:
-        place: where they stand.
+        within: where they stand.
         seen: what the locks of some held `DEAD_SECONDS` ago.
 
     Returns:
@@ -211,7 +212,7 @@ def _remove_dead(place: pathlib.Path, seen: dict[pathlib.Path, bytes]) -> dict[p
     """
     left = {}
     with contextlib.suppress(OSError):
-        for folder in place.iterdir():
+        for folder in within.iterdir():
             if not _BUILDING.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
             lock = Lock(folder / LOCK)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsft.batches.prepare import Prepared
 from jaxsft.config import DataConfig, SourceConfig
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.writing import at_home
 from jaxsft.rows.sources import DataError, is_hub, source_files
 
@@ -100,5 +101,7 @@ def _places(source: SourceConfig, *, held_out: bool) -> set[str]:
 
 def _place(name: str) -> str:
     """A file by where it is, a hub dataset by its name."""
+    if is_bucket(name):
+        return name
     path = at_home(name)
     return str(path.resolve()) if path.exists() else name

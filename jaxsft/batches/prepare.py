@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsft.batch import Example
-from jaxsft.batches import cache
+from jaxsft.batches import bucket_cache, cache
 from jaxsft.batches.portions import Portion, Recipe, Tally, convert_row, nothing_left, percentiles
 from jaxsft.batches.workers import CHUNK, Workers, seldom_collected
 from jaxsft.chat.encoder import ChatEncoder
@@ -132,6 +132,11 @@ def prepare(
     # Before anybody works for an hour on rows that another process does not have.
     agree(f"data of {source.path}", {name: digest(value) for name, value in described.items()}, error=DataError)
     folder = cache.folder(config.cache, say) / key
+    there = bucket_cache.remote(config.cache)
+
+    def find() -> cache.Found | None:
+        found = cache.load(folder)
+        return bucket_cache.fetch(there / key, folder, say) if found is None and there is not None else found
 
     def make() -> cache.Found:
         cache.check_replaceable(folder, say)
@@ -146,11 +151,13 @@ def prepare(
     found = once_per_disk(
         folder.parent,
         f"preparing {source.path}",
-        find=lambda: cache.load(folder),
+        find=find,
         claim=lambda: cache.claim(folder.parent),
         make=make,
         say=say,
     )
+    if there is not None:
+        bucket_cache.send(folder, there / key, say)
     return Prepared(key, **found.arrays, report=found.report)
 
 

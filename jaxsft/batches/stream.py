@@ -34,7 +34,7 @@ from jaxsft.batches.prepare import code_key, digest, input_heading, no_rows, ope
 from jaxsft.batches.workers import CHUNK, Task, Workers
 from jaxsft.chat.encoder import ChatEncoder
 from jaxsft.config import ConfigError, DataConfig
-from jaxsft.disk.writing import write_whole, writing
+from jaxsft.disk.writing import append, write_whole
 from jaxsft.rows.sources import Problem, Row, is_hub, read_rows, source_files
 
 KEPT_WINDOWS = 3
@@ -270,9 +270,7 @@ class StreamLoader:
         if number + 1 == len(self._starts):
             self._starts.append(next_start)
             if self._index is not None:
-                line = _sealed(next_start)
-                with writing(self._index, len(line)), self._index.open("a") as file:
-                    file.write(line)
+                append(self._index, _sealed(next_start).encode())
         return window
 
     def _tasks(self, window: int, cursors: list[list[int]]) -> Iterator[Task]:

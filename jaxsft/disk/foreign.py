@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any, BinaryIO
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 
 MOST_CONFIG_BYTES = 1 << 25
 """Largest config.json and the like; real ones have some KB, and some MB where they list tokens."""
@@ -40,13 +41,15 @@ KINDS = {
 }
 
 
-def open_regular(path: pathlib.Path) -> BinaryIO:
+def open_regular(path: pathlib.Path | BucketPath) -> BinaryIO:
     """Opens a regular file, or a link to one, for reading.
 
     Raises:
         ConfigError: it is something else.
         OSError: it is not there, or may not be read.
     """
+    if isinstance(path, BucketPath):
+        return path.open("rb")
     _refuse_irregular(path, os.stat(path))
     # Should it have become a pipe meanwhile, opening it does not wait.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -63,7 +66,7 @@ def _refuse_irregular(path: pathlib.Path, found: os.stat_result) -> None:
         raise ConfigError(f"{path}: {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, expected a regular file")
 
 
-def read_regular(path: pathlib.Path, *, most: int) -> bytes:
+def read_regular(path: pathlib.Path | BucketPath, *, most: int) -> bytes:
     """The whole of a regular file of at most `most` bytes.
 
     Raises:
@@ -73,12 +76,12 @@ def read_regular(path: pathlib.Path, *, most: int) -> bytes:
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        size = os.stat(path).st_size
+        size = path.stat().st_size
         raise ConfigError(f"{path}: {max(size, len(data)):,} bytes, expected at most {most:,}")
     return data
 
 
-def read_json(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> Any:
+def read_json(path: pathlib.Path | BucketPath, *, most: int = MOST_CONFIG_BYTES) -> Any:
     """What a JSON file holds.
 
     Raises:
@@ -97,7 +100,7 @@ def read_json(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> Any:
     return value
 
 
-def read_object(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+def read_object(path: pathlib.Path | BucketPath, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.writing import Path, WriteError, is_file, read_file, writing
 
 RENEW_SECONDS = 10.0
@@ -36,7 +37,7 @@ class Lock:
 
     def __init__(self, path: Path, *, renew_seconds: float = RENEW_SECONDS, dead_seconds: float = DEAD_SECONDS) -> None:
         self._path, self._renew_seconds, self._dead_seconds = path, renew_seconds, dead_seconds
-        self._is_local = "://" not in os.fspath(path)
+        self._is_local = not is_bucket(path)
         self._fd: int | None = None
         self._owner = _myself()
         self._renewals = 0

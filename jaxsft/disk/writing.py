@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath, check_scheme, is_bucket
 
 Path: TypeAlias = epath.Path | pathlib.Path
 
@@ -27,17 +28,42 @@ class WriteError(OSError):
     exit_code = 74
 
 
+def place(path: str | os.PathLike[str], key: str = "") -> Any:
+    """A path that a user gave, on a disk or in a bucket: `gs://`, `s3://`, `file://`, or as `at_home` takes it.
+
+    Args:
+        path: as it was given.
+        key: of the config, for the error.
+
+    Returns:
+        A `pathlib.Path`, or a `BucketPath`, which has the methods of one.
+
+    Raises:
+        ConfigError: as `at_home`; or what stands before `://` is not known, or its package is not installed.
+    """
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return at_home(text.removeprefix("file://"), key)
+    if not is_bucket(text):
+        return at_home(text, key)
+    check_scheme(text, key)
+    return BucketPath(text)
+
+
 def at_home(path: str | os.PathLike[str], key: str = "") -> pathlib.Path:
-    """A path that a user gave, with `~` and `~name` at its beginning as the folders that they stand for.
+    """A path on a disk that a user gave, with `~` and `~name` at its beginning as the folders that they stand for.
 
     Args:
         path: as it was given.
         key: of the config, for the error.
 
     Raises:
-        ConfigError: nobody knows that folder: HOME is not set and the user is in no list, or there is no such user.
+        ConfigError: nobody knows that folder: HOME is not set and the user is in no list, or there is no such user; or
+            it is a bucket, of which no folder of that name is made.
     """
     text = os.fspath(path)
+    if is_bucket(text):
+        raise ConfigError(f"{f'{key}: ' * bool(key)}{text}: no bucket can be used here, only a path on a disk")
     try:
         return pathlib.Path(text).expanduser()
     except RuntimeError:
@@ -77,7 +103,7 @@ _TOLD: set[pathlib.Path] = set()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file aside and renames it, so that it is never there in part.
+    """Writes a file aside and renames it, so that it is never there in part; an object is not, by itself.
 
     Raises:
         WriteError: names the path, the bytes needed and the bytes free.
@@ -85,20 +111,35 @@ def write_whole(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     aside = aside_of(path)
     with writing(path, len(data)):
+        if is_bucket(path):
+            path.write_bytes(data)
+            return
         try:
             # What a killed write has left; of a link, the link itself is removed, and not what it leads to.
             aside.unlink(missing_ok=True)
             with aside.open("wb") as file:
                 file.write(data)
                 file.flush()
-                if hasattr(file, "fileno"):
-                    with contextlib.suppress(OSError):  # A bucket's file has none.
-                        os.fsync(file.fileno())
+                os.fsync(file.fileno())
             aside.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
             raise
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds to the end of a file; an object is written again, with it.
+
+    Raises:
+        WriteError: there is no room for it.
+    """
+    with writing(path, len(data)):
+        if is_bucket(path):
+            path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
+            return
+        with path.open("ab") as file:
+            file.write(data)
 
 
 def aside_of(path: Path) -> Any:
@@ -108,8 +149,8 @@ def aside_of(path: Path) -> Any:
 
 def is_file(path: Path) -> bool:
     """Whether there is a regular file, or a link to one: what can be read without waiting for anyone."""
-    if "://" in os.fspath(path):
-        return path.exists() and not path.is_dir()
+    if isinstance(path, BucketPath):
+        return path.is_file()
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
@@ -140,7 +181,7 @@ def refuse_others(path: Path, *marks: bytes) -> None:
     Raises:
         ConfigError: there is such a file, or something that is no file.
     """
-    is_link = "://" not in os.fspath(path) and os.path.islink(path)
+    is_link = os.path.islink(path)
     if not (is_link or path.exists()):
         return
     begin = b""
@@ -193,7 +234,7 @@ def check_space(path: Path, needed: int) -> None:
 
 def free_bytes(path: Path) -> int | None:
     """Bytes free where a path is or will be; None where that cannot be known, as in a bucket."""
-    if "://" in os.fspath(path):
+    if is_bucket(path):
         return None
     place = pathlib.Path(os.fspath(path)).absolute()
     while not place.exists() and place != place.parent:

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -24,10 +25,14 @@ from etils import epath
 from flax import nnx
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.disk.seal import REMOVING, SEAL, Entry, checksums, finish_removing, remove_sealed
 from jaxsft.disk.writing import WriteError, check_space, is_file, set_aside, write_error
+from jaxsft.folders import bucket_export
+from jaxsft.folders.bucket_export import MARK_TEXT, UNFINISHED_MARK, is_unfinished
 from jaxsft.folders.config_words import with_older_words
 from jaxsft.folders.hf import load_generation_config
+from jaxsft.folders.mirror import origin_of
 from jaxsft.folders.tokenizer_files import TOKENIZER_FILES, indent_of, settle_tokenizer
 from jaxsft.folders.weights.layout import variables_of, whole_weights
 from jaxsft.folders.weights.save import Made, dump_json, write_weights
@@ -36,10 +41,6 @@ from jaxsft.hosts.exchange import done_by_first
 from jaxsft.hosts.sealing import problem_together, seal_together
 
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
-
-UNFINISHED_MARK = "unfinished-export"
-"""A file in a folder of ours that is being written, and may be removed."""
-MARK_TEXT = b"An export that jaxsft has not finished.\n"
 
 
 class ExportError(OSError):
@@ -106,7 +107,7 @@ def export_folder(
         ConfigError: `folder` holds something else than an export, or is `source_folder`.
         ExportError: it could not be written.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = target_of(folder)
     source = pathlib.Path(source_folder) if source_folder else None
     check_target(folder, [source] if source else [])
     into = None
@@ -135,19 +136,26 @@ def export_folder(
     write_whole_folder(folder, say, num_bytes=_num_bytes(params, into, stored), weights=write, others=write_others)
 
 
+def target_of(folder: Any) -> Any:
+    """The path of an export on a disk or in a bucket, absolute."""
+    return folder if isinstance(folder, BucketPath) else pathlib.Path(folder).absolute()
+
+
 def check_target(folder: pathlib.Path, sources: Sequence[pathlib.Path]) -> None:
     """Refuses a folder in whose place no export may come: one of the sources, or what is no export.
 
     Raises:
         ConfigError: names the folder.
     """
-    if any(folder.resolve() == source.resolve() for source in sources):
+    if any(folder.resolve() == origin_of(source).resolve() for source in sources):
         raise ConfigError(f"{folder}: the export would replace the model that it was made from")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not _is_export(folder)):
         raise ConfigError(f"{folder}: exists and is not an export; move it away or export elsewhere")
 
 
 def _is_export(folder: pathlib.Path) -> bool:
+    if isinstance(folder, BucketPath) and (is_unfinished(folder) or (folder / REMOVING).exists()):
+        return True
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
@@ -266,6 +274,9 @@ def write_whole_folder(
     Raises:
         ExportError: what failed.
     """
+    if isinstance(folder, BucketPath):
+        _write_to_bucket(folder, say, weights=weights, others=others)
+        return
     aside = _partial(folder)
     with contextlib.ExitStack() as begun, concurrent.futures.ThreadPoolExecutor(1) as thread:
 
@@ -301,6 +312,43 @@ def write_whole_folder(
         except OSError as error:
             reason = str(error) if isinstance(error, ExportError) else error.strerror or str(error)
             raise ExportError(str(write_error(folder, reason))) from error
+
+
+def _write_to_bucket(
+    folder: BucketPath,
+    say: Callable[[str], None],
+    *,
+    weights: Callable[[pathlib.Path], dict[str, Entry | None]],
+    others: Callable[[pathlib.Path], None],
+) -> None:
+    """As `write_whole_folder`: each process puts its files together on its own disk, and sends them."""
+    partial = bucket_export.partial_of(folder)
+    with contextlib.ExitStack() as begun, tempfile.TemporaryDirectory(prefix="jaxsft-export-") as made:
+        aside = pathlib.Path(made)
+        try:
+            done_by_first("export begun", lambda: begun.enter_context(bucket_export.begun(folder, say)))
+            written: dict[str, Entry | None] = {}
+            failed: OSError | None = None
+            try:
+                written = weights(aside)
+                if jax.process_index() == 0:
+                    others(aside)
+            except OSError as error:
+                failed = write_error(aside, error.strerror or str(error))
+
+            def sums() -> dict[str, Entry]:
+                if failed is not None:
+                    raise failed
+                found = _sums(aside, written)
+                bucket_export.send(aside, partial, found)
+                return found
+
+            seal_together(partial, sums)
+            done_by_first("export finished", lambda: bucket_export.put_in_place(folder, say))
+        except WriteError as error:
+            raise ExportError(str(error)) from error
+        except OSError as error:
+            raise ExportError(str(write_error(folder, error.strerror or str(error)))) from error
 
 
 @contextlib.contextmanager

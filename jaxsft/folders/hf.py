@@ -15,10 +15,12 @@ from typing import Any
 from jaxsft.chat.named_templates import NAMED_TEMPLATES, template_text
 from jaxsft.chat.probe import check_template
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.disk.foreign import MOST_CONFIG_BYTES, check_folder, check_tokenizer_files, read_regular
-from jaxsft.disk.writing import at_home
+from jaxsft.disk.writing import place
 from jaxsft.folders.gguf.model import is_gguf, open_gguf
 from jaxsft.folders.gguf.tokenizer import load_gguf_tokenizer
+from jaxsft.folders.mirror import mirror, origin_of
 from jaxsft.folders.weights.bnb4 import dequantized, is_bnb4
 from jaxsft.folders.weights.mxfp4 import is_mxfp4, unpacked
 from jaxsft.folders.weights.stored import Stored, load_json, open_folder
@@ -31,6 +33,8 @@ from jaxsft.model.fields import refusal
 def model_folder(path: str, *, weights: bool = True, revision: str | None = None) -> pathlib.Path:
     """The local folder of a model: `path` itself, or the hub's copy of it, downloaded once; or its GGUF file.
 
+    Of a folder in a bucket, it is the one of its small files, see `mirror.py`.
+
     Args:
         path: a folder, a .gguf file, or a hub id such as `org/name`.
         weights: whether a download brings the safetensors along.
@@ -39,7 +43,12 @@ def model_folder(path: str, *, weights: bool = True, revision: str | None = None
     Raises:
         ConfigError: there is no such folder, and the hub does not give one.
     """
-    folder = at_home(path, "model.path")
+    folder = place(path, "model.path")
+    if isinstance(folder, BucketPath):
+        try:
+            return mirror(folder)
+        except OSError as error:
+            raise ConfigError(f"{path}: not readable: {error.strerror or error}") from None
     if folder.is_dir():
         check_folder(folder)
         return folder
@@ -95,7 +104,7 @@ def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
     """
     if is_gguf(str(folder)):
         return open_gguf(folder)
-    stored, hf_config = open_folder(folder), load_hf_config(folder)
+    stored, hf_config = open_folder(origin_of(folder)), load_hf_config(folder)
     if is_bnb4(hf_config):
         return dequantized(stored, hf_config)
     return unpacked(stored, hf_config) if is_mxfp4(hf_config) else (stored, hf_config)
@@ -163,7 +172,7 @@ def read_chat_template(name: str) -> str:
     """
     if name in NAMED_TEMPLATES:
         return template_text(name)
-    path = at_home(name, "data.chat_template")
+    path = place(name, "data.chat_template")
     try:
         # Read as bytes, since reading text would change its line ends: an export holds the template as it is.
         return read_regular(path, most=MOST_CONFIG_BYTES).decode()

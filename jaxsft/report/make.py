@@ -12,6 +12,7 @@ from etils import epath
 import jaxsft
 from jaxsft.config import ConfigError
 from jaxsft.disk.pages import refuse_other_pages
+from jaxsft.disk.writing import place
 from jaxsft.report.columns import as_run, check_columns
 from jaxsft.report.curves import Axis, unaligned
 from jaxsft.report.page import FILES, write_report
@@ -45,8 +46,8 @@ def report(
         ConfigError: a path that is no run, a number of names that is not that of the runs, a folder that is taken, or
             nothing that can be aligned by tokens.
     """
-    place = epath.Path(out)
-    _check_folder(place)
+    folder = epath.Path(place(out, "--out"))
+    _check_folder(folder)
     runs = read_all(paths, names=names, columns=columns or {})
     lacking = unaligned(runs)
     if align == "tokens" and len(lacking) == len(runs):
@@ -63,7 +64,7 @@ def report(
         explanations={},
         facts={"jaxsft": jaxsft.__version__, "python": platform.python_version()},
     )
-    write_report(made, place, by=align, smooth=smooth)
+    write_report(made, folder, by=align, smooth=smooth)
     return made
 
 
@@ -104,13 +105,13 @@ def text_table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _check_folder(place: epath.Path) -> None:
+def _check_folder(folder: epath.Path) -> None:
     """Leaves alone what is not a report of ours."""
-    if not place.exists():
+    if not folder.exists():
         return
-    if not place.is_dir():
-        raise ConfigError(f"--out {place}: a file is there, expected a folder")
-    if others := sorted(each.name for each in place.iterdir() if each.name not in FILES):
+    if not folder.is_dir():
+        raise ConfigError(f"--out {folder}: a file is there, expected a folder")
+    if others := sorted(each.name for each in folder.iterdir() if each.name not in FILES):
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise ConfigError(f"--out {place}: holds more than a report ({shown}); name a new folder with --out")
-    refuse_other_pages(place / name for name in FILES)
+        raise ConfigError(f"--out {folder}: holds more than a report ({shown}); name a new folder with --out")
+    refuse_other_pages(folder / name for name in FILES)

@@ -34,7 +34,7 @@ FILES = ("report.html", "report.json", "curves.png")
 
 def write_report(
     report: Report, folder: pathlib.Path | epath.Path, *, by: Axis = "step", smooth: float | None = None
-) -> pathlib.Path:
+) -> epath.Path:
     """Writes the page, its JSON and the picture; returns the path of the page.
 
     Args:
@@ -57,7 +57,7 @@ def write_report(
     if panels:
         plot(panels, place / "curves.png", title=report.title)
     write_page(place / "report.html", make_html(report, by=by, smooth=window))
-    return pathlib.Path(folder) / "report.html"
+    return place / "report.html"
 
 
 def make_html(report: Report, *, by: Axis = "step", smooth: float = 0) -> str:

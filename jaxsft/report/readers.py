@@ -1,6 +1,6 @@
 """Metrics of a run, whoever wrote them: ours, transformers and TRL, TensorBoard, W&B and any CSV.
 
-In: a file or folder, which may be gs:// and the like. Out: `Run`s with our keys, and the caveats without which their
+In: a file or folder, which may be in a bucket. Out: `Run`s with our keys, and the caveats without which their
 numbers mislead.
 """
 
@@ -12,6 +12,8 @@ import yaml
 from etils import epath
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import is_bucket
+from jaxsft.disk.writing import place
 from jaxsft.report.caveats import TENSORBOARD, WHOLE_TIME, trainer_caveats
 from jaxsft.report.columns import Table, as_run, check_columns
 from jaxsft.report.records import Run, from_json
@@ -55,12 +57,12 @@ def read_run(path: str, *, name: str | None = None, columns: Mapping[str, str] |
 
 def open_path(path: str) -> tuple[list[Table], list[Run]]:
     """What stands at a path, recognised by its names: tables to be named, or runs that are ready."""
-    place = epath.Path(path)
-    if not place.exists():
+    found = epath.Path(place(path))
+    if not found.exists():
         raise ConfigError(f"{path}: no such file or folder; expected {EXPECTED}")
-    file = _file_of(place)
+    file = _file_of(found)
     if file is None:
-        return _event_tables(place), []
+        return _event_tables(found), []
     if file.name == "report.json":
         return [], _runs_of_report(file)
     if file.suffix == ".jsonl":
@@ -74,23 +76,23 @@ def open_path(path: str) -> tuple[list[Table], list[Run]]:
     raise ConfigError(f"{path}: cannot be read; expected {EXPECTED}")
 
 
-def _file_of(place: epath.Path) -> epath.Path | None:
+def _file_of(folder: epath.Path) -> epath.Path | None:
     """The file that holds a folder's metrics; None where TensorBoard's files do."""
-    if not place.is_dir():
-        return place
+    if not folder.is_dir():
+        return folder
     for name in ("metrics.jsonl", "report.json", "trainer_state.json"):
-        if (place / name).exists():
-            return place / name
+        if (folder / name).exists():
+            return folder / name
     states = {
-        file.parent.name.removeprefix("checkpoint-"): file for file in place.glob("checkpoint-*/trainer_state.json")
+        file.parent.name.removeprefix("checkpoint-"): file for file in folder.glob("checkpoint-*/trainer_state.json")
     }
     if steps := [step for step in states if step.isdigit()]:
         return states[max(steps, key=int)]
-    if _event_folders(place):
+    if _event_folders(folder):
         return None
-    inside = sorted(each.name + "/" * each.is_dir() for each in place.iterdir())
+    inside = sorted(each.name + "/" * each.is_dir() for each in folder.iterdir())
     shown = ", ".join(inside[:12]) + (f" and {len(inside) - 12} more" if len(inside) > 12 else "")
-    raise ConfigError(f"{place}: no metrics in this folder ({shown or 'it is empty'}); expected {EXPECTED}")
+    raise ConfigError(f"{folder}: no metrics in this folder ({shown or 'it is empty'}); expected {EXPECTED}")
 
 
 def _ours(file: epath.Path, source: str) -> Table:
@@ -147,23 +149,25 @@ def _trainer(file: epath.Path, source: str) -> Table:
     return Table(folder.name, kind, source, tuple(rows), columns, {}, settings, figures, caveats)
 
 
-def _event_folders(place: epath.Path) -> list[epath.Path]:
+def _event_folders(top: epath.Path) -> list[epath.Path]:
     """Folders with event files, as deep as Trainer puts them (`runs/DATE_HOST/`)."""
-    files = [file for pattern in ("*tfevents*", "*/*tfevents*", "*/*/*tfevents*") for file in place.glob(pattern)]
+    files = [file for pattern in ("*tfevents*", "*/*tfevents*", "*/*/*tfevents*") for file in top.glob(pattern)]
     return sorted({file.parent for file in files})
 
 
-def _event_tables(place: epath.Path) -> list[Table]:
-    folders = _event_folders(place)
-    tables = [_events(folder, folder, str(place if len(folders) == 1 else folder)) for folder in folders]
+def _event_tables(top: epath.Path) -> list[Table]:
+    folders = _event_folders(top)
+    tables = [_events(folder, folder, str(top if len(folders) == 1 else folder)) for folder in folders]
     tables = [table for table in tables if table.rows]
     if not tables:
-        raise DataError(f"{place}: its event files hold no scalars")
+        raise DataError(f"{top}: its event files hold no scalars")
     return tables
 
 
 def _events(target: epath.Path, folder: epath.Path, source: str) -> Table:
     """The scalars of event files, one row per step and time."""
+    if is_bucket(target):
+        raise ConfigError(f"{source}: TensorBoard's event files are read from a disk only; download them first")
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
         from tensorboard.util.tensor_util import make_ndarray
@@ -228,8 +232,8 @@ def unique_names(runs: Sequence[Run]) -> tuple[Run, ...]:
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
         if [other.name for other in runs].count(run.name) > 1 and run.kind != "csv":
-            place = epath.Path(run.source).resolve()
-            above = place.parent.name if place.name == run.name else place.parent.parent.name
+            source = epath.Path(place(run.source)).resolve()
+            above = source.parent.name if source.name == run.name else source.parent.parent.name
             names[index] = f"{above}/{run.name}"
     seen: dict[str, int] = {}
     for index, name in enumerate(names):

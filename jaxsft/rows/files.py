@@ -39,11 +39,11 @@ def most_bytes(size: int) -> int:
 def open_file(path: Path, compression: str) -> IO[bytes]:
     """A file opened for reading, whose bytes come without compression; `compression` is "" or one of `COMPRESSIONS`."""
     if compression == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path.open("rb"))  # type: ignore[return-value]
     if compression == ".zst":
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        return io.BufferedReader(pyarrow.input_stream(path.open("rb"), compression="zstd"))
     return path.open("rb")
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxsft.disk.writing import at_home
+from jaxsft.disk.buckets import BucketPath, is_bucket
+from jaxsft.disk.writing import at_home, place
 from jaxsft.rows import splits
 from jaxsft.rows.arrow_files import read_arrow, read_parquet
 from jaxsft.rows.columns import parse_rows, row_reader, without_nulls
@@ -106,10 +107,12 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     Raises:
         DataError: as `source_files`.
     """
-    path = at_home(source)
+    path = place(source)
     root = path
+    in_bucket = isinstance(path, BucketPath)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if not file.is_dir() and _kind(file) and file.name not in _METADATA]
+        inside = path.files() if in_bucket else [file for file in path.rglob("*") if not file.is_dir()]
+        found = [file for file in inside if _kind(file) and file.name not in _METADATA]
         found = [file for file in found if not _CACHED.fullmatch(file.name)]
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not found:
@@ -117,16 +120,14 @@ def choose_files(source: str, *, held_out: bool = False) -> splits.Chosen:
     elif path.exists():
         found, root = [path], path.parent
     elif re.search(r"[*?\[]", source):
-        anchor = Path(path.anchor)
-        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if not file.is_dir()]
         # The folders that the pattern spells out are the same for all its files, and so name no split.
-        fixed = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts)
-        root = Path(*fixed)
+        root = type(path)(*itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), path.parts))
+        found = [file for file in root.glob(str(path.relative_to(root))) if in_bucket or not file.is_dir()]
         if not found:
             raise DataError(f"{source}: no file fits this pattern")
     else:
         raise DataError(f"{source}: no such file or folder")
-    if odd := [str(file) for file in found if not file.is_file()]:
+    if odd := [str(file) for file in found if not in_bucket and not file.is_file()]:
         raise DataError(f"{', '.join(odd[:10])}: not a regular file (a pipe, a device, or a link to nothing)")
     unknown = [str(file) for file in found if not _kind(file)]
     if unknown:
@@ -203,7 +204,7 @@ def is_hub(source: str) -> bool:
         DataError: neither a file nor a hub dataset could have such a name.
     """
     try:
-        exists = at_home(source).exists()
+        exists = is_bucket(source) or at_home(source).exists()
     except OSError:  # A name too long for a file.
         exists = False
     local = exists or re.search(r"[*?]", source) or source.startswith((".", "/", "~"))

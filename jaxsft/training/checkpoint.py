@@ -1,7 +1,7 @@
 """Sealed checkpoints of the train state.
 
     checkpoints/STEP/meta.json   what is known of the run at this step; written first: the mark of a folder of ours
-    checkpoints/STEP/state/      the arrays; see `arrays.py`
+    checkpoints/STEP/state/      the arrays; see `arrays.py`, in a bucket `bucket_arrays.py`
     checkpoints/STEP/seal.json   see `seal.py`; written last
     progress.json                the newest step that was sealed
 
@@ -23,6 +23,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import CheckpointConfig, ConfigError
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.seal import (
     REMOVING,
     SEAL,
@@ -39,6 +40,7 @@ from jaxsft.disk.writing import aside_of, check_space, set_aside, write_error, w
 from jaxsft.hosts.exchange import done_by_first, first_text
 from jaxsft.hosts.sealing import problem_together, seal_together
 from jaxsft.training.arrays import ArrayFolders, part_of, reason
+from jaxsft.training.bucket_arrays import BucketArrays
 from jaxsft.training.local_copies import LocalCopies, hold
 
 META, PROGRESS = "meta.json", "progress.json"
@@ -72,7 +74,8 @@ class Checkpointer:
         self._config = config
         self._say = say
         self._run = json.loads(json.dumps(run or {}))
-        self._arrays = ArrayFolders()
+        # Orbax 0.12 takes an s3:// for a relative path, and renames folders where it knows no better.
+        self._arrays: Any = BucketArrays() if is_bucket(folder) else ArrayFolders()
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._local = LocalCopies(folder, config.local_dir, say) if config.local_every else None
@@ -164,12 +167,13 @@ class Checkpointer:
         Of several processes others still write into it, and would fail of its absence before this error is told; the
         next start removes it.
         """
-        if jax.process_count() == 1 and self._making == target and not (target / SEAL).exists():
-            # Where one of Orbax's writers has failed, others may go on for a moment, and write into what is removed.
-            for _ in range(10):
-                with contextlib.suppress(OSError):
-                    target.rmtree()
-                time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            if jax.process_count() == 1 and self._making == target and not (target / SEAL).exists():
+                # Where one of the writers has failed, others may go on for a moment, and write into what is removed.
+                for _ in range(10):
+                    with contextlib.suppress(OSError):
+                        target.rmtree()
+                    time.sleep(0.1)
         said = getattr(error, "strerror", None) or reason(str(error))
         return SaveError(str(write_error(target, said[:200], needed)))
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxsft.disk.writing import is_file, set_aside, write_whole, writing
+from jaxsft.disk.writing import append, is_file, set_aside, write_whole
 from jaxsft.training.metrics import Totals, from_json_line, to_json_line
 
 
@@ -87,9 +87,7 @@ class MetricsFile:
         self._lines.append(to_json_line(line))
         if jax.process_index() != 0:
             return
-        data = (self._lines[-1] + "\n").encode()
-        with writing(self._path, len(data)), self._path.open("ab") as file:
-            file.write(data)
+        append(self._path, (self._lines[-1] + "\n").encode())
 
     def _content(self) -> bytes:
         return "".join(line + "\n" for line in self._lines).encode()

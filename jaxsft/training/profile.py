@@ -15,6 +15,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.pages import refuse_other_pages, write_page
 from jaxsft.disk.writing import refuse_others, write_whole
 from jaxsft.training.program import hlo_lines
@@ -71,6 +72,8 @@ def check_profile(log: LogConfig, num_steps: int, folder: epath.Path) -> None:
     Raises:
         ConfigError: says how many steps it has, and how many there would have to be; or which file is not ours.
     """
+    if log.profile_steps is not None and is_bucket(folder):
+        raise ConfigError(f"log.profile_steps: traces are written to a disk, and run_dir {folder.parent} is a bucket")
     if log.profile_steps is not None:
         _refuse_others(_own_folder(folder))
     if log.profile_steps is not None and SKIPPED_STEPS + log.profile_steps > num_steps:

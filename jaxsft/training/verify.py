@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxsft.config import ConfigError
 from jaxsft.disk.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, read_seal, read_sealed_object
-from jaxsft.disk.writing import at_home
+from jaxsft.disk.writing import place
 from jaxsft.folders.export import UNFINISHED_MARK
 from jaxsft.training.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
 from jaxsft.training.metrics_file import metrics_problem
@@ -39,7 +39,7 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
     Raises:
         ConfigError: the path is neither a run folder nor an export.
     """
-    folder = epath.Path(at_home(path))
+    folder = epath.Path(place(path))
     is_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
     if is_model and not (folder / SEAL).exists() and not (folder / UNFINISHED_MARK).exists():
         raise ConfigError(

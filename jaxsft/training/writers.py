@@ -18,6 +18,7 @@ import jax
 from etils import epath
 
 from jaxsft.config import ConfigError, LogConfig
+from jaxsft.disk.buckets import is_bucket
 from jaxsft.disk.writing import is_file, read_file, write_whole
 from jaxsft.training.metrics_file import MetricsFile
 
@@ -45,8 +46,12 @@ class Writer(Protocol):
         """Returns when all lines are where they belong."""
 
 
-def check_writers(log: LogConfig) -> None:
+def check_writers(log: LogConfig, folder: epath.Path) -> None:
     """Checks what can be known before the run: that every package is there, and that W&B knows a key.
+
+    Args:
+        log: of the config.
+        folder: of the run.
 
     Raises:
         ConfigError: says what to install or to do.
@@ -55,6 +60,9 @@ def check_writers(log: LogConfig) -> None:
     if missing:
         extras = ",".join(missing)
         raise ConfigError(f"log.to: {', '.join(missing)} not installed: pip install 'jaxsft[{extras}]'")
+    of_disks = [name for name in log.to if name in ("tensorboard", "wandb")]
+    if of_disks and is_bucket(folder):
+        raise ConfigError(f"log.to: {', '.join(of_disks)} writes to a disk, and run_dir {folder} is a bucket")
     if "wandb" in log.to and jax.process_index() == 0:
         import wandb
 

@@ -59,7 +59,7 @@ from jaxsft.training.metrics_file import MetricsFile
 from jaxsft.training.writers import check_writers, open_writers
 folder, step, lines, is_killed = json.loads(sys.argv[1])
 log = LogConfig(to=["tensorboard", "wandb", "trackio"], project="test")
-check_writers(log)
+check_writers(log, epath.Path(folder))
 file = MetricsFile(epath.Path(folder) / "metrics.jsonl", step=step)
 settings = {"seed": 7, "optim": {"beta1": 0.5}}
 writers = open_writers(log, epath.Path(folder), step=step, file=file, settings=settings, say=print)
@@ -153,10 +153,10 @@ def test_a_continued_run_is_the_same_run_of_trackio_and_repeats_nothing(logged):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_package_that_is_not_installed_is_named_with_what_to_install(monkeypatch, name):
+def test_a_package_that_is_not_installed_is_named_with_what_to_install(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, name, None)  # to Python, it is not there
     with pytest.raises(ConfigError, match=rf"log.to: {name} not installed: pip install 'jaxsft\[{name}\]'"):
-        check_writers(LogConfig(to=[name]))
+        check_writers(LogConfig(to=[name]), epath.Path(tmp_path))
 
 
 def test_without_a_key_for_weights_and_biases_a_run_ends_before_it_begins_and_asks_nothing(tiny_config, tmp_path, repo):

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxsft.config import LoraConfig
 from jaxsft.disk.seal import Entry as SealEntry
-from jaxsft.folders.export import check_target, save_tokenizer, write_generation_config, write_whole_folder
+from jaxsft.folders.export import check_target, save_tokenizer, target_of, write_generation_config, write_whole_folder
 from jaxsft.folders.peft.places import (
     PREFIX,
     Member,
@@ -104,7 +104,7 @@ def export_adapter(
         ConfigError: `folder` holds something else than an export, or a source.
         ExportError: it could not be written.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = target_of(folder)
     check_target(folder, source_folders)
     entries, settings = adapter_entries(model)
     num_bytes = 4 * sum(math.prod(entry.shape) for entry in entries)

@@ -1,20 +1,22 @@
 """The tensors that a model folder holds: which there are, where, and reading parts of them.
 
-In: a folder of safetensors, one file or several with an index. Out: a `Stored`, with all that is wrong about the files.
-Whether these are the tensors that a model needs is `load.py`'s question. Only headers are read here; the bytes of a
-tensor are read by those who ask for them. A model in another format (`folders/gguf/model.py`) is a `Stored` too.
+In: a folder of safetensors, one file or several with an index, on a disk or in a bucket. Out: a `Stored`, with all that
+is wrong about the files. Whether these are the tensors that a model needs is `load.py`'s question. Only headers are
+read here; the bytes of a tensor are read by those who ask for them. A model in another format (`folders/gguf/model.py`)
+is a `Stored` too.
 """
 
 import collections
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.disk.foreign import MOST_CONFIG_BYTES, MOST_JSON_BYTES, open_regular, read_object, read_regular
 
 DTYPES: dict[str, np.dtype] = {
@@ -35,15 +37,20 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PAGE_BYTES = 4096
 BLOCK_BYTES = 1 << 24
 """Read at once by a thread."""
+SPAN_BYTES = 1 << 26
+"""Asked of a bucket at once."""
 MOST_NUMBER = 2**64
 """No size or count in a header reaches it: the safetensors library holds them in 64 bits."""
+
+
+FilePath: TypeAlias = pathlib.Path | BucketPath
 
 
 class StoredTensor(Protocol):
     """A tensor in a file."""
 
     @property
-    def file(self) -> pathlib.Path:
+    def file(self) -> FilePath:
         """Where it lies, for messages."""
 
     @property
@@ -69,7 +76,7 @@ class StoredTensor(Protocol):
 class SafeTensor(NamedTuple):
     """A tensor in a safetensors file."""
 
-    file: pathlib.Path
+    file: FilePath
     word: str
     """Its dtype, as safetensors calls it."""
     shape: tuple[int, ...]
@@ -87,6 +94,8 @@ class SafeTensor(NamedTuple):
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         row_bytes = num_columns * itemsize
         at = self.offset + rows.start * row_bytes + columns.start * itemsize
+        if isinstance(self.file, BucketPath):
+            return _read_rows(self.file, at, shape, self.dtype, row_bytes=row_bytes)
         with self.file.open("rb", buffering=0) as file:
             if shape[1] == num_columns:
                 return _read_at(file.fileno(), at, shape[0] * row_bytes, self.file).view(self.dtype).reshape(shape)
@@ -102,6 +111,8 @@ class SafeTensor(NamedTuple):
 
     def read_bytes(self, at: int, count: int) -> np.ndarray:
         """uint8 [count] from byte `at` of the tensor on."""
+        if isinstance(self.file, BucketPath):
+            return _read_rows(self.file, self.offset + at, (1, count), np.dtype(np.uint8), row_bytes=count)[0]
         with self.file.open("rb", buffering=0) as file:
             return _read_at(file.fileno(), self.offset + at, count, self.file)
 
@@ -121,6 +132,23 @@ def _read_into(descriptor: int, at: int, out: np.ndarray, path: pathlib.Path) ->
     return out
 
 
+def _read_rows(path: BucketPath, at: int, shape: tuple[int, int], dtype: np.dtype, *, row_bytes: int) -> np.ndarray:
+    """A part of a matrix whose rows lie `row_bytes` apart, from byte `at` on.
+
+    What lies between the parts of two rows is read along: a request takes as long as reading a megabyte.
+    """
+    out = np.empty(shape, dtype)
+    width, step = shape[1] * dtype.itemsize, max(1, SPAN_BYTES // max(1, row_bytes))
+    for first in range(0, shape[0], step) if width else ():
+        count = min(step, shape[0] - first)
+        span = (count - 1) * row_bytes + width
+        data = path.read_range(at + first * row_bytes, span)
+        if len(data) != span:
+            raise ConfigError(f"{path}: became shorter while it was read")
+        out[first : first + count] = np.ndarray((count, shape[1]), dtype, data, strides=(row_bytes, dtype.itemsize))
+    return out
+
+
 class StoredFile(NamedTuple):
     """A safetensors file as it was written."""
 
@@ -135,7 +163,7 @@ class StoredFile(NamedTuple):
 class Stored(NamedTuple):
     """What a model is stored as."""
 
-    path: pathlib.Path
+    path: FilePath
     """The folder or file."""
     tensors: dict[str, StoredTensor]
     """By the names that the family's table has, with or without its prefix."""
@@ -147,7 +175,7 @@ class Stored(NamedTuple):
     """The index file, where there is one."""
 
 
-def open_folder(folder: pathlib.Path) -> Stored:
+def open_folder(folder: FilePath) -> Stored:
     """Reads the headers of a folder's safetensors; what is wrong with the files is noted in `problems`."""
     problems: list[str] = []
     if (folder / SINGLE_FILE).exists() or (folder / SINGLE_FILE).is_symlink():
@@ -185,7 +213,7 @@ def open_folder(folder: pathlib.Path) -> Stored:
     return Stored(folder, tensors, tuple(problems), tuple(files), index_file)
 
 
-def open_file(path: pathlib.Path) -> Stored:
+def open_file(path: FilePath) -> Stored:
     """Reads the header of one safetensors file; what is wrong with it is noted in `problems`."""
     problems: list[str] = []
     found = _read_header(path, problems)
@@ -197,7 +225,7 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", os.sep} and name.isprintable()
 
 
-def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, dict[str, SafeTensor]] | None:
+def _read_header(path: FilePath, problems: list[str]) -> tuple[StoredFile, dict[str, SafeTensor]] | None:
     """A file's tensors: 8 bytes of header length, the header in JSON, then the bytes of the tensors."""
     try:
         start, text, size = _header_bytes(path)
@@ -227,14 +255,15 @@ def _read_header(path: pathlib.Path, problems: list[str]) -> tuple[StoredFile, d
     return None
 
 
-def _header_bytes(path: pathlib.Path) -> tuple[bytes, bytes, int]:
+def _header_bytes(path: FilePath) -> tuple[bytes, bytes, int]:
     """The 8 bytes of the header's length, the header, and the size of the file.
 
     Raises:
         ValueError: this cannot be a safetensors file; says what it is, where that is known.
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if size == 0:
@@ -282,7 +311,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored(path: pathlib.Path, name: str, entry: dict[str, Any], begin: int) -> SafeTensor:
+def _stored(path: FilePath, name: str, entry: dict[str, Any], begin: int) -> SafeTensor:
     word, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if len(offsets) != 2:
         raise ValueError(f"corrupt header: {name[:100]} has {len(offsets)} data_offsets")
@@ -303,7 +332,7 @@ def _stored(path: pathlib.Path, name: str, entry: dict[str, Any], begin: int) ->
     return SafeTensor(path, word, shape, begin + first, last - first)
 
 
-def load_json(path: pathlib.Path, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
+def load_json(path: FilePath, *, most: int = MOST_CONFIG_BYTES) -> dict[str, Any]:
     """A file that holds one JSON object.
 
     Raises:
