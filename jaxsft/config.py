@@ -511,6 +511,8 @@ class CheckpointConfig(Section):
     def _checked(self) -> "CheckpointConfig":
         if self.local_dir is not None and self.local_every is None:
             raise ValueError("`local_dir` has no effect without `local_every`")
+        if self.local_dir is not None and "://" in self.local_dir:
+            raise ValueError(f"`local_dir` {self.local_dir} is in a bucket: give a folder on a disk of each host")
         if self.local_every is not None and self.local_every >= self.every:
             raise ValueError(
                 f"`local_every` {self.local_every} has no effect with `every` {self.every}: give fewer steps"
