@@ -78,12 +78,22 @@ def preview_command(args: argparse.Namespace) -> int:
 def plan_command(args: argparse.Namespace) -> int:
     """say what a run will need on chips that need not be there: memory, messages, hours; no weights are read"""
     from jaxsft.plan.make import as_json, describe, make_plan
+    from jaxsft.plan.search import describe_suggestions, largest_microbatch, suggest
     from jaxsft.plan.topologies import read_topology
 
     topology = read_topology(args.topology, num_slices=args.slices)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        plan = make_plan(_config(args), topology, compiles=not args.quick)
-    print(json.dumps(as_json(plan)) if args.json else describe(plan))
+        config = _config(args)
+        if args.suggest:
+            plans = suggest(config, topology)
+        elif args.search:
+            plans = [largest_microbatch(config, topology, compiles=not args.quick, say=print)]
+        else:
+            plans = [make_plan(config, topology, compiles=not args.quick)]
+    if args.json:
+        print(json.dumps([as_json(plan) for plan in plans] if args.suggest else as_json(plans[0])))
+    else:
+        print(describe_suggestions(plans) if args.suggest else describe(plans[0]))
     return 0
 
 
@@ -325,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.microbatch_size=64")
     subparser.add_argument("--topology", required=True, help="such as v6e:8x8, v5p:8x8x4, h100:8, h200:1, cpu:1")
     subparser.add_argument("--slices", type=_number(int, 1, 10**4), default=1, help="of TPUs, each of that topology")
+    ways = subparser.add_mutually_exclusive_group()
+    ways.add_argument("--search", action="store_true", help="find the most rows at once that fit")
+    ways.add_argument("--suggest", action="store_true", help="rank meshes, remat policies and rows at once, as counted")
     subparser.add_argument("--quick", action="store_true", help="count alone, also where a compiler is installed")
     subparser.add_argument("--json", action="store_true", help="the same for programs")
     subparser = add("compare", compare_command)

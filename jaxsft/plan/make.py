@@ -10,6 +10,7 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jaxsft.plan.costs import (
 )
 from jaxsft.plan.topologies import Topology, missing_compiler
 from jaxsft.setup import Setup
-from jaxsft.training.matmuls import read_matmuls
+from jaxsft.training.matmuls import Matmul, read_matmuls
 from jaxsft.training.memory import Bytes, where_bytes_go
 from jaxsft.training.metrics import num_params
 from jaxsft.training.program import Collective, total_bytes
@@ -117,21 +118,33 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
     config = as_on(config, topology)
     planned = open_planned(config, mesh_of(config, topology))
     missing = missing_compiler(topology)
+    compiled = compile_step(config, planned) if compiles and missing is None else None
+    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
+    plan = plan_of(config, topology, planned, matmuls, num_steps=_num_steps(config), compiled=compiled)
+    return dataclasses.replace(plan, missing=missing if compiles else None, seconds=time.process_time() - began)
+
+
+def plan_of(
+    config: Config,
+    topology: Topology,
+    planned: Planned,
+    matmuls: Sequence[Matmul],
+    *,
+    num_steps: int | None = None,
+    compiled: Compiled | None = None,
+) -> Plan:
+    """The plan of a model whose step was traced; arguments as what it holds."""
     model, structure, mesh = planned
-    sizes = dict(mesh.shape)
+    sizes, train, length = dict(mesh.shape), config.train, config.data.seq_len
     counted = where_bytes_go(
         model,
         config.optim,
         mesh,
-        rows=config.train.microbatch_rows,
-        length=config.data.seq_len,
-        num_microbatches=config.train.num_microbatches,
+        rows=train.microbatch_rows,
+        length=length,
+        num_microbatches=train.num_microbatches,
     )
-    compiled = compile_step(config, planned) if compiles and missing is None else None
-    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
-    flops = count_flops(
-        matmuls, model, structure, tokens=config.train.batch_size * config.data.seq_len, length=config.data.seq_len
-    )
+    flops = count_flops(matmuls, model, structure, tokens=train.batch_size * length, length=length)
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
     if compiled is not None:
         collectives = compiled.report.collectives
@@ -146,28 +159,26 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
         activations=terms["activations"],
         itemsize=itemsize,
     )
-    devices = math.prod(sizes.values())
-    copies = sizes["data"]
     return Plan(
         config.model.path,
         topology,
         sizes,
-        config.train.batch_size,
-        config.train.microbatch_rows,
-        config.data.seq_len,
+        train.batch_size,
+        train.microbatch_rows,
+        length,
         config.model.remat,
         num_trained=num_params(model.params, structure)[0],
         num_frozen=num_params(of_files(model.frozen), structure)[0],
         counted=counted,
         compiled=compiled,
-        missing=missing if compiles else None,
+        missing=None,
         flops=flops,
         collectives=collectives,
         bound=bound_of(flops, num_bytes, link_seconds(collectives, sizes, topology), topology),
-        num_steps=_num_steps(config),
-        checkpoint_bytes=(terms["parameters"] + terms["optimizer"]) * devices // copies,
+        num_steps=num_steps,
+        checkpoint_bytes=(terms["parameters"] + terms["optimizer"]) * math.prod(sizes.values()) // sizes["data"],
         export_bytes=_export_bytes(config, planned),
-        seconds=time.process_time() - began,
+        seconds=0.0,
     )
 
 

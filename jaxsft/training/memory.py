@@ -100,7 +100,9 @@ def where_bytes_go(
     held = sum(sizes[name] for name in ("parameters", "frozen", "optimizer", "activations"))
     peak = held + max(sizes["one layer"] + sizes["gradients"], sizes["loss"] + at_loss)
     is_all_trained = not jax.tree.leaves(model.frozen)
-    lowered_by = _lowered_by(nnx.merge(*model), optim, mesh, rows=rows, is_all_trained=is_all_trained)
+    lowered_by = _lowered_by(
+        nnx.merge(*model), optim, mesh, rows=rows, is_all_trained=is_all_trained, is_quantised=unpacked > 0
+    )
     return Bytes(tuple(Term(name, sizes[name], lowered_by[name] if sizes[name] else "") for name in NAMES), peak)
 
 
@@ -259,7 +261,7 @@ def _num_bytes(leaf: Any) -> int:
 
 
 def _lowered_by(
-    decoder: Decoder, optim: OptimConfig, mesh: AnyMesh, *, rows: int, is_all_trained: bool
+    decoder: Decoder, optim: OptimConfig, mesh: AnyMesh, *, rows: int, is_all_trained: bool, is_quantised: bool
 ) -> dict[str, str]:
     """Keys that are not at their lowest already, for each entry."""
     shares = math.prod(mesh.shape[axis] for axis in ROW_AXES)
@@ -274,6 +276,7 @@ def _lowered_by(
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
     adapters = ["adapters (lora.rank), or some weights alone (train.only)"] if is_all_trained else []
+    quantised = [] if is_quantised else ["model.quantize nf4 (now none)"]
     moments = []
     if "moment_dtype" in KEYS_OF[optim.name] and optim.moment_dtype == "float32":
         moments.append("optim.moment_dtype bfloat16 (now float32)")
@@ -281,7 +284,7 @@ def _lowered_by(
         moments.append(f"optim.name adamw8bit (now {optim.name})")
     found = {
         "parameters": [more],
-        "frozen": [more],
+        "frozen": [*quantised, more],
         "optimizer": [*adapters, *moments, more],
         "gradients": [*adapters, more],
         "activations": [*again, *tokens, "a smaller data.seq_len"],

@@ -155,7 +155,7 @@ def test_the_largest_entry_comes_with_keys_that_exist_and_are_not_set_so(folder)
             assert set(advised) <= known and bool(advised) == bool(term.num_bytes), term
     by_name = {term.name: term.lowered_by for term in table.terms}
     assert "model.remat attention, or full (now none)" in by_name["activations"]
-    assert "instead of mesh.data (now 2)" in by_name["frozen"]
+    assert "instead of mesh.data (now 2)" in by_name["frozen"] and "model.quantize nf4 (now none)" in by_name["frozen"]
     text = describe_bytes(table, limit=2**20)
     assert f"most are {table.largest.name}; fewer with {table.largest.lowered_by}" in text
     assert "WARNING" in text and "more than a device has" in text
