@@ -69,7 +69,7 @@ def send(folder: pathlib.Path, there: BucketPath, say: Callable[[str], None]) ->
             return
         mark = place / cache.MARK
         if not mark.exists():
-            if place.exists():
+            if place.exists() and not mark.exists():  # Another host may have sent it just now.
                 raise ConfigError(
                     f"{place}: exists and was not made by jaxsft, which would keep prepared data there; move it away, "
                     "or give another place as data.cache"

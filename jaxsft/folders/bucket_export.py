@@ -38,7 +38,7 @@ def begun(folder: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
     lock.acquire(say)
     try:
         _finish_copy(folder)
-        partial_of(folder).rmtree()
+        _make_room(partial_of(folder))
         yield
     finally:
         lock.release()
@@ -60,14 +60,38 @@ def send(made: pathlib.Path, partial: BucketPath, names: Iterable[str]) -> None:
 
 
 def is_unfinished(folder: BucketPath) -> bool:
-    """Whether an export was being copied there when its process ended."""
+    """Whether an export was being sent or copied there when its process ended."""
     mark = folder / UNFINISHED_MARK
     return mark.is_file() and mark.read_bytes() == MARK_TEXT
 
 
+def _make_room(partial: BucketPath) -> None:
+    """Leaves nothing where an export is sent to but the mark that it is ours.
+
+    Raises:
+        OSError: something is there without the mark.
+    """
+    if partial.exists():
+        if not is_unfinished(partial):
+            raise OSError(f"{partial}: is in the way and no unfinished export of jaxsft; move it away")
+        _remove(partial)
+    (partial / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+
+
+def _remove(partial: BucketPath) -> None:
+    """The mark goes last, so that what is left when this is cut off is known as ours."""
+    for each in partial.files():
+        if each != partial / UNFINISHED_MARK:
+            each.unlink(missing_ok=True)
+    (partial / UNFINISHED_MARK).unlink(missing_ok=True)
+
+
 def _finish_copy(folder: BucketPath) -> None:
-    """Removes what a copy that was cut off has put in place, of what was sent then."""
+    """Removes what a copy that was cut off has put in place, of what was sent then, unless all of it is there."""
     if is_unfinished(folder):
+        if (folder / SEAL).exists():  # which is copied last
+            (folder / UNFINISHED_MARK).unlink()
+            return
         with contextlib.suppress(FileNotFoundError, ValueError):
             for name in read_seal(partial_of(folder) / SEAL):
                 (folder / name).unlink(missing_ok=True)
@@ -93,4 +117,4 @@ def put_in_place(folder: BucketPath, say: Callable[[str], None]) -> None:
         (partial / name).copy_to(folder / name)
     (partial / SEAL).copy_to(folder / SEAL)
     (folder / UNFINISHED_MARK).unlink()
-    partial.rmtree()
+    _remove(partial)
