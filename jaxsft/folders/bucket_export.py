@@ -1,7 +1,7 @@
 """An export in a bucket: put together on disks, sent, and whole when its seal is there.
 
     NAME/seal.json                  as of any export; written last
-    .NAME.jaxsft-partial/           the next one, while it is sent
+    .NAME.jaxsft-partial/           the next one, while it is sent, and `unfinished-export`, the mark that it is ours
     .NAME.jaxsft-lock               who writes one
 
 In: the folder in the bucket, and files on the disk of each process. Out: the same folder as on a disk. There is no
@@ -71,10 +71,9 @@ def _make_room(partial: BucketPath) -> None:
     Raises:
         OSError: something is there without the mark.
     """
-    if partial.exists():
-        if not is_unfinished(partial):
-            raise OSError(f"{partial}: is in the way and no unfinished export of jaxsft; move it away")
-        _remove(partial)
+    if partial.files() and not is_unfinished(partial):
+        raise OSError(f"{partial}: is in the way and no unfinished export of jaxsft; move it away")
+    _remove(partial)
     (partial / UNFINISHED_MARK).write_bytes(MARK_TEXT)
 
 
@@ -108,7 +107,7 @@ def put_in_place(folder: BucketPath, say: Callable[[str], None]) -> None:
     finish_removing(folder, to_the_byte=True)  # one that was cut off
     if (folder / SEAL).exists():
         remove_sealed(folder, to_the_byte=True)
-    if folder.exists():
+    if folder.files():  # An object may stand for the folder itself.
         shown = ", ".join(each.name for each in list(folder.iterdir())[:5])
         beside = set_aside(folder)
         say(f"{folder} held files that this program did not write, or that were changed: now in {beside} ({shown})")
