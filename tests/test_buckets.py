@@ -168,6 +168,7 @@ def test_prepared_data_are_fetched_by_the_next_host_and_not_made_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "third"))
     assert main(["preview", f"{folder}/config.yaml", "run_dir=s3://data/runs/other"]) == 0
     assert "that are damaged; they are prepared anew" in capsys.readouterr().out
+    assert tokens.read_bytes() == whole
 
 
 def test_a_model_is_read_by_ranges_of_what_a_device_needs(model, monkeypatch):

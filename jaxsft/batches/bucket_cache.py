@@ -4,9 +4,11 @@
     CACHE/jaxsft-prepared/KEY/...       the files of prepared data; seal.json is written last
 
 In: the place in the bucket, and the folder of the same key on this disk. Out: a copy here that is whole to the byte, or
-one there. Hosts that send the same at once write the same bytes. Nothing in the bucket is removed.
+one there. Hosts that send the same at once write the same bytes. Nothing in the bucket is removed but the seal of what
+is damaged there, so that it is sent again.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 
@@ -46,13 +48,21 @@ def fetch(there: BucketPath, folder: pathlib.Path, say: Callable[[str], None]) -
             (there / cache.SEAL).download(building / cache.SEAL)
         except FileNotFoundError:
             say(f"{there}: prepared data that are not whole; they are prepared anew")
+            _unseal(there)
             return None
         found = cache.load(building)
         if found is None:
             say(f"{there}: prepared data that are damaged; they are prepared anew")
+            _unseal(there)
             return None
         cache.put_in_place(building, folder)
     return cache.load(folder) or found
+
+
+def _unseal(there: BucketPath) -> None:
+    with contextlib.suppress(OSError):  # A bucket that may only be read.
+        if (there.parent / cache.MARK).exists():
+            (there / cache.SEAL).unlink(missing_ok=True)
 
 
 def send(folder: pathlib.Path, there: BucketPath, say: Callable[[str], None]) -> None:
@@ -69,7 +79,7 @@ def send(folder: pathlib.Path, there: BucketPath, say: Callable[[str], None]) ->
             return
         mark = place / cache.MARK
         if not mark.exists():
-            if place.exists():
+            if place.exists() and not mark.exists():  # Another host may have sent it just now.
                 raise ConfigError(
                     f"{place}: exists and was not made by jaxsft, which would keep prepared data there; move it away, "
                     "or give another place as data.cache"

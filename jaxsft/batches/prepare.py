@@ -105,6 +105,7 @@ def prepare(
     # These know jax, which the workers that import this module do not need.
     from jaxsft.hosts.agreement import agree
     from jaxsft.hosts.disks import once_per_disk
+    from jaxsft.hosts.table import process_number
 
     described = {
         "source": source_digest(source.path, held_out=is_held_out(config, source)),
@@ -156,7 +157,7 @@ def prepare(
         make=make,
         say=say,
     )
-    if there is not None:
+    if there is not None and process_number() == 0:  # whose disk has the same as all others
         bucket_cache.send(folder, there / key, say)
     return Prepared(key, **found.arrays, report=found.report)
 

@@ -1,7 +1,7 @@
 """An export in a bucket: put together on disks, sent, and whole when its seal is there.
 
     NAME/seal.json                  as of any export; written last
-    .NAME.jaxsft-partial/           the next one, while it is sent
+    .NAME.jaxsft-partial/           the next one, while it is sent, and `unfinished-export`, the mark that it is ours
     .NAME.jaxsft-lock               who writes one
 
 In: the folder in the bucket, and files on the disk of each process. Out: the same folder as on a disk. There is no
@@ -38,7 +38,7 @@ def begun(folder: BucketPath, say: Callable[[str], None]) -> Iterator[None]:
     lock.acquire(say)
     try:
         _finish_copy(folder)
-        partial_of(folder).rmtree()
+        _make_room(partial_of(folder))
         yield
     finally:
         lock.release()
@@ -60,14 +60,37 @@ def send(made: pathlib.Path, partial: BucketPath, names: Iterable[str]) -> None:
 
 
 def is_unfinished(folder: BucketPath) -> bool:
-    """Whether an export was being copied there when its process ended."""
+    """Whether an export was being sent or copied there when its process ended."""
     mark = folder / UNFINISHED_MARK
     return mark.is_file() and mark.read_bytes() == MARK_TEXT
 
 
+def _make_room(partial: BucketPath) -> None:
+    """Leaves nothing where an export is sent to but the mark that it is ours.
+
+    Raises:
+        OSError: something is there without the mark.
+    """
+    if partial.files() and not is_unfinished(partial):
+        raise OSError(f"{partial}: is in the way and no unfinished export of jaxsft; move it away")
+    _remove(partial)
+    (partial / UNFINISHED_MARK).write_bytes(MARK_TEXT)
+
+
+def _remove(partial: BucketPath) -> None:
+    """The mark goes last, so that what is left when this is cut off is known as ours."""
+    for each in partial.files():
+        if each != partial / UNFINISHED_MARK:
+            each.unlink(missing_ok=True)
+    (partial / UNFINISHED_MARK).unlink(missing_ok=True)
+
+
 def _finish_copy(folder: BucketPath) -> None:
-    """Removes what a copy that was cut off has put in place, of what was sent then."""
+    """Removes what a copy that was cut off has put in place, of what was sent then, unless all of it is there."""
     if is_unfinished(folder):
+        if (folder / SEAL).exists():  # which is copied last
+            (folder / UNFINISHED_MARK).unlink()
+            return
         with contextlib.suppress(FileNotFoundError, ValueError):
             for name in read_seal(partial_of(folder) / SEAL):
                 (folder / name).unlink(missing_ok=True)
@@ -84,7 +107,7 @@ def put_in_place(folder: BucketPath, say: Callable[[str], None]) -> None:
     finish_removing(folder, to_the_byte=True)  # one that was cut off
     if (folder / SEAL).exists():
         remove_sealed(folder, to_the_byte=True)
-    if folder.exists():
+    if folder.files():  # An object may stand for the folder itself.
         shown = ", ".join(each.name for each in list(folder.iterdir())[:5])
         beside = set_aside(folder)
         say(f"{folder} held files that this program did not write, or that were changed: now in {beside} ({shown})")
@@ -93,4 +116,4 @@ def put_in_place(folder: BucketPath, say: Callable[[str], None]) -> None:
         (partial / name).copy_to(folder / name)
     (partial / SEAL).copy_to(folder / SEAL)
     (folder / UNFINISHED_MARK).unlink()
-    partial.rmtree()
+    _remove(partial)

@@ -293,10 +293,11 @@ def write_whole_folder(
         try:
             done_by_first("export folder", lambda: begun.enter_context(_in_the_making(aside)))
             beside = thread.submit(others if jax.process_index() == 0 else lambda aside: None, aside)
-            written, failed = {}, None
+            written: dict[str, Entry | None] = {}
+            failed: OSError | ConfigError | None = None
             try:
                 written = weights(aside)
-            except OSError as error:
+            except (OSError, ConfigError) as error:
                 failed = error
 
             def sums() -> dict[str, Entry]:
@@ -328,17 +329,19 @@ def _write_to_bucket(
         try:
             done_by_first("export begun", lambda: begun.enter_context(bucket_export.begun(folder, say)))
             written: dict[str, Entry | None] = {}
-            failed: OSError | None = None
+            failed: OSError | ConfigError | None = None
             try:
                 written = weights(aside)
-                if jax.process_index() == 0:
-                    others(aside)
             except OSError as error:
                 failed = write_error(aside, error.strerror or str(error))
+            except ConfigError as error:
+                failed = error
 
             def sums() -> dict[str, Entry]:
                 if failed is not None:
                     raise failed
+                if jax.process_index() == 0:
+                    others(aside)
                 found = _sums(aside, written)
                 bucket_export.send(aside, partial, found)
                 return found

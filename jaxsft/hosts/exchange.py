@@ -7,8 +7,8 @@ import jax
 
 from jaxsft.hosts.table import PREFIX, Table, client
 
-WAIT_SECONDS = 1800.0
-"""How long the slowest process may take, such as to sum up its part of a checkpoint."""
+WAIT_SECONDS = 2 * 3600.0
+"""How long the slowest process may take, such as to send its part of an export. One that is dead is noticed before."""
 
 _ROUNDS: collections.Counter[str] = collections.Counter()
 
@@ -52,14 +52,14 @@ def done_by_first(name: str, act: Callable[[], object]) -> None:
     """Process 0 does something, and the others wait for it.
 
     Raises:
-        OSError: what went wrong, on every process.
+        OSError: what went wrong, on every process; on process 0 as it was raised, such as a ConfigError.
     """
     problem, text = None, ""
     if jax.process_index() == 0:
         try:
             act()
-        except OSError as error:
-            problem, text = error, error.strerror or str(error)
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            problem, text = error, getattr(error, "strerror", None) or str(error) or type(error).__name__
     told = first_text(name, text)
     if problem is not None:
         raise problem

@@ -15,7 +15,7 @@ import time
 import traceback
 from types import TracebackType
 
-from jaxsft.disk.writing import Path, is_file, read_file, write_whole
+from jaxsft.disk.writing import Path, is_file, write_whole
 from jaxsft.hosts.exits import is_bug
 
 FOLDER = "logs"
@@ -55,7 +55,7 @@ class Log:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
                 self._fd = os.open(self._path, flags, 0o666)
             elif is_file(self._path):
-                self._earlier = read_file(self._path)
+                self._earlier = self._path.read_bytes()
         self._write()
 
     def write(self, text: str) -> None:

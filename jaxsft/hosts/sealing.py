@@ -24,14 +24,14 @@ def seal_together(folder: epath.Path, sums: Callable[[], Mapping[str, Entry]]) -
         sums: the files of this process by their paths in the folder.
 
     Raises:
-        OSError: a file could not be read or the seal not be written, on whichever process.
+        OSError: a file could not be read or the seal not be written, on whichever process; on that one as it was.
     """
     problem: Exception | None = None
     told: dict[str, Any] = {}
     try:
         told["entries"] = {name: [*entry] for name, entry in sums().items()}
-    except (OSError, ValueError) as error:
-        problem, told = error, {"problem": _by_whom(str(error))}
+    except Exception as error:  # whatever it is, the others must not wait for ever
+        problem, told = error, {"problem": _by_whom(str(error) or type(error).__name__)}
     parts = [json.loads(text) for text in gather_texts("seal", json.dumps(told))]
     failed = next((part["problem"] for part in parts if "problem" in part), "")
     if problem is not None:

@@ -63,7 +63,7 @@ class BucketArrays:
         stored: dict[int, dict[Box, BucketPath]] = {}
         for path in folder.files():
             number, mark, box = path.name.partition(".")
-            if mark:
+            if mark and number.isdecimal():  # others may stand beside what was sealed
                 stored.setdefault(int(number), {})[_parsed(box)] = path
         reads: dict[str, dict[Box, concurrent.futures.Future[np.ndarray]]] = {}
         for number, name in enumerate(sorted(abstract)):
@@ -72,7 +72,7 @@ class BucketArrays:
             boxes = {_box(index, leaf.shape) for index in indices}
             parts = stored.get(number, {})
             reads[name] = {box: self._threads.submit(_read, parts, box, np.dtype(leaf.dtype)) for box in boxes}
-        return {name: _on_devices(abstract[name], reads[name]) for name in abstract}
+        return {name: _on_devices(abstract[name], reads.pop(name)) for name in abstract}
 
     def close(self) -> None:
         self._threads.shutdown()

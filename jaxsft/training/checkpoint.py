@@ -113,12 +113,19 @@ class Checkpointer:
         meta = self._meta(step, leaves, eval_loss, progress)
         needed = sum(leaf.nbytes for leaf in leaves.values())
         check_space(target, needed)
+
+        def begin() -> None:
+            self._make_room(step)
+            target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
+            self._making = target
+            write_whole(target / META, json.dumps(meta, indent=1))
+
         try:
-            if jax.process_index() == 0:
-                self._make_room(step)
-                target.mkdir(parents=True)  # where this fails, Orbax would wait five minutes
-                self._making = target
-                write_whole(target / META, json.dumps(meta, indent=1))
+            if is_bucket(self.folder):
+                # Orbax waits for its folder to be made. Here, what others write would make one, which is in the way.
+                done_by_first("checkpoint begun", begin)
+            elif jax.process_index() == 0:
+                begin()
             self._arrays.save(target / "state", leaves)
         except (OSError, ValueError) as error:
             raise self._failed(target, needed, error) from error

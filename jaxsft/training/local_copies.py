@@ -189,9 +189,16 @@ class LocalCopies:
             return None
 
     def _misfit(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> str | None:
-        """Why a copy is of no use to this start."""
+        """Why a copy is of no use to this start; what its meta.json says is not compared with its seal yet."""
+        try:
+            return self._misfit_of(step, abstract)
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return f"their {META} does not say what they hold"
+
+    def _misfit_of(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> str | None:
         about = self._about(self.folder / str(step))
-        assert about is not None
+        if about is None:
+            raise ValueError
         if about["num_processes"] != jax.process_count():
             return f"they are of {about['num_processes']} processes, and this is a start of {jax.process_count()}"
         meta = read_object(self.folder / str(step) / META)

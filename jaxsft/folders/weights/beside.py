@@ -4,6 +4,7 @@ In: the bytes of a file, piece by piece. Out: the file, on disk when it is close
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import queue
@@ -28,10 +29,9 @@ class FileBeside:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.entry = Entry(0, 0)
-        self._file = path.open("wb", buffering=0)
         self._pieces: queue.Queue[np.ndarray | None] = queue.Queue(MAX_WAITING)
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._write_all, name="export", daemon=True)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write_all, args=(path,), name="export", daemon=True)
         self._thread.start()
 
     def write(self, piece: np.ndarray) -> None:
@@ -46,34 +46,36 @@ class FileBeside:
         """
         self._pieces.put(None)
         self._thread.join()
-        self._file.close()
         if self._error is not None:
             raise self._error
 
-    def _write_all(self) -> None:
-        since = 0
-        while (piece := self._pieces.get()) is not None:
-            if self._error is not None:
-                continue  # Whoever gives more pieces helps other processes, and must not wait for ever.
-            try:
-                for at in range(0, len(piece), BLOCK_BYTES):
-                    self._write(piece[at : at + BLOCK_BYTES])
-                    since += BLOCK_BYTES
-                    if since >= SYNC_BYTES:
-                        os.fdatasync(self._file.fileno())
-                        since = 0
-            except OSError as error:
-                self._error = error
-        if self._error is None:
-            try:
-                os.fsync(self._file.fileno())
-            except OSError as error:
-                self._error = error
+    def _write_all(self, path: pathlib.Path) -> None:
+        pieces = self._until_closed()
+        try:
+            with path.open("wb", buffering=0) as file:
+                since = 0
+                for piece in pieces:
+                    for at in range(0, len(piece), BLOCK_BYTES):
+                        block = piece[at : at + BLOCK_BYTES]
+                        self._write(file, block)
+                        since += len(block)
+                        if since >= SYNC_BYTES:
+                            os.fdatasync(file.fileno())
+                            since = 0
+                os.fsync(file.fileno())
+        except Exception as error:
+            self._error = error
+            for _ in pieces:  # Whoever gives more pieces helps other processes, and must not wait for ever.
+                pass
 
-    def _write(self, block: np.ndarray) -> None:
+    def _until_closed(self) -> Iterator[np.ndarray]:
+        while (piece := self._pieces.get()) is not None:
+            yield piece
+
+    def _write(self, file: io.FileIO, block: np.ndarray) -> None:
         done = 0
         while done < len(block):
-            done += self._file.write(block[done:].data) or 0
+            done += file.write(block[done:].data) or 0
         self.entry = Entry(self.entry.size + len(block), zlib.crc32(block.data, self.entry.crc32))
 
 

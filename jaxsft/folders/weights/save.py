@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxsft.config import ConfigError
 from jaxsft.disk.seal import Entry
 from jaxsft.folders.weights.beside import FileBeside, file_beside
 from jaxsft.folders.weights.copying import copy
@@ -98,7 +99,7 @@ def write_weights(
         the files by name, as a seal has them; None where another process has written it.
 
     Raises:
-        OSError: a file of this process could not be written; it has helped the others with theirs.
+        OSError, ConfigError: a file of this process could not be written; it has helped the others with theirs.
     """
     known = stored.tensors if stored else {}
 
@@ -118,7 +119,7 @@ def write_weights(
         files = _files_of_transformers({name: tensors[name] for name in sorted(tensors)}, max_shard_bytes)
     written: dict[str, Entry | None] = dict.fromkeys(file.name for file in files)
     this, count = jax.process_index(), jax.process_count()
-    failed: OSError | None = None
+    failed: OSError | ConfigError | None = None
     for at in range(0, len(files), count):
         together = files[at : at + count]
         mine = together[this] if this < len(together) else None
@@ -129,11 +130,19 @@ def write_weights(
                 # All gather the first tensor of each file, then the second, so that all disks have something to do.
                 for each in itertools.zip_longest(*(file.tensors.values() for file in together)):
                     for process, tensor in enumerate(each):
-                        if tensor is not None:
-                            _write(out if process == this else None, tensor)
+                        if tensor is None:
+                            continue
+                        try:
+                            _write(out if process == this and failed is None else None, tensor)
+                        except (OSError, ConfigError) as error:
+                            if count == 1:
+                                raise
+                            failed = failed or error
             if mine and out:
                 written[mine.name] = out.entry
-        except OSError as error:
+        except OSError as error:  # The file was not written, and is closed.
+            if count == 1:
+                raise
             failed = failed or error
     if failed is not None:
         raise failed

@@ -36,31 +36,45 @@ class Part(NamedTuple):
 
 
 def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.ndarray | None:
-    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it."""
+    """A tensor in the shape of its factors, from the weights that lie in it; None on processes that do not keep it.
+
+    Raises:
+        OSError, ConfigError: it could not be read or cast; when all of it was gathered, since others gather it too.
+    """
     factors = parts[0].weight.factors
     num_rows = len(factors) - len(parts[0].weight.dims[-1])
     shape = [factor.size for factor in factors]
     whole: np.ndarray | None = None
+    failed: OSError | ConfigError | None = None
     for part in parts:
         weight = part.weight
         assert [factor.size for factor in weight.factors] == shape, weight.path
         if part.original is not None:
-            if keeps:
+            if keeps and failed is None:
                 whole = np.empty(shape, dtype) if whole is None else whole
                 all_of_ours = weight.in_file(tuple((0, size) for size in weight.shape[weight.split :]))
                 region = tuple(slice(*bounds) for bounds in all_of_ours)
-                copy(whole[region], _read(part)[region], num_rows)
+                try:
+                    copy(whole[region], _read(part)[region], num_rows)
+                except (OSError, ConfigError) as error:
+                    failed = error
             continue
         for box, values in _gather(part, dtype):
-            if not keeps:
+            if not keeps or failed is not None:
                 continue
             if values.dtype == dtype and values.size == math.prod(shape):
-                return values.reshape(shape)  # All there is of it, as it must be.
+                whole = values.reshape(shape)  # All there is of it, as it must be.
+                continue  # Others may still gather rows of the vocabulary that are not written.
             whole = np.empty(shape, dtype) if whole is None else whole
             place = whole[tuple(slice(*bounds) for bounds in weight.in_file(box))]
             source = values[tuple(None if factor.letter is None else slice(None) for factor in weight.factors)]
             copy(place, source, num_rows)
-            refuse_overflow(place, source, weight.path)
+            try:
+                refuse_overflow(place, source, weight.path)
+            except ConfigError as error:
+                failed = error
+    if failed is not None:
+        raise failed
     return whole
 
 
