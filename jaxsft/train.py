@@ -28,7 +28,7 @@ from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.hosts import failure
-from jaxsft.hosts.agreement import agree_on_start, together
+from jaxsft.hosts.agreement import agree_on_start, share, together
 from jaxsft.hosts.logs import Log
 from jaxsft.hosts.table import process_number
 from jaxsft.hosts.watchdog import Watchdog
@@ -115,7 +115,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             console.say(_summary(setup, state, frozen))
             logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
             export = folder / "export"
-            is_finished = first >= setup.num_steps and export.exists()
+            is_finished = first >= setup.num_steps and share("looking for the export", export.exists(), all)
             if is_finished and (problem := export_problem(export)) is not None:
                 console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
                 is_finished = False
@@ -186,7 +186,8 @@ def _steps(
                         _save_and_wait(step, state, logbook, checkpointer, f"{signal}: saved")
                     yield Stopped(step, signal)
                     return None
-                batch = logbook.watch.wait(batches)
+                with watchdog.waiting():
+                    batch = logbook.watch.wait(batches)
                 if step == first:
                     stop.doing = f"compiling and finishing step {step + 1}, saving"
                     say("compiling the train step")

@@ -28,7 +28,8 @@ DEVICES = 8
 CHILD = """
 import json, os, pathlib, sys, threading
 import jax
-from jaxsft.mesh import make_mesh, partition_spec, start_processes
+from jaxsft.hosts.start import start_processes
+from jaxsft.mesh import make_mesh, partition_spec
 if "JAX_COORDINATOR_ADDRESS" in os.environ:
     start_processes()
 import jax.numpy as jnp
