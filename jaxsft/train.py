@@ -203,7 +203,8 @@ def _steps(
                 due = due_after(done, num_steps, config)
                 line = logbook.report(done) if due.report or profiler.is_edge(done) else None
                 if logbook.problem is not None:
-                    raise _diverged(logbook.problem, checkpointer, first_bad=logbook.skips.first_of_row)
+                    with watchdog.busy("the last checkpoint was saved"):
+                        raise _diverged(logbook.problem, checkpointer, first_bad=logbook.skips.first_of_row)
                 with logbook.watch.paused(), watchdog.busy("the model was evaluated or saved"):
                     profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                     if line is not None:
@@ -223,6 +224,9 @@ def _steps(
                     elif due.save_local and not logbook.skips.in_a_row:
                         checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
+        except Exception as error:
+            failure.fail(error)  # Before the batch in the making is waited for.
+            raise
         except GeneratorExit:  # Whoever reads the events has enough of them.
             if done > first and not sys.is_finalizing():
                 _save_and_wait(done, state, logbook, checkpointer, "left: saved")
