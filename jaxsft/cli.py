@@ -220,17 +220,14 @@ def doctor_command(args: argparse.Namespace) -> int:
     """look over all hosts before a run: devices, versions, memory, disks, clocks, the run folder, an all-reduce"""
     from etils import epath
 
-    from jaxsft.disk.writing import at_home
+    from jaxsft.disk.writing import place
     from jaxsft.hosts.agreement import together
     from jaxsft.hosts.doctor import examine
     from jaxsft.hosts.table import process_number
 
     with together():
         run_dir = _config(args).run_dir if args.config is not None else None
-        places = {}
-        if run_dir is not None:
-            is_bucket = "://" in run_dir
-            places["run_dir"] = epath.Path(run_dir) if is_bucket else epath.Path(at_home(run_dir, "run_dir")).resolve()
+        places = {} if run_dir is None else {"run_dir": epath.Path(place(run_dir, "run_dir")).resolve()}
         problems, table = examine(places)
     if process_number() == 0:
         count = len(problems)

@@ -245,8 +245,8 @@ class TrainConfig(Section):
     """Steps in all, instead of `epochs`."""
     stall_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds without a finished step after which the run is ended with exit code 75, the stacks of all threads on
-    stderr; left out: ten times the median step, and at least 45. The first step, evaluations, saves and the export may
-    take two hours more."""
+    stderr; left out: ten times the median step or three times the longest wait for a batch, and at least 45. The first
+    step, evaluations, saves and the export may take two hours more."""
     only: Patterns | None = None
     """Train these weights and freeze all others: `embeddings`, `norms`, ends of names such as down_proj, or regular
     expressions for whole names, such as layers\\.(28|29)\\..*; of layers, the last ones. Left out: all are trained."""

@@ -28,7 +28,7 @@ from jaxsft.disk.writing import read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.hosts import failure
-from jaxsft.hosts.agreement import agree_on_start, together
+from jaxsft.hosts.agreement import agree_on_start, share, together
 from jaxsft.hosts.logs import Log
 from jaxsft.hosts.table import process_number
 from jaxsft.hosts.watchdog import Watchdog
@@ -115,7 +115,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             console.say(_summary(setup, state, frozen))
             logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
             export = folder / "export"
-            is_finished = first >= setup.num_steps and export.exists()
+            is_finished = first >= setup.num_steps and share("looking for the export", export.exists(), all)
             if is_finished and (problem := export_problem(export)) is not None:
                 console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
                 is_finished = False
@@ -186,7 +186,8 @@ def _steps(
                         _save_and_wait(step, state, logbook, checkpointer, f"{signal}: saved")
                     yield Stopped(step, signal)
                     return None
-                batch = logbook.watch.wait(batches)
+                with watchdog.waiting():
+                    batch = logbook.watch.wait(batches)
                 if step == first:
                     stop.doing = f"compiling and finishing step {step + 1}, saving"
                     say("compiling the train step")
@@ -202,7 +203,8 @@ def _steps(
                 due = due_after(done, num_steps, config)
                 line = logbook.report(done) if due.report or profiler.is_edge(done) else None
                 if logbook.problem is not None:
-                    raise _diverged(logbook.problem, checkpointer, first_bad=logbook.skips.first_of_row)
+                    with watchdog.busy("the last checkpoint was saved"):
+                        raise _diverged(logbook.problem, checkpointer, first_bad=logbook.skips.first_of_row)
                 with logbook.watch.paused(), watchdog.busy("the model was evaluated or saved"):
                     profiler.stop_at(done, state, functools.partial(_compiled, train_step, state, frozen, batch, mesh))
                     if line is not None:
@@ -222,6 +224,9 @@ def _steps(
                     elif due.save_local and not logbook.skips.in_a_row:
                         checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
+        except Exception as error:
+            failure.fail(error)  # Before the batch in the making is waited for.
+            raise
         except GeneratorExit:  # Whoever reads the events has enough of them.
             if done > first and not sys.is_finalizing():
                 _save_and_wait(done, state, logbook, checkpointer, "left: saved")

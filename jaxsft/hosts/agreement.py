@@ -156,9 +156,14 @@ def agree_on_start(config: Mapping[str, Any], *, say: Say = lambda text: None) -
         say: is told which processes are waited for.
 
     Raises:
-        ConfigError: they do not; on all of them.
+        ConfigError: they do not, on all of them; or they have not found each other.
     """
     if num_processes() == 1:
+        if jax.process_count() > 1:  # A pod of TPUs knows its hosts by itself, and they have no table.
+            raise ConfigError(
+                f"this is one of {jax.process_count()} processes that have not found each other: call "
+                "jaxsft.hosts.start.start_processes(), or jax.distributed.initialize(), before anything else"
+            )
         return
     agree("program", program(), say=say)
     agree("config", flat(config), say=say)
@@ -194,7 +199,8 @@ def by_first(what: str, work: Callable[[], T], *, errors: tuple[type[Exception],
             if num_processes() == 1:
                 raise
             problem = error
-    told = [[type(problem).__name__, str(problem)]] if problem is not None else []
+    # Of a kind that was given: others know nothing of those that are made from it.
+    told = [[kind.__name__, str(problem)] for kind in errors if isinstance(problem, kind)][:1]
     for name, text in share(what, told, lambda values: values[0]):
         raise problem or next(kind for kind in errors if kind.__name__ == name)(text)
     return result
@@ -206,7 +212,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if num_processes() > 1:
+        if failure.is_one_of_several():
             end = failure.fail_alike if _have_all(error) else failure.fail
             end(error)
         raise  # In a notebook, which is not ended.

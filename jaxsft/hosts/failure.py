@@ -143,6 +143,12 @@ class _Watch:
             threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True).start()
 
     def part(self) -> None:
+        # Process 0 may have more to close than the five minutes that JAX would wait for it.
+        done = Table("done")
+        if self._process == 0:
+            done.put(0, "")
+        while done.get(0, seconds=10.0) is None:
+            pass
         self._is_parting = True
         jax.distributed.shutdown()  # Returns when all have come to it.
         self._has_parted = True
@@ -314,7 +320,9 @@ def _last_words(text: str, code: int, *, is_silent: bool = False) -> NoReturn:
     """Ends this process without closing anything: all that could be closed may wait for other processes."""
     _within(1.0, sys.stdout.flush)
     if not is_silent:
-        os.write(2, f"{chr(10) * sys.stderr.isatty()}{text}\n".encode(errors="replace"))
+        # On a terminal, a bar may stand in the last line, and has hidden the cursor.
+        begin = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{begin}{text}\n".encode(errors="replace"))
     if _log is not None:
         _within(1.0, functools.partial(_log.close, text))
     os._exit(code)

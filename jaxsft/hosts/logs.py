@@ -19,8 +19,9 @@ from jaxsft.disk.writing import Path, is_file, write_whole
 from jaxsft.hosts.exits import is_bug
 
 FOLDER = "logs"
-UPLOAD_SECONDS = 30.0
-"""Between two writes of a log in a bucket, where a file cannot grow and is written whole."""
+UPLOAD_SECONDS, UPLOAD_BYTES = 30.0, 2**20
+"""Between two writes of a log in a bucket, where a file cannot grow and is written whole; of a log of so many bytes.
+Larger ones are written as much more seldom."""
 LONGEST_TAIL = 2**16
 
 
@@ -102,7 +103,8 @@ class Log:
             if self._fd is not None:
                 os.write(self._fd, content)
             elif "://" in os.fspath(path):
-                if time.monotonic() - self._written_at < UPLOAD_SECONDS and not is_last:
+                pause = UPLOAD_SECONDS * max(len(self._earlier) / UPLOAD_BYTES, 1)
+                if time.monotonic() - self._written_at < pause and not is_last:
                     return
                 self._written_at = time.monotonic()
                 self._earlier += content

@@ -22,12 +22,18 @@ from jaxsft.hosts.exits import START_AGAIN
 LEAST_SECONDS = 45.0
 TIMES_THE_MEDIAN = 10.0
 """A step may take so many times as long as half of them do, and at least `LEAST_SECONDS`."""
+TIMES_THE_LONGEST = 3.0
+"""The same of the longest time that a batch was waited for, since windows of a stream come long after each other; and
+of the first step with its compilation, until another one has been finished."""
 LONG_SECONDS = 2 * 3600.0
 """How much longer all that is no step may take: compiling the first one, an evaluation, a save, the export."""
 GRACE_SECONDS = 8.0
 """How much longer a process waits whose own step is under way: that waits for others, and the one that it waits for is
 to say so first."""
 LOOK_SECONDS = 1.0
+STILL_SECONDS = 10.0
+"""Between two looks, after which it was this process that stood still (Ctrl-Z, a paused machine): that time is not
+counted."""
 
 
 class Watchdog:
@@ -47,6 +53,11 @@ class Watchdog:
         self._is_launching = False
         self._busy: str | None = "compiling the first step"
         self._since = time.monotonic()
+        """When the last step was finished, or what is no step."""
+        self._finished = self._since
+        """When the last step was finished, later by all that was no step since."""
+        self._first = self._longest_wait = 0.0
+        """Seconds until the first step was finished, and of the longest wait for a batch."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -65,36 +76,55 @@ class Watchdog:
             self._is_launching = False
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The next batch is waited for inside."""
+        begin = time.monotonic()
+        yield
+        self._longest_wait = max(self._longest_wait, time.monotonic() - begin)
+
+    @contextlib.contextmanager
     def busy(self, doing: str) -> Iterator[None]:
         """What is done inside is no step, and may take `LONG_SECONDS` more; `doing` names it."""
-        before, self._busy = self._busy, doing
+        begin = time.monotonic()
+        with self._lock:
+            before, self._busy = self._busy, doing
         try:
             yield
         finally:
             with self._lock:
                 self._busy, self._since = before, time.monotonic()
+                self._finished += self._since - max(begin, self._finished)
 
     def close(self) -> None:
         self._closed.set()
 
     def limit(self) -> float:
         """Seconds without a finished step that are too many now."""
-        median = statistics.median(self._seconds) if self._seconds else 0.0
-        limit = self._limit if self._limit is not None else max(LEAST_SECONDS, TIMES_THE_MEDIAN * median)
+        limit = self._limit
+        if limit is None:
+            longest = self._longest_wait if self._seconds else max(self._longest_wait, self._first)
+            median = statistics.median(self._seconds) if self._seconds else 0.0
+            limit = max(LEAST_SECONDS, TIMES_THE_MEDIAN * median, TIMES_THE_LONGEST * longest)
         return limit + (LONG_SECONDS if self._busy else 0.0)
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(LOOK_SECONDS):
             with self._lock:
-                self._look(time.monotonic())
-                seconds, limit = time.monotonic() - self._since, self.limit()
+                before, looked = looked, time.monotonic()
+                if looked - before > STILL_SECONDS:
+                    self._since = min(self._since + looked - before, looked)
+                    self._finished = min(self._finished + looked - before, looked)
+                self._look(looked)
+                seconds, limit = looked - self._since, self.limit()
                 is_waiting = bool(self._pending) or self._is_launching
             if seconds <= limit + GRACE_SECONDS * (is_waiting and failure.is_one_of_several()):
                 continue
             step = f"step {self._step + 1} was under way" if is_waiting else "the next batch was waited for"
             sys.stderr.flush()
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-            text = f"no step was finished for {seconds:.0f} s ({limit:.0f} s allowed), while {self._busy or step}"
+            allowed = f"{limit:.0f} s allowed, see train.stall_timeout"
+            text = f"no step was finished for {seconds:.0f} s ({allowed}), while {self._busy or step}"
             self._end(text, START_AGAIN)
             return
 
@@ -106,7 +136,7 @@ class Watchdog:
             finished += 1
         if finished:
             if self._busy is None:
-                self._seconds.extend([(now - self._since) / finished] * finished)
-            self._since = now
+                self._seconds.extend([max(now - self._finished, 0.0) / finished] * finished)
             if self._busy == "compiling the first step":
-                self._busy = None
+                self._busy, self._first = None, now - self._finished
+            self._since = self._finished = now

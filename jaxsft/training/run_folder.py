@@ -24,6 +24,7 @@ from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import WriteError, aside_of, read_file, set_aside, write_whole, writing
 from jaxsft.hosts.agreement import by_first, share
 from jaxsft.hosts.disks import first_with
+from jaxsft.hosts.table import num_processes
 from jaxsft.hosts.words import processes
 from jaxsft.training.checkpoint import PROGRESS, all_steps, newest_run, sealed_steps
 from jaxsft.training.metrics_file import last_step
@@ -71,6 +72,8 @@ def claim_run_folder(
 
 def _check_shared(folder: epath.Path) -> None:
     """Raises ConfigError, the same on all processes, where they do not all see the folder that process 0 has."""
+    if num_processes() == 1:
+        return
     first = None
     with contextlib.suppress(WriteError):
         first = first_with(folder)

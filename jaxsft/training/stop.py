@@ -17,6 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxsft.hosts.exits import START_AGAIN
+from jaxsft.hosts.table import num_processes
 from jaxsft.interrupts import is_importing
 
 STOPPED = START_AGAIN
@@ -47,8 +48,11 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
             return self  # Python handles signals in the main thread only; elsewhere, in a notebook, that one decides.
-        signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        if jax.process_count() == 1:
+        # Of several processes none touches a device before all agree; of one, handlers that come with devices come
+        # before these.
+        is_alone = num_processes() == 1 and jax.process_count() == 1
+        signals = [signal.SIGINT, signal.SIGTERM] if is_alone else [signal.SIGINT]
+        if is_alone:
             self._wakeup = reader, writer = socket.socketpair()
             writer.setblocking(False)
             self._previous[-1] = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

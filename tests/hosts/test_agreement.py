@@ -72,6 +72,13 @@ def fail():
     raise ConfigError("no")
 
 out["first fails"] = error_of(lambda: agreement.by_first("work", fail, errors=(WriteError, ConfigError)))
+class Kind(ConfigError):  # of this the other process knows nothing
+    pass
+
+def fail_so():
+    raise Kind("so")
+
+out["first fails so"] = error_of(lambda: agreement.by_first("work", fail_so, errors=(WriteError, ConfigError)))
 out["places"] = error_of(lambda: agreement.share(f"place {me}", 0, list))
 out["folders"] = [disks.first_with(shared), disks.first_with(own)]
 out["unwritable"] = error_of(lambda: disks.first_with(shared if me == 0 else shared / "not there"))
@@ -138,6 +145,7 @@ def test_facts_and_errors_are_those_of_all(two):
         assert each["places"][0] == "AssertionError"  # and nobody waits for ever
         assert each["alike"]
         assert each["untouched"]  # devices are there only when all processes have come
+    assert [each["first fails so"] for each in found] == [["Kind", "so"], ["ConfigError", "so"]]
     assert [each["first"] for each in found] == [["", "done"], ["", None]]
 
 

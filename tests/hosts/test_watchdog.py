@@ -1,5 +1,6 @@
 """A run that stands still is ended; one whose steps are finished, however slow at first, is let be."""
 
+import statistics
 import time
 
 import jax.numpy as jnp
@@ -78,3 +79,43 @@ def test_the_limit_follows_the_median_step_and_not_the_slowest(looked_often):
     dog.close()
     dog._seconds.extend([8.0] * 20 + [500.0] * 5)
     assert dog.limit() == TIMES_THE_MEDIAN * 8.0
+
+
+def test_the_length_of_a_step_is_known_also_where_its_line_is_waited_for(monkeypatch):
+    monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.05)
+    dog = Watchdog(None)
+    dog.start()
+    for step in range(6):
+        train(dog, 1, 0.2)
+        with dog.busy("the model was evaluated or saved"):
+            time.sleep(0.3 if step == 3 else 0)
+    time.sleep(0.1)
+    dog.close()
+    assert statistics.median(dog._seconds) > 0.1
+
+
+def test_a_batch_that_was_waited_for_long_and_a_long_first_step_may_be_followed_by_others():
+    dog = Watchdog(None)
+    dog._busy, dog._first = None, 100.0
+    assert dog.limit() == 300.0
+    dog._seconds.extend([1.0, 1.0])
+    assert dog.limit() == LEAST_SECONDS
+    with dog.waiting():
+        time.sleep(0.05)
+    assert 0.05 <= dog._longest_wait < 1
+    dog._longest_wait = 60.0
+    assert dog.limit() == 180.0
+
+
+def test_time_in_which_the_process_itself_stood_still_is_not_counted(monkeypatch):
+    monkeypatch.setattr(watchdog, "STILL_SECONDS", 0.3)
+    ends = []
+    dog = Watchdog(0.5, end=lambda *end: ends.append(end))
+    train(dog, 3, 0.01)
+    dog._busy = None
+    looks = iter([0.02, 2.0])
+    dog._closed.wait = lambda seconds: time.sleep(next(looks, 0.02)) or False
+    dog.start()
+    time.sleep(2.2)
+    assert not ends
+    assert wait_for(ends)
