@@ -64,9 +64,13 @@ def mirror(folder: BucketPath) -> pathlib.Path:
 
 
 def origin_of(folder: pathlib.Path) -> Path:
-    """Where the files of a model folder lie that are not in its mirror; itself where it is none."""
-    note = folder / ORIGIN
-    return place(note.read_text()) if note.is_file() else folder
+    """Where the files of a model folder lie that are not in its mirror; itself where it is none.
+
+    A note in any other folder is not believed: it may have come from anyone, and name any place.
+    """
+    note, mirrors = folder / ORIGIN, user_cache() / "models"
+    is_mirror = folder.absolute().parent == mirrors.absolute() and note.is_file()
+    return place(note.read_text()) if is_mirror else folder
 
 
 def _is_read(name: BucketPath) -> bool:

@@ -48,6 +48,8 @@ LOG_SECONDS = 2.0
 
 OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
 """What errors of JAX begin with of which no other process can be the reason."""
+OF_CONNECTIONS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "onnection", "Gloo", "NCCL")
+"""Of these, each is in an error of JAX that says that another process does not answer."""
 
 
 class Cause(NamedTuple):
@@ -86,7 +88,9 @@ def fail(error: Exception) -> None:
     if is_lost:
         _watch.patience = SUSPECT_SECONDS
         time.sleep(WAIT_SECONDS)  # Where another has ended, a thread ends this process meanwhile.
-    _watch.fail(sentence(error), START_AGAIN if is_lost else exit_code(error), own=_in_full(error))
+    # Of a compiler's error, or of memory that is full, starting again is no remedy.
+    can_start_again = is_lost and any(word in str(each) for each in _chain(error) for word in OF_CONNECTIONS)
+    _watch.fail(sentence(error), START_AGAIN if can_start_again else exit_code(error), own=_in_full(error))
 
 
 def fail_alike(error: Exception) -> None:
@@ -274,11 +278,14 @@ _is_program = False
 
 def _is_of_others(error: BaseException | None) -> bool:
     """Whether an error may have come of the end of another process, as it came of one of JAX's own."""
+    return any(isinstance(each, jax.errors.JaxRuntimeError) and not str(each).startswith(OWN) for each in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came of."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(OWN):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
