@@ -3,12 +3,10 @@
 import re
 import socket
 
-import fsspec
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from jaxsft.config import ConfigError
+from jaxsft.disk.buckets import BucketPath
 from jaxsft.hosts.logs import Log, last_lines
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d process (\d+) (\S+)  (.*)")
@@ -59,20 +57,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path):
     assert (tmp_path / "logs").read_text() == "mine"
 
 
-class Bucket(MemoryFileSystem):
-    """What stands for a bucket: files that are written whole."""
-
-    protocol = ("gs", "gcs")
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gs://"))
-
-
 def test_in_a_bucket_a_log_is_written_whole():
-    for protocol in Bucket.protocol:
-        fsspec.register_implementation(protocol, Bucket, clobber=True)
-    folder = epath.Path("gs://a-bucket/run")
+    folder = BucketPath("memory://a-bucket/run")
     for text in ("first start", "second start"):
         with Log(1) as log:
             log.open(folder)
