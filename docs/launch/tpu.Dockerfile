@@ -6,6 +6,6 @@ COPY pyproject.toml README.md LICENSE MANIFEST.in constraints.txt run.py ./
 COPY jaxsft jaxsft
 COPY configs configs
 # jax[tpu] brings the libtpu that fits the jax of the constraints.
-RUN pip install --no-cache-dir -e '.[tpu]' -c constraints.txt
+RUN pip install --no-cache-dir -e '.[tpu,buckets]' -c constraints.txt
 ENV PYTHONUNBUFFERED=1
 ENTRYPOINT ["python", "run.py"]
