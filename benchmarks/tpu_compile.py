@@ -2,56 +2,30 @@
 
 Run as `python benchmarks/tpu_compile.py CONFIG [key=value ...] --topology v6e:8x8 [--slices N]`; needs
 `pip install libtpu`, whose compiler is the real one. CONFIG is a config of ours (YAML), or the `config.json` of a model
-(`benchmarks/models/`), of which neither tokenizer nor weights are needed. Nothing is allocated: the step is that of
-`jaxsft.training.step`, with shapes in place of arrays. Compute is in bfloat16 unless the config says otherwise.
+(`benchmarks/models/`), of which neither tokenizer nor weights are needed. Nothing is allocated. `run.py plan` says
+what a run needs; this says what the compiler made of a step. Compute is in bfloat16 unless the config says otherwise.
 """
 
 import argparse
-import json
-import os
 import pathlib
 import sys
-import time
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import jax
-import jax.numpy as jnp
-from jax.experimental import topologies
-
-from jaxsft.batch import Batch
 from jaxsft.config import Config
 from jaxsft.config_files import load_config
-from jaxsft.folders.pretrained import check_positions, decoder_maker
-from jaxsft.mesh import batch_sharding, check_divisible, make_mesh
-from jaxsft.model.abstract import abstract_model
-from jaxsft.model.families.known import decoder_config, family
-from jaxsft.setup import Setup
+from jaxsft.mesh import make_mesh
+from jaxsft.plan import compiling, topologies
+from jaxsft.plan.compiling import Compiled, open_planned
+from jaxsft.plan.topologies import read_topology
 from jaxsft.training import compiler_options
-from jaxsft.training.matmuls import Matmul, read_matmuls
-from jaxsft.training.program import Report, read_program, total_bytes
-from jaxsft.training.step import abstract_state, make_train_step
+from jaxsft.training.program import Report, total_bytes
 
 GIB = 2**30
 SCOPE_NAMES = {"layers": "layers", "loss": "loss", "": "the rest"}
-
-
-class Compiled(NamedTuple):
-    """What is known of a step once it is compiled; bytes are those of one device."""
-
-    mesh: dict[str, int]
-    peak_bytes: int
-    argument_bytes: int
-    temp_bytes: int
-    matmuls: list[Matmul]
-    """Of all devices."""
-    report: Report
-    seconds: float
-    """Of the processor, for tracing and compiling."""
-    options: str
-    text: str
 
 
 def main() -> None:
@@ -87,57 +61,14 @@ def compile_step(config: Config, topology: str, *, num_slices: int = 1, plain: b
     Raises:
         ConfigError: model, batch and mesh do not go together.
     """
-    mesh = make_mesh(config.mesh, devices_of(topology, num_slices=num_slices))
-    path = pathlib.Path(config.model.path)
-    if path.suffix == ".json":
-        hf_config = json.loads(path.read_text())
-        structure = decoder_config(hf_config)
-        model = abstract_model(
-            decoder_maker(config.model, structure, family(hf_config), config.lora, config.train.only)
-        )
-    else:
-        pretrained = Setup(config).pretrained
-        structure, model = pretrained.decoder_config, pretrained.model
-    rows, length = config.train.batch_size, config.data.seq_len
-    check_positions(structure, length)
-    sizes = {"train.microbatch_size (b)": config.train.microbatch_rows, "data.seq_len (t)": length}
-    check_divisible(mesh, model.weights, sizes)
-
+    planned = open_planned(config, make_mesh(config.mesh, devices_of(topology, num_slices=num_slices)))
     with mock.patch.dict(compiler_options.TPU, clear=plain):
-        step = make_train_step(
-            model, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
-        )
-        options = compiler_options.describe_options(mesh)
-    dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)
-    batch = jax.tree.map(
-        lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=batch_sharding(mesh)), dtypes
-    )
-    began = time.process_time()
-    with jax.set_mesh(mesh):
-        traced = step.trace(abstract_state(model.params, config.optim, mesh), model.frozen, batch)
-        compiled = traced.lower().compile()
-    seconds = time.process_time() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    return Compiled(
-        dict(mesh.shape),
-        memory.peak_memory_in_bytes,
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        read_matmuls(traced),
-        read_program(text, mesh.shape),
-        seconds,
-        options or "no options",
-        text,
-    )
+        return compiling.compile_step(config, planned)
 
 
-def devices_of(topology: str, *, num_slices: int = 1) -> list[Any]:
+def devices_of(topology: str, *, num_slices: int = 1) -> Sequence[Any]:
     """Devices to compile for, none of which is there."""
-    # No TPU is looked for, and several processes may compile at once.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    jax.config.update("jax_platforms", "cpu")
-    options = {} if num_slices == 1 else {"num_slices": num_slices}
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    return topologies.devices_of(read_topology(topology, num_slices=num_slices))
 
 
 def describe(compiled: Compiled, config: Config) -> str:

@@ -39,6 +39,7 @@ class Planned(NamedTuple):
 class Compiled(NamedTuple):
     """What is known of a step once it is compiled; bytes are those of one device."""
 
+    mesh: dict[str, int]
     peak_bytes: int
     argument_bytes: int
     temp_bytes: int
@@ -115,4 +116,4 @@ def compile_step(config: Config, planned: Planned) -> Compiled:
     peak = memory.peak_memory_in_bytes if is_tpu else arguments + temp
     matmuls, report = read_matmuls(traced), read_program(text, mesh.shape)
     options = describe_options(mesh) or "no options"
-    return Compiled(peak, arguments, temp, matmuls, report, seconds, options, text)
+    return Compiled(dict(mesh.shape), peak, arguments, temp, matmuls, report, seconds, options, text)
