@@ -124,12 +124,14 @@ class _Worker:
         environment = os.environ | {"PYTHONPATH": paths} | settings
         command = [sys.executable, "-c", "from jaxsft.batches.workers import serve; serve()"]
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        self._poll = select.poll()  # select.select knows no file whose number is 1,024 or more.
+        self._poll.register(self._process.stdout, select.POLLIN)
         self._is_ready = False
         self.send(recipes)
 
     def is_ready(self) -> bool:
-        assert self._process.stdout is not None
-        if not self._is_ready and select.select([self._process.stdout], [], [], 0)[0]:
+        if not self._is_ready and self._poll.poll(0):
             said = self.receive()
             assert said == _READY, said
             self._is_ready = True

@@ -71,7 +71,7 @@ def test_the_compiler_has_the_last_word(config, monkeypatch, most):
 
 
 def test_where_nothing_fits_the_largest_entry_is_named(config):
-    huge = load_config(config.model_dump(), ["data.seq_len=2097152"])
+    huge = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 2**21})})
     with pytest.raises(ConfigError, match=r"4 rows, one for each device, need .* more than there is; most are "):
         largest_microbatch(huge, read_topology("v5e:2x2"), compiles=True, say=lambda text: None)
     with pytest.raises(ConfigError, match="not known how much memory"):
