@@ -116,11 +116,12 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
     began = time.process_time()
     jax.config.update("jax_platforms", "cpu")
     config = as_on(config, topology)
+    num_steps = _num_steps(config)  # refused before anything is compiled
     planned = open_planned(config, mesh_of(config, topology))
     missing = missing_compiler(topology)
     compiled = compile_step(config, planned) if compiles and missing is None else None
     matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
-    plan = plan_of(config, topology, planned, matmuls, num_steps=_num_steps(config), compiled=compiled)
+    plan = plan_of(config, topology, planned, matmuls, num_steps=num_steps, compiled=compiled)
     return dataclasses.replace(plan, missing=missing if compiles else None, seconds=time.process_time() - began)
 
 
@@ -215,7 +216,7 @@ def _export_bytes(config: Config, planned: Planned) -> int:
 
 
 def describe(plan: Plan) -> str:
-    """All of it as text, no line wider than 80 columns but for names."""
+    """All of it as text, for a terminal."""
     chips, chip = plan.topology.num_chips, plan.topology.chip
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     slices = f" x {plan.topology.num_slices} slices" if plan.topology.num_slices > 1 else ""
@@ -235,6 +236,9 @@ def describe(plan: Plan) -> str:
         room = plan.room_bytes
         fits = f"fits, with {_gib(room)} to spare" if room >= 0 else f"DOES NOT FIT: {_gib(-room)} too much"
         lines.append(_line("", f"{fits} ({_gib(chip.memory_bytes * plan._share)} there)"))
+    if chip is not None and not chip.is_tpu:
+        words = "JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
+        lines.append(_line("", words))
     lines.append(_line("", f"most are {plan.counted.largest.name}; fewer with {plan.counted.largest.lowered_by}"))
     lines += ["", _line("FLOPs", f"{plan.flops.all / 1e12:,.1f} T a step on all chips, if every token is trained:")]
     parts = {"layers": plan.flops.layers - plan.flops.again, "again": plan.flops.again, "loss": plan.flops.loss}

@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from campaign import difference, result_of  # noqa: E402
 from compilation import xla_flags  # noqa: E402
+from tiny_model import write_tiny_model  # noqa: E402
 
 STEPS, AT, BAD_ROW = 16, 6, 90
 """Steps of a run, the one before which a fault comes, and the line of the data that is bad; rows are read in windows of
@@ -122,14 +123,7 @@ class Trial(NamedTuple):
 
 def make_config(work: pathlib.Path) -> pathlib.Path:
     """A config of a tiny model; its data are in the `data` folder beside the run."""
-    model = work / "model"
-    model.mkdir(parents=True, exist_ok=True)
-    quickstart = REPO / "configs" / "quickstart"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(quickstart / name, model)
-    config = json.loads((quickstart / "config.json").read_text())
-    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
-    (model / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4, "head_dim": 4}))
+    model = write_tiny_model(work / "model")
     path = work / "hosts.yaml"
     path.write_text(
         f"""

@@ -7,10 +7,8 @@ and lead to other files, as those of hosts with disks of their own do.
 """
 
 import argparse
-import json
 import os
 import pathlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "tests" / "helpers")]
 
 from compilation import xla_flags  # noqa: E402
+from tiny_model import write_tiny_model  # noqa: E402
 
 RUN = "\nimport sys\nfrom jaxsft.cli import main\nsys.exit(main())\n"
 OWN = "/proc/self/cwd"
@@ -98,14 +97,7 @@ class Ended(NamedTuple):
 
 def make_config(work: pathlib.Path) -> pathlib.Path:
     """A config of a tiny model; its data are in the current folder of each process."""
-    model = work / "model"
-    model.mkdir(parents=True, exist_ok=True)
-    quickstart = REPO / "configs" / "quickstart"
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        shutil.copy(quickstart / name, model)
-    config = json.loads((quickstart / "config.json").read_text())
-    config |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
-    (model / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4, "head_dim": 4}))
+    model = write_tiny_model(work / "model")
     path = work / "trial.yaml"
     path.write_text(
         f"""
