@@ -237,8 +237,8 @@ def describe(plan: Plan) -> str:
         fits = f"fits, with {_gib(room)} to spare" if room >= 0 else f"DOES NOT FIT: {_gib(-room)} too much"
         lines.append(_line("", f"{fits} ({_gib(chip.memory_bytes * plan._share)} there)"))
     if chip is not None and not chip.is_tpu:
-        words = "JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
-        lines.append(_line("", words))
+        whole = "JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
+        lines.append(_line("", whole))
     lines.append(_line("", f"most are {plan.counted.largest.name}; fewer with {plan.counted.largest.lowered_by}"))
     lines += ["", _line("FLOPs", f"{plan.flops.all / 1e12:,.1f} T a step on all chips, if every token is trained:")]
     parts = {"layers": plan.flops.layers - plan.flops.again, "again": plan.flops.again, "loss": plan.flops.loss}
