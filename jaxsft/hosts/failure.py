@@ -326,12 +326,19 @@ def _in_full(error: Exception) -> str:
 def _last_words(text: str, code: int, *, is_silent: bool = False) -> NoReturn:
     """Ends this process without closing anything: all that could be closed may wait for other processes."""
     _within(1.0, sys.stdout.flush)
-    if not is_silent:
-        # On a terminal, a bar may stand in the last line, and has hidden the cursor.
-        begin = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-        os.write(2, f"{begin}{text}\n".encode(errors="replace"))
     if _log is not None:
         _within(1.0, functools.partial(_log.close, text))
+    # Threads of C++ have things to say of lost connections until the end, and would have the last word.
+    console = 2
+    with contextlib.suppress(OSError):
+        console = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        time.sleep(0.05)  # for what they have begun to write
+    if not is_silent:
+        # On a terminal, a bar may stand in the last line, and has hidden the cursor.
+        begin = "\x1b[?25h\n" if os.isatty(console) else ""
+        with contextlib.suppress(OSError):
+            os.write(console, f"{begin}{text}\n".encode(errors="replace"))
     os._exit(code)
 
 

@@ -1,6 +1,7 @@
 """A local object store that speaks S3's protocol, for tests: moto's server on loopback, in this process."""
 
 import logging
+import urllib.request
 
 import pytest
 
@@ -8,7 +9,7 @@ BUCKET = "data"
 
 
 class Store:
-    """The store; its objects stay when it is stopped and started again."""
+    """The store, empty at first; its objects stay when it is stopped and started again."""
 
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
@@ -17,6 +18,8 @@ class Store:
         self._make = ThreadedMotoServer
         self._port = 0
         self.start()
+        # All servers of a process have the same objects.
+        urllib.request.urlopen(f"http://127.0.0.1:{self._port}/moto-api/reset", data=b"").close()
 
     def start(self) -> None:
         self._server = self._make(ip_address="127.0.0.1", port=self._port, verbose=False)

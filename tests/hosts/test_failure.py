@@ -1,5 +1,9 @@
 """What one process ends with that has no other's end to explain its error."""
 
+import collections
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -47,3 +51,25 @@ def test_a_lost_connection_can_be_started_again_and_an_error_of_ones_own_cannot(
     failure.fail(error)
     ((text, ended),) = watch.told
     assert ended == code and str(error) in text
+
+
+NOISE = """
+import os, threading
+from jaxsft.hosts import failure
+
+def noise():
+    while True:
+        os.write(2, b"from C++\\n")
+
+for _ in range(4):
+    threading.Thread(target=noise, daemon=True).start()
+failure._last_words("process 1 is gone", 75)
+"""
+
+
+def test_nothing_that_other_threads_say_comes_after_the_last_words(tmp_path):
+    for _ in range(5):
+        with open(tmp_path / "said", "w") as said:
+            assert subprocess.run([sys.executable, "-c", NOISE], stderr=said).returncode == 75
+        with open(tmp_path / "said") as said:
+            assert collections.deque(said, 1).pop() == "process 1 is gone\n"
