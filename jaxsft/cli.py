@@ -45,7 +45,8 @@ def quickstart_command(args: argparse.Namespace) -> int:
     folder = configs / "quickstart"
     places = {"model.path": folder, "data.train": folder / "train.jsonl", "data.eval": folder / "eval.jsonl"}
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-    return train(load_config(configs / "quickstart.yaml", [*overrides, *args.overrides]), restart=args.restart)
+    config = load_config(configs / "quickstart.yaml", [*overrides, *args.overrides], say=_say)
+    return train(config, restart=args.restart)
 
 
 def preview_command(args: argparse.Namespace) -> int:
@@ -401,4 +402,12 @@ def _step(text: str) -> int | str:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, say=_say)
+
+
+def _say(text: str) -> None:
+    """To the terminal; of several processes, the first speaks."""
+    from jaxsft.hosts.table import process_number
+
+    if process_number() == 0:
+        print(text, flush=True)
