@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError
-from jaxsft.config_files import config_keys, load_config
+from jaxsft.config_files import config_keys, load_config, load_run_config
 from jaxsft.hosts.exits import BUG, exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
@@ -99,8 +99,11 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
+    """held-out loss and sample answers of a checkpoint of the run or, before there is one, of its first model"""
+    from etils import epath
+
     from jaxsft.answers.evaluate import describe
+    from jaxsft.disk.writing import place
     from jaxsft.folders.pretrained import load_weights
     from jaxsft.hosts.agreement import agree_on_start, together
     from jaxsft.model.abstract import whole
@@ -110,14 +113,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.training.step import abstract_state, evaluation_params
 
     with together():
-        config = _config(args)
+        is_run = epath.Path(place(args.config)).is_dir()
+        config = load_run_config(args.config, args.overrides, say=_say) if is_run else _config(args)
         agree_on_start(config.model_dump(mode="json"))
         setup = Setup(config, say=print)
         config, mesh, folder = setup.config, setup.mesh, setup.folder
         if setup.examiner is None:
             raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
-        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
+        number = checkpointer.step_of(args.step)
+        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh), number)
     if state is None:
         print(f"no checkpoint in {folder}: evaluating {config.model.path} ({config.model.weights} weights)")
         weights = load_weights(setup.pretrained, mesh, seed=config.seed)
@@ -320,8 +325,13 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--restart", action="store_true", help="begin anew; the run that is there is moved aside")
     for name, command in (("train", train_command), ("preview", preview_command), ("evaluate", evaluate_command)):
         subparser = add(name, command)
-        subparser.add_argument("config", help="YAML file")
+        is_evaluate = command is evaluate_command
+        subparser.add_argument("config", help="YAML file, or run folder" if is_evaluate else "YAML file")
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+        if is_evaluate:
+            subparser.add_argument(
+                "--step", type=_step, default="last", help="of the checkpoint, best, or last (default)"
+            )
         if command is train_command:
             subparser.add_argument(
                 "--restart", action="store_true", help="begin anew; the run that is in run_dir is moved aside"
@@ -356,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
     subparser = add("export", export_command)
     subparser.add_argument("run_dir", metavar="RUN", help="run folder")
-    subparser.add_argument("--step", type=_step, help="of the checkpoint, or best (default: the newest)")
+    subparser.add_argument("--step", type=_step, help="of the checkpoint, best, or last (default: checkpoint.export)")
     subparser.add_argument("--merge-lora", action="store_true", help="a whole model, its adapter in its weights")
     subparser.add_argument("--out", metavar="FOLDER", help="where to write (default: RUN/export, or beside it)")
     subparser = add("report", report_command)
@@ -396,9 +406,11 @@ def _number(kind: type, least: float, most: float) -> Any:
 
 
 def _step(text: str) -> int | str:
-    if text != "best" and not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, or best")
-    return text if text == "best" else int(text)
+    if text in ("best", "last"):
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, best or last")
+    return int(text)
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -46,22 +46,23 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        kept = {}
-        for key, value in given.items():
-            field = cls.model_fields.get(key)
-            if field is None:
-                kept[key] = value  # unknown, and reported as that
-            elif value is None and not _has_meaning_of_null(field):
-                continue
-            elif isinstance(value, dict) and get_origin(field.annotation) is dict:
-                values = get_args(field.annotation)[1]
-                kept[key] = {name: each for name, each in value.items() if each is not None or values is Any}
-            else:
-                kept[key] = value
-        return kept
+    def _left_out(cls, given: Any) -> Any:
+        return _without_nulls(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+def _without_nulls(given: dict[str, Any], fields: dict[str, FieldInfo]) -> dict[str, Any]:
+    """What is given of a section without all that is null, in tables of names as well; null variables of a template
+    are not as if they were not given."""
+    kept = {}
+    for key, value in given.items():
+        field = fields.get(key)
+        if field is not None and value is None and not _has_meaning_of_null(field):
+            continue
+        if field is not None and isinstance(value, dict) and get_origin(field.annotation) is dict:
+            is_any = get_args(field.annotation)[1] is Any
+            value = {name: each for name, each in value.items() if each is not None or is_any}
+        kept[key] = value
+    return kept
 
 
 def _has_meaning_of_null(field: FieldInfo) -> bool:
@@ -416,9 +417,9 @@ class OptimConfig(Section):
     @classmethod
     def _with_usual(cls, given: Any) -> Any:
         """Keys that are left out get what is usual with the optimizer."""
-        given = cls._without_nulls(given)
         if not isinstance(given, dict):
             return given
+        given = _without_nulls(given, cls.model_fields)
         name = given.get("name", cls.model_fields["name"].default)
         return {**USUAL.get(name, {}), **given} if isinstance(name, str) else given
 
@@ -467,9 +468,7 @@ def idle_keys(value: Callable[[str], Any]) -> list[str]:
         "data.shuffle_buffer": not value("data.stream"),
         "data.mixture_ends": bool(value("data.stream")),
         "checkpoint.local_dir": value("checkpoint.local_every") is None,
-        "log.project": not (
-            isinstance(log_to, str | list) and any(name in log_to for name in ("wandb", "trackio"))
-        ),
+        "log.project": not (isinstance(log_to, str | list) and any(name in log_to for name in ("wandb", "trackio"))),
     }
     return sorted(idle) + [key for key, is_idle in conditions.items() if is_idle]
 

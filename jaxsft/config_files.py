@@ -74,6 +74,21 @@ def load_config(
     return config
 
 
+def load_run_config(
+    run_dir: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda text: None
+) -> Config:
+    """The config of a run, from its folder; arguments as of `load_config`.
+
+    Raises:
+        ConfigError: it is not the folder of a run; or as `load_config`.
+    """
+    folder = place(run_dir).resolve()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: not the folder of a run, which has a config.yaml")
+    config = load_config(str(folder / "config.yaml"), overrides, say=say)
+    return config.model_copy(update={"run_dir": str(folder)})
+
+
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
     """What a file holds."""
     try:

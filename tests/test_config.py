@@ -252,8 +252,12 @@ def test_what_is_left_out_is_as_if_the_file_did_not_have_it(tmp_path):
         (SMALLEST, ["model.path=null"], "model.path: required, not given"),
         (SMALLEST + "log: {to: 5}", ["seed=1"], "log.to: 5 given"),
         (SMALLEST + "optim: {name: [a]}", ["seed=1"], "optim.name: ['a'] given"),
-        ("model: {path: m}\ndata: {train: d, eval: e}\neval: {patience: 3}", [], "`patience` has no effect without `ev"),
-        (SMALLEST + "checkpoint: {export: best}", [], "checkpoint.export: best: nothing is measured without held-out"),
+        (
+            "model: {path: m}\ndata: {train: d, eval: e}\neval: {patience: 3}",
+            [],
+            "`patience` has no effect without",
+        ),
+        (SMALLEST + "checkpoint: {export: best}", [], "checkpoint.export: best: nothing is measured without"),
     ],
 )
 def test_what_is_said_twice_or_must_be_said_is_still_a_mistake(tmp_path, text, overrides, expected):

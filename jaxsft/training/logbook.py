@@ -27,6 +27,7 @@ from jaxsft.training.metrics import (
     summarise,
 )
 from jaxsft.training.metrics_file import MetricsFile
+from jaxsft.training.patience import Patience
 from jaxsft.training.summary import describe_lost
 from jaxsft.training.writers import Writer, open_writers
 
@@ -79,6 +80,7 @@ class Logbook:
             skipped=int(self.totals.skipped_steps),
             in_a_row=saved.get("skipped_in_a_row", 0),
         )
+        self.patience = Patience(config.eval.patience, saved.get("patience", {}))
         self._lost: dict[str, int] = {}
         self.watch = Stopwatch()
 
@@ -158,6 +160,7 @@ class Logbook:
             "window": dump_steps(jax.device_get(self._window)),
             "window_seconds": self.watch.so_far(),
             "skipped_in_a_row": self.skips.in_a_row,
+            "patience": self.patience.state(),
         }
 
     def close(self) -> None:
