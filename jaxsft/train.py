@@ -24,7 +24,7 @@ from jaxsft.batches.stream import StreamLoader
 from jaxsft.config import Config
 from jaxsft.config_files import config_changes, dump_config
 from jaxsft.disk.locks import Lock
-from jaxsft.disk.writing import read_file, write_whole
+from jaxsft.disk.writing import WriteError, read_file, write_whole
 from jaxsft.folders.export import export_problem
 from jaxsft.folders.pretrained import export_model, load_weights
 from jaxsft.hosts import failure
@@ -397,6 +397,11 @@ def _save_and_wait(step: int, state: TrainState, logbook: Logbook, checkpointer:
     _save(step, state, logbook, checkpointer)
     checkpointer.wait()
     logbook.say(f"{what} step {step}; start the same command again to continue")
+    if jax.process_index() == 0 and (logbook.folder / "metrics.jsonl").exists():
+        try:
+            plot_run(logbook.folder, say=logbook.say)
+        except WriteError as error:  # All that counts is saved.
+            logbook.say(f"no loss curve: {error}")
 
 
 def _diverged(problem: str, checkpointer: Checkpointer, *, first_bad: int) -> Diverged:

@@ -64,7 +64,9 @@ class Logbook:
             saved: what `progress` gave when this step was saved; nothing where the run begins.
             check: raises if this process may not write into the folder any more.
         """
-        self._config, self._folder, self._loader, self._console = config, folder, loader, console
+        self._config, self._loader, self._console = config, loader, console
+        self.folder = folder
+        """Of the run."""
         self._num_steps, self._speedometer = num_steps, speedometer
         self._check, self.say = check, console.say
         self._file = MetricsFile(folder / "metrics.jsonl", step=step, sealed=saved.get("metrics"), say=console.say)
@@ -92,7 +94,7 @@ class Logbook:
         """
         self._writers = open_writers(
             self._config.log,
-            self._folder,
+            self.folder,
             step=self._step,
             file=self._file,
             settings=self._config.model_dump(),
