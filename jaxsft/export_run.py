@@ -16,7 +16,7 @@ from jaxsft.folders.pretrained import export_model
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
 from jaxsft.setup import Setup
-from jaxsft.training.checkpoint import Checkpointer
+from jaxsft.training.checkpoint import Checkpointer, newest_run
 from jaxsft.training.step import abstract_state, evaluation_params
 
 
@@ -67,5 +67,7 @@ def export_run(
     target = place(out) if out else folder / "-".join(["export", *words, *["merged"] * merge])
     say(f"exporting checkpoint {int(state.step)} of {folder} to {target}")
     weights = whole(evaluation_params(config.optim, state), frozen)
-    export_model(setup.pretrained, setup.tokenizer, weights, target, merge=merge, say=say)
+    facts = newest_run(folder / "checkpoints").get("data", [])  # as the run found it; the data may be elsewhere now
+    card = setup.card(int(state.step), facts, merge=merge)
+    export_model(setup.pretrained, setup.tokenizer, weights, target, merge=merge, card=card, say=say)
     return target

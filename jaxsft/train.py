@@ -7,7 +7,6 @@ trained in `chat/`, what a step computes in `training/step.py`, what a checkpoin
 import collections
 import contextlib
 import functools
-import math
 import sys
 import types
 from collections.abc import Generator, Iterator
@@ -35,6 +34,7 @@ from jaxsft.hosts.watchdog import Watchdog
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
+from jaxsft.report.card import data_facts
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
 from jaxsft.training.checkpoint import BEST, Checkpointer, sealed_steps
@@ -99,7 +99,9 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             if lock is not None:
                 closing.callback(lock.release)
             log.open(folder)
-            sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config)}
+            held_out = {each.name: each.loader for each in setup.held_out}
+            facts = data_facts(setup.loader, held_out)
+            sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config), "data": facts}
             checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=sealed)
             closing.enter_context(contextlib.closing(checkpointer))
             closing.enter_context(contextlib.closing(console))
@@ -150,7 +152,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
                 exported = _best_state(setup, checkpointer, last_state)
             console.say(f"exporting {'' if last == int(exported.step) else f'checkpoint {exported.step} '}to {export}")
             weights = _weights(config, exported, frozen)
-            export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
+            card = setup.card(int(exported.step), facts) if jax.process_index() == 0 else None
+            export_model(setup.pretrained, setup.tokenizer, weights, export, card=card, say=console.say)
             if jax.process_index() == 0:
                 console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     kind = "adapters, ready for PEFT" if (export / "adapter_config.json").exists() else "model, ready for transformers"
@@ -227,11 +230,11 @@ def _steps(
                     is_last = done == num_steps or logbook.patience.is_over
                     if is_last and (names := non_finite(state.params)):
                         raise _diverged(f"not finite: {', '.join(names)}", checkpointer, first_bad=done)
-                    eval_loss = evaluated.metrics["eval_loss"] if evaluated is not None else math.inf
+                    eval_loss = logbook.patience.loss_at(done)
                     # Not while steps are skipped: what was good before must not make room for what may not be.
                     if (due.save or is_last or eval_loss < best_loss) and (is_last or not logbook.skips.in_a_row):
                         best_loss = min(eval_loss, best_loss)
-                        yield _save(done, state, logbook, checkpointer, eval_loss=eval_loss)
+                        yield _save(done, state, logbook, checkpointer)
                     elif due.save_local and not logbook.skips.in_a_row:
                         checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
@@ -384,11 +387,10 @@ def _evaluate(step: int, weights: Any, setup: Setup, logbook: Logbook, stop: Sto
     return Evaluated(step, result.metrics, result.samples)
 
 
-def _save(
-    step: int, state: TrainState, logbook: Logbook, checkpointer: Checkpointer, *, eval_loss: float = math.inf
-) -> Saved:
+def _save(step: int, state: TrainState, logbook: Logbook, checkpointer: Checkpointer) -> Saved:
     """Begins to save a state, with all that a continued run must know."""
     logbook.check()
+    eval_loss = logbook.patience.loss_at(step)
     checkpointer.save(step, state, eval_loss=eval_loss, progress=logbook.progress())
     return Saved(step, checkpointer.folder / str(step))
 

@@ -20,6 +20,10 @@ def eval_losses(folder):
     return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def ended_at(losses, patience):
     """The naive count: the first evaluation with `patience` of them in a row that are no new smallest loss."""
     in_vain, best = 0, losses[0]
@@ -82,7 +86,7 @@ def test_a_run_that_patience_ended_says_so_when_it_is_started_again(ended, tiny_
 def test_patience_is_exact_when_a_run_goes_on(ended, tiny_config, tmp_path):
     """Left at the evaluation before the first step, and then at each of the others, and started again each time."""
     folder, events = ended
-    parts = load_config(tiny_config, [*WORSENING, f"run_dir={tmp_path / 'parts'}"])
+    parts = load_config(tiny_config, [*WORSENING, "checkpoint.export=best", f"run_dir={tmp_path / 'parts'}"])
     for step in range(events[-1].step + 3):
         for event in run(parts):
             if isinstance(event, Evaluated) and event.step == max(step - 1, 0):
@@ -91,6 +95,7 @@ def test_patience_is_exact_when_a_run_goes_on(ended, tiny_config, tmp_path):
             break
     assert event == Finished(events[-1].step, tmp_path / "parts" / "export") and step == event.step + 2
     assert eval_losses(tmp_path / "parts") == eval_losses(folder)
+    assert contents(tmp_path / "parts" / "export") == contents(folder / "export")
 
 
 def test_more_patience_goes_on_from_where_it_ended(ended, tiny_config, tmp_path):
@@ -127,3 +132,22 @@ def test_a_run_that_is_left_has_its_curve_drawn(tiny_config, tmp_path):
             break
     assert b"jaxsft" in (tmp_path / "left" / "loss.png").read_bytes()[:4096]
     assert not (tmp_path / "left" / "export").exists()
+
+
+def test_an_export_has_a_card_which_is_the_same_when_it_is_made_again(ended, tmp_path, capsys):
+    folder, events = ended
+    card = (folder / "export" / "README.md").read_text()
+    losses = eval_losses(folder)
+    best = min((step for step in losses if step), key=losses.__getitem__)
+    assert f"held-out loss of this checkpoint ({best}) | {losses[best]:.4f}" in card
+    assert "| training | train.jsonl | 120 | 120 | 7,156 | 1,526 |" in card and "optim.learning_rate: 0.3" in card
+    assert main(["verify", str(folder / "export")]) == 0
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    for place in (folder, tmp_path / "elsewhere"):
+        assert main(["export", str(place), "--out", str(tmp_path / "again")]) == 0
+        assert contents(tmp_path / "again") == contents(folder / "export")
+    # Whoever has written on the card finds it beside the next export.
+    (tmp_path / "again" / "README.md").write_text("mine")
+    assert main(["export", str(folder), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again.before-1" / "README.md").read_text() == "mine"
+    assert contents(tmp_path / "again") == contents(folder / "export")

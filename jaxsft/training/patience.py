@@ -29,10 +29,12 @@ class Patience:
         self.in_vain: int = saved.get("in_vain", 0)
         """Evaluations since then."""
         self._seen: int = saved.get("seen", -1)
+        self._last = -1, math.inf
 
     def see(self, step: int, loss: float) -> None:
         """Takes the held-out loss after `step` steps. Every process must call this; all count what process 0 found."""
         loss = float(first_text("held-out loss", repr(float(loss))))
+        self._last = step, loss
         if step <= self._seen:
             return  # A run that was stopped before its first step looks at its first model again.
         self._seen = step
@@ -40,6 +42,10 @@ class Patience:
             self.best, self.best_step, self.in_vain = loss, step, 0
         elif step > 0:
             self.in_vain += 1
+
+    def loss_at(self, step: int) -> float:
+        """The held-out loss after `step` steps, infinity where it was not measured."""
+        return self._last[1] if self._last[0] == step else math.inf
 
     @property
     def is_over(self) -> bool:
