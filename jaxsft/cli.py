@@ -136,12 +136,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def chat_command(args: argparse.Namespace) -> int:
-    """talk to a model folder, such as the export of a run"""
-    from jaxsft.answers.converse import converse
+    """talk to a model folder, or to the export of a run"""
+    from jaxsft.answers.converse import converse, load_text, load_tools
     from jaxsft.answers.generate import Sampling
 
+    system = args.system if args.system_file is None else load_text(args.system_file, "--system-file")
+    tools = [] if args.tools is None else load_tools(args.tools)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    converse(args.model_dir, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens)
+    converse(args.model, system=system, sampling=sampling, max_new_tokens=args.max_new_tokens, tools=tools)
     return 0
 
 
@@ -354,8 +356,11 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--baseline", choices=("hf", "trl"), required=True, help="transformers, or TRL's SFTTrainer")
     subparser.add_argument("--steps", type=_number(int, 0, 10**6), default=100, help="at most so many (default: 100)")
     subparser = add("chat", chat_command)
-    subparser.add_argument("model_dir", help="Hugging Face folder")
-    subparser.add_argument("--system", help="system prompt")
+    subparser.add_argument("model", metavar="MODEL_OR_RUN", help="Hugging Face folder or hub id, or run folder")
+    prompts = subparser.add_mutually_exclusive_group()
+    prompts.add_argument("--system", metavar="TEXT", help="system prompt")
+    prompts.add_argument("--system-file", metavar="FILE", help="file with the system prompt")
+    subparser.add_argument("--tools", metavar="FILE", help="JSON file with the tools that the model may call")
     subparser.add_argument(
         "--temperature", type=_number(float, 0, math.inf), default=0.0, help="0 takes the most likely token (default)"
     )
