@@ -191,6 +191,15 @@ def export_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def push_command(args: argparse.Namespace) -> int:
+    """upload an export to the Hugging Face hub, after a look at its seal"""
+    from jaxsft.answers.converse import model_of
+    from jaxsft.folders.push import push
+
+    print(f"uploaded: {push(model_of(args.export), args.repo, private=args.private, say=print)}")
+    return 0
+
+
 def report_command(args: argparse.Namespace) -> int:
     """overlay the curves of runs, ours and others', on one page"""
     from jaxsft.report.make import report, text_table
@@ -374,6 +383,10 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--step", type=_step, help="of the checkpoint, best, or last (default: checkpoint.export)")
     subparser.add_argument("--merge-lora", action="store_true", help="a whole model, its adapter in its weights")
     subparser.add_argument("--out", metavar="FOLDER", help="where to write (default: RUN/export, or beside it)")
+    subparser = add("push", push_command)
+    subparser.add_argument("export", metavar="EXPORT_OR_RUN", help="folder of an export, or of a run that has one")
+    subparser.add_argument("repo", metavar="ORG/NAME", help="on the hub; made where there is none")
+    subparser.add_argument("--private", action="store_true", help="make it so that nobody else sees it")
     subparser = add("report", report_command)
     subparser.add_argument(
         "paths",

@@ -43,6 +43,10 @@ from jaxsft.hosts.sealing import problem_together, seal_together
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
 
 
+CARD = "README.md"
+"""The model card, as the hub calls it."""
+
+
 class ExportError(OSError):
     """The folder of an export could not be written; what was there before is untouched. Its text is shown as it is."""
 
@@ -186,7 +190,7 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
 def write_card(folder: pathlib.Path, card: str | None) -> None:
     """Writes the model card, where there is one."""
     if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _write_configs(

@@ -21,11 +21,11 @@ from jaxsft.config import Config
 from jaxsft.config_files import dump_config
 from jaxsft.disk.seal import read_object
 from jaxsft.disk.writing import read_file
+from jaxsft.folders.export import CARD
 from jaxsft.rows.sources import is_hub
 from jaxsft.training.metrics_file import read_metrics
 from jaxsft.training.summary import VERSIONS_OF
 
-CARD = "README.md"
 MOST_POINTS = 12
 """Lines of the table that is the curve."""
 MOST_CARD_BYTES = 2**20
