@@ -27,6 +27,16 @@ PARTED = 1
 """Exit code of a comparison in which the two runs part."""
 
 
+def init_command(args: argparse.Namespace) -> int:
+    """write a first config, from a model and a file of rows, or from the answers to four questions"""
+    from jaxsft.init import init
+
+    init(args.out, model=args.model, data=args.data, ask=input if sys.stdin.isatty() else None, say=print)
+    name = shlex.quote(args.out)
+    print(f"written: {args.out}; next: `python run.py preview {name}`, then `python run.py train {name}`")
+    return 0
+
+
 def train_command(args: argparse.Namespace) -> int:
     """train, or continue, the run of a config; ends with an exported model"""
     from jaxsft.hosts.agreement import together
@@ -331,6 +341,10 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=command)
         return subparser
 
+    subparser = add("init", init_command)
+    subparser.add_argument("--model", metavar="MODEL", help="folder or hub id")
+    subparser.add_argument("--data", metavar="ROWS", help="file, folder or hub id of rows")
+    subparser.add_argument("-o", dest="out", metavar="FILE", default="config.yaml", help="default: config.yaml")
     subparser = add("quickstart", quickstart_command)
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
     subparser.add_argument("--restart", action="store_true", help="begin anew; the run that is there is moved aside")
