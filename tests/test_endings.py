@@ -101,7 +101,6 @@ def test_patience_is_exact_when_a_run_goes_on(ended, tiny_config, tmp_path):
 def test_more_patience_goes_on_from_where_it_ended(ended, tiny_config, tmp_path):
     shutil.copytree(ended[0], tmp_path / "more")
     overrides = [*WORSENING, "eval.patience=null", f"run_dir={tmp_path / 'more'}"]
-    (tmp_path / "more" / "export" / "seal.json").unlink()
     assert train(load_config(tiny_config, overrides)) == 0
     assert max(eval_losses(tmp_path / "more")) == 12
 
