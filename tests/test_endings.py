@@ -1,6 +1,7 @@
 """How runs end: early, with the best checkpoint, or stopped with their curve drawn."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -119,6 +120,8 @@ def test_patience_counts_evaluations_without_a_smaller_loss(losses, state):
     for step, loss in enumerate(losses):
         patience.see(step, loss)
         patience.see(step, loss)  # of a run that was started again at this step
+        assert patience.loss_at(step) == pytest.approx(loss if step else math.inf, nan_ok=True)
+        assert patience.loss_at(step + 1) == math.inf
         patience = Patience(2, json.loads(json.dumps(patience.state())))
     found = patience.state()
     assert (found["best"], found["best_step"], found["in_vain"]) == state

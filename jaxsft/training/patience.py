@@ -44,8 +44,9 @@ class Patience:
             self.in_vain += 1
 
     def loss_at(self, step: int) -> float:
-        """The held-out loss after `step` steps, infinity where it was not measured."""
-        return self._last[1] if self._last[0] == step else math.inf
+        """The held-out loss after `step` steps, infinity where it was not measured, and before the first one: the model
+        that a run begins with is none of its results, whether the run was stopped there or not."""
+        return self._last[1] if self._last[0] == step > 0 else math.inf
 
     @property
     def is_over(self) -> bool:
