@@ -143,16 +143,19 @@ def _leave_out(tree: dict, overrides: Sequence[str], idle_before: set[str]) -> l
     def leave_out(key: str, reason: str) -> None:
         is_said = any(each == key or each.startswith(f"{key}.") or key.startswith(f"{each}.") for each in given)
         value = _value_at(tree, key)
-        if is_said or value is None:
+        if is_said or not _asks(key, value):
             return
         *sections, leaf = key.split(".")
         _section_at(tree, sections).pop(leaf)
         left_out.append(f"{key}{'' if isinstance(value, dict) else f': {value}'} ({reason})")
 
-    for key in dict.fromkeys(given):
-        value = _value_at(tree, key)
-        if value is None or (key.startswith("loss.") and not value):
-            continue  # asks for nothing; of steps and shares, 0 is a number like others
+    # A section that is given as a whole gives the keys in it.
+    values = {key: _value_at(tree, key) for key in given}
+    for key, inner in list(values.items()):
+        values |= {f"{key}.{leaf}": each for leaf, each in inner.items()} if isinstance(inner, dict) else {}
+    for key, value in values.items():
+        if not _asks(key, value):
+            continue
         for group in (*EXCLUSIVE, *_shares(key)):
             if any(key == each or key.startswith(f"{each}.") for each in group):
                 for other in group:
@@ -162,6 +165,11 @@ def _leave_out(tree: dict, overrides: Sequence[str], idle_before: set[str]) -> l
         if key not in idle_before:
             leave_out(key, "no effect now")
     return left_out
+
+
+def _asks(key: str, value: Any) -> bool:
+    """Whether a value says something; of steps and shares, 0 is a number like others."""
+    return value is not None and not (key.startswith("loss.") and not value)
 
 
 def _shares(key: str) -> list[tuple[str, ...]]:

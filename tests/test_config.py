@@ -213,6 +213,8 @@ log: {to: wandb, project: p}
         (["optim.warmup_steps=0"], ["optim.warmup_ratio: 0.1 (optim.warmup_steps is given)"]),
         (["loss.dft=true"], ["loss.label_smoothing: 0.1 (loss.dft is given)"]),
         (["loss.dft=false"], []),
+        (["lora={rank: 4}"], ["train.only: norms (lora is given)"]),
+        (["optim={warmup_steps: 3}"], []),
         (["lora.rank=4"], ["train.only: norms (lora.rank is given)"]),
         (["data.train.0.epochs=2"], ["data.train.0.count: 3 (data.train.0.epochs is given)"]),
         (["optim.schedule=linear"], ["optim.decay_ratio: 0.1 (no effect now)"]),
@@ -234,6 +236,13 @@ def test_an_override_takes_away_what_it_excludes_and_says_so(tmp_path, overrides
     path = write(tmp_path, FULL)
     load_config(path, overrides, say=said.append)
     assert said == ([f"{path}: left out because of the command line: {', '.join(left_out)}"] if left_out else [])
+
+
+def test_a_section_that_is_given_as_a_whole_excludes_what_its_keys_exclude(tmp_path):
+    said = []
+    path = write(tmp_path, SMALLEST + "lora: {rank: 4}\nloss: {label_smoothing: 0.0}")
+    load_config(path, ["train={only: norms}", "loss.dft=true"], say=said.append)
+    assert said == [f"{path}: left out because of the command line: lora (train.only is given)"]
 
 
 def test_what_is_left_out_is_as_if_the_file_did_not_have_it(tmp_path):
