@@ -114,7 +114,7 @@ def model_card(
         lines: of metrics.jsonl.
         versions: of packages, by name.
     """
-    name = base.name if _is_hub_id(base.name) else _last_part(base.name)
+    name = base.name if _is_hub_id(base.name) else _name_of_folder(base.name)
     how = "an adapter (LoRA) for" if is_adapter else "trained from random weights with the structure of"
     how = how if is_adapter or base.is_random else "a fine-tuned"
     of = ", ".join(f"{each} {versions[each]}" for each in ("jaxsft", *VERSIONS_OF) if each in versions)
@@ -162,6 +162,12 @@ def _license(folder: pathlib.Path) -> dict[str, str]:
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.endswith(".gguf")
+
+
+def _name_of_folder(path: str) -> str:
+    """Of a model; the export of a run is called as the run."""
+    above, _, last = path.rstrip("/").rpartition("/")
+    return _last_part(above if above and re.fullmatch("export(-.*)?", last) else path)
 
 
 def _last_part(path: str) -> str:

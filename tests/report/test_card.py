@@ -62,7 +62,7 @@ def test_a_license_that_is_not_stated_is_left_out(tmp_path, readme):
     assert "license" not in front(card(tmp_path, readme=readme))
 
 
-@pytest.mark.parametrize("name", ["/secret/base", "gs://secret/base/", "/secret/base.gguf"])
+@pytest.mark.parametrize("name", ["/secret/base", "gs://secret/base/", "/secret/base.gguf", "/secret/base/export-best"])
 def test_a_base_that_is_not_on_the_hub_is_told_by_its_last_name_alone(tmp_path, name):
     text = card(tmp_path, name=name)
     assert "base_model" not in front(text) and "secret" not in text and "# base" in text
