@@ -180,7 +180,11 @@ def _kept_bytes(decoder: Decoder, weights: list[Any], tokens: tuple[int, int]) -
         return jax.tree.leaves(jax.vjp(hidden, params)[1])
 
     jaxpr = jax.make_jaxpr(backward)(*weights, ids, ids, ids).jaxpr
-    kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - set(jaxpr.invars)
+    there = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "reshape" and there.issuperset(equation.invars):
+            there |= set(equation.outvars)  # The same bytes, as periods of layers.
+    kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - there
     on_device: list[Any] = [
         each.aval for each in kept if getattr(each.aval, "memory_space", None) != jax.memory.Space.Host
     ]
