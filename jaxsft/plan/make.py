@@ -10,7 +10,6 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from jaxsft.plan.costs import (
 )
 from jaxsft.plan.topologies import Topology, missing_compiler
 from jaxsft.setup import Setup
-from jaxsft.training.matmuls import Matmul, read_matmuls
+from jaxsft.training.matmuls import read_matmuls
 from jaxsft.training.memory import Bytes, where_bytes_go
 from jaxsft.training.metrics import num_params
 from jaxsft.training.program import Collective, total_bytes
@@ -121,7 +120,8 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
     missing = missing_compiler(topology)
     compiled = compile_step(config, planned) if compiles and missing is None else None
     matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
-    plan = plan_of(config, topology, planned, matmuls, num_steps=num_steps, compiled=compiled)
+    flops = count_flops(matmuls, planned.model, planned.structure, config, planned.mesh.shape)
+    plan = plan_of(config, topology, planned, flops, num_steps=num_steps, compiled=compiled)
     return dataclasses.replace(plan, missing=missing if compiles else None, seconds=time.process_time() - began)
 
 
@@ -129,12 +129,12 @@ def plan_of(
     config: Config,
     topology: Topology,
     planned: Planned,
-    matmuls: Sequence[Matmul],
+    flops: Flops,
     *,
     num_steps: int | None = None,
     compiled: Compiled | None = None,
 ) -> Plan:
-    """The plan of a model whose step was traced; arguments as what it holds."""
+    """The plan of a model whose FLOPs were counted; arguments as what it holds."""
     model, structure, mesh = planned
     sizes, train, length = dict(mesh.shape), config.train, config.data.seq_len
     counted = where_bytes_go(
@@ -145,7 +145,6 @@ def plan_of(
         length=length,
         num_microbatches=train.num_microbatches,
     )
-    flops = count_flops(matmuls, model, structure, tokens=train.batch_size * length, length=length)
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
     if compiled is not None:
         collectives = compiled.report.collectives
@@ -241,9 +240,10 @@ def describe(plan: Plan) -> str:
         lines.append(_line("", whole))
     lines.append(_line("", f"most are {plan.counted.largest.name}; fewer with {plan.counted.largest.lowered_by}"))
     lines += ["", _line("FLOPs", f"{plan.flops.all / 1e12:,.1f} T a step on all chips, if every token is trained:")]
-    parts = {"layers": plan.flops.layers - plan.flops.again, "again": plan.flops.again, "loss": plan.flops.loss}
-    words = {"layers": "", "again": "computed again for the backward pass", "loss": ""}
-    lines += [_line("", f"{name:<14}{value / 1e12:>12,.1f} T  {words[name]}".rstrip()) for name, value in parts.items()]
+    parts = {name: getattr(plan.flops, name) for name in ("maps", "attention", "experts", "loss")}
+    lines += [_line("", f"{name:<14}{value / 1e12:>12,.1f} T") for name, value in parts.items() if value]
+    if plan.flops.again:
+        lines.append(_line("", f"{'of these':<14}{plan.flops.again / 1e12:>12,.1f} T  again, for the backward pass"))
     if plan.collectives:
         source = "in the compiled program" if plan.compiled is not None else "expected; no compiler was asked"
         lines += ["", _line("messages", f"of one device a step, {source}:")]
