@@ -18,19 +18,17 @@ import jax.numpy as jnp
 from jaxsft.config import Config, ConfigError
 from jaxsft.folders.pretrained import compute_dtype
 from jaxsft.model.lora import of_files
-from jaxsft.plan.compiling import Compiled, Planned, compile_step, mesh_of, open_planned, trace_step
+from jaxsft.plan.compiling import Compiled, Planned, compile_step, flops_of, mesh_of, open_planned, trace_step
 from jaxsft.plan.costs import (
     Bound,
     Flops,
     bound_of,
-    count_flops,
     expected_collectives,
     link_seconds,
     memory_bytes,
 )
 from jaxsft.plan.topologies import Topology, missing_compiler
 from jaxsft.setup import Setup
-from jaxsft.training.matmuls import read_matmuls
 from jaxsft.training.memory import Bytes, where_bytes_go
 from jaxsft.training.metrics import num_params
 from jaxsft.training.program import Collective, total_bytes
@@ -119,8 +117,7 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
     planned = open_planned(config, mesh_of(config, topology))
     missing = missing_compiler(topology)
     compiled = compile_step(config, planned) if compiles and missing is None else None
-    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
-    flops = count_flops(matmuls, planned.model, planned.structure, config, planned.mesh.shape)
+    flops = flops_of(trace_step(config, planned), config, planned) if compiled is None else compiled.flops
     plan = plan_of(config, topology, planned, flops, num_steps=num_steps, compiled=compiled)
     return dataclasses.replace(plan, missing=missing if compiles else None, seconds=time.process_time() - began)
 

@@ -12,11 +12,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.mesh import AXES, ROW_AXES, check_divisible
-from jaxsft.plan.compiling import Planned, mesh_of, open_planned, trace_step
-from jaxsft.plan.costs import Flops, count_flops
+from jaxsft.plan.compiling import Planned, flops_of, mesh_of, open_planned, trace_step
+from jaxsft.plan.costs import Flops
 from jaxsft.plan.make import Plan, as_on, make_plan, plan_of
 from jaxsft.plan.topologies import Topology, missing_compiler
-from jaxsft.training.matmuls import read_matmuls
 
 MOST_ROWS = 1024
 """Of one device at once."""
@@ -110,8 +109,7 @@ def suggest(config: Config, topology: Topology) -> list[Plan]:
     for remat in ("none", "attention", "full", "offload"):
         of_policy = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
         planned = open_planned(of_policy, mesh_of(of_policy, topology))
-        matmuls = read_matmuls(trace_step(of_policy, planned))
-        flops = count_flops(matmuls, planned.model, planned.structure, of_policy, planned.mesh.shape)
+        flops = flops_of(trace_step(of_policy, planned), of_policy, planned)
         for sizes in _meshes(of_policy, topology, has_experts=planned.structure.routing is not None):
             plan = _on_mesh(of_policy, topology, planned, sizes, flops)
             found += [plan] if plan is not None else []

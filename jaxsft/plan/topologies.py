@@ -97,8 +97,9 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     if topology.chip is None:
         return _cpus(topology)
     if topology.chip.is_tpu:
-        # No TPU is looked for, and several processes may compile at once.
+        # No TPU is looked for, several processes may compile at once, and it says nothing of hosts that are not there.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-8"}
         options: dict[str, Any] = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
         platform, options = "tpu", options | {"topology_name": topology.name}
     else:

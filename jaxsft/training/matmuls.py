@@ -2,7 +2,7 @@
 
 In: what `jax.jit(step).trace(...)` gives, of which nothing is compiled. Out: its `Matmul`s, for all devices together.
 Of a loop whose end is computed, such as that of the loss over chunks of trained tokens, one turn counts, on one device;
-a branch counts as the largest of its kind; a kernel, as often as its grid has places, also those that it leaves out.
+of a kernel, which may leave out places of its grid, one place; a branch counts as the largest of its kind.
 """
 
 import math
@@ -20,7 +20,7 @@ class Matmul(NamedTuple):
 
     flops: int
     """Of all its runs on all devices: 2 for each product of two numbers, and its addition. Of an open one, of one turn
-    of its loop on one device."""
+    of its loop, or place of its grid, on one device."""
     dtype: str
     """Of what comes out."""
     shape: tuple[int, ...]
@@ -29,9 +29,9 @@ class Matmul(NamedTuple):
     is_again: bool
     """It is computed a second time, for the backward pass."""
     is_open: bool
-    """Within a loop whose end is computed."""
+    """Within a loop whose end is computed, or in a kernel."""
     runs: int
-    """How often it is begun, of all devices as one: for an open one, how often its loop is."""
+    """How often it is begun, of all devices as one: for an open one, how often its loop or kernel is."""
 
 
 def read_matmuls(traced: Any) -> list[Matmul]:
@@ -75,14 +75,11 @@ def _matmuls(jaxpr: Any, visit: _Visit) -> Iterator[Matmul]:
         if kind == "scan":
             runs = visit.runs if visit.is_local or visit.is_open else visit.runs * params["length"]
             inner = inner._replace(times=visit.times * params["length"], runs=runs)
-        elif kind == "while" and not visit.is_open:
+        elif kind in ("while", "pallas_call") and not visit.is_open:
             inner = inner._replace(times=1, is_open=True)
         elif kind == "shard_map":  # the shapes inside are those of one device
             count = 1 if visit.is_open else math.prod(params["mesh"].shape.values())
             inner = inner._replace(times=visit.times * count, is_local=True)
-        elif kind == "pallas_call":
-            grid = math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
-            inner = inner._replace(times=visit.times * grid)
         of_branches = [list(_matmuls(part, inner)) for part in branches]
         if kind == "cond":
             yield from max(of_branches, key=lambda each: sum(matmul.flops for matmul in each), default=[])
