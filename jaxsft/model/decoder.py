@@ -24,7 +24,7 @@ from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
 from jaxsft.model.noise import fold, noise_scale, noisy, token_keys
 from jaxsft.model.products import precision
-from jaxsft.model.remat import POLICIES, Remat, keep
+from jaxsft.model.remat import POLICIES, Remat, all_but_slices, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 
 
@@ -352,10 +352,13 @@ class Decoder(nnx.Module):
                     weights = jax.tree.map(lambda each: each[number], weights)
                 return nnx.merge(graphdef, weights)(x, slots, cached, kind)
 
+            policy = POLICIES[self.remat]
             if self.remat == "none" and (not in_scan or self.config.routing is not None):
-                return layer
+                if number is None:
+                    return layer
+                policy = all_but_slices
             # A scan is already a barrier against common-subexpression elimination.
-            return jax.checkpoint(layer, policy=POLICIES[self.remat], prevent_cse=not in_scan)
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
 
         def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any) -> tuple[jax.Array, Any]:
             outs = []

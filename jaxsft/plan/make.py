@@ -74,12 +74,14 @@ class Plan:
     @property
     def room_bytes(self) -> float | None:
         """Memory that is left over on each device, negative where it is too little; None where it is not known."""
-        return None if self.topology.chip is None else self.topology.chip.memory_bytes * self._share - self.peak_bytes
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.peak_bytes
 
     @property
-    def _share(self) -> float:
-        """Of a chip that a device is: some compilers give a chip two."""
-        return self.topology.num_chips / math.prod(self.mesh.values())
+    def capacity_bytes(self) -> float | None:
+        """Memory of a device, None where it is not known. Some compilers give a chip two devices."""
+        if self.topology.chip is None:
+            return None
+        return self.topology.chip.memory_bytes * self.topology.num_chips / math.prod(self.mesh.values())
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -228,10 +230,10 @@ def describe(plan: Plan) -> str:
         _line("memory", f"of one device; {_gib(plan.counted.peak)} counted, " + _compiled_words(plan)),
     ]
     lines += [_line("", f"{term.name:<14}{_gib(term.num_bytes):>12}") for term in plan.counted.terms if term.num_bytes]
-    if chip is not None and plan.room_bytes is not None:
+    if plan.room_bytes is not None and plan.capacity_bytes is not None:
         room = plan.room_bytes
         fits = f"fits, with {_gib(room)} to spare" if room >= 0 else f"DOES NOT FIT: {_gib(-room)} too much"
-        lines.append(_line("", f"{fits} ({_gib(chip.memory_bytes * plan._share)} there)"))
+        lines.append(_line("", f"{fits} ({_gib(plan.capacity_bytes)} there)"))
     if chip is not None and not chip.is_tpu:
         whole = "JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
         lines.append(_line("", whole))
@@ -244,7 +246,7 @@ def describe(plan: Plan) -> str:
     if plan.collectives:
         source = "in the compiled program" if plan.compiled is not None else "expected; no compiler was asked"
         lines += ["", _line("messages", f"of one device a step, {source}:")]
-        for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items()):
+        for kind, axes, number, num_bytes in messages_by_kind(plan.collectives):
             along = ", ".join(axes) or "one device"
             lines.append(_line("", f"{kind:<18}{along:<22}{number:>7,}{_gib(num_bytes):>13}"))
     lines.append("")
@@ -318,7 +320,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flops": plan.flops._asdict(),
         "messages": [
             {"kind": kind, "axes": list(axes), "number": number, "bytes": num_bytes}
-            for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items())
+            for kind, axes, number, num_bytes in messages_by_kind(plan.collectives)
         ],
         "bound": None if bound is None else bound._asdict() | {"seconds": bound.seconds, "by": bound.by},
         "tokens_per_second": plan.tokens_per_second,
@@ -330,8 +332,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _by_kind(collectives: list[Collective]) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, int]]:
-    return total_bytes([each._replace(scope="") for each in collectives])
+def messages_by_kind(collectives: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
+    """Kind, axes, how many a step, and their bytes, summed up."""
+    found = total_bytes([each._replace(scope="") for each in collectives])
+    return [(kind, axes, number, num_bytes) for (_, kind, axes), (number, num_bytes) in sorted(found.items())]
 
 
 def _line(label: str, text: str) -> str:

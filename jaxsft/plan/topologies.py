@@ -4,6 +4,7 @@ In: a name such as `v6e:8x8`, `h100:8` or `cpu:1`. Out: a `Topology`, whose devi
 compiler for them is installed: `libtpu` for TPUs, the CUDA plugin of JAX for GPUs, and JAX itself for CPUs.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import math
@@ -114,7 +115,8 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 
 
 def _cpus(topology: Topology) -> Sequence[Any]:
-    jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    with contextlib.suppress(RuntimeError):  # JAX has looked for its devices already.
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
     if len(jax.devices()) < topology.num_chips:
         raise ConfigError(f"--topology: {topology.name}: JAX has {len(jax.devices())} CPU devices already")
     return jax.devices()[: topology.num_chips]

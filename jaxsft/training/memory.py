@@ -196,8 +196,8 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
 
     On CPUs, where little is fused: all that it would keep if nothing were computed again. Elsewhere what it would keep
     with remat "none", and as much for the gradients by that. Where the width of weights is cut, or they are rounded for
-    matmuls, theirs as well, whole in the compute dtype; where it is cut, the float32 gradient of the largest, before it
-    is reduced to parts.
+    matmuls, theirs as well, whole in the compute dtype; where it is cut, the float32 gradient of the largest that is
+    trained, before it is reduced to parts.
     """
     period = decoder.config.period
 
@@ -210,11 +210,14 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
 
     # From one period to the next in a scan, as a scan of one is unrolled, and then keeps all.
     made = kept(1, unroll=True) if _is_cpu(mesh) else 2 * (kept(3, unroll=False) - kept(2, unroll=False))
-    variables = jax.tree.leaves(_with_layers(weights, period), is_leaf=_is_variable)
-    of_layers = [each for each in variables if "l" in each.get_metadata("axes").split()]
+    trained, all_of_layers = (
+        [each for each in jax.tree.leaves(tree, is_leaf=_is_variable) if "l" in each.get_metadata("axes").split()]
+        for tree in (_with_layers(weights[:1], period), _with_layers(weights, period))
+    )
     is_cut, itemsize = _is_cut(mesh), decoder.compute_dtype.itemsize
-    made += sum(math.prod(each.shape) * itemsize for each in of_layers if is_cut or each.dtype.itemsize != itemsize)
-    return made + is_cut * max(math.prod(each.shape) // period * 4 for each in of_layers)
+    needed = [each for each in all_of_layers if is_cut or each.dtype.itemsize != itemsize]
+    made += sum(math.prod(each.shape) * itemsize for each in needed)
+    return made + is_cut * max((math.prod(each.shape) // period * 4 for each in trained), default=0)
 
 
 def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:
