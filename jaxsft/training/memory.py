@@ -23,6 +23,7 @@ from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, in_scope, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
+from jaxsft.model.dispatch import WEIGHTS_AT_ONCE
 from jaxsft.model.quantized_maps import with_plain_weights
 from jaxsft.training.chunks import chunk_size
 from jaxsft.training.loss import is_in_blocks
@@ -216,8 +217,26 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
     )
     is_cut, itemsize = _is_cut(mesh), decoder.compute_dtype.itemsize
     needed = [each for each in all_of_layers if is_cut or each.dtype.itemsize != itemsize]
-    made += sum(math.prod(each.shape) * itemsize for each in needed)
-    return made + is_cut * max((math.prod(each.shape) // period * 4 for each in trained), default=0)
+    made += sum(_at_once(each, mesh, period) * itemsize for each in needed)
+    of_one_layer = (_at_once(each, mesh, period) // (1 if _is_of_experts(each) else period) * 4 for each in trained)
+    return made + is_cut * max(of_one_layer, default=0)
+
+
+def _at_once(leaf: nnx.Variable, mesh: AnyMesh, period: int) -> int:
+    """Numbers of a weight, in all its width, that a device works with at once in a period of layers.
+
+    Of dense layers all; of experts those of the device in one layer, in groups where they are gathered (`dispatch.py`).
+    """
+    numbers = math.prod(leaf.shape)
+    if not _is_of_experts(leaf):
+        return numbers
+    of_layer = numbers // period // mesh.shape["expert"]
+    one = numbers // period // leaf.shape[leaf.get_metadata("axes").split().index("e")]
+    return min(of_layer, max(one, WEIGHTS_AT_ONCE // 3)) if _is_cut(mesh) else of_layer
+
+
+def _is_of_experts(leaf: nnx.Variable) -> bool:
+    return "e" in leaf.get_metadata("axes").split()
 
 
 def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:
