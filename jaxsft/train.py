@@ -7,6 +7,7 @@ trained in `chat/`, what a step computes in `training/step.py`, what a checkpoin
 import collections
 import contextlib
 import functools
+import math
 import sys
 import types
 from collections.abc import Generator, Iterator
