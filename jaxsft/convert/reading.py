@@ -1,0 +1,247 @@
+"""What a file of another trainer says: YAML, JSON, a saved command line, or a Python script; and whose it is.
+
+In: a path. Out: key -> value, and the project. Scripts are read and never run: only values that stand in them count.
+"""
+
+import ast
+import json
+import pathlib
+import re
+import shlex
+from typing import Any, NamedTuple
+
+import yaml
+
+from jaxsft.config import ConfigError
+from jaxsft.config_files import Loader
+from jaxsft.disk.writing import at_home, is_file
+from jaxsft.foreign_keys import FOREIGN
+
+PROJECTS = ("trl", "axolotl", "llama-factory")
+
+MARKS: dict[str, frozenset[str]] = {
+    "axolotl": frozenset(["base_model", "sequence_len", "sample_packing", "val_set_size"]),
+    "llama-factory": frozenset(
+        ["finetuning_type", "cutoff_len", "dataset_dir", "lora_rank", "lora_target", "stage", "template", "dataset",
+         "train_dataset", "model_class", "export_dir", "neat_packing", "train_on_prompt", "mask_history"]
+    ),
+    "trl": frozenset(
+        ["model_name_or_path", "dataset_name", "dataset_mixture", "dataset_mixer", "assistant_only_loss", "use_peft",
+         "per_device_train_batch_size", "num_train_epochs", "max_length", "max_seq_length", "dataset_text_field",
+         "completion_only_loss", "lora_r", "gradient_accumulation_steps", "lr_scheduler_type", "output_dir"]
+    ),
+}  # fmt: skip
+"""Project -> keys by which its configs are known; the first project that has one."""
+
+MOST = 2**22
+"""Bytes of a file that is read."""
+
+
+class Read(NamedTuple):
+    """A config of another trainer."""
+
+    project: str
+    theirs: dict[str, Any]
+    notes: list[str]
+    """What is to be known of how it was read."""
+
+
+def read(file: str, project: str | None) -> Read:
+    """Reads a file.
+
+    Args:
+        file: its path.
+        project: whose it is; None: found from its keys.
+
+    Raises:
+        ConfigError: it cannot be read, or is no config of theirs.
+    """
+    path = at_home(file)
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder; give the config file in it")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; a YAML, JSON, saved command line or Python script of TRL, axolotl "
+                          "or LLaMA-Factory is expected")  # fmt: skip
+    if not is_file(path):
+        raise ConfigError(f"{path}: no regular file")
+    try:
+        data = path.read_bytes()
+        if len(data) > MOST:
+            raise ConfigError(f"{path}: {len(data):,} bytes, which is no config")
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as text: {error}") from None
+    notes: list[str] = []
+    if path.suffix == ".py":
+        theirs = _from_python(text, path)
+        notes.append("a script: only values that stand in it were read, of SFTConfig, LoraConfig and the like")
+    elif path.suffix in (".sh", ".bash", ".txt", ".slurm", ".sbatch", ".cmd"):
+        theirs = _from_command(text, path)
+    else:
+        theirs = _from_yaml(text, path, notes)
+    return Read(project or _whose(theirs, path), theirs, notes)
+
+
+def _whose(theirs: dict[str, Any], path: pathlib.Path) -> str:
+    if isinstance(theirs.get("model"), dict) and isinstance(theirs.get("data"), dict):
+        raise ConfigError(f"{path}: this is a config of ours already: python run.py train {path}")
+    if "compute_environment" in theirs or "zero_optimization" in theirs:
+        raise ConfigError(f"{path}: a config of accelerate or DeepSpeed, of which nothing is needed: all devices are "
+                          "used, and mesh.fsdp cuts weights and rows over them")  # fmt: skip
+    for project, marks in MARKS.items():
+        if marks & theirs.keys():
+            return project
+    known = [name for name in theirs if name in FOREIGN]
+    names = ", ".join(map(str, list(theirs)[:6])) or "none"
+    if not known:
+        raise ConfigError(f"{path}: no key of TRL, axolotl or LLaMA-Factory is in it; its keys are: {names}")
+    raise ConfigError(f"{path}: whose config it is does not follow from its keys ({names}): give --from "
+                      f"{' or '.join(PROJECTS)}")  # fmt: skip
+
+
+class _Lenient(Loader):
+    """As others read YAML: of a key that is given twice, the last one counts."""
+
+
+def _mapping(loader: Loader, node: yaml.MappingNode) -> dict:
+    return loader.construct_mapping(node, deep=True)
+
+
+_Lenient.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _from_yaml(text: str, path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        node = yaml.compose(text, _Lenient)
+        # Aliases may stand for any number of keys, and a config has no use for deep ones.
+        theirs = yaml.load(text, _Lenient)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if "trl " in text or ".py" in text.split("\n", 1)[0]:
+            return _from_command(text, path)
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if isinstance(theirs, str) and "--" in theirs:
+        return _from_command(text, path)
+    if not isinstance(theirs, dict) or not theirs:
+        kind = "nothing" if theirs is None or theirs == {} else f"a {type(theirs).__name__}"
+        raise ConfigError(f"{path}: a mapping of keys is expected, but this file holds {kind}")
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        notes += [f"{key} is given twice; the last one counts, as with them" for key in twice]
+    return {str(key): value for key, value in theirs.items()}
+
+
+def _from_command(text: str, path: pathlib.Path) -> dict[str, Any]:
+    """`trl sft --key value ...` or `python sft.py --key value ...`, over several lines or behind a launcher."""
+    try:
+        words = shlex.split(text.replace("\\\n", " "), comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as a command line: {error}") from None
+    starts = [at for at, word in enumerate(words) if word == "sft" or re.search(r"(^|/)\w*(sft|train)\w*\.py$", word)]
+    if not starts:
+        raise ConfigError(f"{path}: no `trl sft` and no `...sft.py` in this command line")
+    theirs: dict[str, Any] = {}
+    name = None
+    for word in words[starts[0] + 1 :]:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            if name.startswith("no_") and name not in FOREIGN:
+                name, equals, value = name[3:], "=", "false"
+            theirs[name] = _typed(value) if equals else True
+        elif word in ("&&", ";", "||", "|", ">", "2>&1", "&"):
+            break
+        elif name is not None:
+            given = theirs[name]
+            earlier = given if isinstance(given, list) else [given]
+            theirs[name] = _typed(word) if given is True else [*earlier, _typed(word)]
+    if not theirs:
+        raise ConfigError(f"{path}: no --key value behind {words[starts[0]]}")
+    return theirs
+
+
+def _typed(word: str) -> Any:
+    try:
+        return yaml.load(word, _Lenient)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        return word
+
+
+CALLS: dict[str, dict[str, str]] = {
+    "SFTConfig": {},
+    "TrainingArguments": {},
+    "Seq2SeqTrainingArguments": {},
+    "ModelConfig": {},
+    "ScriptArguments": {},
+    "LoraConfig": {
+        "r": "lora_r",
+        "target_modules": "lora_target_modules",
+        "modules_to_save": "lora_modules_to_save",
+        "rank_pattern": "lora_rank_pattern",
+        "alpha_pattern": "lora_alpha_pattern",
+        "task_type": "lora_task_type",
+        "bias": "lora_bias",
+    },
+    "BitsAndBytesConfig": {},
+    "SFTTrainer": {"model": "model_name_or_path"},
+}
+"""Calls in a script whose arguments count -> arguments that have another name among TRL's."""
+
+_OF_TRAINER = ("model", "max_seq_length", "packing", "dataset_text_field", "neftune_noise_alpha", "dataset_kwargs")
+"""Arguments of `SFTTrainer` that say something; older versions had some of SFTConfig's."""
+
+
+def _from_python(text: str, path: pathlib.Path) -> dict[str, Any]:
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as Python: {error}") from None
+    values = {
+        target.id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    theirs: dict[str, Any] = {}
+
+    def literal(node: ast.AST) -> Any:
+        node = values.get(node.id, node) if isinstance(node, ast.Name) else node
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            # torch.bfloat16 and the like are their last name.
+            return node.attr if isinstance(node, ast.Attribute) else None
+
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in CALLS:
+            for keyword in node.keywords:
+                if keyword.arg is None or (called == "SFTTrainer" and keyword.arg not in _OF_TRAINER):
+                    continue
+                value = literal(keyword.value)
+                if value is not None:
+                    theirs[CALLS[called].get(keyword.arg, keyword.arg)] = value
+            if called == "LoraConfig":
+                theirs["use_peft"] = True
+        elif called == "load_dataset" and node.args and "dataset_name" not in theirs:
+            theirs |= _dataset(node, literal)
+        elif called == "from_pretrained" and node.args and isinstance(name := literal(node.args[0]), str):
+            theirs.setdefault("model_name_or_path", name)
+    if not theirs:
+        raise ConfigError(f"{path}: no SFTConfig, TrainingArguments or LoraConfig with values is called in it")
+    return json.loads(json.dumps(theirs, default=str))
+
+
+def _dataset(node: ast.Call, literal: Any) -> dict[str, Any]:
+    """What `load_dataset` names."""
+    given = dict(zip(("path", "name"), (literal(arg) for arg in node.args), strict=False))
+    given |= {keyword.arg: literal(keyword.value) for keyword in node.keywords if keyword.arg}
+    path, files = given.get("path"), given.get("data_files")
+    if path in ("json", "csv", "parquet", "text", "arrow") and files:
+        files = files.get("train") if isinstance(files, dict) else files
+        return {"datasets": [{"path": path, "data_files": files}]}
+    found = {"dataset_name": path, "dataset_config": given.get("name"), "dataset_train_split": given.get("split")}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
