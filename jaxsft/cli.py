@@ -274,6 +274,8 @@ def keys_command(args: argparse.Namespace) -> int:
 
 COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command)
 """Commands whose compiled programs are kept for the next start."""
+TAKE_CONFIG = ("train", "preview", "evaluate", "plan", "compare")
+"""Commands whose first argument is a config."""
 WATCHED = (train_command, quickstart_command, evaluate_command, doctor_command)
 """Commands that end together where several processes run them."""
 
@@ -340,11 +342,14 @@ def _advice(words: Sequence[str]) -> str | None:
     """What to type in place of a command that other trainers have."""
     name = words[0] if words else ""
     if name in COMMANDS:
-        return f"{name}: no such command; here it is: python run.py {COMMANDS[name]}"
+        file = next((word for word in words[1:] if word.endswith((".yaml", ".yml"))), "CONFIG")
+        return f"{name}: no such command; here it is: python run.py {COMMANDS[name].replace('CONFIG', file)}"
     if name in OTHER_METHODS:
         return f"{name}: supervised fine-tuning alone is trained here: python run.py train CONFIG"
     if name.endswith((".yaml", ".yml")):
         return f"{name}: a config needs a command before it: python run.py train {name}"
+    if name in TAKE_CONFIG and len(words) > 1 and "=" in words[1] and not os.path.exists(words[1]):
+        return f"{words[1]}: the config stands before what changes it: python run.py {name} CONFIG {words[1]}"
     return None
 
 
@@ -364,7 +369,10 @@ def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
         elif near := [name] if name in keys_called(name) else keys_called(name):
             told.append(f"{given}: write " + " or ".join(f"{key}={value or '...'}" for key in near))
         elif foreign := of_others(name):
-            told.append(f"{given}: {foreign.told()}" + " and is written key=value" * bool(foreign.ours))
+            is_one = foreign.ours and " " not in foreign.ours
+            note = f" ({foreign.note})" if foreign.note else ""
+            told.append(f"{given}: " + (f"write {foreign.ours}={'...' if note else value or '...'}{note}" if is_one else
+                                        foreign.told()))  # fmt: skip
         else:
             told.append(f"{given}: no such key; keys are written key=value, and `python run.py keys` lists them")
     if len(told) < 2:

@@ -21,7 +21,7 @@ class Foreign(NamedTuple):
         """In a sentence that follows the name of the key."""
         if not self.ours:
             return f"no such key here: {self.note}"
-        return f"here it is {self.ours}{f' ({self.note})' * bool(self.note)}"
+        return f"here it is {self.ours}{f' ({self.note})' if self.note else ''}"
 
 
 _TAKEN: list[tuple[str, str, str]] = [
@@ -33,9 +33,9 @@ _TAKEN: list[tuple[str, str, str]] = [
     (
         "bf16 bfloat16 mixed_precision",
         "model.compute_dtype",
-        "left out: bfloat16 on accelerators; weights are float32 unless model.param_dtype says bfloat16",
+        "left out: bfloat16 on accelerators",
     ),
-    ("torch_dtype dtype pure_bf16", "model.param_dtype", "float32 unless set; model.compute_dtype is that of matmuls"),
+    ("torch_dtype dtype pure_bf16", "model.param_dtype", "of trained weights: float32 or bfloat16"),
     ("load_in_4bit", "model.quantize", "nf4"),
     ("load_in_8bit", "model.quantize", "int8"),
     ("quantization_bit", "model.quantize", "nf4 for 4, int8 for 8"),
@@ -43,21 +43,21 @@ _TAKEN: list[tuple[str, str, str]] = [
     (
         "gradient_checkpointing activation_checkpointing",
         "model.remat",
-        "full is as there, none keeps all, attention is between",
+        "full, attention or none",
     ),
     ("disable_gradient_checkpointing", "model.remat", "none"),
     ("activation_offloading", "model.remat", "offload"),
     (
         "attn_implementation flash_attn attn_impl",
         "model.attention",
-        "left out: chosen by devices and rows; packed examples never see each other on any kernel",
+        "left out: chosen by devices and rows",
     ),
     # Data.
     (
         "datasets dataset_name train_dataset dataset train_data train_file train_files data_path data_files "
         "dataset_mixture dataset_mixer pretraining_dataset dataset_path train_path",
         "data.train",
-        "a file, folder, glob or hub org/name[@config][:split], or a list of {path: ...}",
+        "a path or hub org/name, or a list of {path: ...}",
     ),
     (
         "test_datasets eval_dataset validation_file eval_file eval_data val_data validation_data test_file",
@@ -70,7 +70,7 @@ _TAKEN: list[tuple[str, str, str]] = [
     (
         "val_set_size val_size test_split_size",
         "data.eval",
-        "rows of their own; a hub dataset is cut as org/name:train[:95%] and [95%:], a file with head and tail",
+        "rows of their own: another file, or org/name:train[95%:]",
     ),
     ("dataset_text_field text_column text_field field", "data.train.N.columns", "{text: theirs}"),
     ("field_messages", "data.train.N.columns", "{messages: theirs}"),
@@ -88,18 +88,18 @@ _TAKEN: list[tuple[str, str, str]] = [
     ("message_field_training", "data.train.N.keys", "{theirs: train}"),
     ("ds_type", "data.train.N.path", "the ending of a file says its kind"),
     ("max_length max_seq_length max_seq_len model_max_length sequence_len cutoff_len max_length_tokens block_size "
-     "context_length max_packed_sequence_len", "data.seq_len", "tokens of a row, and of the longest example"),
+     "context_length max_packed_sequence_len", "data.seq_len", "tokens of a row"),
     ("sample_packing neat_packing packing_strategy", "data.packing", "examples of a row never see each other"),
-    ("truncation_mode excess_length_strategy", "data.overlong", "drop, truncate, split, truncate_turns, error, ..."),
-    ("assistant_only_loss completion_only_loss", "data.train_on", "assistant (the default) trains answers alone"),
-    ("train_on_inputs train_on_prompt", "data.train_on", "all; assistant (the default) trains answers alone"),
+    ("truncation_mode excess_length_strategy", "data.overlong", "drop, truncate, truncate_turns, split, ..."),
+    ("assistant_only_loss completion_only_loss", "data.train_on", "assistant, the default, trains answers alone"),
+    ("train_on_inputs train_on_prompt", "data.train_on", "all; the default trains answers alone"),
     ("mask_history", "data.train_on", "last_turn"),
     ("roles_to_train", "data.train_on", "a list of roles"),
     ("train_on_eos train_on_eot", "data.train_stop", "every, or last"),
     (
         "chat_template_path chat_template_jinja template prompt_template",
         "data.chat_template",
-        "a Jinja file or the name of one of ours; left out: the tokenizer's own",
+        "a Jinja file, or one of ours; left out: the tokenizer's",
     ),
     ("enable_thinking", "data.chat_template_kwargs", "{enable_thinking: ...}"),
     ("eos_token", "data.set_eos", "true makes the token that ends an answer the eos token"),
@@ -113,25 +113,24 @@ _TAKEN: list[tuple[str, str, str]] = [
     (
         "per_device_train_batch_size micro_batch_size train_batch_size global_batch_size per_gpu_train_batch_size",
         "train.batch_size",
-        "rows per step over all devices: theirs x accumulation x devices",
+        "rows per step over all devices",
     ),
     (
         "gradient_accumulation_steps grad_accum grad_accum_steps accumulation_steps accumulate_grad_batches",
         "train.batch_size and train.microbatch_size",
-        "rows per step and rows at once; how often is their quotient",
+        "accumulation is the first over the second",
     ),
     ("num_train_epochs num_epochs max_epochs n_epochs nb_epochs", "train.epochs", ""),
     ("max_steps num_steps total_steps max_train_steps num_training_steps max_iters", "train.steps", ""),
     (
         "unfrozen_parameters freeze_trainable_layers freeze_trainable_modules freeze_extra_modules trainable_modules",
         "train.only",
-        "names, ends of names, or regular expressions such as layers\\.(30|31)\\..*",
+        "names, or such as layers\\.(30|31)\\..*",
     ),
-    ("ddp_timeout", "train.stall_timeout", "seconds without a step; left out: found from the steps' times"),
     # Optim.
-    ("lr max_lr peak_lr lr_max", "optim.learning_rate", "per step of batch_size rows"),
+    ("lr max_lr peak_lr lr_max", "optim.learning_rate", ""),
     ("optimizer optim_name optimizer_type optimizer_name", "optim.name",
-     "adamw, adamw8bit, adafactor, lion, muon, ..."),
+     "adamw, adamw8bit, muon, ..."),
     (
         "lr_scheduler_type lr_scheduler scheduler scheduler_type lr_schedule",
         "optim.schedule",
@@ -144,8 +143,8 @@ _TAKEN: list[tuple[str, str, str]] = [
      "null: none"),
     ("adam_beta1 beta_1", "optim.beta1", ""),
     ("adam_beta2 beta_2", "optim.beta2", ""),
-    ("betas adam_betas", "optim.beta1 and optim.beta2", ""),
-    ("adam_epsilon adam_eps eps", "optim.epsilon", ""),
+    ("betas adam_betas adamw_betas", "optim.beta1 and optim.beta2", ""),
+    ("adam_epsilon adam_eps eps adamw_eps", "optim.epsilon", ""),
     ("wd", "optim.weight_decay", "not on norms and biases"),
     ("use_muon", "optim.name", "muon"),
     ("loraplus_lr_ratio", "optim.groups", "{match: lora_b, learning_rate_factor: theirs}"),
@@ -157,16 +156,16 @@ _TAKEN: list[tuple[str, str, str]] = [
     (
         "neftune_noise_alpha noisy_embedding_alpha neftune",
         "loss.neftune_alpha",
-        "scaled by the length of the example, not of the padded row",
+        "by the length of the example",
     ),
     ("loss_type use_dft_loss", "loss.dft", "true; the plain loss is the default"),
     # LoRA.
-    ("use_peft adapter finetuning_type peft_config peft lora_config", "lora", "a section; lora.rank is all it needs"),
+    ("use_peft adapter finetuning_type peft_config peft lora_config", "lora", "a section with a rank"),
     ("lora_r lora_rank r", "lora.rank", ""),
     ("lora_alpha", "lora.alpha", "left out: twice the rank"),
     ("lora_dropout", "lora.dropout", ""),
     ("lora_target_modules target_modules lora_target lora_targets", "lora.targets",
-     "all_linear (the default), attention, mlp, or names such as q_proj"),
+     "all_linear, attention, or names such as q_proj"),
     ("lora_target_linear", "lora.targets", "all_linear, the default"),
     ("lora_target_parameters target_parameters", "lora.targets", "mlp means experts too"),
     ("lora_rank_pattern", "lora.rank_pattern", ""),
@@ -203,10 +202,10 @@ _TAKEN: list[tuple[str, str, str]] = [
     ("save_total_limit max_checkpoints keep_checkpoints", "checkpoint.keep", "the best one is kept besides"),
     ("logging_steps log_interval log_every log_every_n_steps logging_interval", "log.every", "in steps"),
     ("report_to use_wandb use_tensorboard use_trackio logger with_tracking", "log.to",
-     "tensorboard, wandb, trackio; metrics.jsonl is always written"),
+     "tensorboard, wandb, trackio"),
     ("wandb_project trackio_project_name project tracker_project_name", "log.project", ""),
     ("profiler_steps profiler_active_steps enable_torch_profiler", "log.profile_steps", ""),
-    ("output_dir out_dir save_dir outdir checkpoint_dir", "run_dir", "checkpoints, metrics and export/ lie in it"),
+    ("output_dir out_dir save_dir outdir checkpoint_dir", "run_dir", ""),
     ("run_name wandb_name trackio_run_name experiment_name wandb_run_name exp_name", "run_dir",
      "its last part is the run's name"),
 ]  # fmt: skip
@@ -342,6 +341,8 @@ _NONE: dict[str, str] = {
         "ddp_backend local_rank parallelism_config dist_config use_distributed_optimizer overlap_param_gather "
         "overlap_grad_reduce ignore_bias_buffers average_tokens_across_devices sequence_parallel num_gpus gpus "
         "num_processes hyper_parallel_args use_hyper_parallel strategy accelerator num_devices n_gpu",
+    "a run that stands still is ended by itself (train.stall_timeout)":
+        "ddp_timeout init_timeout",
     "layers are not cut over devices in stages; mesh.fsdp cuts every layer":
         "pipeline_model_parallel_size virtual_pipeline_model_parallel_size account_for_embedding_in_pipeline_split "
         "account_for_loss_in_pipeline_split pipeline_parallel_size pp_size",

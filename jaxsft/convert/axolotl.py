@@ -111,14 +111,16 @@ def _rows(c: Conversion) -> None:
     if not c.is_on(name):
         c.missing.append("data.train: a file, folder, glob or hub org/name[@config][:split]")
         return
-    entries = c.given(name)
-    entries = [entries] if isinstance(entries, str | dict) else entries
     notes: list[str] = []
-    sources = [source for entry in entries for source in _sources(entry, notes)]
+    sources = [source for entry in c.entries(name, c.given(name)) for source in _sources(entry, notes)]
     take_sources(c, "data.train", sources, name, note="; ".join(dict.fromkeys(notes)))
     if c.is_on("test_datasets"):
         notes = []
-        held_out = [source for entry in c.given("test_datasets") for source in _sources(entry, notes)]
+        held_out = [
+            source
+            for entry in c.entries("test_datasets", c.given("test_datasets"))
+            for source in _sources(entry, notes)
+        ]
         numbered = {"eval" if len(held_out) == 1 else f"eval{at}": each for at, each in enumerate(held_out)}
         c.take("data.eval", numbered, "test_datasets", note="; ".join(dict.fromkeys(notes)))
     hold_out(c, "val_set_size", [source["path"] for source in sources])
@@ -128,19 +130,18 @@ def _rows(c: Conversion) -> None:
         c.leave("streaming", why="a stream needs train.steps (max_steps); data are prepared before")
 
 
-def _sources(entry: Any, notes: list[str]) -> list[dict[str, Any]]:
+def _sources(entry: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """The sources of one entry of `datasets`; what is lost of it goes to `notes`."""
-    entry = {"path": entry} if isinstance(entry, str) else dict(entry)
     kind = entry.get("type")
-    files = entry.get("data_files")
+    files = [str(file) for file in as_list(entry.get("data_files") or [])]
     path = str(entry.get("path"))
     if files and not is_hub(path):
-        joined = [file if path in ("json", "csv", "parquet", "text") else f"{path}/{file}" for file in as_list(files)]
+        joined = [file if path in ("json", "csv", "parquet", "text") else f"{path}/{file}" for file in files]
         places = [place for file in joined for place in hub_or_file(file)]
     else:
         places = hub_or_file(path, entry.get("name"), entry.get("split"))
         if files:
-            notes.append(f"{path}: of a hub dataset no single files are chosen; download {', '.join(as_list(files))}")
+            notes.append(f"{path}: of a hub dataset no single files are chosen; download {', '.join(files)}")
     notes += [place.note for place in places if place.note]
     more: dict[str, Any] = {}
     columns, keys = _columns(entry, kind if isinstance(kind, dict) else {})
@@ -186,7 +187,8 @@ def _columns(entry: dict[str, Any], kind: dict[str, Any]) -> tuple[dict[str, str
         if (theirs := kind.get(f"field_{ours}")) and theirs != ours:
             columns[ours] = str(theirs)
     mapped = {"role": entry.get("message_field_role"), "content": entry.get("message_field_content")}
-    mapped |= entry.get("message_property_mappings") or {}
+    mappings = entry.get("message_property_mappings")
+    mapped |= mappings if isinstance(mappings, dict) else {}
     for ours, theirs in mapped.items():
         if theirs and theirs != ours and (ours, theirs) not in (("role", "from"), ("content", "value")):
             keys[str(theirs)] = str(ours)
@@ -206,8 +208,8 @@ def _roles(roles: Any) -> dict[str, str]:
     }  # fmt: skip
     return {
         str(theirs): str(ours)
-        for ours, several in (roles or {}).items()
-        for theirs in as_list(several)
+        for ours, several in (roles.items() if isinstance(roles, dict) else [])
+        for theirs in as_list(several or [])
         if theirs != ours and usual.get(theirs) != ours
     }
 
@@ -234,8 +236,8 @@ def _lengths(c: Conversion) -> None:
 
 
 def _masks(c: Conversion) -> None:
-    entries = [entry for entry in as_list(c.given("datasets") or []) if isinstance(entry, dict)]
-    roles = {tuple(entry["roles_to_train"]) for entry in entries if entry.get("roles_to_train")}
+    entries = c.entries("datasets", c.given("datasets") or [])
+    roles = {tuple(map(str, as_list(entry["roles_to_train"]))) for entry in entries if entry.get("roles_to_train")}
     stops = {str(entry["train_on_eos"]) for entry in entries if entry.get("train_on_eos")}
     if c.flag("train_on_inputs"):
         c.take("data.train_on", "all", "train_on_inputs", note="every token, also of headers and system texts")

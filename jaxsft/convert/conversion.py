@@ -4,14 +4,16 @@ In: the keys of a config of another trainer, and how that trainer calls what all
 values, and for every key of theirs a line that says what became of it.
 """
 
-from collections.abc import Sequence
+import contextlib
 from typing import Any, NamedTuple
+
+import yaml
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.foreign_keys import SAME, of_others
 
-IDLE: tuple[Any, ...] = (None, False, "", "none", "no", "None", [], {})
-"""Values by which nothing is asked for."""
+IDLE: tuple[Any, ...] = (None, "", "none", "no", "None", "passive", [], {})
+"""Values by which nothing is asked for, beside false and 0."""
 
 
 class Taken(NamedTuple):
@@ -71,13 +73,18 @@ class Conversion:
     def number(self, canonical: str) -> float | None:
         """As `value`, of a number, which others also read from text."""
         value = self.value(canonical)
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-            return value
-        try:
-            return float(str(value).replace("_", ""))
-        except ValueError:
-            self.problems.append(f"{self.names(canonical)[0]}: {value!r} given, expected a number")
-            return None
+        return None if value is None else self.as_number(value, *self.names(canonical)[:1])
+
+    def as_number(self, value: Any, name: str = "") -> float | None:
+        """A value of this key, or of a part of it, as a number; what is none is a problem."""
+        number = value
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                number = float(value.replace("_", ""))
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < 1e18:
+            return number
+        self.problems.append(f"{name}: {brief(value)} given, expected a number")
+        return None
 
     def whole(self, canonical: str) -> int | None:
         """As `number`, of a whole one."""
@@ -112,6 +119,25 @@ class Conversion:
         """Whether this key of ours has its value."""
         return any(taken.key == key for taken in self.taken)
 
+    def texts(self, canonical: str) -> list[str]:
+        """As `given`, of names: several, or one text with commas; nothing where none are given."""
+        given = self.given(canonical)
+        listed = [] if given is None else as_list(given)
+        if wrong := [one for one in listed if not isinstance(one, str)]:
+            name = self.names(canonical)[0]
+            self.problems.append(f"{name}: {brief(wrong[0])} given, expected text, or a list of texts")
+        return [one for one in listed if isinstance(one, str)]
+
+    def entries(self, name: str, value: Any) -> list[dict[str, Any]]:
+        """The datasets that stand in a value of this key, each a mapping, where a path alone is one as well."""
+        several = value if isinstance(value, list) else [value]
+        entries = [{"path": one} if isinstance(one, str) else one for one in several]
+        for one in entries:
+            path = (one.get("path") or one.get("id")) if isinstance(one, dict) else None
+            if not isinstance(path, str) or len(path) > 1000:
+                self.problems.append(f"{name}: {brief(one)} given, expected a mapping with a path")
+        return [one for one in entries if isinstance(one, dict) and isinstance(one.get("path") or one.get("id"), str)]
+
     # What is left in the end.
 
     def idle(self) -> list[str]:
@@ -145,11 +171,13 @@ class Conversion:
         return {name for taken in self.taken for name in taken.names}
 
     def _asks_nothing(self, name: str) -> bool:
-        """Whether nothing is asked for by this key; numbers of steps and ranks below 0 are such values."""
+        """Whether nothing is asked for by this key."""
         value = self.theirs[name]
-        if name in ("max_steps", "local_rank") and isinstance(value, int) and value < 1:
+        if isinstance(value, int | float) and (value == 0 or (value == -1 and name in ("max_steps", "local_rank"))):
             return True
-        return any(value is idle or (type(value) is type(idle) and value == idle) for idle in IDLE)
+        if value == f"<{name.upper()}>":  # in the JSON of transformers, what stands for a token
+            return True
+        return any(type(value) is type(idle) and value == idle for idle in IDLE)
 
     def _left(self) -> list[str]:
         seen = self._names_taken() | self.without.keys()
@@ -167,8 +195,20 @@ def our_default(key: str) -> Any:
     return None if field.is_required() else field.default
 
 
+def brief(value: Any) -> str:
+    """A value as it is shown, on one line and not too long."""
+    text = "null" if value is None else flow(value)
+    return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def as_list(value: Any) -> list[Any]:
     """One, several, or several in one text with commas."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, Sequence) else [value]
+    return list(value) if isinstance(value, list | tuple) else [value]

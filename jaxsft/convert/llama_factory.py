@@ -1,13 +1,14 @@
 """LLaMA-Factory's YAML (version 0.9 of August 2026), and the shorter one of its v1 (`model`, `train_dataset`)."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
 import yaml
 
 from jaxsft.config import ConfigError
-from jaxsft.convert.conversion import Conversion, as_list
+from jaxsft.convert.conversion import Conversion, as_list, brief
 from jaxsft.convert.sources import hold_out, hub_or_file, take_sources
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
@@ -99,7 +100,7 @@ def _rows(c: Conversion, beside: pathlib.Path, *, is_text: bool) -> None:
     if c.is_on("train_dataset"):
         _rows_of_v1(c, str(c.given("train_dataset")), beside)
         return
-    names = as_list(c.given("dataset") or [])
+    names = c.texts("dataset")
     if not names:
         c.missing.append("data.train: a file, folder, glob or hub org/name[@config][:split]")
         return
@@ -114,8 +115,8 @@ def _rows(c: Conversion, beside: pathlib.Path, *, is_text: bool) -> None:
         mixed = ["interleave_probs"] * any("weight" in source for source in sources)
         take_sources(c, "data.train", sources, "dataset", "dataset_dir", *mixed, note="; ".join(notes))
         if c.is_on("eval_dataset"):
-            held_out, notes = _named(as_list(c.given("eval_dataset")), info, at, is_text=is_text)
-            numbered = dict(zip(as_list(c.given("eval_dataset")), held_out, strict=True))
+            held_out, notes = _named(c.texts("eval_dataset"), info, at, is_text=is_text)
+            numbered = dict(zip(c.texts("eval_dataset"), held_out, strict=False))
             c.take("data.eval", numbered, "eval_dataset", note="; ".join(notes))
         hold_out(c, "val_size", [source["path"] for source in sources])
         if lost := [name for name in names if name not in info]:
@@ -159,7 +160,7 @@ def _named(
             notes.append(f"{name}: neither hf_hub_url nor file_name; give its path")
             continue
         source: dict[str, Any] = {"path": path}
-        columns = entry.get("columns") or {}
+        columns = entry["columns"] if isinstance(entry.get("columns"), dict) else {}
         if entry.get("ranking"):
             notes.append(f"{name}: rows of preferences are not trained on")
         is_chat = entry.get("formatting") in ("sharegpt", "openai")
@@ -172,7 +173,7 @@ def _named(
             del renamed["messages"]
         if renamed:
             source["columns"] = renamed
-        tags = entry.get("tags") or {}
+        tags = entry["tags"] if isinstance(entry.get("tags"), dict) else {}
         keys = {
             tags[f"{key}_tag"]: key
             for key in ("role", "content")
@@ -189,7 +190,8 @@ def _weighted(c: Conversion, sources: list[dict[str, Any]]) -> list[dict[str, An
     """With the shares by which they are mixed."""
     if not c.is_on("interleave_probs") or len(sources) < 2:
         return sources
-    shares = [float(share) for share in as_list(str(c.given("interleave_probs")))]
+    given = c.given("interleave_probs")
+    shares = [c.as_number(share, "interleave_probs") for share in as_list(given)]
     ends = {"interleave_under": "first", "interleave_over": "all"}.get(str(c.given("mix_strategy")))
     if ends:
         c.take("data.mixture_ends", ends, "mix_strategy")
@@ -198,7 +200,7 @@ def _weighted(c: Conversion, sources: list[dict[str, Any]]) -> list[dict[str, An
 
 def _rows_of_v1(c: Conversion, value: str, beside: pathlib.Path) -> None:
     """v1 names a dataset of the hub, or a YAML file with one entry for each source."""
-    found = [parent / value for parent in (pathlib.Path(), *beside.resolve().parents) if (parent / value).is_file()]
+    found = [parent / value for parent in (pathlib.Path(), *beside.resolve().parents) if os.path.isfile(parent / value)]
     if not value.endswith((".yaml", ".yml")):
         take_sources(c, "data.train", [{"path": place.path} for place in hub_or_file(value)], "train_dataset")
         return
@@ -206,10 +208,16 @@ def _rows_of_v1(c: Conversion, value: str, beside: pathlib.Path) -> None:
         c.leave("train_dataset", why=f"{value}, which names the rows, is not here")
         c.missing.append(f"data.train: what {value} names")
         return
-    entries = yaml.safe_load(found[0].read_text(encoding="utf-8"))
+    try:
+        entries = yaml.safe_load(found[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"train_dataset: {found[0]}: not readable as YAML: {' '.join(str(error).split())}") from None
     sources = []
     for entry in entries.values() if isinstance(entries, dict) else []:
-        (place, *_) = hub_or_file(entry.get("path"), entry.get("subset"), entry.get("split"))
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            c.problems.append(f"train_dataset: {found[0]}: {brief(entry)} given, expected a mapping with a path")
+            continue
+        (place, *_) = hub_or_file(entry["path"], entry.get("subset"), entry.get("split"))
         local = entry.get("source") == "local" and not pathlib.Path(place.path).is_absolute()
         root = found[0].resolve().parents[len(pathlib.PurePath(value).parts) - 1]
         count = {"count": entry["size"]} if isinstance(entry.get("size"), int) else {}

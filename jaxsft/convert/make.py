@@ -3,7 +3,6 @@
 In: a path and, where its keys do not say it, whose it is. Out: `Converted`. Nothing is written here.
 """
 
-import contextlib
 import textwrap
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import yaml
 from jaxsft.config import ConfigError
 from jaxsft.config_files import load_config
 from jaxsft.convert.axolotl import convert_axolotl
-from jaxsft.convert.conversion import Conversion, Taken
+from jaxsft.convert.conversion import Conversion, Taken, brief, flow
 from jaxsft.convert.llama_factory import convert_llama_factory
 from jaxsft.convert.reading import read
 from jaxsft.convert.trl import convert_trl
@@ -56,6 +55,7 @@ def convert(
             c = convert_llama_factory(found.theirs, beside=at_home(file).parent)
         else:
             c = {"trl": convert_trl, "axolotl": convert_axolotl}[found.project](found.theirs)
+        c.missing += found.missing
         c.taken = [one._replace(value=template_file) if one.value is c.template_file else one for one in c.taken]
         _fit(c)
         unknown = c.close()
@@ -102,7 +102,8 @@ def _tree(taken: list[Taken]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for one in taken:
         section, _, leaf = one.key.rpartition(".")
-        tree.setdefault(section, {})[leaf] = (one.value, ", ".join(one.names))
+        source = ", ".join(one.names) or ("not as there; see the report" if one.note else "")
+        tree.setdefault(section, {})[leaf] = (one.value, source)
     return tree
 
 
@@ -111,15 +112,15 @@ def _as_yaml(c: Conversion, file: str, tree: dict[str, Any]) -> str:
     lines += [f"# to fill in: {sentence}" for sentence in c.missing]
 
     def put(leaf: str, value: Any, source: str, indent: str) -> list[str]:
-        comment = f"  # {source}" if source else f"  # default of {c.project}"
+        comment = f"  # {source or f'default of {c.project}'}"
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return [
                 f"{indent}{leaf}:{comment}",
-                *(f"{indent}  - {_flow(one['path'] if one.keys() == {'path'} else one)}" for one in value),
+                *(f"{indent}  - {flow(one['path'] if one.keys() == {'path'} else one)}" for one in value),
             ]
         if leaf == "eval" and isinstance(value, dict):
-            return [f"{indent}{leaf}:{comment}", *(f"{indent}  {_flow(n)}: {_flow(v)}" for n, v in value.items())]
-        return [f"{indent}{leaf}: {_flow(value)}{comment}"]
+            return [f"{indent}{leaf}:{comment}", *(f"{indent}  {flow(n)}: {flow(v)}" for n, v in value.items())]
+        return [f"{indent}{leaf}: {flow(value)}{comment}"]
 
     for leaf, (value, source) in tree.get("", {}).items():
         lines += put(leaf, value, source, "")
@@ -136,11 +137,6 @@ def _shortest(leaf: str, value: Any) -> Any:
     if leaf == "train" and isinstance(value, list) and len(value) == 1 and value[0].keys() == {"path"}:
         return value[0]["path"]
     return value
-
-
-def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _check(text: str, c: Conversion, file: str) -> None:
@@ -186,7 +182,7 @@ def _report(c: Conversion, file: str, unknown: list[str], notes: list[str], coun
     if unknown:
         lines += [
             "not known, and not taken:",
-            *wrap(", ".join(f"{name}: {_brief(c.theirs[name])}" for name in unknown)),
+            *wrap(", ".join(f"{name}: {brief(c.theirs[name])}" for name in unknown)),
         ]
     if other := [taken for taken in c.taken if taken.note]:
         lines.append("means something else here:")
@@ -196,7 +192,7 @@ def _report(c: Conversion, file: str, unknown: list[str], notes: list[str], coun
     if same := [taken for taken in c.taken if taken.names and not taken.note]:
         lines += ["taken:", *(line for taken in same for line in wrap(_said(c, taken)))]
     if defaults := [taken for taken in c.taken if not taken.names and not taken.note]:
-        said = ", ".join(f"{taken.key} {_brief(taken.value)}" for taken in defaults)
+        said = ", ".join(f"{taken.key} {brief(taken.value)}" for taken in defaults)
         lines += [f"not given, and so as {c.project} has it:", *wrap(said)]
     if c.without:
         lines.append("no counterpart:")
@@ -210,12 +206,5 @@ def _report(c: Conversion, file: str, unknown: list[str], notes: list[str], coun
 
 
 def _said(c: Conversion, taken: Taken) -> str:
-    theirs = ", ".join(f"{name} {_brief(c.theirs[name])}" for name in taken.names)
-    return f"{theirs or 'not given'} -> {taken.key}: {_brief(taken.value)}"
-
-
-def _brief(value: Any) -> str:
-    text = "null" if value is None else "" if value == "" else _flow(value)
-    with contextlib.suppress(ValueError):
-        text = text if len(text) <= 60 else f"{text[:56]} ..."
-    return text
+    theirs = ", ".join(f"{name} {brief(c.theirs[name])}" for name in taken.names)
+    return f"{theirs or 'not given'} -> {taken.key}: {brief(taken.value)}"

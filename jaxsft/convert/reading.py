@@ -4,7 +4,7 @@ In: a path. Out: key -> value, and the project. Scripts are read and never run: 
 """
 
 import ast
-import json
+import contextlib
 import pathlib
 import re
 import shlex
@@ -44,6 +44,8 @@ class Read(NamedTuple):
     theirs: dict[str, Any]
     notes: list[str]
     """What is to be known of how it was read."""
+    missing: list[str]
+    """What stands in a script without a value."""
 
 
 def read(file: str, project: str | None) -> Read:
@@ -72,14 +74,15 @@ def read(file: str, project: str | None) -> Read:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as text: {error}") from None
     notes: list[str] = []
+    missing: list[str] = []
     if path.suffix == ".py":
-        theirs = _from_python(text, path)
+        theirs = _from_python(text, path, missing)
         notes.append("a script: only values that stand in it were read, of SFTConfig, LoraConfig and the like")
     elif path.suffix in (".sh", ".bash", ".txt", ".slurm", ".sbatch", ".cmd"):
         theirs = _from_command(text, path)
     else:
         theirs = _from_yaml(text, path, notes)
-    return Read(project or _whose(theirs, path), theirs, notes)
+    return Read(project or _whose(theirs, path), theirs, notes, missing)
 
 
 def _whose(theirs: dict[str, Any], path: pathlib.Path) -> str:
@@ -191,7 +194,8 @@ _OF_TRAINER = ("model", "max_seq_length", "packing", "dataset_text_field", "neft
 """Arguments of `SFTTrainer` that say something; older versions had some of SFTConfig's."""
 
 
-def _from_python(text: str, path: pathlib.Path) -> dict[str, Any]:
+def _from_python(text: str, path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
+    """The arguments of `CALLS`; those that are computed go to `missing`."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -204,41 +208,64 @@ def _from_python(text: str, path: pathlib.Path) -> dict[str, Any]:
         if isinstance(target, ast.Name)
     }
     theirs: dict[str, Any] = {}
-
-    def literal(node: ast.AST) -> Any:
-        node = values.get(node.id, node) if isinstance(node, ast.Name) else node
-        try:
-            return ast.literal_eval(node)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            # torch.bfloat16 and the like are their last name.
-            return node.attr if isinstance(node, ast.Attribute) else None
-
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    computed: list[tuple[str, str]] = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if called in CALLS:
-            for keyword in node.keywords:
-                if keyword.arg is None or (called == "SFTTrainer" and keyword.arg not in _OF_TRAINER):
+            for keyword in call.keywords:
+                if called == "SFTTrainer" and keyword.arg not in _OF_TRAINER:
                     continue
-                value = literal(keyword.value)
-                if value is not None:
-                    theirs[CALLS[called].get(keyword.arg, keyword.arg)] = value
+                name = CALLS[called].get(keyword.arg or "", keyword.arg or "**")
+                try:
+                    theirs[name] = _literal(keyword.value, values)
+                except ValueError:
+                    computed.append((name, f"{called}({keyword.arg or '**'}={ast.unparse(keyword.value)[:40]})"))
             if called == "LoraConfig":
                 theirs["use_peft"] = True
-        elif called == "load_dataset" and node.args and "dataset_name" not in theirs:
-            theirs |= _dataset(node, literal)
-        elif called == "from_pretrained" and node.args and isinstance(name := literal(node.args[0]), str):
-            theirs.setdefault("model_name_or_path", name)
+        elif called == "load_dataset" and call.args and not theirs.keys() & {"dataset_name", "datasets"}:
+            theirs |= _dataset(call, values)
+        elif called == "from_pretrained" and call.args:
+            with contextlib.suppress(ValueError):
+                theirs.setdefault("model_name_or_path", _literal(call.args[0], values))
     if not theirs:
         raise ConfigError(f"{path}: no SFTConfig, TrainingArguments or LoraConfig with values is called in it")
-    return json.loads(json.dumps(theirs, default=str))
+    missing += [f"{said}: no value that stands in the script" for name, said in computed if name not in theirs]
+    return theirs
 
 
-def _dataset(node: ast.Call, literal: Any) -> dict[str, Any]:
-    """What `load_dataset` names."""
-    given = dict(zip(("path", "name"), (literal(arg) for arg in node.args), strict=False))
-    given |= {keyword.arg: literal(keyword.value) for keyword in node.keywords if keyword.arg}
+def _literal(node: ast.expr, values: dict[str, ast.expr], depth: int = 0) -> Any:
+    """The value of an expression, of names that are given one, and of `torch.bfloat16` and the like their last name.
+
+    Raises:
+        ValueError: it is computed.
+    """
+    if depth > 20:
+        raise ValueError("a name that stands for itself")
+    if isinstance(node, ast.Name) and node.id in values:
+        return _literal(values[node.id], values, depth + 1)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+        return node.attr
+    if isinstance(node, ast.Dict) and all(node.keys):
+        keys = [_literal(key, values, depth + 1) for key in node.keys if key is not None]
+        return dict(zip(map(str, keys), (_literal(value, values, depth + 1) for value in node.values), strict=True))
+    if isinstance(node, ast.List | ast.Tuple | ast.Set):
+        return [_literal(one, values, depth + 1) for one in node.elts]
+    try:
+        value = ast.literal_eval(node)
+    except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    if not (value is None or isinstance(value, str | int | float)):
+        raise ValueError(f"a {type(value).__name__}")
+    return value
+
+
+def _dataset(call: ast.Call, values: dict[str, ast.expr]) -> dict[str, Any]:
+    """What `load_dataset` names; nothing where that is computed, so that the rows are missing."""
+    try:
+        given = dict(zip(("path", "name"), (_literal(arg, values) for arg in call.args), strict=False))
+        given |= {keyword.arg: _literal(keyword.value, values) for keyword in call.keywords if keyword.arg}
+    except ValueError:
+        return {}
     path, files = given.get("path"), given.get("data_files")
     if path in ("json", "csv", "parquet", "text", "arrow") and files:
         files = files.get("train") if isinstance(files, dict) else files

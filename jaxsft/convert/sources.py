@@ -1,6 +1,6 @@
 """How others name their rows, in our words: paths of the hub with config and split, and parts that are held out."""
 
-import pathlib
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Place(NamedTuple):
 def hub_or_file(path: Any, config: Any = None, split: Any = None) -> list[Place]:
     """A source by its name, config and split, as `datasets.load_dataset` takes them; several where splits are added."""
     path = str(path)
-    if re.fullmatch(r"[\w-]+", path) and not pathlib.Path(path).exists():
+    if re.fullmatch(r"[\w-]+", path) and not os.path.exists(path):
         return [Place(path, f"{path}: datasets of the hub are named org/name here")]
     if not is_hub(path):
         note = f"the split {split} of a local folder or file is not chosen" if split not in (None, "train") else ""
@@ -40,7 +40,7 @@ def hub_or_file(path: Any, config: Any = None, split: Any = None) -> list[Place]
 
 def is_hub(path: str) -> bool:
     """Whether this is the id of a dataset on the hub, as far as its form says."""
-    return bool(_HUB.fullmatch(path)) and not _FILE.search(path) and not pathlib.Path(path).exists()
+    return bool(_HUB.fullmatch(path)) and not _FILE.search(path) and not os.path.exists(path)
 
 
 def hold_out(c: Conversion, name: str, places: list[str]) -> None:

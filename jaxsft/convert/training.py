@@ -7,7 +7,7 @@ project calls them. Rows, masks and chat templates are each project's own.
 import re
 from typing import Any
 
-from jaxsft.convert.conversion import Conversion, as_list
+from jaxsft.convert.conversion import Conversion
 
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused "
@@ -135,7 +135,7 @@ def _schedule(c: Conversion) -> None:
     ours = SCHEDULES.get(theirs)
     further = c.given("lr_scheduler_kwargs")
     further = dict(further) if isinstance(further, dict) else {}
-    if ours is None and theirs == "polynomial" and float(further.get("power", 1)) == 1:
+    if ours is None and theirs == "polynomial" and further.get("power", 1) == 1:
         ours = "linear"
     if ours is None:
         c.leave("lr_scheduler_type", why=f"{theirs} is not one of ours; cosine is taken in its place")
@@ -149,15 +149,17 @@ def _schedule(c: Conversion) -> None:
         least = next((key for key in ("min_lr_rate", "min_lr_ratio", "min_lr", "lr_end") if key in further), None)
         if (share := c.number("cosine_min_lr_ratio")) is not None:
             c.take("optim.final_ratio", share, "cosine_min_lr_ratio")
-        elif least and rate:
-            share = float(further[least]) / (rate if least in ("min_lr", "lr_end") else 1)
+        elif least and rate and (value := c.as_number(further[least], f"lr_scheduler_kwargs: {least}")) is not None:
+            share = value / (rate if least in ("min_lr", "lr_end") else 1)
             c.take("optim.final_ratio", round(share, 12), "lr_scheduler_kwargs")
             used.add(least)
     if ours == "wsd":
         used |= {"decay_type", "warmup_type", "num_decay_steps", "num_stable_steps", "power", "num_cycles"}
-        if further.get("num_decay_steps") and total is not None and total > 0:
+        decays = further.get("num_decay_steps")
+        decay_steps = c.as_number(decays, "lr_scheduler_kwargs: num_decay_steps") if decays else None
+        if decay_steps and total is not None and total > 0:
             note = f"a share of the steps; it decays linearly ({further.get('decay_type', 'cosine')} there)"
-            c.take("optim.decay_ratio", further["num_decay_steps"] / total, "lr_scheduler_kwargs", note=note)
+            c.take("optim.decay_ratio", decay_steps / total, "lr_scheduler_kwargs", note=note)
         else:
             c.missing.append("optim.decay_ratio: the share of the steps in which the rate decays (0.2 where left out)")
     if left := sorted(further.keys() - used - {"power"}):
@@ -177,9 +179,9 @@ def _schedule(c: Conversion) -> None:
 
 
 def _loss(c: Conversion) -> None:
-    if smoothing := c.number("label_smoothing_factor"):
+    if (smoothing := c.number("label_smoothing_factor")) is not None:
         c.take("loss.label_smoothing", smoothing, "label_smoothing_factor")
-    if alpha := c.number("neftune_noise_alpha"):
+    if (alpha := c.number("neftune_noise_alpha")) is not None:
         note = "scaled by the length of the example, there by that of the padded row"
         c.take("loss.neftune_alpha", alpha, "neftune_noise_alpha", note=note)
 
@@ -217,15 +219,15 @@ def _cadences(c: Conversion) -> None:
     if keep := c.whole("save_total_limit"):
         c.take("checkpoint.keep", keep, "save_total_limit")
     _every(c, "log.every", "logging_steps")
-    to = [tracker for tracker in as_list(c.value("report_to") or []) if tracker not in ("none", "all")]
+    to = [tracker for tracker in c.texts("report_to") if tracker not in ("none", "all")]
     known = [tracker for tracker in to if tracker in ("tensorboard", "wandb", "trackio")]
     if known:
         c.take("log.to", known, "report_to")
     c.leave(*(["report_to"] if not known else []), why="of trackers there are tensorboard, wandb and trackio (log.to)")
-    if set(known) & {"wandb", "trackio"} and isinstance(c.given("project"), str):
+    if "trackio" in known and isinstance(c.given("project"), str):
         c.take("log.project", c.given("project"), "project")
-    else:
-        c.leave("project", why="a project is of wandb or trackio; log.to names neither")
+    elif not c.is_taken("log.project"):
+        c.leave("project", why="a project is trackio's there; log.to does not name it")
 
 
 def _every(c: Conversion, key: str, name: str, *others: str) -> None:
@@ -251,14 +253,14 @@ def convert_lora(c: Conversion, *, targets: Any) -> None:
     Args:
         targets: which maps get them there where none are named.
     """
-    if c.given("lora_model_dir"):
+    if c.texts("lora_model_dir"):
         taken = next((index for index, one in enumerate(c.taken) if one.key == "model.path"), None)
         if taken is not None:
             base = c.taken.pop(taken)
             for name in base.names:
                 c.without[name] = "the adapter's folder names its base"
         c.missing = [sentence for sentence in c.missing if not sentence.startswith("model.path")]
-        c.take("model.path", str(as_list(c.given("lora_model_dir"))[0]), "lora_model_dir", note="its adapters go on")
+        c.take("model.path", str(c.texts("lora_model_dir")[0]), "lora_model_dir", note="its adapters go on")
         why = "ranks, scales and targets are those of the adapter's folder"
         c.leave(*LORA_NAMES, why=why)
         return
@@ -279,7 +281,7 @@ def convert_lora(c: Conversion, *, targets: Any) -> None:
     if c.flag("use_dora"):
         c.take("lora.dora", True, "use_dora")
     if c.is_on("lora_modules_to_save"):
-        tables = [name for name in as_list(c.given("lora_modules_to_save")) if name in ("embed_tokens", "lm_head")]
+        tables = [name for name in c.texts("lora_modules_to_save") if name in ("embed_tokens", "lm_head")]
         hint = f"; to adapt them too: lora.targets [all_linear, {', '.join(tables)}]" if tables else ""
         c.leave("lora_modules_to_save", why=f"with adapters nothing else is trained{hint}")
 
@@ -298,7 +300,9 @@ def _targets(c: Conversion, usual: Any) -> None:
     if c.flag("lora_target_linear") or named in (*_ALL, ["all-linear"], ["all"]):
         c.take("lora.targets", ["all_linear"], "lora_target_linear", "lora_target_modules")
         return
-    targets = usual if named is None else as_list(named) if not _is_regex(named) else [_whole_name(named)]
+    targets = (
+        usual if named is None else c.texts("lora_target_modules") if not _is_regex(named) else [_whole_name(named)]
+    )
     if targets is None:
         c.missing.append("lora.targets: they require it; all_linear, attention, mlp or names such as q_proj")
         return

@@ -67,21 +67,22 @@ def _rows(c: Conversion) -> None:
         c.leave("dataset_name", why="`datasets` goes before it, there as here")
         return
     if isinstance(mixer := c.given("dataset_mixer"), dict):
-        splits = as_list(c.given("dataset_splits") or ["train"])
-        train = next((split for split in splits if "test" not in split), "train")
-        sources = [
-            {"path": place.path, **({} if share == 1 else {"epochs": float(share)})}
-            for path, share in mixer.items()
+        train = next((split for split in c.texts("dataset_splits") if "test" not in split), "train")
+        shares = {path: c.as_number(share, "dataset_mixer") for path, share in mixer.items()}
+        sources: list[dict[str, Any]] = [
+            {"path": place.path} | ({} if share == 1 else {"epochs": share})
+            for path, share in shares.items()
             for place in hub_or_file(path, split=train)
         ]
         take_sources(c, "data.train", sources, "dataset_mixer", "dataset_splits", note="shares are `epochs` of each")
         return
     name = c.given("dataset_name")
+    column = c.given("dataset_text_field")
     if name is None:
         c.missing.append("data.train: a file, folder, glob or hub org/name[@config][:split]")
+        c.leave("dataset_text_field", why=f"a column of another name is columns: {{text: {column}}} of a source")
         return
     places = hub_or_file(name, c.given("dataset_config"), c.value("dataset_train_split"))
-    column = c.given("dataset_text_field")
     columns = {} if column in (None, "text", "messages") else {"columns": {"text": str(column)}}
     names = ("dataset_name", "dataset_config", "dataset_train_split", *["dataset_text_field"] * bool(columns))
     c.leave("dataset_text_field", why="a column of this name is found by itself")
@@ -100,8 +101,7 @@ def _rows(c: Conversion) -> None:
 
 def _mixture(c: Conversion, name: str, several: list[Any], lost: list[str]) -> None:
     sources: list[dict[str, Any]] = []
-    for entry in several:
-        entry = entry if isinstance(entry, dict) else {"path": entry}
+    for entry in c.entries(name, several):
         path = entry.get("path") or entry.get("id")
         files = entry.get("data_files")
         if files and path in ("json", "csv", "parquet", "text", "arrow"):
@@ -110,8 +110,8 @@ def _mixture(c: Conversion, name: str, several: list[Any], lost: list[str]) -> N
             places = hub_or_file(path, entry.get("name") or entry.get("config"), entry.get("split"))
             lost += [f"data_files of {path}"] * bool(files)
         lost += [place.note for place in places if place.note]
-        share, part = entry.get("fraction"), entry.get("weight")
-        more = {"weight": float(share)} if share else {"epochs": float(part)} if part not in (None, 1) else {}
+        share, part = (entry.get(key) and c.as_number(entry[key], f"{name}: {key}") for key in ("fraction", "weight"))
+        more = {"weight": share} if share else {"epochs": part} if part not in (None, 1) else {}
         sources += [{"path": place.path, **more} for place in places]
     if len(sources) == 1:
         sources[0].pop("weight", None)
@@ -124,15 +124,14 @@ def _lengths(c: Conversion) -> None:
     if length is None and "max_length" in c.theirs:
         c.missing.append("data.seq_len: there is no limit there; here rows have a length (2048 where left out)")
     else:
-        note = "a longer example is cut there; by data.overlong here"
-        c.take("data.seq_len", length or 1024, "max_length", note=note if length else "")
+        c.take("data.seq_len", length or 1024, "max_length")
     strategy = str(c.given("packing_strategy") or "bfd")
-    is_packed = c.flag("packing") or c.flag("padding_free")
-    note = "" if c.flag("packing") else "padding_free has as many examples a step as unpacked; packed rows have more"
     if c.flag("packing"):
-        c.take("data.packing", True, "packing", "packing_strategy", note="best fit, always")
+        note = "" if strategy == "bfd" else "examples are fitted whole, and split where they are longer than a row"
+        c.take("data.packing", True, "packing", "packing_strategy", note=note)
         c.leave("padding_free", why="packed rows have hardly any padding")
-    elif is_packed:
+    elif c.flag("padding_free"):
+        note = "padding_free has as many examples a step as unpacked rows; packed rows have more"
         c.take("data.packing", False, "packing", "padding_free", note=note)
     else:
         note = "one example per row, padded to seq_len; true is faster, then with fewer rows in train.batch_size"
