@@ -354,30 +354,36 @@ def _advice(words: Sequence[str]) -> str | None:
 
 
 def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
-    """How arguments `--key value` of other trainers are given here; None: there are none among these."""
-    told = []
+    """How arguments `--key value` of other trainers are given here; None: none of these is a key, ours or theirs."""
+    told, is_any_known = [], False
     for at, word in enumerate(words):
-        if word not in wrong or not word.startswith("-") or not (name := word.lstrip("-").partition("=")[0]):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word not in wrong or not word.startswith("-") or not name:
             continue
-        _, equals, value = word.partition("=")
         if not equals and at + 1 < len(words) and not words[at + 1].startswith("-") and "=" not in words[at + 1]:
             value = words[at + 1]
-        given = f"{word} {value}" if value and not equals else word
-        if name in ("config", "c", "config_file", "config-file", "cfg"):
-            file = value or "CONFIG"
-            told.append(f"{given}: the config has no flag before it: python run.py {words[0]} {file}")
-        elif near := [name] if name in keys_called(name) else keys_called(name):
-            told.append(f"{given}: write " + " or ".join(f"{key}={value or '...'}" for key in near))
-        elif foreign := of_others(name):
-            is_one = foreign.ours and " " not in foreign.ours
-            note = f" ({foreign.note})" if foreign.note else ""
-            told.append(f"{given}: " + (f"write {foreign.ours}={'...' if note else value or '...'}{note}" if is_one else
-                                        foreign.told()))  # fmt: skip
-        else:
-            told.append(f"{given}: no such key; keys are written key=value, and `python run.py keys` lists them")
-    if len(told) < 2:
-        return "".join(told) or None
-    return "\n".join([f"{len(told)} arguments of other trainers:", *(f"  {line}" for line in told)])
+        answer = _as_override(name, value, command=words[0])
+        is_any_known |= answer is not None
+        answer = answer or "no such key; keys are written key=value, and `python run.py keys` lists them"
+        told.append(f"{word}{f' {value}' if value and not equals else ''}: {answer}")
+    if not is_any_known:
+        return None
+    if len(told) == 1:
+        return told[0]
+    return "\n".join([f"{len(told)} arguments that are written otherwise here:", *(f"  {line}" for line in told)])
+
+
+def _as_override(name: str, value: str, *, command: str) -> str | None:
+    """How one such argument is given; None: its name is not known."""
+    if name in ("config", "c", "config_file", "config-file", "cfg"):
+        return f"a config stands by itself: python run.py {command} {value or 'CONFIG'}"
+    if near := [key for key in keys_called(name) if key == name] or keys_called(name):
+        return "write " + " or ".join(f"{key}={value or '...'}" for key in near)
+    foreign = of_others(name)
+    if foreign is None or not foreign.ours or " and " in foreign.ours:
+        return foreign and foreign.told()
+    note = f" ({foreign.note})" if foreign.note else ""
+    return f"write {foreign.ours}={value if value and not note else '...'}{note}"
 
 
 def _is_one_of_several() -> bool:

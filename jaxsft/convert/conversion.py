@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxsft.config import Config, ConfigError
+from jaxsft.config import USUAL, Config, ConfigError
 from jaxsft.foreign_keys import SAME, of_others
 
 IDLE: tuple[Any, ...] = (None, "", "none", "no", "None", "passive", [], {})
 """Values by which nothing is asked for, beside false and 0."""
+
+
+_BY_OPTIMIZER = {f"optim.{key}" for keys in USUAL.values() for key in keys}
 
 
 class Taken(NamedTuple):
@@ -104,9 +107,12 @@ class Conversion:
         return any(not self._asks_nothing(name) for name in self.names(canonical))
 
     def take(self, key: str, value: Any, *canonical: str, note: str = "") -> None:
-        """A key of ours gets a value that comes from these; a default of theirs only where ours is another."""
+        """A key of ours gets a value that comes from these; a default of theirs only where ours is another.
+
+        What ours is where it is left out may depend on the optimizer; such a key is always written.
+        """
         names = self.names(*canonical)
-        if names or value != our_default(key):
+        if names or value != our_default(key) or key in _BY_OPTIMIZER:
             self.taken.append(Taken(key, value, names, note))
 
     def leave(self, *canonical: str, why: str) -> None:

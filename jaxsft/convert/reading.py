@@ -190,6 +190,12 @@ CALLS: dict[str, dict[str, str]] = {
 }
 """Calls in a script whose arguments count -> arguments that have another name among TRL's."""
 
+_OTHERS = re.compile(
+    "(DPO|GRPO|KTO|PPO|RLOO|ORPO|CPO|BCO|GKD|XPO|TPO|PRM|Reward|OnlineDPO|NashMD|AsyncGRPO|SDFT|SDPO|SSD|GOLD)"
+    "(Config|Trainer)"
+)
+"""Calls of other methods than supervised fine-tuning."""
+
 _OF_TRAINER = ("model", "max_seq_length", "packing", "dataset_text_field", "neftune_noise_alpha", "dataset_kwargs")
 """Arguments of `SFTTrainer` that say something; older versions had some of SFTConfig's."""
 
@@ -211,6 +217,8 @@ def _from_python(text: str, path: pathlib.Path, missing: list[str]) -> dict[str,
     computed: list[tuple[str, str]] = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if _OTHERS.fullmatch(called):
+            raise ConfigError(f"{path}: {called}: supervised fine-tuning alone is trained here (SFTConfig)")
         if called in CALLS:
             for keyword in call.keywords:
                 if called == "SFTTrainer" and keyword.arg not in _OF_TRAINER:
