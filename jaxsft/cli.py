@@ -244,6 +244,8 @@ def convert_command(args: argparse.Namespace) -> int:
     from jaxsft.disk.writing import at_home, write_new
 
     out = None if args.out is None else at_home(args.out, "-o")
+    if out is not None and out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"-o {args.out}: a config's name ends with .yaml")
     template = pathlib.Path("chat_template.jinja") if out is None else out.with_suffix(".jinja")
     width = shutil.get_terminal_size().columns
     made = convert(args.file, project=args.project, template_file=str(template), width=width)

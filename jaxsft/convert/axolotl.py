@@ -3,8 +3,8 @@
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.convert.conversion import Conversion, as_list
-from jaxsft.convert.sources import TEMPLATES, hold_out, hub_or_file, is_hub, take_sources, take_template
+from jaxsft.convert.conversion import Conversion, as_list, brief
+from jaxsft.convert.sources import TEMPLATES, hold_out, hub_or_file, is_hub, take_template
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -61,7 +61,9 @@ def convert_axolotl(theirs: dict[str, Any]) -> Conversion:
     """
     for name in ("rl", "reward_model", "process_reward_model", "ebft", "diffusion", "kd_trainer"):
         if theirs.get(name):
-            raise ConfigError(f"{name}: {str(theirs[name])[:40]}: supervised fine-tuning alone is trained here")
+            raise ConfigError(f"{name}: {brief(theirs[name])}: supervised fine-tuning alone is trained here")
+    if theirs.get("processor_type"):
+        raise ConfigError("processor_type: images, audio and video are not trained on")
     c = Conversion("axolotl", theirs, called=CALLED, defaults=DEFAULTS)
     _trackers(c)
     convert_training(c, has_adapters=c.is_on("adapter"))
@@ -113,7 +115,7 @@ def _rows(c: Conversion) -> None:
         return
     notes: list[str] = []
     sources = [source for entry in c.entries(name, c.given(name)) for source in _sources(entry, notes)]
-    take_sources(c, "data.train", sources, name, note="; ".join(dict.fromkeys(notes)))
+    c.take("data.train", sources, name, note="; ".join(dict.fromkeys(notes)))
     if c.is_on("test_datasets"):
         notes = []
         held_out = [

@@ -9,7 +9,7 @@ import yaml
 
 from jaxsft.config import ConfigError
 from jaxsft.convert.conversion import Conversion, as_list, brief
-from jaxsft.convert.sources import hold_out, hub_or_file, take_sources
+from jaxsft.convert.sources import hold_out, hub_or_file
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -79,7 +79,7 @@ def convert_llama_factory(theirs: dict[str, Any], *, beside: pathlib.Path) -> Co
     if c.flag("disable_gradient_checkpointing"):
         c.take("model.remat", "none", "disable_gradient_checkpointing")
     _rows(c, beside, is_text=stage == "pt")
-    _lengths(c)
+    _lengths(c, is_text=stage == "pt")
     _masks(c)
     _adapters(c)
     return c
@@ -113,7 +113,7 @@ def _rows(c: Conversion, beside: pathlib.Path, *, is_text: bool) -> None:
         sources, notes = _named(names, info, at, is_text=is_text)
         sources = _weighted(c, sources)
         mixed = ["interleave_probs"] * any("weight" in source for source in sources)
-        take_sources(c, "data.train", sources, "dataset", "dataset_dir", *mixed, note="; ".join(notes))
+        c.take("data.train", sources, "dataset", "dataset_dir", *mixed, note="; ".join(notes))
         if c.is_on("eval_dataset"):
             held_out, notes = _named(c.texts("eval_dataset"), info, at, is_text=is_text)
             numbered = dict(zip(c.texts("eval_dataset"), held_out, strict=False))
@@ -159,31 +159,35 @@ def _named(
         else:
             notes.append(f"{name}: neither hf_hub_url nor file_name; give its path")
             continue
-        source: dict[str, Any] = {"path": path}
-        columns = entry["columns"] if isinstance(entry.get("columns"), dict) else {}
         if entry.get("ranking"):
             notes.append(f"{name}: rows of preferences are not trained on")
-        is_chat = entry.get("formatting") in ("sharegpt", "openai")
-        ours = {"messages": "messages"} if is_chat else {
-            "prompt": "text" if is_text else "instruction", "query": "input", "response": "output"
-        }  # fmt: skip
-        ours |= {"system": "system", "tools": "tools", "history": "history"}
-        renamed = {ours[key]: theirs for key, theirs in columns.items() if key in ours and theirs not in ours.values()}
-        if renamed.get("messages") in ("conversations", "conversation"):
-            del renamed["messages"]
-        if renamed:
-            source["columns"] = renamed
-        tags = entry["tags"] if isinstance(entry.get("tags"), dict) else {}
-        keys = {
-            tags[f"{key}_tag"]: key
-            for key in ("role", "content")
-            if tags.get(f"{key}_tag") not in (None, key, "from", "value")
-        }
-        roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system") if f"{role}_tag" in tags}
-        roles = {theirs: role for theirs, role in roles.items() if theirs not in (role, "human", "gpt")}
-        source |= ({"keys": keys} if keys else {}) | ({"roles": roles} if roles else {})
-        sources.append(source)
+        if media := sorted({"images", "videos", "audios"} & _mapping(entry, "columns").keys()):
+            notes.append(f"{name}: {', '.join(media)} are not trained on, and such rows are refused")
+        sources.append({"path": path, **_renamed(entry, is_text=is_text)})
     return sources, notes
+
+
+def _renamed(entry: dict[str, Any], *, is_text: bool) -> dict[str, Any]:
+    """`columns`, `keys` and `roles` of a source, where they are not those that are known."""
+    is_chat = entry.get("formatting") in ("sharegpt", "openai")
+    ours = {"prompt": "text" if is_text else "instruction", "query": "input", "response": "output"}
+    ours = ({"messages": "messages"} if is_chat else ours) | {name: name for name in ("system", "tools", "history")}
+    columns = {
+        ours[key]: theirs
+        for key, theirs in _mapping(entry, "columns").items()
+        if key in ours and theirs != ours[key] and (key, theirs) != ("messages", "conversations")
+    }
+    tags = _mapping(entry, "tags")
+    keys = {tags[f"{key}_tag"]: key for key in ("role", "content") if f"{key}_tag" in tags}
+    keys = {theirs: key for theirs, key in keys.items() if theirs not in (key, "from", "value")}
+    roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system") if f"{role}_tag" in tags}
+    roles = {theirs: role for theirs, role in roles.items() if theirs not in (role, "human", "gpt")}
+    return {name: found for name, found in (("columns", columns), ("keys", keys), ("roles", roles)) if found}
+
+
+def _mapping(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    found = entry.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _weighted(c: Conversion, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -202,7 +206,7 @@ def _rows_of_v1(c: Conversion, value: str, beside: pathlib.Path) -> None:
     """v1 names a dataset of the hub, or a YAML file with one entry for each source."""
     found = [parent / value for parent in (pathlib.Path(), *beside.resolve().parents) if os.path.isfile(parent / value)]
     if not value.endswith((".yaml", ".yml")):
-        take_sources(c, "data.train", [{"path": place.path} for place in hub_or_file(value)], "train_dataset")
+        c.take("data.train", [{"path": place.path} for place in hub_or_file(value)], "train_dataset")
         return
     if not found:
         c.leave("train_dataset", why=f"{value}, which names the rows, is not here")
@@ -222,15 +226,21 @@ def _rows_of_v1(c: Conversion, value: str, beside: pathlib.Path) -> None:
         root = found[0].resolve().parents[len(pathlib.PurePath(value).parts) - 1]
         count = {"count": entry["size"]} if isinstance(entry.get("size"), int) else {}
         sources.append({"path": str(root / place.path) if local else place.path, **count})
-    take_sources(c, "data.train", sources, "train_dataset", note="`size` is `count` here" if sources else "")
+    c.take(
+        "data.train",
+        sources,
+        "train_dataset",
+        note="`size` is `count` here" if any("count" in one for one in sources) else "",
+    )
 
 
-def _lengths(c: Conversion) -> None:
+def _lengths(c: Conversion, *, is_text: bool) -> None:
     c.take("data.seq_len", c.whole("max_length") or 2048, "max_length")
-    c.take("data.overlong", "truncate", note="")
+    c.take("data.overlong", "split" if is_text else "truncate")
+    is_packed = c.flag("packing") if c.names("packing") else is_text
     if c.flag("neat_packing"):
         c.take("data.packing", True, "neat_packing", "packing")
-    elif c.flag("packing"):
+    elif is_packed:
         c.take("data.packing", True, "packing", note="examples of a row never see each other, as with neat_packing")
     else:
         note = "one example per row, padded to seq_len; true is faster, then with fewer rows in train.batch_size"
@@ -248,6 +258,8 @@ def _masks(c: Conversion) -> None:
     if name in TEMPLATES:
         note = "of ours, which a model without a template needs; leave it out where the tokenizer has its own"
         c.take("data.chat_template", TEMPLATES[name], "template", note=note)
+    elif name in ("default", "empty", "vicuna", "fewshot"):
+        c.leave("template", why="none of ours; the tokenizer's own chat template is taken, or give data.chat_template")
     else:
         why = f"the tokenizer's own chat template is taken, which is mostly that of `{name}`; `preview` shows it"
         c.leave("template", why=why)

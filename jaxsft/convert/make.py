@@ -76,6 +76,10 @@ def convert(
 
 def _fit(c: Conversion) -> None:
     """Leaves out what our config would refuse beside what else was taken."""
+    for empty in [taken for taken in c.taken if taken.key == "data.train" and not taken.value]:
+        c.taken.remove(empty)
+        c.without |= dict.fromkeys(empty.names, "it names no rows")
+        c.missing += [] if any(one.startswith("data.train") for one in c.missing) else ["data.train: the rows"]
     keys = {taken.key for taken in c.taken}
     if "data.eval" not in keys:
         _drop(c, "eval.", "held-out rows are not given (data.eval)")
@@ -108,8 +112,9 @@ def _tree(taken: list[Taken]) -> dict[str, Any]:
 
 
 def _as_yaml(c: Conversion, file: str, tree: dict[str, Any]) -> str:
-    lines = [f"# Made from {file} ({c.project}) by `convert`; behind each key, theirs."]
-    lines += [f"# to fill in: {sentence}" for sentence in c.missing]
+    head = [f"Made from {file} ({c.project}) by `convert`; behind each key, theirs."]
+    head += [f"to fill in: {sentence}" for sentence in c.missing]
+    lines = [f"# {' '.join(sentence.split())}" for sentence in head]  # a line break would end the comment
 
     def put(leaf: str, value: Any, source: str, indent: str) -> list[str]:
         comment = f"  # {source or f'default of {c.project}'}"

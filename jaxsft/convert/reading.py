@@ -116,7 +116,7 @@ _Lenient.add_constructor("tag:yaml.org,2002:map", _mapping)
 def _from_yaml(text: str, path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
     try:
         node = yaml.compose(text, _Lenient)
-        # Aliases may stand for any number of keys, and a config has no use for deep ones.
+        _check_aliases(node)
         theirs = yaml.load(text, _Lenient)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         if "trl " in text or ".py" in text.split("\n", 1)[0]:
@@ -132,6 +132,27 @@ def _from_yaml(text: str, path: pathlib.Path, notes: list[str]) -> dict[str, Any
         twice = sorted({key for key in keys if keys.count(key) > 1})
         notes += [f"{key} is given twice; the last one counts, as with them" for key in twice]
     return {str(key): value for key, value in theirs.items()}
+
+
+def _check_aliases(node: yaml.Node | None) -> None:
+    """Refuses aliases by which a few lines stand for more than any config has, or for themselves.
+
+    Raises:
+        ValueError: they do.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 10**9  # of what stands in itself
+            parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else (
+                node.value if isinstance(node, yaml.SequenceNode) else []
+            )  # fmt: skip
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
+        return sizes[id(node)]
+
+    if node is not None and size(node) > 100_000:
+        raise ValueError("its aliases stand for more values than a config has")
 
 
 def _from_command(text: str, path: pathlib.Path) -> dict[str, Any]:

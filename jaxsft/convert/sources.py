@@ -84,9 +84,3 @@ def take_template(c: Conversion, name: Any, *names: str) -> None:
     else:
         why = f"{name} is none of ours; the tokenizer's own template is taken, or give data.chat_template"
         c.leave(*names, why=why)
-
-
-def take_sources(c: Conversion, key: str, sources: list[dict[str, Any]], *names: str, note: str = "") -> None:
-    """Takes sources as they are written shortest."""
-    if sources:
-        c.take(key, sources, *names, note=note)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsft.config import ConfigError
 from jaxsft.convert.conversion import Conversion, Taken, as_list
-from jaxsft.convert.sources import hub_or_file, take_sources, take_template
+from jaxsft.convert.sources import hub_or_file, take_template
 from jaxsft.convert.training import LORA_NAMES, convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -74,7 +74,7 @@ def _rows(c: Conversion) -> None:
             for path, share in shares.items()
             for place in hub_or_file(path, split=train)
         ]
-        take_sources(c, "data.train", sources, "dataset_mixer", "dataset_splits", note="shares are `epochs` of each")
+        c.take("data.train", sources, "dataset_mixer", "dataset_splits", note="shares are `epochs` of each")
         return
     name = c.given("dataset_name")
     column = c.given("dataset_text_field")
@@ -87,7 +87,7 @@ def _rows(c: Conversion) -> None:
     names = ("dataset_name", "dataset_config", "dataset_train_split", *["dataset_text_field"] * bool(columns))
     c.leave("dataset_text_field", why="a column of this name is found by itself")
     sources = [{"path": place.path, **columns} for place in places]
-    take_sources(c, "data.train", sources, *names, note="; ".join(place.note for place in places if place.note))
+    c.take("data.train", sources, *names, note="; ".join(place.note for place in places if place.note))
     if str(c.value("eval_strategy") or "no") != "no":
         held_out = hub_or_file(name, c.given("dataset_config"), c.value("dataset_test_split"))
         c.take("data.eval", held_out[0].path, "dataset_test_split", "dataset_name")
@@ -116,7 +116,7 @@ def _mixture(c: Conversion, name: str, several: list[Any], lost: list[str]) -> N
     if len(sources) == 1:
         sources[0].pop("weight", None)
     note = "a weight there is `epochs` of a source here" if any("epochs" in source for source in sources) else ""
-    take_sources(c, "data.train", sources, name, note="; ".join([*[note] * bool(note), *dict.fromkeys(lost)]))
+    c.take("data.train", sources, name, note="; ".join([*[note] * bool(note), *dict.fromkeys(lost)]))
 
 
 def _lengths(c: Conversion) -> None:
