@@ -378,6 +378,7 @@ def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
 def _as_override(name: str, value: str, *, command: str) -> str | None:
     """How one such argument is given; None: its name is not known."""
     if name in ("config", "c", "config_file", "config-file", "cfg"):
+        command = command if command in TAKE_CONFIG else "train"
         return f"a config stands by itself: python run.py {command} {value or 'CONFIG'}"
     if near := [key for key in keys_called(name) if key == name] or keys_called(name):
         return "write " + " or ".join(f"{key}={value or '...'}" for key in near)

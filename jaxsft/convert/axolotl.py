@@ -8,6 +8,7 @@ from jaxsft.convert.sources import TEMPLATES, hold_out, hub_or_file, is_hub, tak
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
+    "layers_to_transform": "peft_layers_to_transform layers_to_transform",
     "model_name_or_path": "base_model",
     "per_device_train_batch_size": "micro_batch_size",
     "num_train_epochs": "num_epochs",

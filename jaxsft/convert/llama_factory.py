@@ -13,6 +13,7 @@ from jaxsft.convert.sources import hold_out, hub_or_file
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
+    "layers_to_transform": "peft_layers_to_transform layers_to_transform",
     "model_name_or_path": "model_name_or_path model",
     "per_device_train_batch_size": "per_device_train_batch_size micro_batch_size",
     "batch_size": "global_batch_size",

@@ -163,7 +163,9 @@ def _from_command(text: str, path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as a command line: {error}") from None
     starts = [at for at, word in enumerate(words) if word == "sft" or re.search(r"(^|/)\w*(sft|train)\w*\.py$", word)]
     if not starts:
-        raise ConfigError(f"{path}: no `trl sft` and no `...sft.py` in this command line")
+        files = [word for word in words if word.endswith((".yaml", ".yml"))]
+        hint = f"; give {files[0]} itself" if files else ""
+        raise ConfigError(f"{path}: no `trl sft` and no `...sft.py` in this command line{hint}")
     theirs: dict[str, Any] = {}
     name = None
     for word in words[starts[0] + 1 :]:
@@ -181,7 +183,17 @@ def _from_command(text: str, path: pathlib.Path) -> dict[str, Any]:
             theirs[name] = _typed(word) if given is True else [*earlier, _typed(word)]
     if not theirs:
         raise ConfigError(f"{path}: no --key value behind {words[starts[0]]}")
-    return theirs
+    return _with_file(theirs, path)
+
+
+def _with_file(theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """With what stands in the file that `--config` names, before which the arguments go."""
+    if not isinstance(theirs.get("config"), str):
+        return theirs
+    file = path.parent / theirs.pop("config")
+    if not is_file(file):
+        raise ConfigError(f"{path}: --config {file}: no such file; its keys are needed too")
+    return _from_yaml(file.read_text(encoding="utf-8-sig", errors="replace"), file, []) | theirs
 
 
 def _typed(word: str) -> Any:

@@ -298,16 +298,25 @@ _ALL = ("all-linear", "all_linear", "all")
 def _targets(c: Conversion, usual: Any) -> None:
     named = c.given("lora_target_modules")
     if c.flag("lora_target_linear") or named in (*_ALL, ["all-linear"], ["all"]):
-        c.take("lora.targets", ["all_linear"], "lora_target_linear", "lora_target_modules")
-        return
-    targets = (
-        usual if named is None else c.texts("lora_target_modules") if not _is_regex(named) else [_whole_name(named)]
-    )
+        targets, names = ["all_linear"], ["lora_target_linear", "lora_target_modules"]
+    else:
+        names = ["lora_target_modules"]
+        targets = usual if named is None else c.texts("lora_target_modules")
+        if _is_regex(named):
+            targets = [_whole_name(str(named))]
     if targets is None:
         c.missing.append("lora.targets: they require it; all_linear, attention, mlp or names such as q_proj")
         return
-    note = "names are whole here and begin with layers, not with model.layers" if _is_regex(named) else ""
-    c.take("lora.targets", targets, "lora_target_modules", note=note)
+    notes = ["names are whole here and begin with layers, not with model.layers"] if _is_regex(named) else []
+    if any("experts" in str(name) for name in c.texts("lora_target_parameters")) and targets != ["all_linear"]:
+        targets, names = [*targets, "mlp"], [*names, "lora_target_parameters"]
+        notes.append("experts are `mlp`")
+    layers = c.given("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    if isinstance(layers, list) and all(isinstance(layer, int) for layer in layers) and layers:
+        ends = ".*_proj" if targets == ["all_linear"] else f".*({'|'.join(re.escape(one) for one in targets)})"
+        targets, names = [rf"layers\.({'|'.join(map(str, layers))})\.{ends}"], [*names, "layers_to_transform"]
+    c.take("lora.targets", targets, *names, note="; ".join(notes))
 
 
 def _is_regex(named: Any) -> bool:
@@ -316,7 +325,9 @@ def _is_regex(named: Any) -> bool:
 
 def _whole_name(pattern: str) -> str:
     """PEFT's pattern for the name of a module, as one for a map of ours, whose names begin with layers."""
-    return re.sub(r"^\^?\(?(base_model\\?\.)?(model\\?\.)+(language_model\\?\.|text_model\\?\.)?", "", pattern)
+    return re.sub(
+        r"\^?(\.\*\\?\.|base_model\\?\.|model\\?\.|language_model\\?\.|text_model\\?\.)+(?=layers)", "", pattern
+    )
 
 
 def convert_quantisation(c: Conversion, kind: str | None, *names: str, frozen: bool) -> None:

@@ -12,13 +12,13 @@ from jaxsft.convert.sources import hub_or_file, take_template
 from jaxsft.convert.training import LORA_NAMES, convert_lora, convert_quantisation, convert_training
 
 CALLED = {
+    "lora_target_parameters": "lora_target_parameters target_parameters",
+    "layers_to_transform": "peft_layers_to_transform layers_to_transform",
     "model_name_or_path": "model_name_or_path model model_id",
     "max_length": "max_length max_seq_length",
     "dtype": "dtype torch_dtype",
     "eval_strategy": "eval_strategy evaluation_strategy",
     "gradient_checkpointing": "activation_checkpointing gradient_checkpointing",
-    "optim": "optim",
-    "learning_rate": "learning_rate",
 }
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,

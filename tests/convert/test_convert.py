@@ -4,16 +4,17 @@ import dataclasses
 import json
 import math
 import random
+import re
 
 import pytest
 import yaml
 
 from jaxsft import foreign_keys
-from jaxsft.cli import main
+from jaxsft.cli import _parser, main
 from jaxsft.config import ConfigError
 from jaxsft.config_files import config_keys, load_config
 from jaxsft.convert.make import convert
-from jaxsft.foreign_keys import FOREIGN, SAME
+from jaxsft.foreign_keys import COMMANDS, FOREIGN, OTHER_METHODS, SAME
 from jaxsft.training.optim import make_schedule
 
 TRL = {"model_name_or_path": "org/model", "dataset_name": "org/data", "max_length": 512}
@@ -315,6 +316,31 @@ def test_a_key_of_theirs_is_the_key_of_ours_that_says_the_same(ours, base, their
 
 
 @pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        (r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj", "layers.3.mlp.up_proj"),
+        (r"(model\.language_model\.layers\.\d+\.(mlp|self_attn)\.(up|down)_proj)", "layers.12.mlp.down_proj"),
+        (r".*\.layers\.(3|7)\.self_attn\.(q|v)_proj", "layers.7.self_attn.v_proj"),
+        (r"^language_model.model.layers.*q_proj$", "layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_pattern_for_names_of_transformers_becomes_one_for_ours(ours, theirs, name):
+    """PEFT holds it against the whole name, behind `model.` or `model.language_model.`; ours has nothing before it."""
+    (pattern,) = ours(AXOLOTL | {"adapter": "lora", "lora_r": 8, "lora_target_modules": theirs}).lora.targets
+    before = ["model.", "model.language_model.", "language_model.model."]
+    assert any(re.fullmatch(theirs, f"{begin}{name}") for begin in before)
+    assert re.fullmatch(pattern, name) and not re.fullmatch(pattern, name.replace("layers", "towers"))
+
+
+def test_layers_and_experts_that_get_adapters_are_in_the_targets(ours):
+    lora = AXOLOTL | {"adapter": "lora", "lora_r": 8, "lora_target_modules": ["q_proj"]}
+    (pattern,) = ours(lora | {"peft_layers_to_transform": [0, 11]}).lora.targets
+    names = [f"layers.{layer}.self_attn.{name}" for layer in (0, 1, 11, 110) for name in ("q_proj", "k_proj")]
+    assert [name for name in names if re.fullmatch(pattern, name)] == [names[0], names[4]]
+    assert ours(lora | {"lora_target_parameters": ["mlp.experts.down_proj"]}).lora.targets == ["q_proj", "mlp"]
+
+
+@pytest.mark.parametrize(
     "theirs",
     [
         {"lr_scheduler_type": "linear", "warmup_steps": 3},
@@ -466,6 +492,16 @@ def test_a_saved_command_line_is_read(tmp_path):
     assert tree["optim"]["learning_rate"] == 2e-4 and not done.missing and sum(done.counts.values()) == 8
 
 
+def test_a_command_line_goes_before_the_file_that_it_names(tmp_path):
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(TRL | {"learning_rate": 1e-4}))
+    (tmp_path / "run.sh").write_text("trl sft --config sft.yaml --max_length 256")
+    tree = yaml.safe_load(convert(str(tmp_path / "run.sh")).text)
+    assert tree["data"]["seq_len"] == 256 and tree["optim"]["learning_rate"] == 1e-4
+    (tmp_path / "run.sh").write_text("trl sft --config nowhere.yaml --max_length 256")
+    with pytest.raises(ConfigError, match=r"run\.sh: --config .*nowhere\.yaml: no such file"):
+        convert(str(tmp_path / "run.sh"))
+
+
 def test_a_script_is_read_and_what_is_computed_in_it_is_said(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = convert(str(tmp_path / "train.py"))
@@ -485,6 +521,14 @@ def test_a_script_is_read_and_what_is_computed_in_it_is_said(tmp_path):
         ("a.json", b'{"a": ', "not readable as YAML"),
         ("a.yaml", b"a: " + b"[" * 5000, "not readable as YAML"),
         ("a.sh", b"echo hello", "no `trl sft` and no `...sft.py` in this command line"),
+        ("a.sh", b"llamafactory-cli train x.yaml", "in this command line; give x.yaml itself"),
+        ("a.yaml", b"a: &a [*a]", "its aliases stand for more values than a config has"),
+        (
+            "a.yaml",
+            b"base_model: m\na0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+            + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 9)),
+            "its aliases stand for more values than a config has",
+        ),
         ("a.sh", b"trl sft 'x", "not readable as a command line"),
         ("a.py", b"def f(:", "not readable as Python"),
         ("a.py", b"print(1)", "no SFTConfig, TrainingArguments or LoraConfig"),
@@ -534,6 +578,13 @@ def test_without_a_place_the_config_is_on_stdout_and_the_report_on_stderr(tmp_pa
 
 
 # The errors of the loader, and of arguments.
+
+
+def test_no_command_of_ours_is_taken_for_one_of_others():
+    for name in {*COMMANDS, *OTHER_METHODS}:
+        with pytest.raises(SystemExit):
+            _parser().parse_args([name])
+
 
 OURS = {"model": {"path": "m"}, "data": {"train": "d"}}
 
