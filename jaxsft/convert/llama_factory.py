@@ -111,17 +111,17 @@ def _rows(c: Conversion, beside: pathlib.Path, *, is_text: bool) -> None:
         c.leave("dataset", why=f"what these names stand for is in {folder}/dataset_info.json, which is not here")
         c.missing.append(f"data.train: the files or hub ids of {', '.join(names)}, from their dataset_info.json")
     else:
-        sources, notes = _named(names, info, at, is_text=is_text)
-        sources = _weighted(c, sources)
+        named, notes = _named(names, info, at, is_text=is_text)
+        sources = _weighted(c, list(named.values()))
         mixed = ["interleave_probs"] * any("weight" in source for source in sources)
         c.take("data.train", sources, "dataset", "dataset_dir", *mixed, note="; ".join(notes))
-        if c.is_on("eval_dataset"):
-            held_out, notes = _named(c.texts("eval_dataset"), info, at, is_text=is_text)
-            numbered = dict(zip(c.texts("eval_dataset"), held_out, strict=False))
-            c.take("data.eval", numbered, "eval_dataset", note="; ".join(notes))
+        held_out, notes = _named(c.texts("eval_dataset"), info, at, is_text=is_text)
+        if held_out:
+            c.take("data.eval", held_out, "eval_dataset", note="; ".join(notes))
         hold_out(c, "val_size", [source["path"] for source in sources])
-        if lost := [name for name in names if name not in info]:
-            c.missing.append(f"data.train: {', '.join(lost)}: not in {at / 'dataset_info.json'}")
+        for key, lost in (("train", [*names]), ("eval", c.texts("eval_dataset"))):
+            if absent := [name for name in lost if name not in named.keys() | held_out.keys()]:
+                c.missing.append(f"data.{key}: {', '.join(absent)}: not in {at / 'dataset_info.json'}")
     c.leave("eval_dataset", "val_size", why="held-out rows are given as data.eval")
     if c.flag("streaming"):
         if c.is_taken("train.steps"):
@@ -145,9 +145,9 @@ def _dataset_info(folder: str, beside: pathlib.Path) -> tuple[dict[str, Any] | N
 
 def _named(
     names: list[str], info: dict[str, Any], at: pathlib.Path, *, is_text: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Sources of these names, and what is lost of them."""
-    sources, notes = [], []
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Name -> source, of those that are in the table, and what is lost of them."""
+    sources, notes = {}, []
     for name in names:
         entry = info.get(name)
         if not isinstance(entry, dict):
@@ -158,13 +158,12 @@ def _named(
         elif file := entry.get("file_name") or entry.get("cloud_file_name"):
             path = file if "://" in str(file) else str(at / str(file))
         else:
-            notes.append(f"{name}: neither hf_hub_url nor file_name; give its path")
             continue
         if entry.get("ranking"):
             notes.append(f"{name}: rows of preferences are not trained on")
         if media := sorted({"images", "videos", "audios"} & _mapping(entry, "columns").keys()):
             notes.append(f"{name}: {', '.join(media)} are not trained on, and such rows are refused")
-        sources.append({"path": path, **_renamed(entry, is_text=is_text)})
+        sources[name] = {"path": path, **_renamed(entry, is_text=is_text)}
     return sources, notes
 
 
@@ -194,9 +193,11 @@ def _mapping(entry: dict[str, Any], name: str) -> dict[str, Any]:
 def _weighted(c: Conversion, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the shares by which they are mixed."""
     if not c.is_on("interleave_probs") or len(sources) < 2:
+        c.leave("mix_strategy", why="without interleave_probs every row of all sources is in an epoch, in mixed order")
         return sources
-    given = c.given("interleave_probs")
-    shares = [c.as_number(share, "interleave_probs") for share in as_list(given)]
+    shares = [c.as_number(share, "interleave_probs") for share in as_list(c.given("interleave_probs"))]
+    if len(shares) != len(sources):
+        c.problems.append(f"interleave_probs: {len(shares)} shares given, for {len(sources)} datasets")
     ends = {"interleave_under": "first", "interleave_over": "all"}.get(str(c.given("mix_strategy")))
     if ends:
         c.take("data.mixture_ends", ends, "mix_strategy")

@@ -401,6 +401,15 @@ def test_what_we_tell_trl_in_a_comparison_comes_back_as_it_was(ours, tmp_path):
 # Nothing is lost.
 
 
+def test_datasets_that_a_table_lacks_are_to_be_filled_in(made):
+    done = made(FACTORY | {"dataset": "one,four", "eval_dataset": "five,three"})
+    assert [sentence.split(": not in")[0] for sentence in done.missing] == ["data.train: four", "data.eval: five"]
+    data = yaml.safe_load(done.text)["data"]
+    assert data["train"].endswith("/data/one.json") and list(data["eval"]) == ["three"]
+    nowhere = made(FACTORY | {"dataset_dir": "nowhere"})
+    assert nowhere.missing == ["data.train: the files or hub ids of one, from their dataset_info.json"]
+
+
 def test_a_key_that_nobody_knows_is_said_and_one_without_a_counterpart_too(made):
     done = made(AXOLOTL | {"full_finetune": True, "liger_rope": True, "flash_attention": None})
     assert "not known, and not taken:\n  full_finetune: true" in done.report
@@ -449,6 +458,10 @@ def test_whatever_stands_behind_any_key_each_is_accounted_for_or_one_error_says_
             "optim.learning_rate: -1 given; input should be greater than 0 (from learning_r",
         ),
         (AXOLOTL | {"micro_batch_size": 1.5}, "micro_batch_size: 1.5 given, expected a whole number"),
+        (
+            FACTORY | {"dataset": "one,two", "mix_strategy": "interleave_over", "interleave_probs": "0.5"},
+            "interleave_probs: 1 shares given, for 2 datasets",
+        ),
         (AXOLOTL | {"datasets": [5]}, "datasets: 5 given, expected a mapping with a path"),
         ({"compute_environment": "LOCAL_MACHINE"}, "a config of accelerate or DeepSpeed, of which nothing is needed"),
         ({"foo": 1, "bar": 2}, "no key of TRL, axolotl or LLaMA-Factory is in it; its keys are: bar, foo"),
