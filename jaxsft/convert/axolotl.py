@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxsft.config import ConfigError
 from jaxsft.convert.conversion import Conversion, as_list, brief
-from jaxsft.convert.sources import TEMPLATES, hold_out, hub_or_file, is_hub, take_template
+from jaxsft.convert.sources import hold_out, hub_or_file, is_hub, take_template
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -264,7 +264,7 @@ def _masks(c: Conversion) -> None:
         take_template(c, name, *(["chat_template"] if c.is_on("chat_template") else ["datasets"]))
     elif any(str(entry.get("type")).startswith("alpaca") for entry in entries):
         note = "their alpaca rows have this prompt and no chat template; theirs ends with one more newline"
-        c.take("data.chat_template", TEMPLATES["alpaca"], "datasets", note=note)
+        c.take("data.chat_template", "stanford_alpaca", "datasets", note=note)
     c.leave("chat_template", why="the tokenizer's own template is taken")
     if isinstance(kwargs := c.given("chat_template_kwargs"), dict) and kwargs:
         c.take("data.chat_template_kwargs", kwargs, "chat_template_kwargs")

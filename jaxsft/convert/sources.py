@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from jaxsft.chat.named_templates import NAMED_TEMPLATES
 from jaxsft.convert.conversion import Conversion
 
-TEMPLATES = {name: name for name in NAMED_TEMPLATES} | {"alpaca": "stanford_alpaca", "zephyr": "zephyr"}
-"""Names of chat templates of theirs -> ours that write the same or nearly the same."""
+TEMPLATES = frozenset(NAMED_TEMPLATES)
+"""Chat templates of ours; theirs of the same names write the same turns."""
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow)(\.gz|\.zst)?$")
@@ -75,7 +75,8 @@ def take_template(c: Conversion, name: Any, *names: str) -> None:
     """Takes a chat template by their name for it."""
     name = str(name)
     if name in TEMPLATES:
-        c.take("data.chat_template", TEMPLATES[name], *names, note="of ours; docs/templates_named.md shows it")
+        note = "of ours; it begins with the bos token where there is one" if name == "chatml" else "of ours"
+        c.take("data.chat_template", name, *names, note=f"{note} (docs/templates_named.md)")
     elif "{" in name:
         c.template = name
         c.take("data.chat_template", c.template_file, *names, note="the text is written into this file")
