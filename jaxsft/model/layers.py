@@ -91,6 +91,7 @@ class NormKind:
     bias: bool = False
     offset: float = 0.0
     """Added to the weight; gemma stores weights around 0."""
+    has_weight: bool = True
 
 
 class Norm(nnx.Module):
@@ -100,7 +101,7 @@ class Norm(nnx.Module):
         """Weight with these axes, 1 (and bias 0) to begin with; the mean is taken over the last `over` dims of `x`."""
         self.kind, self.over = kind, over
         shape = [sizes[letter] for letter in axes.split()]
-        self.weight = nnx.Param(jnp.full(shape, 1 - kind.offset, dtype), axes=axes)
+        self.weight = nnx.Param(jnp.full(shape, 1 - kind.offset, dtype), axes=axes) if kind.has_weight else None
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if kind.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,8 +110,14 @@ class Norm(nnx.Module):
         if self.kind.kind == "layer":
             x_float = x_float - mean(x_float)
         normed = x_float * jax.lax.rsqrt(mean(jnp.square(x_float)) + self.kind.eps)
-        normed *= self.weight[...].astype(jnp.float32) + self.kind.offset
+        if self.weight is not None:
+            normed *= self.weight[...].astype(jnp.float32) + self.kind.offset
         return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def squared_relu(x: jax.Array) -> jax.Array:
+    """`max(x, 0)^2` (So et al., 2021, Primer)."""
+    return jnp.square(jax.nn.relu(x))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -121,6 +128,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": squared_relu,
 }
 """Name of an activation in config.json -> its formula."""
 

@@ -7,8 +7,10 @@ from jaxsft.config import ConfigError
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.bounds import shown, size_problems
 from jaxsft.model.families import (
+    arcee,
     cohere,
     cohere2,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
@@ -19,9 +21,11 @@ from jaxsft.model.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    hunyuan_v1_dense,
     llama,
     ministral3,
     mixtral,
+    nanochat,
     olmo2,
     olmo3,
     olmoe,
@@ -29,8 +33,11 @@ from jaxsft.model.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
+    vaultgemma,
 )
 from jaxsft.model.fields import Fields, refusal
 
@@ -61,6 +68,13 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
+    "arcee": arcee,
+    "seed_oss": seed_oss,
+    "ernie4_5": ernie4_5,
+    "hunyuan_v1_dense": hunyuan_v1_dense,
+    "starcoder2": starcoder2,
+    "nanochat": nanochat,
+    "vaultgemma": vaultgemma,
 }
 """model_type of a config.json -> the module of its family."""
 
