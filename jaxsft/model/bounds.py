@@ -38,10 +38,11 @@ THETA = Number(2, 1e18)
 NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "moe_intermediate_size"), MLP_WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "shared_expert_intermediate_size"), MLP_WIDTH),
+    **dict.fromkeys(("shared_intermediate_size",), MLP_WIDTH._replace(least=0)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), HEADS),
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
+    **dict.fromkeys(("num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "initial_context_length"), POSITION),
     **dict.fromkeys(("original_max_position_embeddings",), POSITION._replace(least=2)),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "max_window_layers", "layer_switch"), COUNT),
@@ -58,6 +59,12 @@ NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta"), THETA),
 }
 """Field -> what it may be, where it is not null."""
+
+OF_EACH_LAYER: dict[str, Number] = {
+    **dict.fromkeys(("num_experts", "moe_topk", "num_shared_expert"), EXPERTS),
+    **dict.fromkeys(("moe_intermediate_size",), MLP_WIDTH),
+}
+"""The same of fields that may be a list, with a number for each layer."""
 
 ROPE_NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("rope_theta",), THETA),
@@ -92,6 +99,7 @@ def problems_of(raw: dict[str, Any]) -> list[str]:
     pattern = raw.get("sliding_window_pattern")
     if not isinstance(pattern, str) and (text := problem_of("sliding_window_pattern", pattern, COUNT)):
         problems.append(text)  # EXAONE has letters there
+    problems += [text for key, kind in OF_EACH_LAYER.items() for text in _problems_of_each(key, raw.get(key), kind)]
     problems += [
         f"{key}: {shown(raw[key])}; expected true or false"
         for key in sorted(FLAGS & raw.keys())
@@ -120,6 +128,16 @@ def problem_of(key: str, value: Any, kind: Number) -> str | None:
         return None
     what = "a whole number" if kind.is_whole else "a number"
     return f"{key}: {shown(value)}; expected {what} from {kind.least:,} to {kind.most:,}"
+
+
+def _problems_of_each(key: str, value: Any, kind: Number) -> list[str]:
+    """At most one sentence: a list has as many numbers as a model has layers."""
+    if not isinstance(value, list):
+        return [text] if (text := problem_of(key, value, kind)) else []
+    if len(value) > LAYERS.most:
+        return [f"{key}: a list of {len(value):,} numbers; expected at most {LAYERS.most:,}, one for each layer"]
+    found = [text for at, each in enumerate(value) if (text := problem_of(f"{key}[{at}]", each, kind))]
+    return found[:1]
 
 
 def _rope_problems(where: str, value: Any) -> Iterator[str]:
@@ -160,11 +178,12 @@ def size_problems(config: DecoderConfig) -> list[str]:
     """A sentence for what is too large about a model whose every size is possible."""
     sizes = config.sizes
     num_experts = max(sizes["e"], 1)
+    shared = 3 * sizes["d"] * (config.routing.shared_size if config.routing else 0)
     heads = 2 * sizes["d"] * sizes["h"] * (sizes["n"] + sizes["k"])
     mlp = (3 if config.gated else 2) * sizes["d"] * sizes["f"] * num_experts
     tables = sizes["v"] * sizes["d"] * (1 if config.tie_embeddings else 2)
     tables += sizes["p"] * sizes["d"] * config.learned_positions
-    total = sizes["l"] * (heads + mlp) + tables
+    total = sizes["l"] * (heads + mlp + shared) + tables
     problems = []
     if total > MOST_PARAMETERS:
         problems.append(f"its sizes make a model of {total:,} parameters; expected at most {MOST_PARAMETERS:,}")

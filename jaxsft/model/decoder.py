@@ -173,7 +173,7 @@ class Layers(nnx.Module):
             mlp_input = normed  # one norm for both
         router = None
         if isinstance(self.mlp, MixtureMLP):
-            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0)
+            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0, slots.keys)
         else:
             out = self.mlp(mlp_input, slots.keys)
         return self._add(after, out, self.post_mlp_norm), (cached, router)

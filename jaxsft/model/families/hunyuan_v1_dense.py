@@ -5,10 +5,11 @@ from jaxsft.model.families import llama
 from jaxsft.model.fields import Fields
 from jaxsft.model.layers import gated
 
-WEIGHTS = llama.WEIGHTS | {
+NORMS = {
     "layers.self_attn.q_norm.weight": ("model.layers.{l}.self_attn.query_layernorm.weight", "h"),
     "layers.self_attn.k_norm.weight": ("model.layers.{l}.self_attn.key_layernorm.weight", "h"),
 }
+WEIGHTS = llama.WEIGHTS | NORMS
 IGNORED = llama.IGNORED
 
 SAY_NOTHING = (

@@ -21,8 +21,12 @@ from jaxsft.model.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    granitemoe,
+    granitemoeshared,
     hunyuan_v1_dense,
+    hunyuan_v1_moe,
     llama,
+    minimax_m2,
     ministral3,
     mixtral,
     nanochat,
@@ -31,6 +35,7 @@ from jaxsft.model.families import (
     olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     seed_oss,
@@ -75,6 +80,11 @@ FAMILIES: dict[str, ModuleType] = {
     "starcoder2": starcoder2,
     "nanochat": nanochat,
     "vaultgemma": vaultgemma,
+    "qwen2_moe": qwen2_moe,
+    "hunyuan_v1_moe": hunyuan_v1_moe,
+    "granitemoe": granitemoe,
+    "granitemoeshared": granitemoeshared,
+    "minimax_m2": minimax_m2,
 }
 """model_type of a config.json -> the module of its family."""
 

@@ -1,4 +1,4 @@
-"""nanochat (d20, d32): norms without weights, one of the embeddings too, a squared relu, and rope the other way round."""
+"""nanochat (d20, d32): norms without weights, of embeddings too, a squared relu, and rope the other way round."""
 
 import dataclasses
 
