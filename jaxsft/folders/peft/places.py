@@ -107,7 +107,8 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
         template, layout = table[f"{place.path}.weight"]
         sizes = {**decoder.config.sizes, **place.sizes, "v": vocab_size}
         weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
-        is_parameter = (place.kind == "router" or place.leading == "l e") and not as_in_files
+        is_parameter = place.kind == "router" or place.leading == "l e"
+        is_parameter = (is_parameter or place.path in getattr(family, "AS_PARAMETERS", ())) and not as_in_files
         for index in weight.indices():
             name = weight.name(index)
             if not is_parameter:
