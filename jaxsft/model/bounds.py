@@ -38,11 +38,14 @@ THETA = Number(2, 1e18)
 NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "shared_expert_intermediate_size"), MLP_WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "moe_intermediate_size"), MLP_WIDTH),
+    **dict.fromkeys(("shared_expert_intermediate_size",), MLP_WIDTH),
+    **dict.fromkeys(("moe_topk", "num_shared_expert", "moe_layer_num_skipped"), EXPERTS),
+    **dict.fromkeys(("attention_head_dim", "rotary_dim"), HEADS),
     **dict.fromkeys(("shared_intermediate_size",), MLP_WIDTH._replace(least=0)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), HEADS),
-    **dict.fromkeys(("num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "initial_context_length"), POSITION),
     **dict.fromkeys(("original_max_position_embeddings",), POSITION._replace(least=2)),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "max_window_layers", "layer_switch"), COUNT),
@@ -60,11 +63,8 @@ NUMBERS: dict[str, Number] = {
 }
 """Field -> what it may be, where it is not null."""
 
-OF_EACH_LAYER: dict[str, Number] = {
-    **dict.fromkeys(("num_experts", "moe_topk", "num_shared_expert"), EXPERTS),
-    **dict.fromkeys(("moe_intermediate_size",), MLP_WIDTH),
-}
-"""The same of fields that may be a list, with a number for each layer."""
+OF_EACH_LAYER = {"hunyuan_v1_moe": ("moe_intermediate_size", "moe_topk", "num_shared_expert")}
+"""model_type -> fields that may be a list, with such a number for each layer."""
 
 ROPE_NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("rope_theta",), THETA),
@@ -95,11 +95,15 @@ MOST_EXPERTS = 2**18
 
 def problems_of(raw: dict[str, Any]) -> list[str]:
     """A sentence for each number of a `config.json` that cannot be meant."""
-    problems = [text for key, kind in NUMBERS.items() if (text := problem_of(key, raw.get(key), kind))]
+    lists = OF_EACH_LAYER.get(str(raw.get("model_type")), ())
+    problems = []
+    for key, kind in NUMBERS.items():
+        value = raw.get(key)
+        text = _problem_of_list(key, value, kind) if key in lists and value else problem_of(key, value, kind)
+        problems += [text] if text else []
     pattern = raw.get("sliding_window_pattern")
     if not isinstance(pattern, str) and (text := problem_of("sliding_window_pattern", pattern, COUNT)):
         problems.append(text)  # EXAONE has letters there
-    problems += [text for key, kind in OF_EACH_LAYER.items() for text in _problems_of_each(key, raw.get(key), kind)]
     problems += [
         f"{key}: {shown(raw[key])}; expected true or false"
         for key in sorted(FLAGS & raw.keys())
@@ -130,14 +134,13 @@ def problem_of(key: str, value: Any, kind: Number) -> str | None:
     return f"{key}: {shown(value)}; expected {what} from {kind.least:,} to {kind.most:,}"
 
 
-def _problems_of_each(key: str, value: Any, kind: Number) -> list[str]:
-    """At most one sentence: a list has as many numbers as a model has layers."""
+def _problem_of_list(key: str, value: Any, kind: Number) -> str | None:
+    """What is wrong with a number, or with the first of a list that is none."""
     if not isinstance(value, list):
-        return [text] if (text := problem_of(key, value, kind)) else []
+        return problem_of(key, value, kind)
     if len(value) > LAYERS.most:
-        return [f"{key}: a list of {len(value):,} numbers; expected at most {LAYERS.most:,}, one for each layer"]
-    found = [text for at, each in enumerate(value) if (text := problem_of(f"{key}[{at}]", each, kind))]
-    return found[:1]
+        return f"{key}: a list of {len(value):,} numbers; expected at most {LAYERS.most:,}, one for each layer"
+    return next((text for at, each in enumerate(value) if (text := problem_of(f"{key}[{at}]", each, kind))), None)
 
 
 def _rope_problems(where: str, value: Any) -> Iterator[str]:

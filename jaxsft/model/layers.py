@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
-from jaxsft.model.adapter import Adapter
+from jaxsft.model.adapter import Adapter, Frozen
 from jaxsft.model.products import product, products
 from jaxsft.model.quantized import QuantizedWeight, quantized_products
 from jaxsft.model.remat import keep
@@ -143,6 +143,33 @@ def gated(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     return product
 
 
+def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
+    """`p x^2 + beta x` above 0, and `n (exp(min(x, eps)) - 1 - x) + beta x` below, in float32, cast back once.
+
+    p is softplus(alpha_p) and n is beta + softplus(alpha_n) (Huang and Schlag, 2024, xIELU).
+    """
+    x_float = x.astype(jnp.float32)
+    alpha_p, alpha_n, beta, eps = (each.astype(jnp.float32) for each in (alpha_p, alpha_n, beta, eps))
+    above = jax.nn.softplus(alpha_p) * jnp.square(x_float)
+    below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x_float, eps)) - x_float)
+    return (jnp.where(x_float > 0, above, below) + beta * x_float).astype(x.dtype)
+
+
+class Xielu(nnx.Module):
+    """The activation `xielu` with numbers of each layer: two are trained, two are kept as the files have them."""
+
+    def __init__(self, sizes: Sizes, *, dtype: jnp.dtype):
+        """Both slopes begin as 0.8, as in transformers."""
+        of_layers = (sizes["l"], 1)
+        self.alpha_p = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.8)), dtype), axes="l m")
+        self.alpha_n = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.3)), dtype), axes="l m")
+        self.beta = Frozen(jnp.full(of_layers, 0.5, jnp.float32), axes="l m")
+        self.eps = Frozen(jnp.full(of_layers, -1e-6, jnp.float32), axes="l m")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return xielu(x, self.alpha_p[...], self.alpha_n[...], self.beta[...], self.eps[...])
+
+
 class MLP(nnx.Module):
     """`down(activation(gate(x), up(x)))`, or without a gate `down(activation(up(x)))`."""
 
@@ -158,13 +185,15 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
+        self.act_fn = Xielu(sizes, dtype=dtype) if activation is xielu else None
         self.gate_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs) if gated else None
         self.up_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         inner = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
-        return self.down_proj(constrain(self.activation(*Linear.each(inner, x, keys)), "b t f"), keys)
+        activation = self.activation if self.act_fn is None else self.act_fn
+        return self.down_proj(constrain(activation(*Linear.each(inner, x, keys)), "b t f"), keys)
 
 
 @dataclasses.dataclass(frozen=True)

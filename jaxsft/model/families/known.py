@@ -7,6 +7,7 @@ from jaxsft.config import ConfigError
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.bounds import shown, size_problems
 from jaxsft.model.families import (
+    apertus,
     arcee,
     cohere,
     cohere2,
@@ -73,6 +74,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
+    "apertus": apertus,
     "arcee": arcee,
     "seed_oss": seed_oss,
     "ernie4_5": ernie4_5,
