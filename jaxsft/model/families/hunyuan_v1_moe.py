@@ -19,8 +19,8 @@ WEIGHTS = (
 )
 IN_MEMORY = qwen3_moe.IN_MEMORY | {"layers.mlp.router.weight": WEIGHTS["layers.mlp.router.weight"]}
 AS_PARAMETERS = tuple(f"layers.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down"))
-"""Linear modules that PEFT must be given as parameters: of this model type it takes a module of such a name, wherever it
-is, for that of the experts (PEFT 0.21)."""
+"""Linear modules that PEFT must be given as parameters: of this model type it takes a module of such a name for that of
+the experts, wherever it is (PEFT 0.21)."""
 IGNORED = hunyuan_v1_dense.IGNORED
 
 
