@@ -130,27 +130,16 @@ def choose(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(probabilities)
 
 
-def choose_by(
-    preferences: jax.Array, scores: jax.Array, top_k: int, *, groups: tuple[int, int] = (1, 1)
-) -> tuple[jax.Array, jax.Array]:
-    """The scores [B, T, top_k] of those that are preferred, and whose they are; `choose` prefers by scores.
+def choose_by(preferences: jax.Array, scores: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The scores [B, T, top_k] of those that are preferred most, and whose they are; `choose` prefers by scores.
 
     Args:
         preferences: [B, T, E]; no gradient goes through them.
         scores: [B, T, E].
         top_k: how many are chosen.
-        groups: (G, n): of G groups of neighbours, only the n are looked at whose two best preferences add up to most
-            (DeepSeek-V3, section 2.1.2).
     """
-    num_groups, top_groups = groups
 
     def local(preferences: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if top_groups < num_groups:
-            grouped = preferences.reshape(*preferences.shape[:-1], num_groups, -1)
-            of_groups = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-            best = jax.lax.top_k(of_groups, top_groups)[1]
-            is_best = (best[..., None] == jnp.arange(num_groups)).any(axis=-2)
-            preferences = jnp.where(is_best[..., None], grouped, -jnp.inf).reshape(preferences.shape)
         ids = jax.lax.top_k(preferences, top_k)[1]
         return jnp.take_along_axis(scores, ids, axis=-1), ids
 

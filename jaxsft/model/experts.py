@@ -32,14 +32,8 @@ class Routing:
     """What makes scores of the router's logits: of all experts together, or of each by itself."""
     correction_bias: bool = False
     """Experts are chosen by their scores plus a number of each that is in the files and is never trained."""
-    num_groups: int = 1
-    """Experts are in so many groups of the same size, in order."""
-    top_groups: int = 1
-    """Groups from which a token's experts are chosen: those whose two best add up to most."""
     least_sum: float = 0.0
     """Chosen scores are divided by no less than that."""
-    scale: float = 1.0
-    """Of the weights of all chosen experts."""
     shared_size: int = 0
     """Width of the expert that every token goes to; 0: there is none."""
     shared_gate: bool = False
@@ -200,14 +194,11 @@ class MixtureMLP(nnx.Module):
         else:
             scores = jax.nn.sigmoid(logits)
             probabilities = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
-        if self.correction_bias is None and routing.num_groups == 1:
+        if self.correction_bias is None:
             weights, chosen = choose(scores, routing.top_k)
         else:
-            bias = 0.0 if self.correction_bias is None else self.correction_bias[...]
-            preferences = jax.lax.stop_gradient(scores) + bias
-            groups = (routing.num_groups, routing.top_groups)
-            weights, chosen = choose_by(preferences, scores, routing.top_k, groups=groups)
+            weights, chosen = choose_by(scores + self.correction_bias[...], scores, routing.top_k)
         if routing.normalise:
             total = weights.sum(axis=-1, keepdims=True)
             weights = weights / (jnp.maximum(total, routing.least_sum) if routing.least_sum else total)
-        return probabilities, (weights * routing.scale if routing.scale != 1.0 else weights), chosen
+        return probabilities, weights, chosen

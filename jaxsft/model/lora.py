@@ -55,9 +55,10 @@ class Map(NamedTuple):
     def sizes(self) -> dict[str, int]:
         """Letter of a dim of its weight to its size; maps of one model may differ in the width of their MLPs."""
         weight: Any = self.module.weight
-        shape = weight.shape
         if isinstance(weight, QuantizedWeight):
             shape = (*weight.codes.shape[: len(self.leading.split())], *weight.layout.shape)
+        else:
+            shape = weight.shape
         return dict(zip(self.axes, shape, strict=True))
 
 

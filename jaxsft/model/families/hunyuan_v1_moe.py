@@ -33,7 +33,7 @@ def decoder_config(hf: Fields) -> DecoderConfig:
         hf.problem(f"moe_topk: {top_k}; expected 1 to {num_experts}, the number of experts")
     # transformers computes with what it says of all layers alone, and refuses files that mean other numbers.
     for key, only in dict(moe_intermediate_size=width, num_shared_expert=1, moe_layer_num_skipped=0).items():
-        given = hf(key, only)
+        given = only if hf(key) is None else hf(key)
         if any(each != only for each in (given if isinstance(given, list) else [given])):
             hf.problem(f"{key}: {given}; only {only} is computed")
     for key, value in dict(use_mixed_mlp_moe=True, norm_topk_prob=True, moe_drop_tokens=False).items():

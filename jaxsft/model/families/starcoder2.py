@@ -18,7 +18,11 @@ def decoder_config(hf: Fields) -> DecoderConfig:
     """The DecoderConfig of a `config.json` of model_type starcoder2."""
     hf.only("norm_type", "layer_norm")
     hf.only("mlp_type", "default")
-    hf.only("activation_function", hf("hidden_act"))
+    hf.only("layer_norm_epsilon", hf("norm_epsilon"))
+    if not hf("scale_attn_weights", True):
+        hf.problem("scale_attn_weights: False; only True is computed")
+    # transformers computes hidden_act, whatever the first says; and softmax is in float32.
+    hf("activation_function"), hf("attention_softmax_in_fp32"), hf("scale_attention_softmax_in_fp32")
     bias = bool(hf("use_bias"))
     return DecoderConfig(
         **hf.sizes(),
