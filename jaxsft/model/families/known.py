@@ -7,8 +7,11 @@ from jaxsft.config import ConfigError
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.bounds import shown, size_problems
 from jaxsft.model.families import (
+    apertus,
+    arcee,
     cohere,
     cohere2,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
@@ -19,18 +22,28 @@ from jaxsft.model.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_dense,
+    hunyuan_v1_moe,
     llama,
+    minimax_m2,
     ministral3,
     mixtral,
+    nanochat,
     olmo2,
     olmo3,
     olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
     stablelm,
+    starcoder2,
+    vaultgemma,
 )
 from jaxsft.model.fields import Fields, refusal
 
@@ -61,6 +74,19 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
+    "apertus": apertus,
+    "arcee": arcee,
+    "seed_oss": seed_oss,
+    "ernie4_5": ernie4_5,
+    "hunyuan_v1_dense": hunyuan_v1_dense,
+    "starcoder2": starcoder2,
+    "nanochat": nanochat,
+    "vaultgemma": vaultgemma,
+    "qwen2_moe": qwen2_moe,
+    "hunyuan_v1_moe": hunyuan_v1_moe,
+    "granitemoe": granitemoe,
+    "granitemoeshared": granitemoeshared,
+    "minimax_m2": minimax_m2,
 }
 """model_type of a config.json -> the module of its family."""
 
