@@ -15,7 +15,7 @@ LAYERS = [
     {"answers", "report"},
     {"setup"},
     {"train", "export_run", "plan"},
-    {"api", "baseline", "compare"},
+    {"api", "baseline", "compare", "sweep"},
     {"cli"},
     {"__main__"},
 ]

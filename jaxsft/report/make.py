@@ -30,6 +30,7 @@ def report(
     columns: Mapping[str, str] | None = None,
     names: Sequence[str] = (),
     command: str = "",
+    verdict: str = "",
 ) -> Report:
     """Reads the runs and writes their overlay into the folder `out`.
 
@@ -41,6 +42,7 @@ def report(
         columns: our key to their column, for files that have it.
         names: of the runs, as many as there are, or none.
         command: what makes it again; made from the paths where it is empty.
+        verdict: the first sentences of the page; that nothing is judged, where it is empty.
 
     Raises:
         ConfigError: a path that is no run, a number of names that is not that of the runs, a folder that is taken, or
@@ -55,7 +57,7 @@ def report(
     made = Report(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         command=command or f"python run.py report {shlex.join(paths)}",
-        verdict=f"{len(runs)} run{'s' * (len(runs) != 1)} side by side; nothing is judged.",
+        verdict=verdict or f"{len(runs)} run{'s' * (len(runs) != 1)} side by side; nothing is judged.",
         passed=None,
         checks=(),
         runs=runs,
