@@ -108,13 +108,12 @@ def sweep(
             continue
         say(f"{which}  ({trial.config.run_dir})")
         ended = start(trial)
-        if ended.code == DONE:
-            states[at] = FINISHED
-            continue
-        codes.append(ended.code)
-        states[at] = ended.how
-        say(f"{which}: {ended.how}")
+        states[at] = FINISHED if ended.code == DONE else ended.how
+        if ended.code != DONE:
+            codes.append(ended.code)
+            say(f"{which}: {ended.how}")
         if ended.is_sweep_stopped:
+            codes.append(START_AGAIN)
             break
     outcomes = [Outcome(trial, state, _metrics(trial)) for trial, state in zip(trials, states, strict=True)]
     outcomes.sort(key=_rank)

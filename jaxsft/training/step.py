@@ -273,6 +273,8 @@ class Numbers(NamedTuple):
     """Of the learning rate."""
     clip_norm: np.float32
     """Infinite: no clipping."""
+    weight_decay: np.float32
+    """Outside of all groups."""
     seed: np.uint32
 
 
@@ -307,8 +309,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step of a run, compiled at its first call; the state is donated.
 
-    Learning rate, schedule, number of steps, clipping and seed are no part of the program: another run that differs in
-    them alone finds it compiled.
+    Learning rate, warm-up, number of steps, clipping, weight decay and seed are no part of the program: another run that
+    differs in them alone finds it compiled.
 
     Args:
         model: structure of the decoder; its `params` are those trained, its `frozen` are given to each step.
@@ -320,7 +322,9 @@ def make_train_step(
     """
     optimizer, schedule = make_optimizer(optim), optim.schedule
     clip_norm = math.inf if optim.clip_norm is None else optim.clip_norm
-    numbers = Numbers(make_course(optim, num_steps), np.float32(clip_norm), np.uint32(seed))
+    numbers = Numbers(
+        make_course(optim, num_steps), np.float32(clip_norm), np.float32(optim.weight_decay), np.uint32(seed)
+    )
     decoder = nnx.merge(*model)
     config, draws_by_rows = decoder.config, decoder.drops_inputs or loss.neftune_alpha > 0
 
@@ -340,7 +344,7 @@ def make_train_step(
         learning_rate = rate_at(schedule, numbers.course, state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        given = Given(summed, factor, learning_rate, step_key(numbers.seed, state.step))
+        given = Given(summed, factor, learning_rate, step_key(numbers.seed, state.step), numbers.weight_decay)
         params, opt_state = _updated(optimizer, state, given, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
