@@ -309,8 +309,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step of a run, compiled at its first call; the state is donated.
 
-    Learning rate, warm-up, number of steps, clipping, weight decay and seed are no part of the program: another run that
-    differs in them alone finds it compiled.
+    Learning rate, warm-up, number of steps, clipping, weight decay and seed are no part of the program: another run
+    that differs in them alone finds it compiled.
 
     Args:
         model: structure of the decoder; its `params` are those trained, its `frozen` are given to each step.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxsft.config import OptimConfig
 from jaxsft.training.optimizers.params import by_path, decays, matrix, rate_factors, replaced
@@ -28,7 +29,7 @@ class Given(NamedTuple):
     """float32 scalar, outside of all groups."""
     key: jax.Array
     """Of this step, for what is rounded at random."""
-    weight_decay: jax.Array | None = None
+    weight_decay: ArrayLike | None = None
     """float32 scalar, outside of all groups; None: as the config has it, as a constant of the program."""
 
 
