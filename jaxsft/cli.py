@@ -361,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     subparser = add("sweep", sweep_command)
     subparser.add_argument("config", help="YAML file")
     subparser.add_argument(
-        "overrides", nargs="+", metavar="key=a,b", help="such as optim.learning_rate=1e-5,2e-5 train.epochs=1"
+        "overrides", nargs="*", metavar="key=a,b", help="such as optim.learning_rate=1e-5,2e-5 train.epochs=1"
     )
     subparser.add_argument("--print", action="store_true", help="print the command of each run, and train none")
     subparser = add("compare", compare_command)
