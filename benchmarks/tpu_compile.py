@@ -77,14 +77,14 @@ def describe(compiled: Compiled, config: Config) -> str:
     rows = f"{config.train.batch_size} rows of {config.data.seq_len:,}"
     if config.train.microbatch_size:
         rows += f", {config.train.microbatch_rows} at once"
-    flops = sum(each.flops for each in compiled.matmuls)
-    again = sum(each.flops for each in compiled.matmuls if each.is_again)
+    flops = compiled.flops
     lines = [
         f"{config.model.path}: {mesh}; {rows}; remat {config.model.remat}",
         f"peak {compiled.peak_bytes / GIB:.2f} GiB on each device: arguments {compiled.argument_bytes / GIB:.2f}, "
         f"temporary {compiled.temp_bytes / GIB:.2f}; compiled in {compiled.seconds:.0f} processor seconds",
-        f"matmuls {flops / 1e12:,.1f} TFLOP a step on all devices, of which {again / 1e12:,.1f} are computed again "
-        f"({again / (flops - again):.1%} on top)",
+        f"matmuls {flops.all / 1e12:,.1f} TFLOP a step on all devices, if every token is trained: maps "
+        f"{flops.maps / 1e12:,.1f}, attention {flops.attention / 1e12:,.1f}, experts {flops.experts / 1e12:,.1f}, loss "
+        f"{flops.loss / 1e12:,.1f}; {flops.again / 1e12:,.1f} of these are computed again",
         f"compiled by {compiled.options}",
         f"asynchronous collectives: {compiled.report.num_async}; share of all gathered bytes: "
         f"{async_share(compiled.report):.2f}",

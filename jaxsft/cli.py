@@ -77,11 +77,18 @@ def preview_command(args: argparse.Namespace) -> int:
 
 def plan_command(args: argparse.Namespace) -> int:
     """say what a run will need on chips that need not be there: memory, messages, hours; no weights are read"""
+    from jaxsft.disk.pages import refuse_other_pages
     from jaxsft.plan.make import as_json, describe, make_plan
+    from jaxsft.plan.page import write_html
     from jaxsft.plan.search import describe_suggestions, largest_microbatch, suggest
     from jaxsft.plan.topologies import read_topology
 
     topology = read_topology(args.topology, num_slices=args.slices)
+    page = None if args.page is None else pathlib.Path(args.page)
+    if page is not None:
+        if page.suffix != ".html":
+            raise ConfigError(f"--page: {page} given, expected a file whose name ends in .html")
+        refuse_other_pages([page])
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         config = _config(args)
         if args.suggest:
@@ -94,6 +101,9 @@ def plan_command(args: argparse.Namespace) -> int:
         print(json.dumps([as_json(plan) for plan in plans] if args.suggest else as_json(plans[0])))
     else:
         print(describe_suggestions(plans) if args.suggest else describe(plans[0]))
+    if page is not None:
+        write_html(plans, page, command=shlex.join(["jaxsft", *sys.argv[1:]]))
+        print(f"page: {page}", file=sys.stderr if args.json else sys.stdout)
     return 0
 
 
@@ -356,6 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     ways = subparser.add_mutually_exclusive_group()
     ways.add_argument("--search", action="store_true", help="find the most rows at once that fit")
     ways.add_argument("--suggest", action="store_true", help="rank meshes, remat policies and rows at once, as counted")
+    subparser.add_argument("--page", metavar="FILE.html", help="the same as a page")
     subparser.add_argument("--quick", action="store_true", help="count alone, also where a compiler is installed")
     subparser.add_argument("--json", action="store_true", help="the same for programs")
     subparser = add("sweep", sweep_command)

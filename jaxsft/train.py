@@ -32,6 +32,7 @@ from jaxsft.hosts.agreement import agree_on_start, share, together
 from jaxsft.hosts.logs import Log
 from jaxsft.hosts.table import process_number
 from jaxsft.hosts.watchdog import Watchdog
+from jaxsft.mesh import ROW_AXES
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
@@ -41,8 +42,9 @@ from jaxsft.training.checkpoint import Checkpointer, sealed_steps
 from jaxsft.training.console import Console
 from jaxsft.training.events import Evaluated, Event, Finished, Line, Saved, Stopped
 from jaxsft.training.logbook import Logbook
-from jaxsft.training.memory import describe_bytes, where_bytes_go
+from jaxsft.training.memory import Bytes, describe_bytes, where_bytes_go
 from jaxsft.training.metrics import Diverged, Speedometer
+from jaxsft.training.out_of_memory import explained, memory_limit
 from jaxsft.training.profile import Profiler, check_profile
 from jaxsft.training.run_folder import check_progress, claim_run_folder
 from jaxsft.training.step import (
@@ -79,6 +81,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
     Raises:
         ConfigError, DataError: mistakes of the user; before a weight is read where that is possible.
         SaveError, WriteError: a checkpoint or another file could not be written.
+        OutOfMemory: a device has too little memory; says what would lower it.
         Diverged: too many steps were skipped as their loss or gradient was not finite, or a parameter is not finite.
     """
     with StopSignal() as stop, contextlib.ExitStack() as closing:
@@ -110,7 +113,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             console.say(_memory(setup))
 
             # The state: where a former start of this run left off, or the weights to begin with.
-            state, frozen = _first_state(setup, checkpointer, stop, console)
+            with _memory_advice(setup):
+                state, frozen = _first_state(setup, checkpointer, stop, console)
             first = int(state.step)
             console.say(_summary(setup, state, frozen))
             logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
@@ -131,6 +135,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         if failure.is_program():
             watchdog.start()
         closing.push(failure.on_exit)
+        closing.enter_context(_memory_advice(setup))
 
         last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, watchdog, stop)
         if last_state is None:
@@ -225,7 +230,7 @@ def _steps(
                         checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
         except Exception as error:
-            failure.fail(error)  # Before the batch in the making is waited for.
+            failure.fail(_explained(error, setup))  # Before the batch in the making is waited for.
             raise
         except GeneratorExit:  # Whoever reads the events has enough of them.
             if done > first and not sys.is_finalizing():
@@ -314,18 +319,41 @@ def _summary(setup: Setup, state: TrainState, frozen: Any) -> str:
     )
 
 
-def _memory(setup: Setup) -> str:
-    """Where the bytes of a device will go, before a weight is read."""
+def _bytes_of(setup: Setup, rows: int) -> Bytes:
+    """Where the bytes of a device go with so many rows at once."""
     train = setup.config.train
-    found = where_bytes_go(
+    return where_bytes_go(
         setup.pretrained.model,
         setup.config.optim,
         setup.mesh,
-        rows=train.microbatch_rows,
+        rows=rows,
         length=setup.config.data.seq_len,
-        num_microbatches=train.num_microbatches,
+        num_microbatches=train.batch_size // rows,
     )
-    return describe_bytes(found, limit=(jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"))
+
+
+def _memory(setup: Setup) -> str:
+    """The table, before a weight is read."""
+    return describe_bytes(_bytes_of(setup, setup.config.train.microbatch_rows), limit=memory_limit())
+
+
+def _explained(error: Exception, setup: Setup) -> Exception:
+    """The error, or where memory is exhausted, one that says what would lower it."""
+    train, sizes = setup.config.train, setup.mesh.shape
+    shares = math.prod(sizes[axis] for axis in ROW_AXES)
+    count = functools.partial(_bytes_of, setup)
+    return explained(error, count, batch_size=train.batch_size, rows=train.microbatch_rows, shares=shares)
+
+
+@contextlib.contextmanager
+def _memory_advice(setup: Setup) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = _explained(error, setup)
+        if found is error:
+            raise
+        raise found from error
 
 
 def _open_logbook(setup: Setup, step: int, saved: dict[str, Any], console: Console, lock: Lock | None) -> Logbook:

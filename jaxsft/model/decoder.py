@@ -24,7 +24,7 @@ from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
 from jaxsft.model.noise import fold, noise_scale, noisy, token_keys
 from jaxsft.model.products import precision
-from jaxsft.model.remat import POLICIES, Remat, keep
+from jaxsft.model.remat import POLICIES, Remat, all_but_slices, keep
 from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 
 
@@ -344,30 +344,43 @@ class Decoder(nnx.Module):
         period = period_of(kinds)
         scanned = 0 if self.unroll else len(kinds) // period * period
 
-        def make_layer(kind: LayerKind, *, in_scan: bool) -> Callable:
+        def make_layer(kind: LayerKind, *, in_scan: bool, number: int | None = None) -> Callable:
+            """Of its weights, or of those of a period of which it is layer `number`."""
+
             def layer(x: jax.Array, weights: nnx.State, slots: Slots, cached: Any) -> tuple[jax.Array, Any]:
+                if number is not None:
+                    weights = jax.tree.map(lambda each: each[number], weights)
                 return nnx.merge(graphdef, weights)(x, slots, cached, kind)
 
+            policy = POLICIES[self.remat]
             if self.remat == "none" and (not in_scan or self.config.routing is not None):
-                return layer
+                if number is None:
+                    return layer
+                policy = all_but_slices
             # A scan is already a barrier against common-subexpression elimination.
-            return jax.checkpoint(layer, policy=POLICIES[self.remat], prevent_cse=not in_scan)
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not in_scan)
 
-        def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any, *, in_scan: bool) -> tuple[jax.Array, Any]:
+        def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any) -> tuple[jax.Array, Any]:
             outs = []
             for kind, of_layer in zip(kinds, _split(of_layers, len(kinds)), strict=True):
-                x, out = make_layer(kind, in_scan=in_scan)(x, of_layer[0], slots, of_layer[1])
+                x, out = make_layer(kind, in_scan=False)(x, of_layer[0], slots, of_layer[1])
                 outs.append(out)
             return x, jax.tree.map(lambda *each: jnp.stack(each), *outs)
 
         def scan(x: jax.Array, of_layers: Any) -> tuple[jax.Array, Any]:
             def body(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
                 # The compiler unrolls a loop of one turn, which then is no barrier.
-                return run(x, kinds[:period], of_period, in_scan=scanned > period)
+                in_scan, (of_layers, cached) = scanned > period, of_period
+                outs = []
+                for number, kind in enumerate(kinds[:period]):
+                    of_layer = jax.tree.map(lambda each: each[number], cached)  # noqa: B023 (used at once)
+                    x, out = make_layer(kind, in_scan=in_scan, number=number)(x, of_layers, slots, of_layer)
+                    outs.append(out)
+                return x, jax.tree.map(lambda *each: jnp.stack(each), *outs)
 
+            # What enters a layer is what the backward pass needs of it. The weights that enter the scan are there
+            # anyway; of slices of them, made before a layer, it would keep copies.
             if period == 1:
-                # The weights enter the scan as they are, so the backward pass reads these; of reshaped ones it would
-                # keep copies.
                 layer = make_layer(kinds[0], in_scan=scanned > 1)
                 return jax.lax.scan(lambda x, of_layer: layer(x, of_layer[0], slots, of_layer[1]), x, of_layers)
             periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)
@@ -377,10 +390,10 @@ class Decoder(nnx.Module):
         if scanned == len(kinds):
             return scan(x, (weights, cached))
         if scanned == 0:
-            return run(x, kinds, (weights, cached), in_scan=False)
+            return run(x, kinds, (weights, cached))
         whole_periods, rest = _cut((weights, cached), scanned)
         x, first_out = scan(x, whole_periods)
-        x, last_out = run(x, kinds[scanned:], rest, in_scan=False)
+        x, last_out = run(x, kinds[scanned:], rest)
         return x, jax.tree.map(lambda *each: jnp.concatenate(each), first_out, last_out)
 
     @property

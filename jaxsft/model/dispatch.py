@@ -500,9 +500,7 @@ def make_plan(chosen: jax.Array, num_experts: int, *, axis_size: int = 1) -> Pla
     order 0 5 1 2 4 3, starts 0 2 2, counts 2 0 3, block_ends 1 1 3.
     """
     chosen, top_k = chosen.reshape(-1), chosen.shape[-1]
-    # Half of a block is empty per expert on average: a quarter of the work at most where choices are even.
-    even_share = chosen.size // (num_experts * axis_size)
-    block_size = min(MAX_BLOCK, max(MIN_BLOCK, 2 ** ((even_share // 2).bit_length() - 1)))
+    block_size = block_rows(chosen.size, num_experts * axis_size)
     order = jnp.argsort(chosen, stable=True)
     bounds = jnp.searchsorted(chosen[order], jnp.arange(num_experts + 1))
     counts = jnp.diff(bounds)
@@ -514,6 +512,14 @@ def make_plan(chosen: jax.Array, num_experts: int, *, axis_size: int = 1) -> Pla
         top_k=top_k,
         block_size=block_size,
     )
+
+
+def block_rows(num_choices: int, num_experts: int) -> int:
+    """C for so many choices among so many experts.
+
+    Half of a block is empty per expert on average: a quarter of the work at most where choices are even.
+    """
+    return min(MAX_BLOCK, max(MIN_BLOCK, 2 ** ((num_choices // num_experts // 2).bit_length() - 1)))
 
 
 def block_of(plan: Plan, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ stand on what a sum has become, as that of a linear map with its bias, so that n
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -37,3 +37,8 @@ POLICIES: dict[Remat, Callable[..., bool] | None] = {
 }
 """Remat -> which names are kept. With "none", norms, rotations and activations are computed again, which costs less
 than to write and read them."""
+
+
+def all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for layers of which nothing is to be computed again, but whose weights are slices of a period's."""
+    return primitive.name not in ("slice", "squeeze")

@@ -20,10 +20,11 @@ from jaxsft.mesh import AXES, AnyMesh, batch_sharding, check_divisible, in_scope
 from jaxsft.model.abstract import Model, abstract_model
 from jaxsft.model.architecture import DecoderConfig
 from jaxsft.model.families.known import decoder_config, family
+from jaxsft.plan.costs import Flops, count_flops
 from jaxsft.plan.topologies import Topology, devices_of, missing_compiler
 from jaxsft.setup import Setup
 from jaxsft.training.compiler_options import describe_options
-from jaxsft.training.matmuls import Matmul, read_matmuls
+from jaxsft.training.matmuls import read_matmuls
 from jaxsft.training.program import Report, read_program
 from jaxsft.training.step import abstract_state, make_train_step
 
@@ -43,8 +44,7 @@ class Compiled(NamedTuple):
     peak_bytes: int
     argument_bytes: int
     temp_bytes: int
-    matmuls: list[Matmul]
-    """Of all devices."""
+    flops: Flops
     report: Report
     seconds: float
     """Of the processor, for tracing and compiling."""
@@ -100,6 +100,11 @@ def trace_step(config: Config, planned: Planned) -> Any:
         return step.trace(abstract_state(model.params, config.optim, mesh), model.frozen, batch)
 
 
+def flops_of(traced: Any, config: Config, planned: Planned) -> Flops:
+    """FLOPs of a traced step."""
+    return count_flops(read_matmuls(traced), planned.model, planned.structure, config, planned.mesh.shape)
+
+
 def compile_step(config: Config, planned: Planned) -> Compiled:
     """Compiles the step of a config for every device of its mesh."""
     began = time.process_time()
@@ -114,6 +119,6 @@ def compile_step(config: Config, planned: Planned) -> Compiled:
     # What XLA calls the peak on a CPU or GPU leaves out what is temporary.
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     peak = memory.peak_memory_in_bytes if is_tpu else arguments + temp
-    matmuls, report = read_matmuls(traced), read_program(text, mesh.shape)
+    flops, report = flops_of(traced, config, planned), read_program(text, mesh.shape)
     options = describe_options(mesh) or "no options"
-    return Compiled(dict(mesh.shape), peak, arguments, temp, matmuls, report, seconds, options, text)
+    return Compiled(dict(mesh.shape), peak, arguments, temp, flops, report, seconds, options, text)

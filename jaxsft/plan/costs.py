@@ -17,6 +17,7 @@ from jaxsft.mesh import ROW_AXES, WIDTH_AXES, cut_axes
 from jaxsft.model.abstract import Model
 from jaxsft.model.adapter import Frozen
 from jaxsft.model.architecture import DecoderConfig
+from jaxsft.model.dispatch import block_rows
 from jaxsft.plan.topologies import Topology
 from jaxsft.training.matmuls import Matmul
 from jaxsft.training.metrics import matmul_params, train_flops
@@ -26,16 +27,20 @@ from jaxsft.training.program import Collective
 class Flops(NamedTuple):
     """Of one step on all devices, in rows of which every token is trained."""
 
-    layers: float
+    maps: float
+    """Of linear maps in layers, forward and backward."""
+    attention: float
+    experts: float
+    """Of mixtures, their routers not included."""
     loss: float
     again: float
-    """Those of `layers` that remat computes a second time."""
+    """Of all these, what remat computes a second time."""
     needed: float
     """Without recomputation, by the formula of the MFU."""
 
     @property
     def all(self) -> float:
-        return self.layers + self.loss
+        return self.maps + self.attention + self.experts + self.loss
 
 
 class Bound(NamedTuple):
@@ -57,34 +62,59 @@ class Bound(NamedTuple):
 
 
 def count_flops(
-    matmuls: Sequence[Matmul], model: Model, structure: DecoderConfig, *, tokens: int, length: int
+    matmuls: Sequence[Matmul], model: Model, structure: DecoderConfig, config: Config, mesh_shape: Mapping[str, int]
 ) -> Flops:
     """FLOPs of a step, of its traced products.
 
-    The loss turns as often as there are trained tokens, which no trace says; its products are two of each token with
-    each row of the table, and one more where that is trained.
+    Three loops turn as often as no trace says. The products of the loss are two of each trained token with each row of
+    the table, and one more where that is trained. Experts have a turn for each block of choices, here taken to be full.
+    Attention in tiles of which some are left out counts by its formula: six products of each pair of tokens, two of
+    which remat may compute again.
 
     Args:
         matmuls: see `read_matmuls`.
         model: of the step.
         structure: of it.
-        tokens: of a step, all rows.
-        length: of a row.
+        config: of the run, as it was traced.
+        mesh_shape: sizes of its axes.
     """
-    closed = [each for each in matmuls if not each.is_open]
+    length, tokens = config.data.seq_len, config.train.batch_size * config.data.seq_len
+    turns = _turns(structure, config, mesh_shape)
+    parts, again = {"maps": 0.0, "attention": 0.0, "experts": 0.0}, 0.0
+    for each in matmuls:
+        part = "attention" if "attention" in each.name else "experts" if each.is_open else "maps"
+        if each.is_open and (part == "attention" or "layers" not in each.name):
+            continue  # and those of the loss
+        flops = each.flops * (each.runs * turns if each.is_open else 1)
+        parts[part] += flops
+        again += flops * each.is_again
+    pairs = sum(_pairs(length, kind.window) for kind in structure.layers) * (tokens // length)
+    width = structure.num_heads * structure.head_dim
+    if tiles := [each for each in matmuls if each.is_open and "attention" in each.name]:
+        again_here = 4.0 * width * pairs * any(each.is_again for each in tiles)
+        parts["attention"] += 12.0 * width * pairs + again_here
+        again += again_here
     table = model.weights["embed_tokens" if structure.tie_embeddings else "lm_head"]["weight"]
     num_products = 2 if isinstance(table, Frozen) else 3
-    layers = float(sum(each.flops for each in closed))
-    pairs = sum(_pairs(length, kind.window) for kind in structure.layers) * (tokens // length)
     needed = train_flops(
         matmul_params=matmul_params(model.params, structure),
         frozen_matmul_params=matmul_params(model.frozen, structure),
         tokens=tokens,
-        attention_width=structure.num_heads * structure.head_dim,
+        attention_width=width,
         attention_pairs=pairs,
     )
-    again = float(sum(each.flops for each in closed if each.is_again))
-    return Flops(layers, 2.0 * num_products * tokens * math.prod(table.shape), again, needed)
+    return Flops(**parts, loss=2.0 * num_products * tokens * math.prod(table.shape), again=again, needed=needed)
+
+
+def _turns(structure: DecoderConfig, config: Config, mesh_shape: Mapping[str, int]) -> float:
+    """Blocks of choices in one layer and microbatch, on all devices together."""
+    if structure.routing is None:
+        return 0.0
+    choices = config.train.microbatch_rows * config.data.seq_len * structure.routing.top_k
+    # Of tokens, devices along `expert` gather each other's.
+    parts = math.prod(mesh_shape[axis] for axis in (*ROW_AXES, "context") if axis != "expert")
+    # Along `tensor`, each has a part of every product.
+    return choices / block_rows(choices // parts, structure.routing.num_experts) * mesh_shape["tensor"]
 
 
 def _pairs(length: int, window: int | None) -> int:

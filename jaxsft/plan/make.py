@@ -10,7 +10,6 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,19 +18,17 @@ import jax.numpy as jnp
 from jaxsft.config import Config, ConfigError
 from jaxsft.folders.pretrained import compute_dtype
 from jaxsft.model.lora import of_files
-from jaxsft.plan.compiling import Compiled, Planned, compile_step, mesh_of, open_planned, trace_step
+from jaxsft.plan.compiling import Compiled, Planned, compile_step, flops_of, mesh_of, open_planned, trace_step
 from jaxsft.plan.costs import (
     Bound,
     Flops,
     bound_of,
-    count_flops,
     expected_collectives,
     link_seconds,
     memory_bytes,
 )
 from jaxsft.plan.topologies import Topology, missing_compiler
 from jaxsft.setup import Setup
-from jaxsft.training.matmuls import Matmul, read_matmuls
 from jaxsft.training.memory import Bytes, where_bytes_go
 from jaxsft.training.metrics import num_params
 from jaxsft.training.program import Collective, total_bytes
@@ -77,12 +74,14 @@ class Plan:
     @property
     def room_bytes(self) -> float | None:
         """Memory that is left over on each device, negative where it is too little; None where it is not known."""
-        return None if self.topology.chip is None else self.topology.chip.memory_bytes * self._share - self.peak_bytes
+        return None if self.capacity_bytes is None else self.capacity_bytes - self.peak_bytes
 
     @property
-    def _share(self) -> float:
-        """Of a chip that a device is: some compilers give a chip two."""
-        return self.topology.num_chips / math.prod(self.mesh.values())
+    def capacity_bytes(self) -> float | None:
+        """Memory of a device, None where it is not known. Some compilers give a chip two devices."""
+        if self.topology.chip is None:
+            return None
+        return self.topology.chip.memory_bytes * self.topology.num_chips / math.prod(self.mesh.values())
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -120,8 +119,8 @@ def make_plan(config: Config, topology: Topology, *, compiles: bool = True) -> P
     planned = open_planned(config, mesh_of(config, topology))
     missing = missing_compiler(topology)
     compiled = compile_step(config, planned) if compiles and missing is None else None
-    matmuls = compiled.matmuls if compiled is not None else read_matmuls(trace_step(config, planned))
-    plan = plan_of(config, topology, planned, matmuls, num_steps=num_steps, compiled=compiled)
+    flops = flops_of(trace_step(config, planned), config, planned) if compiled is None else compiled.flops
+    plan = plan_of(config, topology, planned, flops, num_steps=num_steps, compiled=compiled)
     return dataclasses.replace(plan, missing=missing if compiles else None, seconds=time.process_time() - began)
 
 
@@ -129,12 +128,12 @@ def plan_of(
     config: Config,
     topology: Topology,
     planned: Planned,
-    matmuls: Sequence[Matmul],
+    flops: Flops,
     *,
     num_steps: int | None = None,
     compiled: Compiled | None = None,
 ) -> Plan:
-    """The plan of a model whose step was traced; arguments as what it holds."""
+    """The plan of a model whose FLOPs were counted; arguments as what it holds."""
     model, structure, mesh = planned
     sizes, train, length = dict(mesh.shape), config.train, config.data.seq_len
     counted = where_bytes_go(
@@ -145,7 +144,6 @@ def plan_of(
         length=length,
         num_microbatches=train.num_microbatches,
     )
-    flops = count_flops(matmuls, model, structure, tokens=train.batch_size * length, length=length)
     itemsize = jnp.dtype(compute_dtype(config.model)).itemsize
     if compiled is not None:
         collectives = compiled.report.collectives
@@ -232,22 +230,23 @@ def describe(plan: Plan) -> str:
         _line("memory", f"of one device; {_gib(plan.counted.peak)} counted, " + _compiled_words(plan)),
     ]
     lines += [_line("", f"{term.name:<14}{_gib(term.num_bytes):>12}") for term in plan.counted.terms if term.num_bytes]
-    if chip is not None and plan.room_bytes is not None:
+    if plan.room_bytes is not None and plan.capacity_bytes is not None:
         room = plan.room_bytes
         fits = f"fits, with {_gib(room)} to spare" if room >= 0 else f"DOES NOT FIT: {_gib(-room)} too much"
-        lines.append(_line("", f"{fits} ({_gib(chip.memory_bytes * plan._share)} there)"))
+        lines.append(_line("", f"{fits} ({_gib(plan.capacity_bytes)} there)"))
     if chip is not None and not chip.is_tpu:
         whole = "JAX takes three quarters of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
         lines.append(_line("", whole))
     lines.append(_line("", f"most are {plan.counted.largest.name}; fewer with {plan.counted.largest.lowered_by}"))
     lines += ["", _line("FLOPs", f"{plan.flops.all / 1e12:,.1f} T a step on all chips, if every token is trained:")]
-    parts = {"layers": plan.flops.layers - plan.flops.again, "again": plan.flops.again, "loss": plan.flops.loss}
-    words = {"layers": "", "again": "computed again for the backward pass", "loss": ""}
-    lines += [_line("", f"{name:<14}{value / 1e12:>12,.1f} T  {words[name]}".rstrip()) for name, value in parts.items()]
+    parts = {name: getattr(plan.flops, name) for name in ("maps", "attention", "experts", "loss")}
+    lines += [_line("", f"{name:<14}{value / 1e12:>12,.1f} T") for name, value in parts.items() if value]
+    if plan.flops.again:
+        lines.append(_line("", f"{'of these':<14}{plan.flops.again / 1e12:>12,.1f} T  again, for the backward pass"))
     if plan.collectives:
         source = "in the compiled program" if plan.compiled is not None else "expected; no compiler was asked"
         lines += ["", _line("messages", f"of one device a step, {source}:")]
-        for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items()):
+        for kind, axes, number, num_bytes in messages_by_kind(plan.collectives):
             along = ", ".join(axes) or "one device"
             lines.append(_line("", f"{kind:<18}{along:<22}{number:>7,}{_gib(num_bytes):>13}"))
     lines.append("")
@@ -321,7 +320,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "flops": plan.flops._asdict(),
         "messages": [
             {"kind": kind, "axes": list(axes), "number": number, "bytes": num_bytes}
-            for (_, kind, axes), (number, num_bytes) in sorted(_by_kind(plan.collectives).items())
+            for kind, axes, number, num_bytes in messages_by_kind(plan.collectives)
         ],
         "bound": None if bound is None else bound._asdict() | {"seconds": bound.seconds, "by": bound.by},
         "tokens_per_second": plan.tokens_per_second,
@@ -333,8 +332,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _by_kind(collectives: list[Collective]) -> dict[tuple[str, str, tuple[str, ...]], tuple[int, int]]:
-    return total_bytes([each._replace(scope="") for each in collectives])
+def messages_by_kind(collectives: list[Collective]) -> list[tuple[str, tuple[str, ...], int, int]]:
+    """Kind, axes, how many a step, and their bytes, summed up."""
+    found = total_bytes([each._replace(scope="") for each in collectives])
+    return [(kind, axes, number, num_bytes) for (_, kind, axes), (number, num_bytes) in sorted(found.items())]
 
 
 def _line(label: str, text: str) -> str:

@@ -12,15 +12,18 @@ from jax.sharding import AbstractMesh, AxisType
 
 from jaxsft.config import Config, ConfigError
 from jaxsft.mesh import AXES, ROW_AXES, check_divisible
-from jaxsft.plan.compiling import Planned, mesh_of, open_planned, trace_step
+from jaxsft.plan.compiling import Planned, flops_of, mesh_of, open_planned, trace_step
+from jaxsft.plan.costs import Flops
 from jaxsft.plan.make import Plan, as_on, make_plan, plan_of
 from jaxsft.plan.topologies import Topology, missing_compiler
-from jaxsft.training.matmuls import Matmul, read_matmuls
 
 MOST_ROWS = 1024
 """Of one device at once."""
 LONG = 16384
 """Positions from which on rows are worth cutting."""
+
+NOTHING = Flops(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""Where memory alone is asked for."""
 
 Say = Callable[[str], None]
 
@@ -67,7 +70,7 @@ def largest_microbatch(config: Config, topology: Topology, *, compiles: bool, sa
 def _counted_to_fit(config: Config, topology: Topology, planned: Planned, sizes: Sequence[int]) -> int:
     """Index of the most rows that fit, as counted; -1 where none do."""
     for at, rows in enumerate(sizes):
-        plan = plan_of(with_rows(config, rows), topology, planned, [])
+        plan = plan_of(with_rows(config, rows), topology, planned, NOTHING)
         if plan.room_bytes is None or plan.room_bytes < 0:
             return at - 1
     return len(sizes) - 1
@@ -106,9 +109,9 @@ def suggest(config: Config, topology: Topology) -> list[Plan]:
     for remat in ("none", "attention", "full", "offload"):
         of_policy = config.model_copy(update={"model": config.model.model_copy(update={"remat": remat})})
         planned = open_planned(of_policy, mesh_of(of_policy, topology))
-        matmuls = read_matmuls(trace_step(of_policy, planned))
+        flops = flops_of(trace_step(of_policy, planned), of_policy, planned)
         for sizes in _meshes(of_policy, topology, has_experts=planned.structure.routing is not None):
-            plan = _on_mesh(of_policy, topology, planned, sizes, matmuls)
+            plan = _on_mesh(of_policy, topology, planned, sizes, flops)
             found += [plan] if plan is not None else []
     if not found:
         raise ConfigError(
@@ -127,9 +130,7 @@ def _meshes(config: Config, topology: Topology, *, has_experts: bool) -> Iterato
             yield dict(zip(AXES, (topology.num_slices, chips // others, expert, context, tensor), strict=True))
 
 
-def _on_mesh(
-    config: Config, topology: Topology, planned: Planned, sizes: dict[str, int], matmuls: list[Matmul]
-) -> Plan | None:
+def _on_mesh(config: Config, topology: Topology, planned: Planned, sizes: dict[str, int], flops: Flops) -> Plan | None:
     """The plan with the fewest microbatches that fit; None where the mesh cuts something unevenly, or nothing fits."""
     mesh = AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     for number in (1, 2, 4, 8, 16, 32, 64):
@@ -142,7 +143,7 @@ def _on_mesh(
             check_divisible(mesh, planned.model.weights, rows)
         except ConfigError:
             return None
-        plan = plan_of(cut, topology, planned._replace(mesh=mesh), matmuls)
+        plan = plan_of(cut, topology, planned._replace(mesh=mesh), flops)
         if plan.room_bytes is not None and plan.room_bytes >= 0:
             return plan
     return None

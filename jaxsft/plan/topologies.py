@@ -4,6 +4,7 @@ In: a name such as `v6e:8x8`, `h100:8` or `cpu:1`. Out: a `Topology`, whose devi
 compiler for them is installed: `libtpu` for TPUs, the CUDA plugin of JAX for GPUs, and JAX itself for CPUs.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import math
@@ -97,8 +98,9 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     if topology.chip is None:
         return _cpus(topology)
     if topology.chip.is_tpu:
-        # No TPU is looked for, and several processes may compile at once.
+        # No TPU is looked for, several processes may compile at once, and it says nothing of hosts that are not there.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v6e-8"}
         options: dict[str, Any] = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}
         platform, options = "tpu", options | {"topology_name": topology.name}
     else:
@@ -113,7 +115,8 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 
 
 def _cpus(topology: Topology) -> Sequence[Any]:
-    jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    with contextlib.suppress(RuntimeError):  # JAX has looked for its devices already.
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
     if len(jax.devices()) < topology.num_chips:
         raise ConfigError(f"--topology: {topology.name}: JAX has {len(jax.devices())} CPU devices already")
     return jax.devices()[: topology.num_chips]

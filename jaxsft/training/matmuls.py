@@ -1,8 +1,8 @@
 """A traced program, read: the matrix products of a step and their FLOPs, also of those that remat computes again.
 
 In: what `jax.jit(step).trace(...)` gives, of which nothing is compiled. Out: its `Matmul`s, for all devices together.
-A loop whose end is computed, such as that of the loss over chunks of trained tokens, counts once; a branch, as the
-largest of its kind; a kernel, as often as its grid has places, also those that it leaves out.
+Of a loop whose end is computed, such as that of the loss over chunks of trained tokens, one turn counts, on one device;
+of a kernel, which may leave out places of its grid, one place; a branch counts as the largest of its kind.
 """
 
 import math
@@ -19,7 +19,8 @@ class Matmul(NamedTuple):
     """A matrix product of a program."""
 
     flops: int
-    """Of all its runs on all devices: 2 for each product of two numbers, and its addition."""
+    """Of all its runs on all devices: 2 for each product of two numbers, and its addition. Of an open one, of one turn
+    of its loop, or place of its grid, on one device."""
     dtype: str
     """Of what comes out."""
     shape: tuple[int, ...]
@@ -28,7 +29,9 @@ class Matmul(NamedTuple):
     is_again: bool
     """It is computed a second time, for the backward pass."""
     is_open: bool
-    """Within a loop whose end is computed, so that `flops` are those of one turn."""
+    """Within a loop whose end is computed, or in a kernel."""
+    runs: int
+    """How often it is begun, of all devices as one: for an open one, how often its loop or kernel is."""
 
 
 def read_matmuls(traced: Any) -> list[Matmul]:
@@ -38,7 +41,7 @@ def read_matmuls(traced: Any) -> list[Matmul]:
     """
     jaxpr = _inner(getattr(traced, "jaxpr", traced))
     needed, _ = partial_eval.dce_jaxpr(jaxpr, True)
-    return list(_matmuls(needed, 1, "", is_open=False))
+    return list(_matmuls(needed, _Visit(1, 1, "", is_open=False)))
 
 
 def _inner(jaxpr: Any) -> Any:
@@ -46,23 +49,38 @@ def _inner(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _matmuls(jaxpr: Any, times: int, path: str, *, is_open: bool) -> Iterator[Matmul]:
+class _Visit(NamedTuple):
+    """How a part of the program is reached."""
+
+    times: int
+    """How often it runs, on all devices; in an open loop, in a turn on one of them."""
+    runs: int
+    """The same without what is within one device's own program, or within an open loop."""
+    path: str
+    is_open: bool
+    is_local: bool = False
+    """In the program of one device."""
+
+
+def _matmuls(jaxpr: Any, visit: _Visit) -> Iterator[Matmul]:
     for equation in jaxpr.eqns:
         kind, params = equation.primitive.name, equation.params
-        name = f"{path}/{equation.source_info.name_stack}"
+        name = f"{visit.path}/{equation.source_info.name_stack}"
         if kind == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             left, out = equation.invars[0].aval, equation.outvars[0].aval
-            flops = 2 * math.prod(left.shape[dim] for dim in contracted) * math.prod(out.shape) * times
-            yield Matmul(flops, str(out.dtype), out.shape, name, AGAIN in name, is_open)
-        inner_times, branches = times, list(_parts(params))
+            flops = 2 * math.prod(left.shape[dim] for dim in contracted) * math.prod(out.shape) * visit.times
+            yield Matmul(flops, str(out.dtype), out.shape, name, AGAIN in name, visit.is_open, visit.runs)
+        inner, branches = visit._replace(path=name), list(_parts(params))
         if kind == "scan":
-            inner_times *= params["length"]
+            runs = visit.runs if visit.is_local or visit.is_open else visit.runs * params["length"]
+            inner = inner._replace(times=visit.times * params["length"], runs=runs)
+        elif kind in ("while", "pallas_call") and not visit.is_open:
+            inner = inner._replace(times=1, is_open=True)
         elif kind == "shard_map":  # the shapes inside are those of one device
-            inner_times *= math.prod(params["mesh"].shape.values())
-        elif kind == "pallas_call":
-            inner_times *= math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
-        of_branches = [list(_matmuls(part, inner_times, name, is_open=is_open or kind == "while")) for part in branches]
+            count = 1 if visit.is_open else math.prod(params["mesh"].shape.values())
+            inner = inner._replace(times=visit.times * count, is_local=True)
+        of_branches = [list(_matmuls(part, inner)) for part in branches]
         if kind == "cond":
             yield from max(of_branches, key=lambda each: sum(matmul.flops for matmul in each), default=[])
         else:

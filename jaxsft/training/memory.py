@@ -23,6 +23,7 @@ from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, in_scope, shardings
 from jaxsft.model.abstract import Model
 from jaxsft.model.decoder import Decoder
+from jaxsft.model.dispatch import WEIGHTS_AT_ONCE
 from jaxsft.model.quantized_maps import with_plain_weights
 from jaxsft.training.chunks import chunk_size
 from jaxsft.training.loss import is_in_blocks
@@ -180,7 +181,11 @@ def _kept_bytes(decoder: Decoder, weights: list[Any], tokens: tuple[int, int]) -
         return jax.tree.leaves(jax.vjp(hidden, params)[1])
 
     jaxpr = jax.make_jaxpr(backward)(*weights, ids, ids, ids).jaxpr
-    kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - set(jaxpr.invars)
+    there = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "reshape" and there.issuperset(equation.invars):
+            there |= set(equation.outvars)  # The same bytes, as periods of layers.
+    kept = {each for each in jaxpr.outvars if isinstance(each, Var)} - there
     on_device: list[Any] = [
         each.aval for each in kept if getattr(each.aval, "memory_space", None) != jax.memory.Space.Host
     ]
@@ -192,8 +197,8 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
 
     On CPUs, where little is fused: all that it would keep if nothing were computed again. Elsewhere what it would keep
     with remat "none", and as much for the gradients by that. Where the width of weights is cut, or they are rounded for
-    matmuls, theirs as well, whole in the compute dtype; where it is cut, the float32 gradient of the largest, before it
-    is reduced to parts.
+    matmuls, theirs as well, whole in the compute dtype; where it is cut, the float32 gradient of the largest that is
+    trained, before it is reduced to parts.
     """
     period = decoder.config.period
 
@@ -206,11 +211,32 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
 
     # From one period to the next in a scan, as a scan of one is unrolled, and then keeps all.
     made = kept(1, unroll=True) if _is_cpu(mesh) else 2 * (kept(3, unroll=False) - kept(2, unroll=False))
-    variables = jax.tree.leaves(_with_layers(weights, period), is_leaf=_is_variable)
-    of_layers = [each for each in variables if "l" in each.get_metadata("axes").split()]
+    trained, all_of_layers = (
+        [each for each in jax.tree.leaves(tree, is_leaf=_is_variable) if "l" in each.get_metadata("axes").split()]
+        for tree in (_with_layers(weights[:1], period), _with_layers(weights, period))
+    )
     is_cut, itemsize = _is_cut(mesh), decoder.compute_dtype.itemsize
-    made += sum(math.prod(each.shape) * itemsize for each in of_layers if is_cut or each.dtype.itemsize != itemsize)
-    return made + is_cut * max(math.prod(each.shape) // period * 4 for each in of_layers)
+    needed = [each for each in all_of_layers if is_cut or each.dtype.itemsize != itemsize]
+    made += sum(_at_once(each, mesh, period) * itemsize for each in needed)
+    of_one_layer = (_at_once(each, mesh, period) // (1 if _is_of_experts(each) else period) * 4 for each in trained)
+    return made + is_cut * max(of_one_layer, default=0)
+
+
+def _at_once(leaf: nnx.Variable, mesh: AnyMesh, period: int) -> int:
+    """Numbers of a weight, in all its width, that a device works with at once in a period of layers.
+
+    Of dense layers all; of experts those of the device in one layer, in groups where they are gathered (`dispatch.py`).
+    """
+    numbers = math.prod(leaf.shape)
+    if not _is_of_experts(leaf):
+        return numbers
+    of_layer = numbers // period // mesh.shape["expert"]
+    one = numbers // period // leaf.shape[leaf.get_metadata("axes").split().index("e")]
+    return min(of_layer, max(one, WEIGHTS_AT_ONCE // 3)) if _is_cut(mesh) else of_layer
+
+
+def _is_of_experts(leaf: nnx.Variable) -> bool:
+    return "e" in leaf.get_metadata("axes").split()
 
 
 def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:

@@ -374,3 +374,21 @@ def test_a_layer_reduces_its_hidden_states_over_tensor_four_times(axes):
     assert {each.kind for each in of_layers} == {"all-reduce"}
     num_bytes = num_rows * length * config.hidden_size * 4 * axes["tensor"] // 8
     assert sum(each.times * each.num_bytes for each in of_layers) == 4 * num_layers * num_bytes
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.parametrize("trained", ["layers", "embed_tokens"])
+def test_layers_that_alternate_are_not_kept_a_second_time_for_the_backward_pass(remat, trained):
+    config = dataclasses.replace(CONFIG, layers=(LayerKind(), LayerKind(window=5)) * 6, intermediate_size=2048)
+    graphdef, weights = nnx.split(make(config, remat=remat))
+    rows = row(4, 3, size=8)
+
+    def loss(some, others, *rows):
+        return nnx.merge(graphdef, nnx.merge_state(some, others))(*rows).hidden.sum()
+
+    some, others = (nnx.State({key: weights[key] for key in weights if (key == trained) is it}) for it in (True, False))
+    compiled = jax.jit(jax.grad(loss)).lower(some, others, *rows).compile(TO_READ)
+    of_layers = sum(leaf.nbytes for leaf in jax.tree.leaves(weights["layers"]))
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    # Weights and gradients of one period, of six, are at hand at a time.
+    assert temp < 0.6 * of_layers, temp / of_layers

@@ -10,14 +10,14 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxsft.config_files import load_config
 from jaxsft.mesh import AXES
 from jaxsft.plan import compiling, topologies
-from jaxsft.plan.compiling import mesh_of, open_planned
-from jaxsft.plan.costs import bound_of, count_flops, expected_collectives, link_seconds, memory_bytes
+from jaxsft.plan.compiling import mesh_of, open_planned, trace_step
+from jaxsft.plan.costs import Flops, bound_of, count_flops, expected_collectives, link_seconds, memory_bytes
 from jaxsft.plan.make import make_plan
 from jaxsft.plan.topologies import read_topology
-from jaxsft.training.matmuls import Matmul
+from jaxsft.training.matmuls import Matmul, read_matmuls
 from jaxsft.training.program import Collective, total_bytes
 
-WIDTH, LAYERS, VOCABULARY, LENGTH, ROWS = 256, 4, 1024, 512, 16
+WIDTH, LAYERS, VOCABULARY, LENGTH, ROWS, TOP_K = 256, 4, 1024, 512, 16, 2
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,26 @@ def path(tmp_path_factory):
         tie_word_embeddings=True,
     )
     path = tmp_path_factory.mktemp("shape") / "config.json"
+    path.write_text(json.dumps(shape.to_dict()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The config.json of a mixture: of each layer 8 experts, each 3 maps of 256 x 512, of which 2 are chosen."""
+    import transformers
+
+    shape = transformers.MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=TOP_K,
+    )
+    path = tmp_path_factory.mktemp("mixture") / "config.json"
     path.write_text(json.dumps(shape.to_dict()))
     return path
 
@@ -62,18 +82,46 @@ MATRICES = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 4 * WIDTH)
 
 
 def test_flops_are_those_of_the_formula(config):
-    model, structure, _ = open_planned(config(), mesh(fsdp=4))
-    forward = Matmul(2 * MATRICES * ROWS * LENGTH, "bfloat16", (), "", is_again=False, is_open=False)
+    run = config()
+    model, structure, _ = open_planned(run, mesh(fsdp=4))
+    forward = Matmul(2 * MATRICES * ROWS * LENGTH, "bfloat16", (), "layers", is_again=False, is_open=False, runs=1)
     matmuls = [
         forward._replace(flops=3 * forward.flops),
         forward._replace(is_again=True),
-        forward._replace(is_open=True),
+        forward._replace(flops=1000, name="layers/attention"),
+        forward._replace(is_open=True, name="loss"),
     ]
-    found = count_flops(matmuls, model, structure, tokens=ROWS * LENGTH, length=LENGTH)
-    assert (found.layers, found.again) == (8 * MATRICES * ROWS * LENGTH, 2 * MATRICES * ROWS * LENGTH)
-    assert found.loss == 6 * VOCABULARY * WIDTH * ROWS * LENGTH
+    tiles = [forward._replace(is_open=True, name="layers/attention", is_again=is_again) for is_again in (False, True)]
+    found = count_flops(matmuls, model, structure, run, mesh(fsdp=4).shape)
+    assert (found.maps, found.again) == (8 * MATRICES * ROWS * LENGTH, 2 * MATRICES * ROWS * LENGTH)
+    assert (found.attention, found.experts) == (1000, 0)
     pairs = LAYERS * ROWS * LENGTH * (LENGTH + 1) / 2
+    in_tiles = count_flops([*matmuls, *tiles], model, structure, run, mesh(fsdp=4).shape)
+    assert in_tiles.attention - found.attention == 16 * WIDTH * pairs
+    assert in_tiles.again - found.again == 4 * WIDTH * pairs
+    assert found.loss == 6 * VOCABULARY * WIDTH * ROWS * LENGTH
     assert found.needed == 6 * (MATRICES + VOCABULARY * WIDTH) * ROWS * LENGTH + 12 * WIDTH * pairs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "overrides", "products"),
+    [
+        ({}, (), 11),
+        ({"fsdp": 4, "expert": 2, "tensor": 2}, ("train.microbatch_size=8",), 11),
+        ({"fsdp": 2, "context": 2}, ("model.remat=none",), 11),
+        # Gradients by weights are left out.
+        ({"fsdp": 4}, ("lora.rank=4", "lora.targets=attention", "train.microbatch_size=4"), 8),
+    ],
+    ids=["one device", "expert, tensor", "context", "frozen"],
+)
+def test_of_experts_what_is_chosen_counts(mixture, config, sizes, overrides, products):
+    """Three products forward and eight backward, in which gate and up are computed again."""
+    run = config(f"model.path={mixture}", *overrides)
+    planned = open_planned(run, mesh(**sizes))
+    matmuls = read_matmuls(trace_step(run, planned))
+    found = count_flops(matmuls, planned.model, planned.structure, run, planned.mesh.shape)
+    assert found.experts == 2 * LAYERS * products * WIDTH * 2 * WIDTH * TOP_K * ROWS * LENGTH
+    assert found.needed <= found.all - found.again
 
 
 def test_bytes_of_memory_and_adapters(config):
@@ -109,7 +157,7 @@ def test_messages_take_as_long_as_links_need(config):
 
 def test_the_longest_of_three_is_the_bound(config):
     model, structure, _ = open_planned(config(), mesh())
-    flops = count_flops([], model, structure, tokens=ROWS * LENGTH, length=LENGTH)._replace(layers=918e12 * 4, loss=0.0)
+    flops = Flops(maps=918e12 * 4, attention=0.0, experts=0.0, loss=0.0, again=0.0, needed=0.0)
     found = bound_of(flops, 1640e9 * 0.5, 0.25, read_topology("v6e:2x2"))
     assert (found.compute, found.memory, found.links) == pytest.approx((1.0, 0.5, 0.25))
     assert (found.by, found.seconds) == ("compute", pytest.approx(1.0))

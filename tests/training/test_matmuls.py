@@ -39,6 +39,26 @@ def test_a_loop_counts_as_often_as_it_turns_and_an_open_one_once():
     assert [(each.flops, each.is_open) for each in read_matmuls(traced)] == [(ONE, True)]
 
 
+def test_an_open_loop_is_known_by_how_often_it_begins():
+    mesh, rows = make_mesh(MeshConfig(data=8)), PartitionSpec("data")
+
+    def open_loop(x, w, n):
+        inner = lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=2)[0]  # noqa: E731
+        return jax.lax.fori_loop(0, n, lambda _, x: inner(x), x)
+
+    def layers(x, w, n):
+        by_hand = jax.shard_map(
+            lambda x: jax.lax.scan(lambda x, _: (open_loop(x, w, n), None), x, length=5)[0],
+            mesh=mesh,
+            in_specs=rows,
+            out_specs=rows,
+        )
+        return jax.lax.scan(lambda x, _: (by_hand(x), None), x, length=3)[0]
+
+    (only,) = read_matmuls(jax.jit(layers).trace(X, W, 4))
+    assert (only.flops, only.is_open, only.runs) == (2 * ONE // 8, True, 3)
+
+
 def test_what_no_result_needs_does_not_count():
     """As in a step whose backward pass makes gradients of weights that are not trained, in a loop over layers."""
 
