@@ -49,7 +49,7 @@ def report(
             nothing that can be aligned by tokens.
     """
     folder = epath.Path(place(out, "--out"))
-    _check_folder(folder)
+    check_folder(folder)
     runs = read_all(paths, names=names, columns=columns or {})
     lacking = unaligned(runs)
     if align == "tokens" and len(lacking) == len(runs):
@@ -85,6 +85,18 @@ def read_all(paths: Sequence[str], *, names: Sequence[str], columns: Mapping[str
     )
 
 
+def check_folder(folder: epath.Path) -> None:
+    """Raises ConfigError where a folder is there that is not one of a report of ours, which is left alone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--out {folder}: a file is there, expected a folder")
+    if others := sorted(each.name for each in folder.iterdir() if each.name not in FILES):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ConfigError(f"--out {folder}: holds more than a report ({shown}); name a new folder with --out")
+    refuse_other_pages(folder / name for name in FILES)
+
+
 def text_table(runs: Sequence[Run]) -> str:
     """Loss, speed and memory for the terminal."""
     head = ("run", "last loss", "best eval loss", "tokens/s", "trained tokens/s", "memory GiB")
@@ -105,15 +117,3 @@ def text_table(runs: Sequence[Run]) -> str:
         right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append(f"{name.ljust(widths[0])}  {right}")
     return "\n".join(lines)
-
-
-def _check_folder(folder: epath.Path) -> None:
-    """Leaves alone what is not a report of ours."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"--out {folder}: a file is there, expected a folder")
-    if others := sorted(each.name for each in folder.iterdir() if each.name not in FILES):
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise ConfigError(f"--out {folder}: holds more than a report ({shown}); name a new folder with --out")
-    refuse_other_pages(folder / name for name in FILES)

@@ -172,12 +172,17 @@ def _part(text: str) -> str:
 def _check_apart(trials: Sequence[Trial]) -> None:
     """Raises ConfigError where two runs would do the same, or have the same folder."""
     problems = []
-    for one, other in itertools.combinations(trials, 2):
-        pair = f"{describe(one.settings)} and {describe(other.settings)}"
-        if one.name.casefold() == other.name.casefold():  # some file systems take them for one
-            problems.append(f"{pair}: both would be called {one.name}")
-        elif one.config.model_copy(update={"run_dir": None}) == other.config.model_copy(update={"run_dir": None}):
-            problems.append(f"{pair}: both are the same run")
+    names: dict[str, Trial] = {}
+    contents: dict[str, Trial] = {}
+    for trial in trials:
+        content = trial.config.model_copy(update={"run_dir": None}).model_dump_json()
+        # Some file systems take names for one that differ in capitals alone.
+        if (other := names.setdefault(trial.name.casefold(), trial)) is not trial:
+            problems.append(
+                f"{describe(other.settings)} and {describe(trial.settings)}: both would be called {other.name}"
+            )
+        elif (other := contents.setdefault(content, trial)) is not trial:
+            problems.append(f"{describe(other.settings)} and {describe(trial.settings)}: both are the same run")
     if problems:
         raise ConfigError("sweep: " + "; ".join(problems[:3]) + (" ..." if len(problems) > 3 else ""))
 

@@ -22,12 +22,10 @@ from etils import epath
 
 from jaxsft.config import ConfigError
 from jaxsft.config_files import config_changes
-from jaxsft.disk.pages import refuse_other_pages
 from jaxsft.disk.seal import problem_of
 from jaxsft.disk.writing import place, read_file
-from jaxsft.hosts.exits import START_AGAIN
-from jaxsft.report.make import report
-from jaxsft.report.page import FILES
+from jaxsft.hosts.exits import BUG, START_AGAIN
+from jaxsft.report.make import check_folder, report
 from jaxsft.report.readers import read_run
 from jaxsft.report.records import Run
 from jaxsft.report.sections import best_eval_loss, last_loss, number
@@ -85,8 +83,8 @@ def sweep(
         say: is told what begins and how it ended, and the table.
 
     Returns:
-        0 where all runs are finished; that of the first run that failed; 75 where the sweep was stopped, or a run asks
-        to be started again.
+        0 where all runs are finished; 75 where the sweep was stopped; else that of the first run that failed, or 75
+        where one asks to be started again.
 
     Raises:
         ConfigError: the folder of the sweep holds a run itself, or pages of others.
@@ -97,7 +95,7 @@ def sweep(
         raise ConfigError(
             f"run_dir: {top} holds a run itself; give the sweep a folder of its own, such as run_dir={_beside(top)}"
         )
-    refuse_other_pages(out / name for name in FILES)
+    check_folder(out)
     states = [NOT_BEGUN] * len(trials)
     codes = []
     for at, trial in enumerate(trials):
@@ -113,7 +111,7 @@ def sweep(
             codes.append(ended.code)
             say(f"{which}: {ended.how}")
         if ended.is_sweep_stopped:
-            codes.append(START_AGAIN)
+            codes = [START_AGAIN]
             break
     outcomes = [Outcome(trial, state, _metrics(trial)) for trial, state in zip(trials, states, strict=True)]
     outcomes.sort(key=_rank)
@@ -128,7 +126,8 @@ def sweep(
             verdict=_verdict(outcomes),
         )
         say(f"page: {out / 'report.html'}")
-    return next((code for code in codes if code != START_AGAIN), START_AGAIN if codes else DONE)
+    failed = [BUG if code < 0 else code for code in codes if code != START_AGAIN]
+    return failed[0] if failed else START_AGAIN if codes else DONE
 
 
 class Ended(NamedTuple):
@@ -247,8 +246,8 @@ def _metrics(trial: Trial) -> Run | None:
     """What a run has written so far."""
     try:
         return read_run(str(trial.config.run_dir))
-    except (ConfigError, DataError):
-        return None  # It has no line yet.
+    except (ConfigError, DataError, OSError, ValueError, yaml.YAMLError):
+        return None  # It has no line yet, or its files are damaged, which `train` says.
 
 
 def _folder(trial: Trial) -> epath.Path:

@@ -117,6 +117,37 @@ def test_learning_rate_schedule_decay_clipping_and_seed_do_not_compile_again(tin
     assert compiled_since(before) == 1  # the step alone
 
 
+@pytest.mark.parametrize(
+    ("ends", "code", "last"),
+    [
+        ([Ended(0), Ended(65), Ended(1)], 65, "failed with exit code 1"),
+        ([Ended(75), Ended(0), Ended(74)], 74, "failed with exit code 74"),
+        ([Ended(75), Ended(0), Ended(0)], 75, ""),
+        ([Ended(-9), Ended(0), Ended(0)], 1, ""),
+        ([Ended(1), Ended(75, is_sweep_stopped=True)], 75, "not begun"),
+        ([Ended(0, is_sweep_stopped=True)], 75, "not begun"),
+        ([Ended(0), Ended(0), Ended(0)], 0, ""),
+    ],
+)
+def test_the_exit_code_and_the_table_say_how_each_run_ended(trials, tmp_path, ends, code, last):
+    said, given = [], iter(ends)
+    assert sweep(trials, start=lambda trial: next(given), command=COMMAND, say=said.append) == code
+    assert next(given, None) is None  # all of them were started, and none after a stop
+    (table,) = [text for text in said if text.startswith("learning_rate")]
+    assert sum(last in line for line in table.splitlines()[1:]) >= 1
+    assert ("killed by SIGKILL, probably for want of memory" in table) == (Ended(-9) in ends)
+    assert not (tmp_path / "s" / "report").exists()  # nothing was trained, so there is nothing to show
+
+
+def test_what_stands_in_the_way_of_the_report_is_said_before_a_run_begins(trials, tiny_config, tmp_path):
+    (tmp_path / "s" / "report").mkdir(parents=True)
+    (tmp_path / "s" / "report" / "notes.txt").write_text("mine")
+    start = Starts(tiny_config)
+    with pytest.raises(ConfigError, match="holds more than a report"):
+        sweep(trials, start=start, command=COMMAND)
+    assert not start.names
+
+
 def test_a_sweep_does_not_go_into_the_folder_of_a_run(trials, tiny_config, tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
