@@ -313,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 start_processes()
             failure.watch()
         code = args.command(args)
+        sys.stdout.flush()
         if is_watched:
             failure.part()
         return code
@@ -324,7 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _is_one_of_several():
             failure.fail(error)
-        if is_bug(error):
+        if isinstance(error, BrokenPipeError) and not is_watched:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Whoever reads has enough, as head has.
+        elif is_bug(error):
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)
