@@ -42,11 +42,13 @@ class Starts:
     """Trains in this process, and notes what it was asked to."""
 
     def __init__(self, source):
-        self.source, self.names = source, []
+        self.source, self.names, self.prepared = source, [], []
 
     def __call__(self, trial):
         self.names.append(trial.name)
-        return Ended(main(["train", str(self.source), *trial.overrides]))
+        code = main(["train", str(self.source), *trial.overrides])
+        self.prepared.append(sorted(os.listdir(self.source.parent / "cache")))
+        return Ended(code)
 
 
 def test_a_run_that_fails_is_told_and_finished_ones_are_not_trained_again(trials, tiny_config, tmp_path):
@@ -56,6 +58,7 @@ def test_a_run_that_fails_is_told_and_finished_ones_are_not_trained_again(trials
     for trial in (trials[0], trials[2]):
         assert problem_of(tmp_path / "s" / trial.name / "export") is None
     assert "run 2 of 3: learning_rate=1e30: failed with exit code 1" in said
+    assert start.prepared[0] and start.prepared[0] == start.prepared[1] == start.prepared[2]  # rows are prepared once
 
     # The table: by the held-out loss, those that failed last.
     (table,) = [text for text in said if text.startswith("learning_rate")]
