@@ -74,7 +74,7 @@ def make_trials(source: str, overrides: Sequence[str]) -> list[Trial]:
     if not swept and not problems:
         problems.append("no key has several values; separate them by commas, such as optim.learning_rate=1e-5,2e-5")
 
-    # One of each value is tried, so that a mistake is told once and not for every combination.
+    # All combinations are looked at, unless the keys are wrong already; a mistake that several have is told once.
     plain = [f"{key}={given[0]}" for key, given in values.items() if key not in swept]
     combinations = list(itertools.product(*swept.values())) if not problems else []
     found: list[tuple[Config, tuple[str, ...]]] = []
