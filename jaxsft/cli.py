@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError
-from jaxsft.config_files import config_keys, load_config
+from jaxsft.config_files import config_keys, keys_called, load_config
+from jaxsft.foreign_keys import COMMANDS, OTHER_METHODS, of_others
 from jaxsft.hosts.exits import BUG, exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
@@ -267,6 +269,35 @@ def doctor_command(args: argparse.Namespace) -> int:
     return BUG if problems else 0
 
 
+def convert_command(args: argparse.Namespace) -> int:
+    """turn a config of TRL, axolotl or LLaMA-Factory into one of ours, and say what became of each key"""
+    from jaxsft.convert.make import convert
+    from jaxsft.disk.writing import at_home, write_new
+
+    out = None if args.out is None else at_home(args.out, "-o")
+    if out is not None and out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"-o {args.out}: a config's name ends with .yaml")
+    template = pathlib.Path("chat_template.jinja") if out is None else out.with_suffix(".jinja")
+    width = shutil.get_terminal_size().columns
+    made = convert(args.file, project=args.project, template_file=str(template), width=width)
+    if out is None:
+        print(made.report, file=sys.stderr)
+        print(made.text, end="")
+        if made.template is not None:
+            print(f"{template}: not written; with -o OUT.yaml it is, beside it", file=sys.stderr)
+    else:
+        if taken := [path for path in (out, template)[: 1 + (made.template is not None)] if os.path.lexists(path)]:
+            raise ConfigError(f"{taken[0]}: exists, and is not written over; give another name as -o")
+        write_new(out, made.text)
+        if made.template is not None:
+            write_new(template, made.template)
+        print(made.report)
+        print(f"written: {out}; look at what it trains: python run.py preview {out}")
+    if made.missing:
+        raise ConfigError(f"{len(made.missing)} to fill in before this can be trained: {'; '.join(made.missing)}")
+    return 0
+
+
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
     for key, kind, default, meaning in config_keys():
@@ -276,6 +307,8 @@ def keys_command(args: argparse.Namespace) -> int:
 
 COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command, sweep_command)
 """Commands whose compiled programs are kept for the next start."""
+TAKE_CONFIG = ("train", "preview", "evaluate", "plan", "compare")
+"""Commands whose first argument is a config."""
 WATCHED = (train_command, quickstart_command, evaluate_command, doctor_command)
 """Commands that end together where several processes run them."""
 
@@ -291,8 +324,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch is not needed, so that transformers need not miss it aloud.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if advice := _advice(words):
+        print(f"error: {advice}", file=sys.stderr)
+        return BUG
+    args, rest = parser.parse_known_args(words)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]:
+        if hasattr(args, "overrides") and (advice := _as_overrides(words, wrong)):
+            print(f"error: {advice}", file=sys.stderr)
+            return BUG
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:  # overrides that stand behind an option
         args.overrides += rest
@@ -332,6 +372,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
+
+
+def _advice(words: Sequence[str]) -> str | None:
+    """What to type in place of a command that other trainers have."""
+    name = words[0] if words else ""
+    if name in COMMANDS:
+        file = next((word for word in words[1:] if word.endswith((".yaml", ".yml"))), "CONFIG")
+        return f"{name}: no such command; here it is: python run.py {COMMANDS[name].replace('CONFIG', file)}"
+    if name in OTHER_METHODS:
+        return f"{name}: supervised fine-tuning alone is trained here: python run.py train CONFIG"
+    if name.endswith((".yaml", ".yml")):
+        return f"{name}: a config needs a command before it: python run.py train {name}"
+    if name in TAKE_CONFIG and len(words) > 1 and "=" in words[1] and not os.path.exists(words[1]):
+        return f"{words[1]}: the config stands before what changes it: python run.py {name} CONFIG {words[1]}"
+    return None
+
+
+def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
+    """How arguments `--key value` of other trainers are given here; None: none of these is a key, ours or theirs."""
+    told, is_any_known = [], False
+    for at, word in enumerate(words):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word not in wrong or not word.startswith("-") or not name:
+            continue
+        if not equals and at + 1 < len(words) and not words[at + 1].startswith("-") and "=" not in words[at + 1]:
+            value = words[at + 1]
+        answer = _as_override(name, value, command=words[0])
+        is_any_known |= answer is not None
+        answer = answer or "no such key; keys are written key=value, and `python run.py keys` lists them"
+        told.append(f"{word}{f' {value}' if value and not equals else ''}: {answer}")
+    if not is_any_known:
+        return None
+    if len(told) == 1:
+        return told[0]
+    return "\n".join([f"{len(told)} arguments that are written otherwise here:", *(f"  {line}" for line in told)])
+
+
+def _as_override(name: str, value: str, *, command: str) -> str | None:
+    """How one such argument is given; None: its name is not known."""
+    if name in ("config", "c", "config_file", "config-file", "cfg"):
+        command = command if command in TAKE_CONFIG else "train"
+        return f"a config stands by itself: python run.py {command} {value or 'CONFIG'}"
+    if near := [key for key in keys_called(name) if key == name] or keys_called(name):
+        return "write " + " or ".join(f"{key}={value or '...'}" for key in near)
+    foreign = of_others(name)
+    if foreign is None or not foreign.ours or " and " in foreign.ours:
+        return foreign and foreign.told()
+    note = f" ({foreign.note})" if foreign.note else ""
+    return f"write {foreign.ours}={value if value and not note else '...'}{note}"
 
 
 def _is_one_of_several() -> bool:
@@ -418,6 +507,15 @@ def _parser() -> argparse.ArgumentParser:
     subparser = add("doctor", doctor_command)
     subparser.add_argument("config", nargs="?", help="YAML file, whose run folder is looked for on all hosts")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run_dir=/mnt/runs/one")
+    subparser = add("convert", convert_command)
+    subparser.add_argument("file", help="YAML, JSON, a saved command line (.sh), or a Python script with an SFTConfig")
+    subparser.add_argument(
+        "--from",
+        dest="project",
+        choices=("trl", "axolotl", "llama-factory"),
+        help="whose it is, where its keys do not say so",
+    )
+    subparser.add_argument("-o", "--out", metavar="OUT.yaml", help="where to write (default: stdout)")
     add("keys", keys_command)
     return parser
 

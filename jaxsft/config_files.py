@@ -25,6 +25,21 @@ from jaxsft.config import (
     keys_without_effect,
 )
 from jaxsft.disk.writing import place
+from jaxsft.foreign_keys import looks_foreign, of_others
+
+SHORTEST = {
+    "model": "model: {path: ./my-model}",
+    "data": "data: {train: ./train.jsonl}",
+    "train": "train: {epochs: 2}",
+    "optim": "optim: {learning_rate: 2e-5}",
+    "loss": "loss: {label_smoothing: 0.1}",
+    "lora": "lora: {rank: 16}",
+    "mesh": "mesh: {fsdp: 8}",
+    "eval": "eval: {every: 100}, with the rows under data.eval",
+    "log": "log: {every: 10}",
+    "checkpoint": "checkpoint: {every: 100}",
+}
+"""Section -> what one looks like."""
 
 MOVED = {"train.log_every": "log.every"}
 """Keys that earlier versions had, and what they are called now."""
@@ -59,6 +74,10 @@ def check_config(
     """
     path: Any = "config" if isinstance(source, Mapping) else place(source)
     tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(path)
+    if looks_foreign(tree) and not isinstance(source, Mapping):
+        raise ConfigError(
+            f"{path}: this is a config of another trainer; `python run.py convert {path} -o NEW.yaml` makes one of ours"
+        )
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
     try:
         config = Config.model_validate(tree)
@@ -82,7 +101,7 @@ def mistakes(where: str, problems: Sequence[str]) -> ConfigError:
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
     """What a file holds."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # a bad date or key is no YAMLError
@@ -100,7 +119,7 @@ def _apply_override(tree: dict, override: str) -> str | None:
     if not equals or not key:
         return f"{override!r}: an override is written key=value, such as optim.learning_rate=1e-4"
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         return f"{override!r}: the value is not readable as YAML: {' '.join(str(error).split())}"
     *sections, leaf = key.split(".")
@@ -121,18 +140,18 @@ def _is_open(found: Any) -> bool:
     return found is None or isinstance(found, dict)
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.2 numbers (`1e-3` is a number) and no silently repeated keys."""
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
 
 
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
+def _mapping_without_duplicates(loader: Loader, node: yaml.MappingNode) -> dict:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
@@ -144,7 +163,13 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def keys_called(name: str) -> list[str]:
+    """Our keys whose last part is this one's, however dashes and capitals are."""
+    leaf = name.rsplit(".", 1)[-1].replace("-", "_").lower()
+    return [key for key, _ in _leaves(Config) if key.rsplit(".", 1)[-1] == leaf]
 
 
 def _key(problem: Any) -> str:
@@ -160,9 +185,10 @@ def _describe(problem: Any) -> str:
     if key in MOVED:
         return f"{key}: unknown key; it is called {MOVED[key]} now"
     if problem["type"] == "extra_forbidden":
-        # First the keys of exactly this name in other sections, only then those that are spelt alike.
-        leaf = key.rsplit(".", 1)[-1]
-        near = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+        # First the keys of exactly this name in other sections, then what others call so, then what is spelt alike.
+        near = keys_called(key)
+        if not near and (foreign := of_others(key)):
+            return f"{key}: unknown key; {foreign.told()}"
         near = near or difflib.get_close_matches(key, known, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `python run.py keys` lists them all"
         return f"{key}: unknown key{hint}"
@@ -172,6 +198,8 @@ def _describe(problem: Any) -> str:
         near = difflib.get_close_matches(str(given), re.findall(r"'([^']*)'", problem["ctx"]["expected"]), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: {given!r} given, expected {problem['ctx']['expected']}{hint}"
+    if problem["type"] in ("model_type", "dict_type") and key in SHORTEST:
+        return f"{key}: {given!r} given, expected a section, such as {SHORTEST[key]}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message

@@ -181,8 +181,8 @@ def test_every_config_of_the_project_loads_and_says_what_to_expect(path):
     assert isinstance(load_config(path), Config)
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("#")
-    measured = "plan" if "# plan" in header else "loss"
-    for word in ("command", "hardware", "time", measured):
+    is_measured = "never run" not in header
+    for word in ("command", "hardware", *(("time", "loss") if is_measured else ("memory", "bound"))):
         assert f"# {word}" in header, f"{path.name}: the header lacks `# {word}`"
     assert f"run.py train configs/{path.name}" in header
 
