@@ -35,9 +35,10 @@ class Course(NamedTuple):
     """The numbers of a schedule, float32. A step is given them, so that runs which differ in them share its program."""
 
     peak: np.float32
-    warmup: np.float32
-    """Steps of warm-up."""
-    decay_start: np.float32
+    rise: np.float32
+    """Of each step of warm-up, as a share of the peak."""
+    fall: np.float32
+    """Of each step on the way down, likewise."""
     num_steps: np.float32
     final: np.float32
     """What is reached after the last step, as a share of the peak."""
@@ -52,7 +53,10 @@ def make_course(config: OptimConfig, num_steps: int) -> Course:
     if config.schedule == "wsd":
         decay_start = max(warmup, num_steps - round(config.decay_ratio * num_steps))
     final = config.final_ratio
-    return Course(*map(np.float32, (config.learning_rate, warmup, decay_start, num_steps, final, 1 - final)))
+    # As XLA divides by a constant: so the rates are, to the bit, those of a program that knows its numbers.
+    one = np.float32(1)
+    rise, fall = (one / np.float32(max(steps, 1)) for steps in (warmup, num_steps - decay_start))
+    return Course(np.float32(config.learning_rate), rise, fall, *map(np.float32, (num_steps, final, 1 - final)))
 
 
 def rate_at(kind: str, course: Course, step: jax.Array | int) -> jax.Array:
@@ -66,9 +70,9 @@ def rate_at(kind: str, course: Course, step: jax.Array | int) -> jax.Array:
     Worked example: peak 1, linear, 2 steps of warm-up, 6 steps, final_ratio 0: 0.5, 1, 1, 0.75, 0.5, 0.25.
     """
     step = jnp.asarray(step, jnp.float32)
-    rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(course.warmup, 1))
+    rise = jnp.minimum(1.0, (step + 1) * course.rise)
     # The share of the way down that is left: near the end it is exact, and 1 minus the share that is done is not.
-    left = jnp.clip((course.num_steps - step) / jnp.maximum(course.num_steps - course.decay_start, 1), 0.0, 1.0)
+    left = jnp.clip((course.num_steps - step) * course.fall, 0.0, 1.0)
     height = {
         "constant": jnp.ones_like(left),
         "linear": left,
