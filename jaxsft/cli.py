@@ -20,13 +20,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError
-from jaxsft.config_files import config_keys, keys_called, load_config
+from jaxsft.config_files import config_keys, keys_called, load_config, load_run_config
 from jaxsft.foreign_keys import COMMANDS, OTHER_METHODS, of_others
 from jaxsft.hosts.exits import BUG, exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
 PARTED = 1
 """Exit code of a comparison in which the two runs part."""
+
+
+def init_command(args: argparse.Namespace) -> int:
+    """write a first config, from a model and a file of rows, or from the answers to four questions"""
+    from jaxsft.init import init
+
+    init(args.out, model=args.model, data=args.data, ask=input if sys.stdin.isatty() else None, say=print)
+    name = shlex.quote(args.out)
+    print(f"written: {args.out}; next: `python run.py preview {name}`, then `python run.py train {name}`")
+    return 0
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -47,7 +57,8 @@ def quickstart_command(args: argparse.Namespace) -> int:
     folder = configs / "quickstart"
     places = {"model.path": folder, "data.train": folder / "train.jsonl", "data.eval": folder / "eval.jsonl"}
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-    return train(load_config(configs / "quickstart.yaml", [*overrides, *args.overrides]), restart=args.restart)
+    config = load_config(configs / "quickstart.yaml", [*overrides, *args.overrides], say=_say)
+    return train(config, restart=args.restart)
 
 
 def preview_command(args: argparse.Namespace) -> int:
@@ -110,8 +121,11 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
+    """held-out loss and sample answers of a checkpoint of the run or, before there is one, of its first model"""
+    from etils import epath
+
     from jaxsft.answers.evaluate import describe
+    from jaxsft.disk.writing import place
     from jaxsft.folders.pretrained import load_weights
     from jaxsft.hosts.agreement import agree_on_start, together
     from jaxsft.model.abstract import whole
@@ -121,14 +135,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.training.step import abstract_state, evaluation_params
 
     with together():
-        config = _config(args)
+        is_run = epath.Path(place(args.config)).is_dir()
+        config = load_run_config(args.config, args.overrides, say=_say) if is_run else _config(args)
         agree_on_start(config.model_dump(mode="json"))
         setup = Setup(config, say=print)
         config, mesh, folder = setup.config, setup.mesh, setup.folder
         if setup.examiner is None:
             raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
-        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
+        number = checkpointer.step_of(args.step)
+        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh), number)
     if state is None:
         print(f"no checkpoint in {folder}: evaluating {config.model.path} ({config.model.weights} weights)")
         weights = load_weights(setup.pretrained, mesh, seed=config.seed)
@@ -142,12 +158,14 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def chat_command(args: argparse.Namespace) -> int:
-    """talk to a model folder, such as the export of a run"""
-    from jaxsft.answers.converse import converse
+    """talk to a model folder, or to the export of a run"""
+    from jaxsft.answers.converse import converse, load_text, load_tools
     from jaxsft.answers.generate import Sampling
 
+    system = args.system if args.system_file is None else load_text(args.system_file, "--system-file")
+    tools = [] if args.tools is None else load_tools(args.tools)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    converse(args.model_dir, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens)
+    converse(args.model, system=system, sampling=sampling, max_new_tokens=args.max_new_tokens, tools=tools)
     return 0
 
 
@@ -213,6 +231,15 @@ def export_command(args: argparse.Namespace) -> int:
     from jaxsft.export_run import export_run
 
     print(f"ready: {export_run(args.run_dir, step=args.step, merge=args.merge_lora, out=args.out)}")
+    return 0
+
+
+def push_command(args: argparse.Namespace) -> int:
+    """upload an export to the Hugging Face hub, after a look at its seal"""
+    from jaxsft.answers.converse import model_of
+    from jaxsft.folders.push import push
+
+    print(f"uploaded: {push(model_of(args.export), args.repo, private=args.private, say=print)}")
     return 0
 
 
@@ -437,13 +464,22 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=command)
         return subparser
 
+    subparser = add("init", init_command)
+    subparser.add_argument("--model", metavar="MODEL", help="folder or hub id")
+    subparser.add_argument("--data", metavar="ROWS", help="file, folder or hub id of rows")
+    subparser.add_argument("-o", dest="out", metavar="FILE", default="config.yaml", help="default: config.yaml")
     subparser = add("quickstart", quickstart_command)
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
     subparser.add_argument("--restart", action="store_true", help="begin anew; the run that is there is moved aside")
     for name, command in (("train", train_command), ("preview", preview_command), ("evaluate", evaluate_command)):
         subparser = add(name, command)
-        subparser.add_argument("config", help="YAML file")
+        is_evaluate = command is evaluate_command
+        subparser.add_argument("config", help="YAML file, or run folder" if is_evaluate else "YAML file")
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+        if is_evaluate:
+            subparser.add_argument(
+                "--step", type=_step, default="last", help="of the checkpoint, best, or last (default)"
+            )
         if command is train_command:
             subparser.add_argument(
                 "--restart", action="store_true", help="begin anew; the run that is in run_dir is moved aside"
@@ -473,8 +509,11 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--baseline", choices=("hf", "trl"), required=True, help="transformers, or TRL's SFTTrainer")
     subparser.add_argument("--steps", type=_number(int, 0, 10**6), default=100, help="at most so many (default: 100)")
     subparser = add("chat", chat_command)
-    subparser.add_argument("model_dir", help="Hugging Face folder")
-    subparser.add_argument("--system", help="system prompt")
+    subparser.add_argument("model", metavar="MODEL_OR_RUN", help="Hugging Face folder or hub id, or run folder")
+    prompts = subparser.add_mutually_exclusive_group()
+    prompts.add_argument("--system", metavar="TEXT", help="system prompt")
+    prompts.add_argument("--system-file", metavar="FILE", help="file with the system prompt")
+    subparser.add_argument("--tools", metavar="FILE", help="JSON file with the tools that the model may call")
     subparser.add_argument(
         "--temperature", type=_number(float, 0, math.inf), default=0.0, help="0 takes the most likely token (default)"
     )
@@ -485,9 +524,13 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
     subparser = add("export", export_command)
     subparser.add_argument("run_dir", metavar="RUN", help="run folder")
-    subparser.add_argument("--step", type=_step, help="of the checkpoint, or best (default: the newest)")
+    subparser.add_argument("--step", type=_step, help="of the checkpoint, best, or last (default: checkpoint.export)")
     subparser.add_argument("--merge-lora", action="store_true", help="a whole model, its adapter in its weights")
     subparser.add_argument("--out", metavar="FOLDER", help="where to write (default: RUN/export, or beside it)")
+    subparser = add("push", push_command)
+    subparser.add_argument("export", metavar="EXPORT_OR_RUN", help="folder of an export, or of a run that has one")
+    subparser.add_argument("repo", metavar="ORG/NAME", help="on the hub; made where there is none")
+    subparser.add_argument("--private", action="store_true", help="make it so that nobody else sees it")
     subparser = add("report", report_command)
     subparser.add_argument(
         "paths",
@@ -534,10 +577,20 @@ def _number(kind: type, least: float, most: float) -> Any:
 
 
 def _step(text: str) -> int | str:
-    if text != "best" and not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, or best")
-    return text if text == "best" else int(text)
+    if text in ("best", "last"):
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, best or last")
+    return int(text)
 
 
 def _config(args: argparse.Namespace) -> Config:
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, say=_say)
+
+
+def _say(text: str) -> None:
+    """To the terminal; of several processes, the first speaks."""
+    from jaxsft.hosts.table import process_number
+
+    if process_number() == 0:
+        print(text, flush=True)

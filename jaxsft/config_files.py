@@ -9,20 +9,25 @@ import copy
 import difflib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from jaxsft.config import (
+    EXCLUSIVE,
+    KEYS_OF,
+    SHARES,
+    USUAL,
     Config,
     ConfigError,
     GroupConfig,
+    OptimConfig,
     Section,
     SourceConfig,
     as_sources,
-    keys_without_effect,
+    idle_keys,
 )
 from jaxsft.disk.writing import place
 from jaxsft.foreign_keys import looks_foreign, of_others
@@ -48,24 +53,33 @@ MOVED = {"train.log_every": "log.every"}
 # Reading.
 
 
-def load_config(source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | pathlib.Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> Config:
     """Reads a YAML file, or takes a dict; applies overrides such as `optim.learning_rate=1e-4`, and validates.
 
     Args:
         source: path of the file, or what one would hold.
-        overrides: `key=value`, the value as in YAML.
+        overrides: `key=value`, the value as in YAML. What they exclude, or leave without effect, is left out.
+        say: is told what was left out so.
 
     Raises:
         ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
     """
-    config, problems = check_config(source, overrides)
+    config, problems = check_config(source, overrides, say=say)
     if config is None:
         raise mistakes("config" if isinstance(source, Mapping) else str(place(source)), problems)
     return config
 
 
 def check_config(
-    source: str | pathlib.Path | Mapping[str, Any], overrides: Sequence[str] = ()
+    source: str | pathlib.Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Config | None, list[str]]:
     """As `load_config`, which tells mistakes by an error: the config, or None and all mistakes, a line each.
 
@@ -78,7 +92,10 @@ def check_config(
         raise ConfigError(
             f"{path}: this is a config of another trainer; `python run.py convert {path} -o NEW.yaml` makes one of ours"
         )
+    idle_before = set(_idle_keys(tree))
     problems = [problem for override in overrides if (problem := _apply_override(tree, override))]
+    if left_out := _leave_out(tree, overrides, idle_before):
+        say(f"{path}: left out because of the command line: {', '.join(left_out)}")
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -96,6 +113,21 @@ def mistakes(where: str, problems: Sequence[str]) -> ConfigError:
     """One error of all mistakes in a config."""
     listed = "\n".join(f"  {problem}" for problem in problems)
     return ConfigError(f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
+
+
+def load_run_config(
+    run_dir: str, overrides: Sequence[str] = (), *, say: Callable[[str], None] = lambda text: None
+) -> Config:
+    """The config of a run, from its folder; arguments as of `load_config`.
+
+    Raises:
+        ConfigError: it is not the folder of a run; or as `load_config`.
+    """
+    folder = place(run_dir).resolve()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: not the folder of a run, which has a config.yaml")
+    config = load_config(str(folder / "config.yaml"), overrides, say=say)
+    return config.model_copy(update={"run_dir": str(folder)})
 
 
 def _read_yaml(path: pathlib.Path) -> dict[str, Any]:
@@ -138,6 +170,82 @@ def _apply_override(tree: dict, override: str) -> str | None:
 
 def _is_open(found: Any) -> bool:
     return found is None or isinstance(found, dict)
+
+
+def _leave_out(tree: dict, overrides: Sequence[str], idle_before: set[str]) -> list[str]:
+    """Takes out of a tree what overrides have put something else in the place of, and what now says nothing.
+
+    With `epochs: 2` in the file and `train.steps=8`, train.epochs goes; with `optim.name=sgd`, `beta2: 0.9` does. What
+    overrides say themselves stays, to be refused.
+    """
+    given = [override.partition("=")[0] for override in overrides]
+    left_out = []
+
+    def leave_out(key: str, reason: str) -> None:
+        is_said = any(each == key or each.startswith(f"{key}.") or key.startswith(f"{each}.") for each in given)
+        value = _value_at(tree, key)
+        if is_said or not _asks(key, value):
+            return
+        *sections, leaf = key.split(".")
+        _section_at(tree, sections).pop(leaf)
+        left_out.append(f"{key}{'' if isinstance(value, dict) else f': {value}'} ({reason})")
+
+    # A section that is given as a whole gives the keys in it.
+    values = {key: _value_at(tree, key) for key in given}
+    for key, inner in list(values.items()):
+        values |= {f"{key}.{leaf}": each for leaf, each in inner.items()} if isinstance(inner, dict) else {}
+    for key, value in values.items():
+        if not _asks(key, value):
+            continue
+        for group in (*EXCLUSIVE, *_shares(key)):
+            if any(key == each or key.startswith(f"{each}.") for each in group):
+                for other in group:
+                    if not (key == other or key.startswith(f"{other}.")):
+                        leave_out(other, f"{key} is given")
+    for key in _idle_keys(tree):
+        if key not in idle_before:
+            leave_out(key, "no effect now")
+    return left_out
+
+
+def _asks(key: str, value: Any) -> bool:
+    """Whether a value says something; of steps and shares, 0 is a number like others."""
+    return value is not None and not (key.startswith("loss.") and not value)
+
+
+def _shares(key: str) -> list[tuple[str, ...]]:
+    """The keys of a source that exclude each other, where `key` is one of them."""
+    source, _, leaf = key.rpartition(".")
+    is_share = leaf in SHARES and (source == "data.train" or source.startswith("data.train."))
+    return [tuple(f"{source}.{each}" for each in SHARES)] if is_share else []
+
+
+def _idle_keys(tree: dict) -> list[str]:
+    """Those of a tree that may still hold mistakes."""
+
+    def value(key: str) -> Any:
+        section, _, leaf = key.partition(".")
+        fields = Config.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        if (found := _value_at(tree, key)) is not None:
+            return found
+        usual = USUAL.get(optimizer, {}) if section == "optim" else {}
+        return usual.get(leaf, fields[leaf].default)
+
+    optimizer = _value_at(tree, "optim.name") or OptimConfig().name
+    return idle_keys(value) if isinstance(optimizer, str) and optimizer in KEYS_OF else []
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    """What a tree holds at a key such as "optim.name"; None where it holds nothing, or no section on the way."""
+    *sections, leaf = key.split(".")
+    section = _section_at(tree, sections)
+    return section.get(leaf)
+
+
+def _section_at(tree: Any, sections: Sequence[str]) -> dict:
+    for name in sections:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
 
 
 class Loader(yaml.SafeLoader):
@@ -213,22 +321,9 @@ def dump_config(config: Config) -> str:
     """The resolved config as YAML that reproduces the run; keys whose default was taken and derived are included."""
     tree = config.model_dump()
     # Keys that have no effect with the others, or exclude them, would be refused when the file is read again.
-    if config.train.steps is not None:
-        del tree["train"]["epochs"]
-    if config.optim.warmup_steps is not None:
-        del tree["optim"]["warmup_ratio"]
-    if config.optim.schedule != "wsd":
-        del tree["optim"]["decay_ratio"]
-    if config.optim.schedule == "constant":
-        del tree["optim"]["final_ratio"]
-    for key in keys_without_effect(config.optim.name):
-        del tree["optim"][key]
-    if not config.data.eval:
-        del tree["eval"]
-    if not config.data.stream:
-        del tree["data"]["shuffle_buffer"]
-    if not {"wandb", "trackio"} & set(config.log.to):
-        del tree["log"]["project"]
+    for key in idle_keys(lambda key: _value_at(tree, key)):
+        *sections, leaf = key.split(".")
+        _section_at(tree, sections).pop(leaf, None)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

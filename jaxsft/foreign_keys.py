@@ -217,13 +217,13 @@ _NONE: dict[str, str] = {
         "restore_callback_states_from_checkpoint",
     "a command says what is done: train, evaluate, preview, chat":
         "do_train do_predict debug is_preprocess lm_eval_post_train task stage_name",
-    "the best checkpoint is kept beside the newest; `export RUN --step best` writes it":
+    "the best checkpoint is kept beside the newest; checkpoint.export: best makes it the export of the run":
         "load_best_model_at_end metric_for_best_model greater_is_better save_best_model",
-    "a run does not stop early; its best checkpoint is kept, and `export RUN --step best` writes it":
+    "eval.patience ends a run after so many evaluations without a smaller loss; it needs eval.every":
         "early_stopping_patience early_stopping_steps early_stopping_threshold",
     "checkpoints hold what a run needs to go on; the model alone is RUN/export, or `export RUN --step N`":
         "save_only_model save_first_step save_on_each_node dynamic_checkpoint enable_jit_checkpoint save_safetensors",
-    "nothing is sent to the hub; RUN/export is a folder that `hf upload` takes":
+    "a run sends nothing to the hub; `run.py push RUN ORG/NAME` does when it is finished":
         "push_to_hub hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision "
         "hub_model_revision push_dataset_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token "
         "hf_use_auth_token export_hub_model_id use_auth_token save_to_hub",

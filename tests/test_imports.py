@@ -14,7 +14,7 @@ LAYERS = [
     {"training", "preview"},
     {"answers", "report"},
     {"setup"},
-    {"train", "export_run", "plan"},
+    {"train", "export_run", "init", "plan"},
     {"api", "baseline", "compare", "convert", "sweep"},
     {"cli"},
     {"__main__"},

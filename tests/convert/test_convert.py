@@ -654,7 +654,7 @@ def test_a_section_that_is_given_as_a_value_is_shown_as_one():
         (["-lr", "1e-4"], "-lr 1e-4: write optim.learning_rate=1e-4"),
         (["--output_dir", "out"], "--output_dir out: write run_dir=out"),
         (["--bf16"], "--bf16: write model.compute_dtype=... (left out: bfloat16 on accelerators)"),
-        (["--push_to_hub"], "--push_to_hub: no such key here: nothing is sent to the hub"),
+        (["--push_to_hub"], "--push_to_hub: no such key here: a run sends nothing to the hub; `run.py push RUN"),
         (["--max_length", "9", "--nosuch"], "  --nosuch: no such key; keys are written key=value"),
     ],
 )
