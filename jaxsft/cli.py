@@ -169,6 +169,27 @@ def chat_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def sweep_command(args: argparse.Namespace) -> int:
+    """train a run for each combination of values such as optim.learning_rate=1e-5,2e-5, and compare them on one page"""
+    from jaxsft.sweep.grid import make_trials
+    from jaxsft.sweep.runs import in_process, sweep, with_one_day
+
+    trials = with_one_day(make_trials(args.config, args.overrides))
+    if args.print:
+        for trial in trials:
+            print(f"python run.py {shlex.join(['train', args.config, *trial.overrides])}")
+        return 0
+    from jaxsft.hosts.start import find_place
+
+    if (found := find_place()) is not None and found.num_processes > 1:
+        raise ConfigError(
+            f"sweep: this is one of {found.num_processes} processes, and a sweep starts its runs on one host; --print "
+            "prints the command of each run, for a job of its own"
+        )
+    command = f"python run.py {shlex.join(['sweep', args.config, *args.overrides])}"
+    return sweep(trials, start=lambda trial: in_process(trial, args.config), command=command)
+
+
 def compare_command(args: argparse.Namespace) -> int:
     """train the first steps of a run in PyTorch too, and show on one page where the two part, if they do"""
     from jaxsft.compare.hf import compare_hf
@@ -311,7 +332,7 @@ def keys_command(args: argparse.Namespace) -> int:
     return 0
 
 
-COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command)
+COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command, sweep_command)
 """Commands whose compiled programs are kept for the next start."""
 TAKE_CONFIG = ("train", "preview", "evaluate", "plan", "compare")
 """Commands whose first argument is a config."""
@@ -476,6 +497,12 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--page", metavar="FILE.html", help="the same as a page")
     subparser.add_argument("--quick", action="store_true", help="count alone, also where a compiler is installed")
     subparser.add_argument("--json", action="store_true", help="the same for programs")
+    subparser = add("sweep", sweep_command)
+    subparser.add_argument("config", help="YAML file")
+    subparser.add_argument(
+        "overrides", nargs="*", metavar="key=a,b", help="such as optim.learning_rate=1e-5,2e-5 train.epochs=1"
+    )
+    subparser.add_argument("--print", action="store_true", help="print the command of each run, and train none")
     subparser = add("compare", compare_command)
     subparser.add_argument("config", help="YAML file")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.compute_dtype=float32")

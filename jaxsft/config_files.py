@@ -69,6 +69,23 @@ def load_config(
     Raises:
         ConfigError: every mistake in one report; unknown keys come with the nearest known ones.
     """
+    config, problems = check_config(source, overrides, say=say)
+    if config is None:
+        raise mistakes("config" if isinstance(source, Mapping) else str(place(source)), problems)
+    return config
+
+
+def check_config(
+    source: str | pathlib.Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Config | None, list[str]]:
+    """As `load_config`, which tells mistakes by an error: the config, or None and all mistakes, a line each.
+
+    Raises:
+        ConfigError: the file is not there, or holds no mapping in YAML.
+    """
     path: Any = "config" if isinstance(source, Mapping) else place(source)
     tree = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(path)
     if looks_foreign(tree) and not isinstance(source, Mapping):
@@ -86,11 +103,16 @@ def load_config(
         described = [(_key(problem), _describe(problem)) for problem in error.errors()]
         problems += [text for at, (key, text) in enumerate(described) if not key or key not in dict(described[:at])]
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems)
-        raise ConfigError(f"{path}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
+        return None, problems
     if config.run_dir is None and not isinstance(source, Mapping):
         config = config.model_copy(update={"run_dir": f"runs/{path.stem}"})
-    return config
+    return config, []
+
+
+def mistakes(where: str, problems: Sequence[str]) -> ConfigError:
+    """One error of all mistakes in a config."""
+    listed = "\n".join(f"  {problem}" for problem in problems)
+    return ConfigError(f"{where}: {len(problems)} mistake{'s' * (len(problems) > 1)} in the config:\n{listed}")
 
 
 def load_run_config(

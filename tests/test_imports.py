@@ -15,7 +15,7 @@ LAYERS = [
     {"answers", "report"},
     {"setup"},
     {"train", "export_run", "init", "plan"},
-    {"api", "baseline", "compare", "convert"},
+    {"api", "baseline", "compare", "convert", "sweep"},
     {"cli"},
     {"__main__"},
 ]
