@@ -224,7 +224,10 @@ log: {to: wandb, project: p}
             ["optim.decay_ratio: 0.1 (no effect now)"],
         ),
         (["data.eval=null"], ["eval (no effect now)", "checkpoint.export: best (no effect now)"]),
-        (["eval.every=null"], ["eval.patience: 2 (no effect now)"]),
+        (
+            ["eval.every=null"],
+            ["eval.patience: 2 (no effect now)", "checkpoint.export: best (no effect now)"],
+        ),
         (["model.param_dtype=null"], ["optim.stochastic_rounding: True (no effect now)"]),
         (["checkpoint.local_every=null"], ["checkpoint.local_dir: /tmp/x (no effect now)"]),
         (["log.to=tensorboard"], ["log.project: p (no effect now)"]),
