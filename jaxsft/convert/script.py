@@ -39,7 +39,6 @@ _BY_PLACE: dict[str, tuple[str, ...]] = {
     "TrainingArguments": ("output_dir",),
     "Seq2SeqTrainingArguments": ("output_dir",),
     "EarlyStoppingCallback": ("early_stopping_patience", "early_stopping_threshold"),
-    "LoraConfig": ("task_type",),
     "SFTTrainer": ("model",),
 }
 """What their arguments are called that are given without a name."""

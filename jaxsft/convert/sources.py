@@ -30,7 +30,8 @@ def hub_or_file(path: Any, config: Any = None, split: Any = None) -> list[Place]
     """A source by its name, config and split, as `datasets.load_dataset` takes them; several where splits are added."""
     path = str(path)
     configs = [None if one in ("", "default") else one for one in (config if isinstance(config, list) else [config])]
-    splits = [part for one in (split if isinstance(split, list) else [split or "train"])
+    configs = configs or [None]
+    splits = [part for one in (split if isinstance(split, list) and split else [split or "train"])
               for part in str(one).replace(" ", "").split("+")]  # fmt: skip
     asked = [f"the config {one}" for one in configs if one] + [f"the split {one}" for one in splits if one != "train"]
     if re.fullmatch(r"[\w-]+", path) and not os.path.exists(path):

@@ -477,6 +477,7 @@ def test_shares_and_counts_do_not_meet_in_one_source(made, tmp_path):
         (TRL, {"split": "a+b", "fraction": 0.5}, ["org/d:a", "org/d:b"], "its fraction is shared out equally"),
         (AXOLOTL, {"data_dir": "part"}, ["org/d"], "org/d: data_dir part: no part of a hub dataset is chosen"),
         (AXOLOTL, {"name": ["x", "y"], "split": "a"}, ["org/d@x:a", "org/d@y:a"], ""),
+        (AXOLOTL, {"name": [], "split": []}, ["org/d"], ""),
         (AXOLOTL, {"shards": 4}, ["org/d"], "org/d: shards of a dataset has no counterpart"),
         (AXOLOTL, {"path": "./rows", "split": "b"}, ["./rows"], "the split b of a local folder or file"),
     ],
