@@ -291,7 +291,7 @@ def decoder_maker(
         )
         if lora is not None:
             # Drawn after all weights, which are the same with and without adapters.
-            add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
+            add_adapters(decoder, lora, family, key=rngs.params())
         if only is not None:
             train_only(decoder, only, family.WEIGHTS)
         if config.quantize != "none":
