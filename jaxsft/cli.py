@@ -23,7 +23,7 @@ from jaxsft.config import Config, ConfigError
 from jaxsft.config_files import config_keys, keys_called, load_config, load_run_config
 from jaxsft.foreign_keys import COMMANDS, OTHER_METHODS, of_others
 from jaxsft.hosts.exits import BUG, exit_code, is_bug
-from jaxsft.interrupts import INTERRUPTED
+from jaxsft.interrupts import INTERRUPTED, heeded
 
 PARTED = 1
 """Exit code of a comparison in which the two runs part."""
@@ -201,7 +201,7 @@ def compare_command(args: argparse.Namespace) -> int:
 
     # The programs that are started want the accelerator for themselves.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in heeded(signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that nothing is left behind
     config = _config(args)
     sources = [*config.data.train, *config.data.eval.values()]

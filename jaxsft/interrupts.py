@@ -1,4 +1,4 @@
-"""Ctrl-C that comes while a module is imported.
+"""Ctrl-C that comes while a module is imported, and signals that a process was started to ignore.
 
 Python raises KeyboardInterrupt wherever its main thread happens to be. Within an import that may be the set-up of a
 library in C++, which then aborts, crashes, takes the exception for an error of its own, or drops it and goes on.
@@ -32,6 +32,14 @@ def is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def heeded(*numbers: int) -> list[int]:
+    """Those of some signals that this process is not to ignore, as `nohup` has it ignore SIGHUP.
+
+    A handler would undo that, and a closed terminal would stop what was to go on without it.
+    """
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _end_or_raise(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from jaxsft.cli import main
+
 SWALLOWS = """
 import os, signal
 try:
@@ -74,3 +76,17 @@ def test_the_command_is_guarded():
     script += "; print(signal.getsignal(signal.SIGINT))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "_end_or_raise" in done.stdout.splitlines()[-1], done.stderr
+
+
+def test_a_comparison_that_is_to_outlive_its_terminal_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # which the command sets
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        for at_start, is_handled in ((signal.SIG_IGN, False), (signal.SIG_DFL, True)):
+            signal.signal(signal.SIGHUP, at_start)
+            assert main(["compare", str(tmp_path / "none.yaml"), "--baseline", "hf"]) == 1
+            assert callable(signal.getsignal(signal.SIGTERM))
+            assert (signal.getsignal(signal.SIGHUP) is not at_start) == is_handled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

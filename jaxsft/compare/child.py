@@ -20,6 +20,7 @@ from typing import Any
 from jaxsft.compare.exchange import NO_ROOM
 from jaxsft.config import ConfigError
 from jaxsft.disk.writing import write_error, writing
+from jaxsft.hosts.children import child_command, end_with_parent
 
 LINES_SHOWN = 25
 OUTPUT_OF = "jaxsft: output of "
@@ -56,7 +57,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def call_apart(function: Callable[..., Any], *args: Any) -> Any:
     """Calls a function in a process of its own, which ends with it and so gives its memory and accelerator back."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, end_with_parent, (os.getpid(),)) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -78,7 +80,7 @@ def run_child(module: str, folder: pathlib.Path, *, say: Callable[[str], None], 
     with writing(path), path.open("wb") as out:
         out.write(f"{OUTPUT_OF}{module}\n".encode())  # by which the file is known again
         out.flush()
-        process = subprocess.Popen([sys.executable, "-m", module, str(folder)], stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(child_command(module, str(folder)), stdout=out, stderr=out, env=environment)
     told = time.monotonic()
     try:
         while process.poll() is None:

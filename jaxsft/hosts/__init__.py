@@ -10,5 +10,6 @@
 `words.py` names some of many.
 `failure.py` ends all of them when one ends, each with the first cause as its last words.
 `watchdog.py` ends them when no step is finished any more.
+`children.py` starts processes that end when this one does.
 `exits.py` has the exit codes, and what is said of an error.
 """

@@ -182,10 +182,11 @@ def _results(lines: Sequence[Mapping[str, Any]], step: int) -> str:
         return ""
     rows = []
     if held_out:
-        best = min(held_out, key=held_out.__getitem__)
+        trained = [each for each in held_out if each > 0]  # The model that a run begins with is none of its results.
+        best = min(trained, key=held_out.__getitem__, default=None)
         rows += [("held-out loss before training", held_out[0])] if 0 in held_out else []
-        rows += [(f"held-out loss of this checkpoint ({step})", held_out[step])] if step in held_out else []
-        rows += [(f"best held-out loss (step {best})", held_out[best])]
+        rows += [(f"held-out loss of this checkpoint ({step})", held_out[step])] if step in trained else []
+        rows += [(f"best held-out loss (step {best})", held_out[best])] if best is not None else []
     if losses:
         last = max((each for each in losses if each <= step), default=min(losses))
         rows += [(f"training loss at step {last}", losses[last])]
@@ -247,7 +248,8 @@ def _curve(lines: Sequence[Mapping[str, Any]]) -> str:
     spacing = (len(steps) - 1) / (min(len(steps), MOST_POINTS) - 1)
     chosen = {steps[round(number * spacing)] for number in range(min(len(steps), MOST_POINTS))}
     if held_out:
-        chosen |= {held_out[0], held_out[-1], min(held_out, key=lambda step: by_step[step]["eval_loss"])}
+        best = min(held_out, key=lambda step: (step == 0, by_step[step]["eval_loss"]))
+        chosen |= {held_out[0], held_out[-1], best}
     rows = []
     for step in sorted(chosen):
         found = by_step[step]

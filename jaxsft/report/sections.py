@@ -214,5 +214,16 @@ def last_loss(run: Run) -> float | None:
 
 
 def best_eval_loss(run: Run) -> float | None:
-    """The lowest held-out loss."""
-    return min((line["eval_loss"] for line in run.lines if "eval_loss" in line), default=None)
+    """The lowest held-out loss that training has led to; NaN where it never was a number."""
+    losses = [line["eval_loss"] for line in eval_lines(run)]
+    return min((loss for loss in losses if not math.isnan(loss)), default=losses[0] if losses else None)
+
+
+def first_eval_loss(run: Run) -> float | None:
+    """The held-out loss of the model that a run began with."""
+    return next((line["eval_loss"] for line in run.lines if "eval_loss" in line and line["step"] == 0), None)
+
+
+def eval_lines(run: Run) -> list[dict[str, float]]:
+    """The lines with a held-out loss, without step 0: the model that a run begins with is none of its results."""
+    return [line for line in run.lines if "eval_loss" in line and line["step"] > 0]

@@ -75,18 +75,19 @@ def make_trials(source: str, overrides: Sequence[str]) -> list[Trial]:
         problems.append("no key has several values; separate them by commas, such as optim.learning_rate=1e-5,2e-5")
 
     # All combinations are looked at, unless the keys are wrong already; a mistake that several have is told once.
-    plain = [f"{key}={given[0]}" for key, given in values.items() if key not in swept]
     combinations = list(itertools.product(*swept.values())) if not problems else []
-    found: list[tuple[Config, tuple[str, ...]]] = []
+    trials = []
     for combination in combinations or [tuple(given[0] for given in swept.values())]:
-        config, wrong = check_config(source, [*plain, *_overrides(swept, combination)])
+        settings = dict(zip(swept, combination, strict=True))
+        # In the order given, in which `train` will get them: of a key and its section, the later one holds.
+        said = {key: settings.get(key, given[0]) for key, given in values.items()}
+        config, wrong = check_config(source, _overrides(said))
         problems += [problem for problem in wrong if problem not in problems]
         if config is not None:
-            found.append((config, combination))
+            trials.append(_trial(config, settings, said))
     if problems:
         raise mistakes(f"sweep of {source}", problems)
-    trials = [_trial(config, combination, swept, values) for config, combination in found]
-    _check_apart(trials)
+    check_apart(trials)
     return trials
 
 
@@ -134,23 +135,19 @@ def _end_of_quote(text: str, at: int) -> int | None:
     return found.end() if found else None
 
 
-def _overrides(swept: dict[str, list[str]], combination: Sequence[str]) -> list[str]:
-    return [f"{key}={value}" for key, value in zip(swept, combination, strict=True)]
+def _overrides(said: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in said.items()]
 
 
-def _trial(
-    config: Config, combination: Sequence[str], swept: dict[str, list[str]], given: dict[str, list[str]]
-) -> Trial:
-    settings = dict(zip(swept, combination, strict=True))
-    short = short_keys(list(swept))
+def _trial(config: Config, settings: dict[str, str], said: dict[str, str]) -> Trial:
+    short = short_keys(list(settings))
     name = ",".join(f"{_part(short[key])}={_part(value)}" for key, value in settings.items())
     if len(name) > LONGEST_NAME:
         name = f"{name[:LONGEST_NAME]}-{zlib.crc32(name.encode()):08x}"
     run_dir = f"{str(config.run_dir).rstrip('/')}/{name}"
-    said = [f"{key}={settings.get(key, values[0])}" for key, values in given.items() if key != "run_dir"]
     is_plain = re.fullmatch(r"[\w./~][\w./:=,+~-]*", run_dir)
-    said.append(f"run_dir={run_dir if is_plain else json.dumps(run_dir)}")
-    return Trial(name, settings, tuple(said), config.model_copy(update={"run_dir": run_dir}))
+    overrides = _overrides(said | {"run_dir": run_dir if is_plain else json.dumps(run_dir)})
+    return Trial(name, settings, tuple(overrides), config.model_copy(update={"run_dir": run_dir}))
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
@@ -169,7 +166,7 @@ def _part(text: str) -> str:
     return f"{left}-{zlib.crc32(text.encode()):08x}"
 
 
-def _check_apart(trials: Sequence[Trial]) -> None:
+def check_apart(trials: Sequence[Trial]) -> None:
     """Raises ConfigError where two runs would do the same, or have the same folder."""
     problems = []
     names: dict[str, Trial] = {}

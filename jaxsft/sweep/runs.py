@@ -22,17 +22,20 @@ from etils import epath
 
 from jaxsft.config import ConfigError
 from jaxsft.config_files import config_changes
+from jaxsft.disk.locks import Lock
 from jaxsft.disk.seal import problem_of
-from jaxsft.disk.writing import place, read_file
+from jaxsft.disk.writing import WriteError, place, read_file
 from jaxsft.folders.export import CARD
+from jaxsft.hosts.children import child_command
 from jaxsft.hosts.exits import BUG, START_AGAIN
+from jaxsft.interrupts import heeded
 from jaxsft.report.make import check_folder, report
 from jaxsft.report.readers import read_run
 from jaxsft.report.records import Run
-from jaxsft.report.sections import best_eval_loss, last_loss, number
+from jaxsft.report.sections import best_eval_loss, eval_lines, first_eval_loss, last_loss, number
 from jaxsft.rows.strict import DataError
-from jaxsft.sweep.grid import Trial, describe, short_keys
-from jaxsft.training.run_folder import FINGERPRINT, template_date
+from jaxsft.sweep.grid import Trial, check_apart, describe, short_keys
+from jaxsft.training.run_folder import FINGERPRINT, LOCK, template_date
 
 FINISHED, NOT_BEGUN = "finished", "not begun"
 DONE = 0
@@ -51,21 +54,28 @@ class Outcome(NamedTuple):
 def with_one_day(trials: Sequence[Trial]) -> list[Trial]:
     """The runs with one day that all templates see: that on which the first of them began, else today.
 
-    A sweep that goes on tomorrow, or past midnight, trains all of its runs on the same tokens.
+    A sweep that goes on tomorrow, or past midnight, trains all of its runs on the same tokens. A run that is given a
+    day keeps it.
+
+    Raises:
+        ConfigError: a run with that day is the same as another one.
     """
-    if trials[0].config.data.template_date is not None:
-        return list(trials)
-    began = (template_date(_folder(trial)) for trial in trials)
+    undated = [trial for trial in trials if trial.config.data.template_date is None]
+    began = (template_date(_folder(trial)) for trial in undated)
     day = next((found for found in began if found is not None), datetime.date.today()).isoformat()
-    return [
+    dated = [
         trial._replace(
             overrides=(*trial.overrides, f"data.template_date={day}"),
             config=trial.config.model_copy(
                 update={"data": trial.config.data.model_copy(update={"template_date": day})}
             ),
         )
+        if trial.config.data.template_date is None
+        else trial
         for trial in trials
     ]
+    check_apart(dated)
+    return dated
 
 
 def sweep(
@@ -88,7 +98,8 @@ def sweep(
         where one asks to be started again.
 
     Raises:
-        ConfigError: the folder of the sweep holds a run itself, or pages of others.
+        ConfigError: the folder of the sweep holds a run itself, or pages of others; or another process works in the
+            folder of a run, and two trainings at once would be in each other's way.
     """
     top = _folder(trials[0]).parent
     out = top / "report"
@@ -105,6 +116,7 @@ def sweep(
             states[at] = FINISHED
             say(f"{which}: was finished before")
             continue
+        _check_free(trials[at:], say)
         say(f"{which}  ({trial.config.run_dir})")
         ended = start(trial)
         states[at] = FINISHED if ended.code == DONE else ended.how
@@ -114,9 +126,11 @@ def sweep(
         if ended.is_sweep_stopped:
             codes = [START_AGAIN]
             break
+        if ended.code != DONE:  # perhaps because another process was there first
+            _check_free([trial], say)
     outcomes = [Outcome(trial, state, _metrics(trial)) for trial, state in zip(trials, states, strict=True)]
     outcomes.sort(key=_rank)
-    say(table(outcomes))
+    say("\n".join([table(outcomes), *_without_gain(outcomes)]))
     shown = [outcome for outcome in outcomes if outcome.run is not None]
     if shown:
         report(
@@ -143,7 +157,8 @@ class Ended(NamedTuple):
     def how(self) -> str:
         """In words."""
         if self.code < 0:
-            name = signal.Signals(-self.code).name
+            number = -self.code  # Signals for programs' own use have no name.
+            name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
             return f"killed by {name}" + ", probably for want of memory" * (name == "SIGKILL")
         if self.code == START_AGAIN:
             return "stopped; the same command goes on with it"
@@ -165,7 +180,7 @@ def in_process(trial: Trial, source: str) -> Ended:
 
     sys.stdout.flush()
     with _handled(hand_on):
-        command = [sys.executable, "-m", "jaxsft", "train", source, *trial.overrides]
+        command = child_command("jaxsft", "train", source, *trial.overrides)
         process = subprocess.Popen(command, process_group=0, stdin=subprocess.DEVNULL)
         if asked:  # before there was a process
             process.send_signal(signal.SIGTERM)
@@ -175,12 +190,30 @@ def in_process(trial: Trial, source: str) -> Ended:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = heeded(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+
+
+def _check_free(trials: Sequence[Trial], say: Callable[[str], None]) -> None:
+    """Raises ConfigError where another process works in the folder of a run, as one does that a sweep has left behind
+    which was killed."""
+    for trial in trials:
+        path = _folder(trial) / LOCK
+        if not path.exists() or is_finished(trial):
+            continue
+        lock = Lock(path)
+        try:
+            lock.acquire(say)
+        except ConfigError as error:
+            raise ConfigError(f"sweep: no run is begun while another may be at work: {error}") from None
+        except WriteError:
+            continue  # which `train` says
+        lock.release()
 
 
 def is_finished(trial: Trial) -> bool:
@@ -203,7 +236,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     head = [*(short[key] for key in keys), "eval loss", "best", "at step", "last loss", ""]
     rows = [head]
     for trial, state, run in outcomes:
-        evaluated = [line for line in run.lines if "eval_loss" in line] if run else []
+        evaluated = eval_lines(run) if run else []
         best = best_eval_loss(run) if run else None
         at = next((line["step"] for line in evaluated if line["eval_loss"] == best), None)
         figures = [
@@ -221,13 +254,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _rank(outcome: Outcome) -> tuple[bool, float]:
-    """Finished runs first, the lowest loss first: the best held-out one, and without held-out rows the last."""
-    loss = None
-    if outcome.run is not None:
-        loss = best_eval_loss(outcome.run)
-        loss = last_loss(outcome.run) if loss is None else loss
-    return outcome.state != FINISHED, math.inf if loss is None or math.isnan(loss) else loss
+def _rank(outcome: Outcome) -> tuple[bool, bool, float]:
+    """Finished runs first, the lowest loss first: the best held-out one; then those without one, by the last loss."""
+    best = best_eval_loss(outcome.run) if outcome.run is not None else None
+    loss = last_loss(outcome.run) if outcome.run is not None and best is None else best
+    return outcome.state != FINISHED, best is None, math.inf if loss is None or math.isnan(loss) else loss
 
 
 def _verdict(outcomes: Sequence[Outcome]) -> str:
@@ -237,10 +268,27 @@ def _verdict(outcomes: Sequence[Outcome]) -> str:
     best = best_eval_loss(first.run) if first.run is not None else None
     if first.state == FINISHED and best is not None and math.isfinite(best):
         said.append(f"Lowest held-out loss: {best:.4f}, with {describe(first.trial.settings)}.")
+    said += _without_gain(outcomes)
     if unfinished:
         listed = "; ".join(f"{describe(each.trial.settings)} ({each.state})" for each in unfinished)
         said.append(f"Not finished: {listed}.")
     return " ".join(said)
+
+
+def _without_gain(outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence where no run has a lower held-out loss than the model that it began with."""
+    begun = []
+    for run in (each.run for each in outcomes if each.run is not None):
+        first, best = first_eval_loss(run), best_eval_loss(run)
+        if best is None:
+            continue
+        if first is None or (math.isfinite(best) and not best >= first):
+            return []
+        begun.append(number(first, "{:.4f}"))
+    if not begun:
+        return []
+    shown = " or ".join(dict.fromkeys(begun))
+    return [f"No run's held-out loss is below that of the model that it began with ({shown})."]
 
 
 def _metrics(trial: Trial) -> Run | None:

@@ -87,6 +87,10 @@ def test_losses_curve_and_data_are_those_of_the_run(tmp_path):
     lines = [line for line in LINES if "loss" in line]
     steps = [int(step) for step in re.findall(r"^\| (\d+) \|", card(tmp_path, lines=lines), re.MULTILINE)]
     assert len(steps) == 12 and steps[0] == 1 and steps[-1] == 30
+    worse = card(tmp_path, lines=[{"step": 0, "eval_loss": 0.5}, *LINES[1:]])
+    assert "| best held-out loss (step 20) | 1.0000 |" in worse and "before training | 0.5000 |" in worse
+    only = card(tmp_path, lines=LINES[:1])
+    assert "before training | 4.0000 |" in only and "best" not in only
     bare = card(tmp_path, lines=[{"step": 1, "loss": float("nan")}])
     assert "Results" not in bare and "Curve" not in bare
 

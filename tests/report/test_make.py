@@ -17,6 +17,7 @@ def paths(tmp_path):
     lines = [{"step": step, "loss": 3 / step, "total_trained_tokens": 10 * step, "tokens": 50, "seconds": 0.5,
               "memory_gib": 1.25} for step in range(1, 5)]  # fmt: skip
     lines.append({"step": 4, "eval_loss": 0.875})
+    lines.insert(0, {"step": 0, "eval_loss": 0.5})  # of the model that it begins with, none of its results
     (ours / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (ours / "config.yaml").write_text("data:\n  date: 2026-11-23\n")  # which YAML makes a date
     history = [{"step": step, "loss": 4 / step} for step in range(1, 5)]

@@ -91,6 +91,9 @@ def test_names_are_fit_for_folders_and_differ_where_values_do(tiny_config):
             ["3 mistakes", "train.batch_size: -1 given", "optim.learning_rate: 'x' given", "trian"],
         ),
         (["optim.learning_rate=0.01,1e-2"], ["learning_rate=0.01 and learning_rate=1e-2: both are the same run"]),
+        # What is checked is what is trained: a section that is given later takes the place of its keys.
+        (["optim.name=adamw,adamw8bit", "optim={name: lion, learning_rate: 0.001}"], ["both are the same run"]),
+        (["lora.rank=4,8", "lora={targets: [q_proj]}"], ["lora.rank: required, not given"]),
         (["data.chat_template=chatml,ChatML"], ["both would be called chat_template=chatml"]),
     ],
 )
@@ -100,6 +103,15 @@ def test_a_mistake_is_one_error_before_anything_is_trained(tiny_config, tmp_path
     for part in said:
         assert str(error.value).count(part) == 1, error.value
     assert not (tmp_path / "s").exists()
+
+
+def test_overrides_hold_in_the_order_given(tiny_config, tmp_path):
+    given = ["optim={name: lion, learning_rate: 0.001},{name: adamw, learning_rate: 0.002}", f"run_dir={tmp_path}/s"]
+    trials = make_trials(str(tiny_config), [*given, "optim.learning_rate=0.003", "lora={rank: 2}", "lora.rank=4,8"])
+    found = [(each.config.optim.name, each.config.optim.learning_rate, each.config.lora.rank) for each in trials]
+    assert found == [(name, 0.003, rank) for name in ("lion", "adamw") for rank in (4, 8)]
+    for trial in trials:
+        assert load_config(tiny_config, trial.overrides) == trial.config
 
 
 def test_print_gives_a_command_for_each_run(tiny_config, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The runs of a sweep: one after the other, each once, and what is said of them; what they share."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -14,10 +15,11 @@ from compilation import xla_flags
 
 from jaxsft.cli import main
 from jaxsft.config import ConfigError
+from jaxsft.config_files import load_config
 from jaxsft.disk.seal import problem_of
 from jaxsft.report.records import from_json
 from jaxsft.sweep.grid import make_trials
-from jaxsft.sweep.runs import Ended, sweep, with_one_day
+from jaxsft.sweep.runs import Ended, _handled, sweep, with_one_day
 
 COMMAND = "python run.py sweep"
 
@@ -127,6 +129,7 @@ def test_learning_rate_schedule_decay_clipping_and_seed_do_not_compile_again(tin
         ([Ended(75), Ended(0), Ended(74)], 74, "failed with exit code 74"),
         ([Ended(75), Ended(0), Ended(0)], 75, ""),
         ([Ended(-9), Ended(0), Ended(0)], 1, ""),
+        ([Ended(-40), Ended(0), Ended(0)], 1, "killed by signal 40"),  # one of those without a name
         ([Ended(1), Ended(75, is_sweep_stopped=True)], 75, "not begun"),
         ([Ended(0, is_sweep_stopped=True)], 75, "not begun"),
         ([Ended(0), Ended(0), Ended(0)], 0, ""),
@@ -168,6 +171,137 @@ def test_all_runs_of_a_sweep_see_the_day_of_the_first_one(trials, tiny_config, t
     dated = with_one_day(make_trials(str(tiny_config), given))
     assert {trial.config.data.template_date for trial in dated} == {"2024-02-29"}
     assert all("data.template_date=2024-02-29" in trial.overrides for trial in dated)
+
+
+def test_a_day_that_a_run_is_given_is_kept_and_the_others_get_one(tiny_config, tmp_path):
+    day = datetime.date.today().isoformat()
+    for given in ("null,2024-07-01", "2024-07-01,null"):
+        trials = make_trials(str(tiny_config), [f"data.template_date={given}", f"run_dir={tmp_path}/s"])
+        dated = with_one_day(trials)
+        expected = [day if each == "null" else each for each in given.split(",")]
+        assert [trial.config.data.template_date for trial in dated] == expected
+        assert [load_config(tiny_config, trial.overrides) for trial in dated] == [trial.config for trial in dated]
+    (tmp_path / "s" / "template_date=null").mkdir(parents=True)
+    (tmp_path / "s" / "template_date=null" / "config.yaml").write_text("data: {template_date: 2024-07-01}\n")
+    with pytest.raises(ConfigError, match="template_date=null: both are the same run"):
+        with_one_day(trials)
+
+
+def measured(losses):
+    """Writes the lines of a run with these held-out losses of steps 0, 1, 2, ...; a run of each call."""
+    given = iter(losses)
+
+    def start(trial):
+        folder = pathlib.Path(trial.config.run_dir)
+        folder.mkdir(parents=True)
+        lines = [{"step": step, "eval_loss": loss} for step, loss in enumerate(next(given))]
+        lines.insert(1, {"step": 1, "loss": 1.0})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return Ended(0)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("losses", "order", "verdict"),
+    [
+        # The first run's lowest loss is that of the model with which all of them begin.
+        (
+            [[5.0, 6.0, 7.0], [5.0, 4.5, 5.5], [5.0, 5.5]],
+            ["1e30 5.5000 4.5000 1", "2e-2 5.5000 5.5000 1", "1e-2 7.0000 6.0000 1"],
+            "Lowest held-out loss: 4.5000, with learning_rate=1e30.",
+        ),
+        (
+            [[5.0, 6.0], [5.0, 5.25, 9.0], [5.0]],
+            ["1e30 9.0000 5.2500 1", "1e-2 6.0000 6.0000 1", "2e-2 – – –"],
+            "Lowest held-out loss: 5.2500, with learning_rate=1e30. "
+            "No run's held-out loss is below that of the model that it began with (5.0000).",
+        ),
+        (
+            [[5.0, float("nan"), 4.0], [5.0, 3.0, float("nan")], [5.0, float("nan")]],
+            ["1e30 not finite 3.0000 1", "1e-2 4.0000 4.0000 2", "2e-2 not finite not finite"],
+            "Lowest held-out loss: 3.0000, with learning_rate=1e30.",
+        ),
+    ],
+)
+def test_runs_are_ranked_by_what_training_has_led_to(trials, tmp_path, losses, order, verdict):
+    said = []
+    assert sweep(trials, start=measured(losses), command=COMMAND, say=said.append) == 0
+    (table,) = [text for text in said if text.startswith("learning_rate")]
+    rows = [" ".join(line.split()) for line in table.splitlines()[1:]]
+    assert all(row.startswith(expected) for row, expected in zip(rows, order, strict=False)), table
+    assert rows[3:] == verdict.partition(". ")[2].splitlines()
+    assert json.loads((tmp_path / "s" / "report" / "report.json").read_text())["verdict"] == verdict
+
+
+def test_no_run_is_begun_where_another_process_is_at_work(trials, tmp_path):
+    script = "import sys, time, pathlib; from jaxsft.disk.locks import Lock\n"
+    script += "Lock(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
+    names, says = [trial.name for trial in trials], f"sweep: .*{trials[1].name}: in use by process "
+
+    def hold(name):
+        (tmp_path / "s" / name).mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", script, str(tmp_path / "s" / name / "run.lock")]
+        owners.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert owners[-1].stdout.readline() == "held\n"
+
+    def lose_the_race(trial):
+        begun.append(trial.name)
+        if trial is trials[1]:
+            hold(trial.name)
+        return Ended(1)
+
+    owners, begun = [], []
+    try:
+        with pytest.raises(ConfigError, match=says):
+            sweep(trials, start=lose_the_race, command=COMMAND, say=str)
+        assert begun == names[:2]
+        with pytest.raises(ConfigError, match=f"{says}{owners[0].pid}"):  # not the first either, beside it
+            sweep(trials, start=lose_the_race, command=COMMAND, say=str)
+        assert begun == names[:2]
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.wait()
+    said = []  # Its lock has ended with it.
+    assert sweep(trials, start=lambda trial: Ended(0), command=COMMAND, say=said.append) == 0
+    assert any("taken over" in text for text in said)
+
+
+def test_signals_that_are_ignored_stay_so_while_a_run_is_trained():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _handled(lambda number, frame: asked.append(number)):
+            asked = []
+            os.kill(os.getpid(), signal.SIGHUP)  # as where nohup has started the sweep, and its terminal is closed
+            assert asked == []
+            os.kill(os.getpid(), signal.SIGQUIT)
+            assert asked == [signal.SIGQUIT]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is of Linux")
+def test_a_run_ends_with_a_sweep_that_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")  # Who reads it waits for ever.
+    script = "import sys, types; from jaxsft.sweep.runs import in_process\n"
+    script += "in_process(types.SimpleNamespace(overrides=()), sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path / "run.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as killed:
+        children = pathlib.Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+        command_line, child = b"", ""
+        while killed.poll() is None and b"-m\0jaxsft\0train" not in command_line:
+            time.sleep(0.02)
+            if child := children.read_text().strip():
+                command_line = pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
+        killed.kill()
+        try:
+            killed.communicate(timeout=30)  # to the end of what the run, which has the same stdout, may say
+        except subprocess.TimeoutExpired:
+            os.kill(int(child), signal.SIGKILL)
+            raise
 
 
 def test_a_sweep_that_is_stopped_saves_and_goes_on_where_it_was(tiny_config, tmp_path):
