@@ -92,7 +92,7 @@ def peft_adapter(base, out, *, seed=1, **options):
         if "lora_" in name or "trainable_tokens_delta" in name:
             noise = torch.randn(parameter.shape, generator=generator)
             is_scale = name.endswith("magnitude_vector.default.weight")
-            parameter.data = parameter.data * (1 + 0.2 * noise) if is_scale else 0.15 * noise
+            parameter.data = parameter.data * (1 + 0.2 * noise) if is_scale else 0.1 * noise
     model.save_pretrained(out)
     return model.eval()
 
