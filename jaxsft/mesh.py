@@ -42,6 +42,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "i": ("tensor",),
     "j": (),
     "l": (),
+    "m": ("tensor",),
     "o": ("tensor", "fsdp", "expert", "context"),
     "r": (),
     "s": (),
@@ -320,6 +321,7 @@ DIM_WORDS = {
     "e": "number of experts",
     "i": "number of bytes in a row of a quantised weight",
     "l": "number of layers",
+    "m": "number of channels of a short convolution",
     "o": "number of rows of a quantised weight",
     "r": "rank of adapters",
 }

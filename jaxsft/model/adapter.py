@@ -28,6 +28,12 @@ class Constant(nnx.Variable):
     """What is neither trained nor a weight of a file: it follows from the config."""
 
 
+def of_layers(variable: nnx.Variable) -> dict[str, tuple[int, ...]]:
+    """The metadata of a Variable that says whose layers' it is, where not all have it; for one that takes its place."""
+    layers = variable.get_metadata().get("layers")
+    return {} if layers is None else {"layers": layers}
+
+
 class Adapter(nnx.Module):
     """`x A B`, scaled, of one map of all layers at once, or (inside the scan) of one layer's.
 

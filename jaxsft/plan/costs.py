@@ -88,7 +88,7 @@ def count_flops(
         flops = each.flops * (each.runs * turns if each.is_open else 1)
         parts[part] += flops
         again += flops * each.is_again
-    pairs = sum(_pairs(length, kind.window) for kind in structure.layers) * (tokens // length)
+    pairs = sum(_pairs(length, window) for window in structure.windows) * (tokens // length)
     width = structure.num_heads * structure.head_dim
     if tiles := [each for each in matmuls if each.is_open and "attention" in each.name]:
         again_here = 4.0 * width * pairs * any(each.is_again for each in tiles)

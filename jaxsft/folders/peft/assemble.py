@@ -75,7 +75,7 @@ def parts_of(
 def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """The `lora` section that asks for these adapters, and their values, stacked over layers and experts."""
     maps = {place.path: place for place in maps_of(decoder)}
-    sizes, num_layers = decoder.config.sizes, len(decoder.config.layers)
+    sizes = decoder.config.sizes
     by_path: dict[str, list[Part]] = {}
     for part in parts:
         by_path.setdefault(part.path, []).append(part)
@@ -87,8 +87,11 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
         place = maps[path]
         width = max(part.rank for part in of_map)
         letters = place.leading.split()
+        layers = decoder.config.layers_of(path) if place.leading else ()
 
-        def empty(axes: str, letters: list[str] = letters, width: int = width) -> np.ndarray:
+        def empty(
+            axes: str, letters: list[str] = letters, width: int = width, num_layers: int = len(layers)
+        ) -> np.ndarray:
             all_sizes = {**sizes, "l": num_layers, "r": width}
             return np.zeros([all_sizes[letter] for letter in (*letters, *axes.split())], np.float32)
 
@@ -106,9 +109,9 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
                 _fill(b[part.at], part.b if own == scale else part.b * np.float32(own / scale))
                 if magnitude is not None and part.magnitude is not None:
                     _fill(magnitude[part.at], part.magnitude)
-            name = path if not layer else path.replace("layers.", f"layers.{layer[0]}.", 1)
+            name = path if not layer else path.replace("layers.", f"layers.{layers[layer[0]]}.", 1)
             ranks[name], alphas[name] = rank, alpha
-        is_everywhere = len(by_layer) == (num_layers if place.leading else 1)
+        is_everywhere = len(by_layer) == (len(layers) if place.leading else 1)
         words = [path.split(".")[-1]] if is_everywhere else [name for name in ranks if _path_of(name) == path]
         targets += words
         values |= {f"{path}.adapter.a": a, f"{path}.adapter.b": b}

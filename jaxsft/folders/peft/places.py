@@ -5,6 +5,7 @@ of ours that lie in it. Several maps in one module (`qkv_proj`) share one pair o
 has a block for each, so that the rank of the module is the sum of theirs.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -101,13 +102,16 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
         as_in_files: as transformers had models before version 5, with modules for each expert.
     """
     table = dict(family.WEIGHTS) | ({} if as_in_files else getattr(family, "IN_MEMORY", {}))
-    sizes = {**decoder.config.sizes, "v": vocab_size}
+    all_sizes = {**decoder.config.sizes, "v": vocab_size}
     groups: dict[str, tuple[str, str]] = {}
     members: dict[str, list[Member]] = {}
     for place in maps_of(decoder):
         template, layout = table[f"{place.path}.weight"]
+        sizes = all_sizes | ({"l": len(decoder.config.layers_of(place.path))} if place.leading else {})
         weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
         is_parameter = (place.kind == "router" or place.leading == "l e") and not as_in_files
+        if place.leading:
+            weight = dataclasses.replace(weight, layers=decoder.config.layers_of(place.path))
         for index in weight.indices():
             name = weight.name(index)
             if not is_parameter:

@@ -19,6 +19,7 @@ from jaxsft.model.families import (
     gpt_neox,
     gpt_oss,
     granite,
+    lfm2,
     llama,
     ministral3,
     mixtral,
@@ -61,6 +62,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
+    "lfm2": lfm2,
 }
 """model_type of a config.json -> the module of its family."""
 
