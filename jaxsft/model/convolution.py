@@ -86,15 +86,16 @@ def convolved(
         [B, T, M], in the dtype of `x`.
     """
     length, width = x.shape[1], weight.shape[-1]
+    before = x.astype(jnp.float32)  # all of it, so that gradients of what several tokens see are summed in float32
     if window is None:
-        before = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
+        before = jnp.pad(before, ((0, 0), (width - 1, 0), (0, 0)))
     else:
-        before = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+        before = jnp.concatenate([window.astype(jnp.float32), before], axis=1)
     weight = weight.astype(jnp.float32)
     total = jnp.zeros(x.shape, jnp.float32) if bias is None else bias.astype(jnp.float32)
     for distance in range(width):
         first = width - 1 - distance
-        seen = before[:, first : first + length].astype(jnp.float32)
+        seen = before[:, first : first + length]
         total += weight[:, first] * jnp.where((positions >= distance)[..., None], seen, 0.0)
     return total.astype(x.dtype)
 

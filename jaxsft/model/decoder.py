@@ -326,7 +326,8 @@ class Decoder(nnx.Module):
     def _slots(
         self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None, order: Order | None
     ) -> tuple[Slots, Any]:
-        all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
+        all_segment_ids, all_positions, start = segment_ids, positions, jnp.zeros((), jnp.int32)
+        cached: dict[Mixer, Any] | None = None
         if order is not None:
             # Gathered here, once for all layers.
             all_segment_ids, all_positions = (constrain(x, "b s") for x in (segment_ids, positions))
@@ -446,8 +447,8 @@ class Decoder(nnx.Module):
         rows = jnp.zeros((batch_size, size), jnp.int32)
         windows = None
         if num_convolutions := len(config.layers_of("layers.conv")):
-            shape = (num_convolutions, batch_size, config.conv_width - 1, config.sizes["m"])
-            windows = jnp.zeros(shape, self.compute_dtype)
+            of_windows = (num_convolutions, batch_size, config.conv_width - 1, config.sizes["m"])
+            windows = jnp.zeros(of_windows, self.compute_dtype)
         return Cache(empty, empty, rows, rows, jnp.zeros((), jnp.int32), windows)
 
 
