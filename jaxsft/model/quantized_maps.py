@@ -43,7 +43,7 @@ def quantize_maps(decoder: Decoder, kind: Kind) -> None:
 
 def _maps(decoder: Decoder) -> list[Map]:
     """The linear maps of all layers, routers aside."""
-    return [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
+    return [place for place in maps_of(decoder) if place.kind in ("attention", "convolution", "mlp")]
 
 
 def _num_inputs(place: Map) -> int:
