@@ -147,7 +147,7 @@ def step(*, is_small: bool, start: str = "cold", **settings: Any) -> dict[str, A
     began: float | None = None
     for _ in range(3 if is_small else 12):
         at = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, frozen, built.batch))
+        state, metrics = jax.block_until_ready(compiled(state, frozen, built.batch, built.step.numbers))
         seconds.append(time.perf_counter() - at)
         began = began or seconds_since_start()
     taken, tokens = statistics.median(seconds[2:]), float(metrics.tokens)

@@ -139,13 +139,13 @@ def start_ours(args: argparse.Namespace) -> dict[str, float]:
         compiled = step.lower(state, model.frozen, batch).compile()
         times["compile"] = time.perf_counter() - at
         at = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, model.frozen, batch))
+        state, _ = jax.block_until_ready(compiled(state, model.frozen, batch, step.numbers))
         times["first step"] = time.perf_counter() - at
         times["until the first step is done"] = time.perf_counter() - began
         later = []
         for _ in range(3):
             at = time.perf_counter()
-            state, _ = jax.block_until_ready(compiled(state, model.frozen, batch))
+            state, _ = jax.block_until_ready(compiled(state, model.frozen, batch, step.numbers))
             later.append(time.perf_counter() - at)
     return times | {"later step": statistics.median(later)}
 

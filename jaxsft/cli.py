@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -19,12 +20,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxsft.config import Config, ConfigError
-from jaxsft.config_files import config_keys, load_config
+from jaxsft.config_files import config_keys, keys_called, load_config, load_run_config
+from jaxsft.foreign_keys import COMMANDS, OTHER_METHODS, of_others
 from jaxsft.hosts.exits import BUG, exit_code, is_bug
 from jaxsft.interrupts import INTERRUPTED
 
 PARTED = 1
 """Exit code of a comparison in which the two runs part."""
+
+
+def init_command(args: argparse.Namespace) -> int:
+    """write a first config, from a model and a file of rows, or from the answers to four questions"""
+    from jaxsft.init import init
+
+    init(args.out, model=args.model, data=args.data, ask=input if sys.stdin.isatty() else None, say=print)
+    name = shlex.quote(args.out)
+    print(f"written: {args.out}; next: `python run.py preview {name}`, then `python run.py train {name}`")
+    return 0
 
 
 def train_command(args: argparse.Namespace) -> int:
@@ -45,7 +57,8 @@ def quickstart_command(args: argparse.Namespace) -> int:
     folder = configs / "quickstart"
     places = {"model.path": folder, "data.train": folder / "train.jsonl", "data.eval": folder / "eval.jsonl"}
     overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()]
-    return train(load_config(configs / "quickstart.yaml", [*overrides, *args.overrides]), restart=args.restart)
+    config = load_config(configs / "quickstart.yaml", [*overrides, *args.overrides], say=_say)
+    return train(config, restart=args.restart)
 
 
 def preview_command(args: argparse.Namespace) -> int:
@@ -108,8 +121,11 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
-    """held-out loss and sample answers of the run's newest checkpoint or, before there is one, of its first model"""
+    """held-out loss and sample answers of a checkpoint of the run or, before there is one, of its first model"""
+    from etils import epath
+
     from jaxsft.answers.evaluate import describe
+    from jaxsft.disk.writing import place
     from jaxsft.folders.pretrained import load_weights
     from jaxsft.hosts.agreement import agree_on_start, together
     from jaxsft.model.abstract import whole
@@ -119,14 +135,16 @@ def evaluate_command(args: argparse.Namespace) -> int:
     from jaxsft.training.step import abstract_state, evaluation_params
 
     with together():
-        config = _config(args)
+        is_run = epath.Path(place(args.config)).is_dir()
+        config = load_run_config(args.config, args.overrides, say=_say) if is_run else _config(args)
         agree_on_start(config.model_dump(mode="json"))
         setup = Setup(config, say=print)
         config, mesh, folder = setup.config, setup.mesh, setup.folder
         if setup.examiner is None:
             raise ConfigError("data.eval: required to evaluate, not given")
     with contextlib.closing(Checkpointer(folder / "checkpoints", config.checkpoint, print)) as checkpointer:
-        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh))
+        number = checkpointer.step_of(args.step)
+        state = checkpointer.restore(abstract_state(setup.pretrained.model.params, config.optim, mesh), number)
     if state is None:
         print(f"no checkpoint in {folder}: evaluating {config.model.path} ({config.model.weights} weights)")
         weights = load_weights(setup.pretrained, mesh, seed=config.seed)
@@ -140,13 +158,36 @@ def evaluate_command(args: argparse.Namespace) -> int:
 
 
 def chat_command(args: argparse.Namespace) -> int:
-    """talk to a model folder, such as the export of a run"""
-    from jaxsft.answers.converse import converse
+    """talk to a model folder, or to the export of a run"""
+    from jaxsft.answers.converse import converse, load_text, load_tools
     from jaxsft.answers.generate import Sampling
 
+    system = args.system if args.system_file is None else load_text(args.system_file, "--system-file")
+    tools = [] if args.tools is None else load_tools(args.tools)
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    converse(args.model_dir, system=args.system, sampling=sampling, max_new_tokens=args.max_new_tokens)
+    converse(args.model, system=system, sampling=sampling, max_new_tokens=args.max_new_tokens, tools=tools)
     return 0
+
+
+def sweep_command(args: argparse.Namespace) -> int:
+    """train a run for each combination of values such as optim.learning_rate=1e-5,2e-5, and compare them on one page"""
+    from jaxsft.sweep.grid import make_trials
+    from jaxsft.sweep.runs import in_process, sweep, with_one_day
+
+    trials = with_one_day(make_trials(args.config, args.overrides))
+    if args.print:
+        for trial in trials:
+            print(f"python run.py {shlex.join(['train', args.config, *trial.overrides])}")
+        return 0
+    from jaxsft.hosts.start import find_place
+
+    if (found := find_place()) is not None and found.num_processes > 1:
+        raise ConfigError(
+            f"sweep: this is one of {found.num_processes} processes, and a sweep starts its runs on one host; --print "
+            "prints the command of each run, for a job of its own"
+        )
+    command = f"python run.py {shlex.join(['sweep', args.config, *args.overrides])}"
+    return sweep(trials, start=lambda trial: in_process(trial, args.config), command=command)
 
 
 def compare_command(args: argparse.Namespace) -> int:
@@ -190,6 +231,15 @@ def export_command(args: argparse.Namespace) -> int:
     from jaxsft.export_run import export_run
 
     print(f"ready: {export_run(args.run_dir, step=args.step, merge=args.merge_lora, out=args.out)}")
+    return 0
+
+
+def push_command(args: argparse.Namespace) -> int:
+    """upload an export to the Hugging Face hub, after a look at its seal"""
+    from jaxsft.answers.converse import model_of
+    from jaxsft.folders.push import push
+
+    print(f"uploaded: {push(model_of(args.export), args.repo, private=args.private, say=print)}")
     return 0
 
 
@@ -246,6 +296,35 @@ def doctor_command(args: argparse.Namespace) -> int:
     return BUG if problems else 0
 
 
+def convert_command(args: argparse.Namespace) -> int:
+    """turn a config of TRL, axolotl or LLaMA-Factory into one of ours, and say what became of each key"""
+    from jaxsft.convert.make import convert
+    from jaxsft.disk.writing import at_home, write_new
+
+    out = None if args.out is None else at_home(args.out, "-o")
+    if out is not None and out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"-o {args.out}: a config's name ends with .yaml")
+    template = pathlib.Path("chat_template.jinja") if out is None else out.with_suffix(".jinja")
+    width = shutil.get_terminal_size().columns
+    made = convert(args.file, project=args.project, template_file=str(template), width=width)
+    if out is None:
+        print(made.report, file=sys.stderr)
+        print(made.text, end="")
+        if made.template is not None:
+            print(f"{template}: not written; with -o OUT.yaml it is, beside it", file=sys.stderr)
+    else:
+        if taken := [path for path in (out, template)[: 1 + (made.template is not None)] if os.path.lexists(path)]:
+            raise ConfigError(f"{taken[0]}: exists, and is not written over; give another name as -o")
+        write_new(out, made.text)
+        if made.template is not None:
+            write_new(template, made.template)
+        print(made.report)
+        print(f"written: {out}; look at what it trains: python run.py preview {out}")
+    if made.missing:
+        raise ConfigError(f"{len(made.missing)} to fill in before this can be trained: {'; '.join(made.missing)}")
+    return 0
+
+
 def keys_command(args: argparse.Namespace) -> int:
     """list every config key: type, default, meaning"""
     for key, kind, default, meaning in config_keys():
@@ -253,8 +332,10 @@ def keys_command(args: argparse.Namespace) -> int:
     return 0
 
 
-COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command)
+COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, compare_command, sweep_command)
 """Commands whose compiled programs are kept for the next start."""
+TAKE_CONFIG = ("train", "preview", "evaluate", "plan", "compare")
+"""Commands whose first argument is a config."""
 WATCHED = (train_command, quickstart_command, evaluate_command, doctor_command)
 """Commands that end together where several processes run them."""
 
@@ -270,8 +351,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch is not needed, so that transformers need not miss it aloud.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if advice := _advice(words):
+        print(f"error: {advice}", file=sys.stderr)
+        return BUG
+    args, rest = parser.parse_known_args(words)
     if wrong := [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]:
+        if hasattr(args, "overrides") and (advice := _as_overrides(words, wrong)):
+            print(f"error: {advice}", file=sys.stderr)
+            return BUG
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest:  # overrides that stand behind an option
         args.overrides += rest
@@ -313,6 +401,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
 
 
+def _advice(words: Sequence[str]) -> str | None:
+    """What to type in place of a command that other trainers have."""
+    name = words[0] if words else ""
+    if name in COMMANDS:
+        file = next((word for word in words[1:] if word.endswith((".yaml", ".yml"))), "CONFIG")
+        return f"{name}: no such command; here it is: python run.py {COMMANDS[name].replace('CONFIG', file)}"
+    if name in OTHER_METHODS:
+        return f"{name}: supervised fine-tuning alone is trained here: python run.py train CONFIG"
+    if name.endswith((".yaml", ".yml")):
+        return f"{name}: a config needs a command before it: python run.py train {name}"
+    if name in TAKE_CONFIG and len(words) > 1 and "=" in words[1] and not os.path.exists(words[1]):
+        return f"{words[1]}: the config stands before what changes it: python run.py {name} CONFIG {words[1]}"
+    return None
+
+
+def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
+    """How arguments `--key value` of other trainers are given here; None: none of these is a key, ours or theirs."""
+    told, is_any_known = [], False
+    for at, word in enumerate(words):
+        name, equals, value = word.lstrip("-").partition("=")
+        if word not in wrong or not word.startswith("-") or not name:
+            continue
+        if not equals and at + 1 < len(words) and not words[at + 1].startswith("-") and "=" not in words[at + 1]:
+            value = words[at + 1]
+        answer = _as_override(name, value, command=words[0])
+        is_any_known |= answer is not None
+        answer = answer or "no such key; keys are written key=value, and `python run.py keys` lists them"
+        told.append(f"{word}{f' {value}' if value and not equals else ''}: {answer}")
+    if not is_any_known:
+        return None
+    if len(told) == 1:
+        return told[0]
+    return "\n".join([f"{len(told)} arguments that are written otherwise here:", *(f"  {line}" for line in told)])
+
+
+def _as_override(name: str, value: str, *, command: str) -> str | None:
+    """How one such argument is given; None: its name is not known."""
+    if name in ("config", "c", "config_file", "config-file", "cfg"):
+        command = command if command in TAKE_CONFIG else "train"
+        return f"a config stands by itself: python run.py {command} {value or 'CONFIG'}"
+    if near := [key for key in keys_called(name) if key == name] or keys_called(name):
+        return "write " + " or ".join(f"{key}={value or '...'}" for key in near)
+    foreign = of_others(name)
+    if foreign is None or not foreign.ours or " and " in foreign.ours:
+        return foreign and foreign.told()
+    note = f" ({foreign.note})" if foreign.note else ""
+    return f"write {foreign.ours}={value if value and not note else '...'}{note}"
+
+
 def _is_one_of_several() -> bool:
     failure = sys.modules.get("jaxsft.hosts.failure")
     return failure is not None and failure.is_one_of_several()
@@ -327,13 +464,22 @@ def _parser() -> argparse.ArgumentParser:
         subparser.set_defaults(command=command)
         return subparser
 
+    subparser = add("init", init_command)
+    subparser.add_argument("--model", metavar="MODEL", help="folder or hub id")
+    subparser.add_argument("--data", metavar="ROWS", help="file, folder or hub id of rows")
+    subparser.add_argument("-o", dest="out", metavar="FILE", default="config.yaml", help="default: config.yaml")
     subparser = add("quickstart", quickstart_command)
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100")
     subparser.add_argument("--restart", action="store_true", help="begin anew; the run that is there is moved aside")
     for name, command in (("train", train_command), ("preview", preview_command), ("evaluate", evaluate_command)):
         subparser = add(name, command)
-        subparser.add_argument("config", help="YAML file")
+        is_evaluate = command is evaluate_command
+        subparser.add_argument("config", help="YAML file, or run folder" if is_evaluate else "YAML file")
         subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.learning_rate=1e-4")
+        if is_evaluate:
+            subparser.add_argument(
+                "--step", type=_step, default="last", help="of the checkpoint, best, or last (default)"
+            )
         if command is train_command:
             subparser.add_argument(
                 "--restart", action="store_true", help="begin anew; the run that is in run_dir is moved aside"
@@ -351,14 +497,23 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--page", metavar="FILE.html", help="the same as a page")
     subparser.add_argument("--quick", action="store_true", help="count alone, also where a compiler is installed")
     subparser.add_argument("--json", action="store_true", help="the same for programs")
+    subparser = add("sweep", sweep_command)
+    subparser.add_argument("config", help="YAML file")
+    subparser.add_argument(
+        "overrides", nargs="*", metavar="key=a,b", help="such as optim.learning_rate=1e-5,2e-5 train.epochs=1"
+    )
+    subparser.add_argument("--print", action="store_true", help="print the command of each run, and train none")
     subparser = add("compare", compare_command)
     subparser.add_argument("config", help="YAML file")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.compute_dtype=float32")
     subparser.add_argument("--baseline", choices=("hf", "trl"), required=True, help="transformers, or TRL's SFTTrainer")
     subparser.add_argument("--steps", type=_number(int, 0, 10**6), default=100, help="at most so many (default: 100)")
     subparser = add("chat", chat_command)
-    subparser.add_argument("model_dir", help="Hugging Face folder")
-    subparser.add_argument("--system", help="system prompt")
+    subparser.add_argument("model", metavar="MODEL_OR_RUN", help="Hugging Face folder or hub id, or run folder")
+    prompts = subparser.add_mutually_exclusive_group()
+    prompts.add_argument("--system", metavar="TEXT", help="system prompt")
+    prompts.add_argument("--system-file", metavar="FILE", help="file with the system prompt")
+    subparser.add_argument("--tools", metavar="FILE", help="JSON file with the tools that the model may call")
     subparser.add_argument(
         "--temperature", type=_number(float, 0, math.inf), default=0.0, help="0 takes the most likely token (default)"
     )
@@ -369,9 +524,13 @@ def _parser() -> argparse.ArgumentParser:
     subparser.add_argument("--max-new-tokens", type=_number(int, 1, 2**20), default=512, help="longest answer")
     subparser = add("export", export_command)
     subparser.add_argument("run_dir", metavar="RUN", help="run folder")
-    subparser.add_argument("--step", type=_step, help="of the checkpoint, or best (default: the newest)")
+    subparser.add_argument("--step", type=_step, help="of the checkpoint, best, or last (default: checkpoint.export)")
     subparser.add_argument("--merge-lora", action="store_true", help="a whole model, its adapter in its weights")
     subparser.add_argument("--out", metavar="FOLDER", help="where to write (default: RUN/export, or beside it)")
+    subparser = add("push", push_command)
+    subparser.add_argument("export", metavar="EXPORT_OR_RUN", help="folder of an export, or of a run that has one")
+    subparser.add_argument("repo", metavar="ORG/NAME", help="on the hub; made where there is none")
+    subparser.add_argument("--private", action="store_true", help="make it so that nobody else sees it")
     subparser = add("report", report_command)
     subparser.add_argument(
         "paths",
@@ -391,6 +550,15 @@ def _parser() -> argparse.ArgumentParser:
     subparser = add("doctor", doctor_command)
     subparser.add_argument("config", nargs="?", help="YAML file, whose run folder is looked for on all hosts")
     subparser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run_dir=/mnt/runs/one")
+    subparser = add("convert", convert_command)
+    subparser.add_argument("file", help="YAML, JSON, a saved command line (.sh), or a Python script with an SFTConfig")
+    subparser.add_argument(
+        "--from",
+        dest="project",
+        choices=("trl", "axolotl", "llama-factory"),
+        help="whose it is, where its keys do not say so",
+    )
+    subparser.add_argument("-o", "--out", metavar="OUT.yaml", help="where to write (default: stdout)")
     add("keys", keys_command)
     return parser
 
@@ -409,10 +577,20 @@ def _number(kind: type, least: float, most: float) -> Any:
 
 
 def _step(text: str) -> int | str:
-    if text != "best" and not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, or best")
-    return text if text == "best" else int(text)
+    if text in ("best", "last"):
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} given, expected the number of a step, best or last")
+    return int(text)
 
 
 def _config(args: argparse.Namespace) -> Config:
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, say=_say)
+
+
+def _say(text: str) -> None:
+    """To the terminal; of several processes, the first speaks."""
+    from jaxsft.hosts.table import process_number
+
+    if process_number() == 0:
+        print(text, flush=True)

@@ -7,9 +7,11 @@ runs see the whole. Reading a config from a file, and writing it to one, is `con
 import datetime
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 Dtype = Literal["float32", "bfloat16"]
 AttentionKernel = Literal["auto", "splash", "packed", "cudnn", "xla"]
@@ -33,11 +35,39 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, strict about types, and without any key that it does not name."""
+    """A part of the config: frozen, strict about types, and without any key that it does not name.
+
+    A key that is given as null is left out, but for one where null has a meaning of its own.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _left_out(cls, given: Any) -> Any:
+        return _without_nulls(given, cls.model_fields) if isinstance(given, dict) else given
+
+
+def _without_nulls(given: dict[str, Any], fields: dict[str, FieldInfo]) -> dict[str, Any]:
+    """What is given of a section without all that is null, in tables of names as well; null variables of a template
+    are not as if they were not given."""
+    kept = {}
+    for key, value in given.items():
+        field = fields.get(key)
+        if field is not None and value is None and not _has_meaning_of_null(field):
+            continue
+        if field is not None and isinstance(value, dict) and get_origin(field.annotation) is dict:
+            is_any = get_args(field.annotation)[1] is Any
+            value = {name: each for name, each in value.items() if each is not None or is_any}
+        kept[key] = value
+    return kept
+
+
+def _has_meaning_of_null(field: FieldInfo) -> bool:
+    """Whether null says something else than leaving the key out does, as `clip_norm: null` does."""
+    return field.default is not None and type(None) in get_args(field.annotation)
 
 
 class ModelConfig(Section):
@@ -84,6 +114,10 @@ def _with_text_values(value: Any) -> Any:
     )
 
 
+SHARES = ("weight", "count", "epochs")
+"""Keys of a source of which it has one at most."""
+
+
 class SourceConfig(Section):
     """One source of rows, and how its columns, roles and keys are called."""
 
@@ -109,7 +143,7 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> "SourceConfig":
-        given = [key for key in ("weight", "count", "epochs") if getattr(self, key) is not None]
+        given = [key for key in SHARES if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"give only one of {' and '.join(f'`{key}`' for key in given)}")
         return self
@@ -120,10 +154,16 @@ def _date_as_text(value: Any) -> Any:
     return value.isoformat() if type(value) is datetime.date else value
 
 
+def _as_numbered(value: Any) -> Any:
+    """A list, where it was given by number; what is null is left out."""
+    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+        return [value[key] for key in sorted(value, key=int) if value[key] is not None]
+    return value
+
+
 def as_sources(value: Any) -> Any:
     """One path, one source, or several of either; `{0: ...}` is what an override of `train.0.path` makes."""
-    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
-        value = [value[key] for key in sorted(value, key=int)]
+    value = _as_numbered(value)
     if isinstance(value, str | dict):
         value = [value]
     return [{"path": each} if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
@@ -202,7 +242,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _checked(self) -> "DataConfig":
         for name, source in self.eval.items():
-            given = [key for key in ("weight", "count", "epochs") if getattr(source, key) is not None]
+            given = [key for key in SHARES if getattr(source, key) is not None]
             if given:
                 raise ValueError(f"eval.{name}.{given[0]}: held-out rows are all examined once")
         if self.train_on == []:
@@ -318,8 +358,7 @@ class GroupConfig(Section):
 
 def _as_groups(value: Any) -> Any:
     """One group, or several; `{0: ...}` is what an override of `groups.0.match` makes."""
-    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
-        return [value[key] for key in sorted(value, key=int)]
+    value = _as_numbered(value)
     return [value] if isinstance(value, dict) else value
 
 
@@ -380,6 +419,7 @@ class OptimConfig(Section):
         """Keys that are left out get what is usual with the optimizer."""
         if not isinstance(given, dict):
             return given
+        given = _without_nulls(given, cls.model_fields)
         name = given.get("name", cls.model_fields["name"].default)
         return {**USUAL.get(name, {}), **given} if isinstance(name, str) else given
 
@@ -397,6 +437,40 @@ class OptimConfig(Section):
         if self.schedule != "wsd" and "decay_ratio" in self.model_fields_set:
             raise ValueError(f"`decay_ratio` has no effect with schedule {self.schedule!r}, only with 'wsd'")
         return self
+
+
+EXCLUSIVE = (
+    ("train.steps", "train.epochs"),
+    ("optim.warmup_steps", "optim.warmup_ratio"),
+    ("loss.dft", "loss.label_smoothing"),
+    ("lora", "train.only"),
+)
+"""Keys, or sections, of which a config has one at most; of a source, those in `SHARES` are such keys too."""
+
+
+def idle_keys(value: Callable[[str], Any]) -> list[str]:
+    """Keys, or sections, that say nothing beside the values of others.
+
+    Args:
+        value: of a key, such as "optim.schedule".
+    """
+    idle = [f"optim.{key}" for key in keys_without_effect(value("optim.name"))]
+    log_to = value("log.to")
+    conditions = {
+        "train.epochs": value("train.steps") is not None,
+        "optim.warmup_ratio": value("optim.warmup_steps") is not None,
+        "optim.decay_ratio": value("optim.schedule") != "wsd",
+        "optim.final_ratio": value("optim.schedule") == "constant",
+        "optim.stochastic_rounding": value("model.param_dtype") != "bfloat16",
+        "eval": not value("data.eval"),
+        "eval.patience": value("eval.every") is None,
+        "checkpoint.export": not value("data.eval"),
+        "data.shuffle_buffer": not value("data.stream"),
+        "data.mixture_ends": bool(value("data.stream")),
+        "checkpoint.local_dir": value("checkpoint.local_every") is None,
+        "log.project": not (isinstance(log_to, str | list) and any(name in log_to for name in ("wandb", "trackio"))),
+    }
+    return sorted(idle) + [key for key, is_idle in conditions.items() if is_idle]
 
 
 def keys_without_effect(optimizer: str) -> set[str]:
@@ -482,6 +556,9 @@ class EvalConfig(Section):
 
     every: PositiveInt | None = None
     """Steps between evaluations; left out: only before and after training."""
+    patience: PositiveInt | None = None
+    """End the run after so many evaluations in a row without a smaller held-out loss than the smallest so far, that
+    before training included; the schedule of the learning rate is that of all steps. Left out: all steps are done."""
     examples: PositiveInt | None = None
     """Evaluate on the first so many rows of `data.eval`; left out: on all."""
     samples: Annotated[int, Field(ge=0)] = 3
@@ -493,6 +570,12 @@ class EvalConfig(Section):
     max_new_tokens: PositiveInt = 128
     """Longest generated answer, in tokens with the stop token."""
 
+    @model_validator(mode="after")
+    def _checked(self) -> "EvalConfig":
+        if self.patience is not None and self.every is None:
+            raise ValueError("`patience` has no effect without `every`: it counts evaluations between steps")
+        return self
+
 
 class CheckpointConfig(Section):
     """When the state is saved, and for how long it is kept."""
@@ -501,6 +584,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one is always saved at the end."""
     keep: PositiveInt = 2
     """Newest checkpoints kept; the one with the best held-out loss is kept besides."""
+    export: Literal["last", "best"] = "last"
+    """Which checkpoint the run ends with as its export: that after the last step, or that with the smallest held-out
+    loss."""
     local_every: PositiveInt | None = None
     """Steps between copies on the disks of the hosts, from which a start goes on where all of them are newer than the
     checkpoints; left out: none."""
@@ -569,6 +655,8 @@ class Config(Section):
         if not self.data.eval and self.eval.model_fields_set:
             keys = ", ".join(f"eval.{key}" for key in sorted(self.eval.model_fields_set))
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")
+        if not self.data.eval and self.checkpoint.export == "best":
+            raise ValueError("checkpoint.export: best: nothing is measured without held-out rows; give data.eval")
         if self.optim.stochastic_rounding and self.model.param_dtype != "bfloat16":
             raise ValueError(
                 f"optim.stochastic_rounding: no effect with model.param_dtype {self.model.param_dtype}; it rounds to "

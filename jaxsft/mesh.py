@@ -43,6 +43,7 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "j": (),
     "l": (),
     "m": ("tensor",),
+    "z": (),
     "o": ("tensor", "fsdp", "expert", "context"),
     "r": (),
     "s": (),
@@ -55,7 +56,7 @@ but those along `data`, which are copies: that of experts, whose number is cut o
 blocks of numbers that share a scale, of which some meshes would cut the dim into uneven parts. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
 `"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut and
-not.
+not. `z` is a dim of size 1, of what has one number in each layer.
 """
 
 ROW_AXES = DIM_AXES["b"]

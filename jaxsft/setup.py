@@ -8,7 +8,7 @@ import datetime
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from jaxsft.folders.pretrained import (
     Pretrained,
     check_positions,
     compute_dtype,
+    is_exported_as_adapter,
     load_weights,
     open_model,
     open_tokenizer,
@@ -46,6 +47,7 @@ from jaxsft.model.kernel_check import check_kernel
 from jaxsft.model.pairs import share_of_whole_rows
 from jaxsft.preview.make import make_preview
 from jaxsft.preview.records import Preview
+from jaxsft.report.card import Base, card_of_run
 from jaxsft.rows.strict import DataError
 from jaxsft.training.optimizers.params import check_groups
 from jaxsft.training.run_folder import template_date
@@ -351,6 +353,19 @@ class Setup:
         return make_preview(
             loader, loader.dataset, opened.tokenizer, stops=opened.stops, title=title, notes=opened.notes
         )
+
+    def card(self, step: int, data: Sequence[Mapping[str, Any]], *, merge: bool = False) -> str:
+        """The model card of a checkpoint of this run.
+
+        Args:
+            step: of the checkpoint.
+            data: what `data_facts` gave when it was trained.
+            merge: adapters are in the weights of the export.
+        """
+        pretrained = self.pretrained
+        base = Base(pretrained.source.name, pretrained.folder, is_random=self.config.model.weights == "random")
+        is_adapter = is_exported_as_adapter(pretrained, merge=merge)
+        return card_of_run(self.folder, self.config, base, step=step, is_adapter=is_adapter, data=data)
 
     def place_batch(self, step: int) -> Batch:
         """The batch of a step on the devices, leaves [B, T]; each process builds only the rows that its devices hold.

@@ -36,9 +36,10 @@ from jaxsft.mesh import ROW_AXES
 from jaxsft.model.abstract import whole
 from jaxsft.model.freezing import frozen_key
 from jaxsft.preview.page import write_html
+from jaxsft.report.card import data_facts
 from jaxsft.report.picture import plot_run
 from jaxsft.setup import Setup
-from jaxsft.training.checkpoint import Checkpointer, sealed_steps
+from jaxsft.training.checkpoint import BEST, Checkpointer, sealed_steps
 from jaxsft.training.console import Console
 from jaxsft.training.events import Evaluated, Event, Finished, Line, Saved, Stopped
 from jaxsft.training.logbook import Logbook
@@ -102,7 +103,9 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             if lock is not None:
                 closing.callback(lock.release)
             log.open(folder)
-            sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config)}
+            held_out = {each.name: each.loader for each in setup.held_out}
+            facts = data_facts(setup.loader, held_out)
+            sealed = {"fingerprint": setup.fingerprint, "config": dump_config(config), "data": facts}
             checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint, console.say, run=sealed)
             closing.enter_context(contextlib.closing(checkpointer))
             closing.enter_context(contextlib.closing(console))
@@ -119,7 +122,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             console.say(_summary(setup, state, frozen))
             logbook = _open_logbook(setup, first, checkpointer.progress, console, lock)
             export = folder / "export"
-            is_finished = first >= setup.num_steps and share("looking for the export", export.exists(), all)
+            is_done = first >= setup.num_steps or logbook.patience.is_over
+            is_finished = is_done and share("looking for the export", export.exists(), all)
             if is_finished and (problem := export_problem(export)) is not None:
                 console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
                 is_finished = False
@@ -127,6 +131,8 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
                 _describe_run(setup, console)
                 logbook.open()
                 closing.enter_context(contextlib.closing(logbook))
+        if is_done and first < setup.num_steps:
+            console.say(_ended_at(first, setup, logbook))
         if is_finished:
             console.say(f"this run is finished; its model is in {export} (remove it to export anew)")
             yield Finished(first, export)
@@ -137,22 +143,30 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
         closing.push(failure.on_exit)
         closing.enter_context(_memory_advice(setup))
 
-        last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, watchdog, stop)
+        last_state: TrainState | None = state
+        if not is_done:
+            last_state = yield from _steps(setup, state, frozen, logbook, checkpointer, watchdog, stop)
         if last_state is None:
             return
+        if not is_done and (last := int(last_state.step)) < setup.num_steps:
+            console.say(_ended_at(last, setup, logbook))
         stop.doing = "finishing the export"
         logbook.check()
-        console.say(f"exporting to {export}")
         with watchdog.busy("the model was exported"):
-            weights = _weights(config, last_state, frozen)
-            export_model(setup.pretrained, setup.tokenizer, weights, export, say=console.say)
+            last, exported = int(last_state.step), last_state
+            if config.checkpoint.export == BEST:
+                exported = _best_state(setup, checkpointer, last_state)
+            console.say(f"exporting {'' if last == int(exported.step) else f'checkpoint {exported.step} '}to {export}")
+            weights = _weights(config, exported, frozen)
+            card = setup.card(int(exported.step), facts) if jax.process_index() == 0 else None
+            export_model(setup.pretrained, setup.tokenizer, weights, export, card=card, say=console.say)
             if jax.process_index() == 0:
                 console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     kind = "adapters, ready for PEFT" if (export / "adapter_config.json").exists() else "model, ready for transformers"
     console.say(f"{kind}: {export}")
     if skipped := logbook.totals.skipped_steps:
         console.say(f"WARNING: {skipped:.0f} steps were skipped, as their loss or gradient was not finite")
-    yield Finished(setup.num_steps, export)
+    yield Finished(last, export)
 
 
 def _steps(
@@ -203,7 +217,7 @@ def _steps(
                 logbook.add(metrics)
                 watchdog.launched(metrics.grad_norm)
                 checkpointer.check()
-                done, is_last = step + 1, step + 1 == num_steps
+                done = step + 1
 
                 due = due_after(done, num_steps, config)
                 line = logbook.report(done) if due.report or profiler.is_edge(done) else None
@@ -219,16 +233,19 @@ def _steps(
                         evaluated = _evaluate(done, _weights(config, state, frozen), setup, logbook, stop)
                     if evaluated is not None:
                         yield evaluated
+                    is_last = done == num_steps or logbook.patience.is_over
                     if is_last and (names := non_finite(state.params)):
                         raise _diverged(f"not finite: {', '.join(names)}", checkpointer, first_bad=done)
-                    eval_loss = evaluated.metrics["eval_loss"] if evaluated is not None else math.inf
+                    eval_loss = logbook.patience.loss_at(done)
                     # Not while steps are skipped: what was good before must not make room for what may not be.
-                    if (due.save or eval_loss < best_loss) and (is_last or not logbook.skips.in_a_row):
+                    if (due.save or is_last or eval_loss < best_loss) and (is_last or not logbook.skips.in_a_row):
                         best_loss = min(eval_loss, best_loss)
-                        yield _save(done, state, logbook, checkpointer, eval_loss=eval_loss)
+                        yield _save(done, state, logbook, checkpointer)
                     elif due.save_local and not logbook.skips.in_a_row:
                         checkpointer.save_local(done, state, progress=logbook.progress())
                     profiler.start_at(done, state)
+                if is_last:
+                    break
         except Exception as error:
             failure.fail(_explained(error, setup))  # Before the batch in the making is waited for.
             raise
@@ -239,6 +256,22 @@ def _steps(
     with watchdog.busy("the last checkpoint was saved"):
         checkpointer.wait()
     return state
+
+
+def _ended_at(step: int, setup: Setup, logbook: Logbook) -> str:
+    return f"ended after step {step} of {setup.num_steps}: {logbook.patience.describe()}"
+
+
+def _best_state(setup: Setup, checkpointer: Checkpointer, last_state: TrainState) -> TrainState:
+    """That of the checkpoint with the smallest held-out loss; the last one is let go, where it is another."""
+    best = checkpointer.best_step()
+    if best == int(last_state.step):
+        return last_state
+    for leaf in jax.tree.leaves(last_state):
+        leaf.delete()  # two of them might not lie on the devices
+    found = checkpointer.restore(abstract_state(setup.pretrained.model.params, setup.config.optim, setup.mesh), best)
+    assert found is not None
+    return found
 
 
 def _weights(config: Config, state: TrainState, frozen: Any) -> Any:
@@ -378,15 +411,15 @@ def _evaluate(step: int, weights: Any, setup: Setup, logbook: Logbook, stop: Sto
     logbook.say(f"step {step}: evaluating on held-out rows")
     result = setup.examiner.examine(weights)
     logbook.write({"step": step} | result.metrics)
+    logbook.patience.see(step, result.metrics["eval_loss"])
     logbook.say(f"step {step}  {describe(result)}")
     return Evaluated(step, result.metrics, result.samples)
 
 
-def _save(
-    step: int, state: TrainState, logbook: Logbook, checkpointer: Checkpointer, *, eval_loss: float = math.inf
-) -> Saved:
+def _save(step: int, state: TrainState, logbook: Logbook, checkpointer: Checkpointer) -> Saved:
     """Begins to save a state, with all that a continued run must know."""
     logbook.check()
+    eval_loss = logbook.patience.loss_at(step)
     checkpointer.save(step, state, eval_loss=eval_loss, progress=logbook.progress())
     return Saved(step, checkpointer.folder / str(step))
 
@@ -395,6 +428,11 @@ def _save_and_wait(step: int, state: TrainState, logbook: Logbook, checkpointer:
     _save(step, state, logbook, checkpointer)
     checkpointer.wait()
     logbook.say(f"{what} step {step}; start the same command again to continue")
+    if jax.process_index() == 0 and (logbook.folder / "metrics.jsonl").exists():
+        try:
+            plot_run(logbook.folder, say=logbook.say)
+        except Exception as error:  # All that counts is saved, and the exit code says so.
+            logbook.say(f"no loss curve: {error}")
 
 
 def _diverged(problem: str, checkpointer: Checkpointer, *, first_bad: int) -> Diverged:

@@ -119,8 +119,10 @@ def browse(tmp_path_factory):
         pytest.skip(f"needs a browser, one of {', '.join(BROWSERS)}")
     folder = tmp_path_factory.mktemp("browser")
 
-    def browse(page, address="", *, script="", is_dark=False, width=1280, height=2400, screenshot=None, extra=()):
-        path = folder / "page.html"
+    def browse(
+        page, address="", *, script="", is_dark=False, width=1280, height=2400, screenshot=None, extra=(), beside=folder
+    ):
+        path = beside / "page.html"  # where it finds what it names
         if script:  # In this copy only: the page itself lets no other script run.
             page = re.sub(r"<meta http-equiv=[^>]*>", "", page).replace(
                 "</body>", f"<script>{{{script}}}</script></body>"

@@ -181,8 +181,8 @@ def test_every_config_of_the_project_loads_and_says_what_to_expect(path):
     assert isinstance(load_config(path), Config)
     header = path.read_text().split("\n\n")[0]
     assert header.startswith("#")
-    measured = "plan" if "# plan" in header else "loss"
-    for word in ("command", "hardware", "time", measured):
+    is_measured = "never run" not in header
+    for word in ("command", "hardware", *(("time", "loss") if is_measured else ("memory", "bound"))):
         assert f"# {word}" in header, f"{path.name}: the header lacks `# {word}`"
     assert f"run.py train configs/{path.name}" in header
 
@@ -190,3 +190,103 @@ def test_every_config_of_the_project_loads_and_says_what_to_expect(path):
 def test_an_override_of_nothing_to_train_gets_the_same_sentence(tmp_path):
     with pytest.raises(ConfigError, match="train_on: an empty list given, which trains nothing; expected assistant"):
         load_config(write(tmp_path, SMALLEST), ["data.train_on=[]"])
+
+
+FULL = """
+model: {path: m, param_dtype: bfloat16}
+data: {train: [{path: a, count: 3}, {path: b, weight: 2}], eval: {one: e, two: f}}
+train: {epochs: 2, only: norms}
+optim: {name: adamw, beta2: 0.95, schedule: wsd, decay_ratio: 0.1, warmup_ratio: 0.1, stochastic_rounding: true}
+loss: {label_smoothing: 0.1}
+eval: {every: 5, patience: 2}
+checkpoint: {every: 50, local_every: 10, local_dir: /tmp/x, export: best}
+log: {to: wandb, project: p}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "left_out"),
+    [
+        (["train.steps=8"], ["train.epochs: 2 (train.steps is given)"]),
+        (["train={steps: 8}"], []),
+        (["train.steps=8", "train.epochs=null"], []),
+        (["optim.warmup_steps=0"], ["optim.warmup_ratio: 0.1 (optim.warmup_steps is given)"]),
+        (["loss.dft=true"], ["loss.label_smoothing: 0.1 (loss.dft is given)"]),
+        (["loss.dft=false"], []),
+        (["lora={rank: 4}"], ["train.only: norms (lora is given)"]),
+        (["optim={warmup_steps: 3}"], []),
+        (["lora.rank=4"], ["train.only: norms (lora.rank is given)"]),
+        (["data.train.0.epochs=2"], ["data.train.0.count: 3 (data.train.0.epochs is given)"]),
+        (["optim.schedule=linear"], ["optim.decay_ratio: 0.1 (no effect now)"]),
+        (["optim.name=sgd"], ["optim.beta2: 0.95 (no effect now)"]),
+        (
+            ["optim.name=schedule_free_adamw", "optim.schedule=null"],
+            ["optim.decay_ratio: 0.1 (no effect now)"],
+        ),
+        (["data.eval=null"], ["eval (no effect now)", "checkpoint.export: best (no effect now)"]),
+        (["eval.every=null"], ["eval.patience: 2 (no effect now)"]),
+        (["model.param_dtype=null"], ["optim.stochastic_rounding: True (no effect now)"]),
+        (["checkpoint.local_every=null"], ["checkpoint.local_dir: /tmp/x (no effect now)"]),
+        (["log.to=tensorboard"], ["log.project: p (no effect now)"]),
+        (["data.stream=true", "train.steps=3"], ["train.epochs: 2 (train.steps is given)"]),
+    ],
+)
+def test_an_override_takes_away_what_it_excludes_and_says_so(tmp_path, overrides, left_out):
+    said = []
+    path = write(tmp_path, FULL)
+    load_config(path, overrides, say=said.append)
+    assert said == ([f"{path}: left out because of the command line: {', '.join(left_out)}"] if left_out else [])
+
+
+def test_a_section_that_is_given_as_a_whole_excludes_what_its_keys_exclude(tmp_path):
+    said = []
+    path = write(tmp_path, SMALLEST + "lora: {rank: 4}\nloss: {label_smoothing: 0.0}")
+    load_config(path, ["train={only: norms}", "loss.dft=true"], say=said.append)
+    assert said == [f"{path}: left out because of the command line: lora (train.only is given)"]
+
+
+def test_what_is_left_out_is_as_if_the_file_did_not_have_it(tmp_path):
+    config = load_config(write(tmp_path, SMALLEST + "train: {epochs: 2}"), ["train.steps=8"])
+    assert config == load_config(write(tmp_path, SMALLEST + "train: {steps: 8}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (SMALLEST, ["train.steps=8", "train.epochs=2"], "give `steps` or `epochs`, not both"),
+        (SMALLEST + "optim: {decay_ratio: 0.5}", ["seed=3"], "`decay_ratio` has no effect"),
+        (SMALLEST + "lora: {rank: 4}", ["lora.rank=8", "train.only=norms"], "leave one of the two out"),
+        (SMALLEST, ["loss.dft=true", "loss.label_smoothing=0.1"], "give one of them"),
+        ("data: {train: d}", ["model=null"], "model: required, not given"),
+        (SMALLEST, ["model.path=null"], "model.path: required, not given"),
+        (SMALLEST + "log: {to: 5}", ["seed=1"], "log.to: 5 given"),
+        (SMALLEST + "optim: {name: [a]}", ["seed=1"], "optim.name: ['a'] given"),
+        (
+            "model: {path: m}\ndata: {train: d, eval: e}\neval: {patience: 3}",
+            [],
+            "`patience` has no effect without",
+        ),
+        (SMALLEST + "checkpoint: {export: best}", [], "checkpoint.export: best: nothing is measured without"),
+    ],
+)
+def test_what_is_said_twice_or_must_be_said_is_still_a_mistake(tmp_path, text, overrides, expected):
+    assert expected in report(tmp_path, text, overrides)
+
+
+def test_every_key_that_is_null_is_left_out(tmp_path):
+    """All keys and sections, but those that are required, and the clip of which null says that there is none."""
+    plain = load_config(write(tmp_path, SMALLEST))
+    for key, _, default, _ in config_keys():
+        if default == "required" or ".N" in key or key == "optim.clip_norm" or key.startswith(("lora.", "data.eval.")):
+            continue
+        assert load_config(write(tmp_path, SMALLEST), [f"{key}=null"]) == plain, key
+    for section in ("train", "optim", "loss", "lora", "mesh", "eval", "log", "checkpoint", "run_dir"):
+        assert load_config(write(tmp_path, SMALLEST), [f"{section}=null"]) == plain, section
+    assert load_config(write(tmp_path, SMALLEST), ["optim.name=lion", "optim.beta2=null"]).optim.beta2 == 0.99
+    full = "model: {path: m}\ndata: {train: [a, b], eval: {one: e, two: f}, chat_template_kwargs: {x: 1}}\n"
+    config = load_config(
+        write(tmp_path, full),
+        ["data.eval.one=null", "data.train.1=null", "data.train.0.format=null", "data.chat_template_kwargs.x=null"],
+    )
+    assert list(config.data.eval) == ["two"] and [each.path for each in config.data.train] == ["a"]
+    assert config.data.chat_template_kwargs == {"x": None}  # a template may tell null from nothing

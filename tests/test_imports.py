@@ -7,15 +7,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "jaxsft"
 
 # From the ground up. Rooms of one layer may use each other, as far as no circle comes of it, but for those in `APART`.
 LAYERS = [
-    {"config", "config_files", "batch", "mesh", "disk", "hosts", "interrupts"},
+    {"foreign_keys", "config", "config_files", "batch", "mesh", "disk", "hosts", "interrupts"},
     {"rows"},
     {"chat", "model"},
     {"batches", "folders"},
     {"training", "preview"},
     {"answers", "report"},
     {"setup"},
-    {"train", "export_run", "plan"},
-    {"api", "baseline", "compare"},
+    {"train", "export_run", "init", "plan"},
+    {"api", "baseline", "compare", "convert", "sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -191,7 +191,7 @@ def setup(request) -> Setup:
 def train_ours(setup: Setup) -> Trained:
     mesh, model = one_device(), setup.pretrained.model
     state = init_state(load_weights(setup.pretrained, mesh, seed=0), setup.optim, mesh)
-    train_step: Any = make_train_step(
+    train_step = make_train_step(
         model, setup.optim, num_steps=NUM_STEPS, num_microbatches=setup.num_microbatches, mesh=mesh
     )
     metrics = []
@@ -199,7 +199,7 @@ def train_ours(setup: Setup) -> Trained:
         for step in range(NUM_STEPS):
             batch = put_batch(functools.partial(setup.loader.batch, step), setup.loader.shape, mesh)
             if step == 0:
-                train_step = train_step.lower(state, NOTHING, batch).compile(TO_RUN_LONG)
+                train_step = train_step._replace(program=train_step.lower(state, NOTHING, batch).compile(TO_RUN_LONG))
             state, step_metrics = train_step(state, NOTHING, batch)
             metrics.append(jax.device_get(step_metrics))
     losses = np.array([each.sums.loss_sum / each.sums.weight_sum for each in metrics])

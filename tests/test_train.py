@@ -236,6 +236,7 @@ def test_sigterm_saves_exits_with_75_and_the_same_command_continues(whole_run, t
     (saved,) = (int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 3 <= saved <= 12
     assert f"SIGTERM: saved step {saved}" in output
+    assert (folder / "loss.png").exists()
     assert main(["train", str(tiny_config), *overrides]) == 0
     assert_same_run(folder, whole_run)
 

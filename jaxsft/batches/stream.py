@@ -131,6 +131,10 @@ class StreamLoader:
         return self._described
 
     @property
+    def is_packed(self) -> bool:
+        return self._config.packing
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(B, T) of every batch."""
         return self._batch_size, self._config.seq_len

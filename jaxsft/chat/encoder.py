@@ -18,6 +18,7 @@ from jaxsft.chat.exchanges import without_oldest
 from jaxsft.chat.habits import fitted, writes_within
 from jaxsft.chat.invariant import Given, free_spans
 from jaxsft.chat.metered import TemplateHogs
+from jaxsft.chat.named_templates import that_suit
 from jaxsft.chat.parts import character_weights
 from jaxsft.chat.provenance import TEMPLATE, UNKNOWN
 from jaxsft.chat.skeletons import Skeletons
@@ -508,6 +509,9 @@ def _sources(config: DataConfig) -> list[Any]:
 
 
 def _no_template(tokenizer: Tokenizer) -> MaskError:
+    known = tokenizer.get_vocab()
     return MaskError(
-        f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template", "no-template"
+        f"the tokenizer {tokenizer.name_or_path} has no chat template; give one as data.chat_template: a Jinja file, "
+        f"or one of ours by its name: {that_suit(known.__contains__)} (docs/templates_named.md shows what they write)",
+        "no-template",
     )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from jaxsft.chat.layout import SPEECH, Layout
+from jaxsft.chat.named_templates import listed, that_show
 from jaxsft.chat.starts import MaskError
 from jaxsft.chat.template import REASONING, TOOLS, Source, Traceable
 from jaxsft.chat.thinking import ReasoningError
@@ -25,13 +26,13 @@ def check_shown(conversation: Conversation, traceable: Traceable, layouts: Seque
             if role != "assistant" and layouts[0].missing(number):
                 missing = min((layout.missing(number) for layout in layouts), key=len)
                 if missing:
-                    raise _dropped(f"message {source.message + 1} ({role})", "content", missing, name)
+                    raise _dropped(f"message {source.message + 1} ({role})", role, "content", missing, name)
     wanted = [str((tool.get("function") or tool).get("name") or "") for tool in conversation.tools or []]
     shown = {number for layout in layouts for number in layout.shown}
     names = {source.text for n, source in enumerate(traceable.sources, 1) if source.message == TOOLS and n in shown}
     for tool in wanted:
         if tool and tool not in names:
-            raise _dropped("tools", "function", tool, name)
+            raise _dropped("tools", "", "function", tool, name)
 
 
 def check_answer(traceable: Traceable, index: int, shown: Layout, *, with_reasoning: bool, name: str) -> None:
@@ -42,7 +43,7 @@ def check_answer(traceable: Traceable, index: int, shown: Layout, *, with_reason
         if source.field == REASONING and not with_reasoning:
             continue
         if (missing := shown.missing(number)) and not _is_in_id(source, traceable, shown):
-            error = _dropped(f"message {index + 1} (assistant)", source.field, missing, name)
+            error = _dropped(f"message {index + 1} (assistant)", "assistant", source.field, missing, name)
             raise ReasoningError(str(error), error.code) if source.field == REASONING else error
 
 
@@ -58,9 +59,10 @@ def _is_in_id(source: Source, traceable: Traceable, shown: Layout) -> bool:
     )
 
 
-def _dropped(where: str, field: str, missing: str, name: str) -> MaskError:
+def _dropped(where: str, role: str, field: str, missing: str, name: str) -> MaskError:
+    ours = listed(that_show(role, field))
     return MaskError(
         f"{where}: {name} does not show its {field} ({missing[:60]!r} is not in the text); give a template "
-        f"that does as data.chat_template, or rows without it",
+        f"that does as data.chat_template, such as {ours} of ours, or rows without it",
         "field-absent",
     )

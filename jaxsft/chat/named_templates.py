@@ -5,6 +5,7 @@ one token each (`special_tokens.py` adds what it lacks). What each template writ
 """
 
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -64,6 +65,38 @@ NAMED_TEMPLATES: dict[str, NamedTemplate] = {
     ),
 }
 """Name -> template."""
+
+
+SPEAKERS = ("system", "developer", "user", "assistant")
+"""Roles whose texts all templates of ours show."""
+
+
+def that_show(role: str, field: str) -> tuple[str, ...]:
+    """Templates of ours that show a field of a role's messages: texts of people all, calls and reasoning chatml."""
+    return tuple(NAMED_TEMPLATES) if field == "content" and role in SPEAKERS else ("chatml",)
+
+
+def that_suit(has_token: Callable[[str], bool]) -> str:
+    """Templates of ours for a tokenizer, in words: first those whose control tokens it has.
+
+    Args:
+        has_token: whether the tokenizer holds a text as one token.
+    """
+    there: list[str] = []
+    none: list[str] = []
+    added: list[str] = []
+    for name, template in NAMED_TEMPLATES.items():
+        kind = added if not all(map(has_token, template.tokens)) else there if template.tokens else none
+        kind.append(name)
+    parts = [f"{listed(there)}, whose control tokens it has"] if there else []
+    parts.append(f"{listed(none)}, which need no tokens of their own")
+    parts += [f"{listed(added)}, whose tokens are added to it"] if added else []
+    return "; ".join(parts)
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def template_text(name: str) -> str:

@@ -155,7 +155,7 @@ def _check_comparable(config: Config, num_steps: int) -> None:
     """Raises a ConfigError with all that transformers has nothing to hold against."""
     problems = []
     if num_steps < 1:
-        problems.append("--steps: 0 given, expected at least 1")
+        problems.append("--steps: 0 given, expected at least 1 (0 compares the preparation alone, with --baseline trl)")
     problems += [
         f"optim.{key}: transformers computes another router loss, or none; compare with 0"
         for key in ("router_balance", "router_z")

@@ -128,6 +128,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
+def write_new(path: pathlib.Path, content: str) -> None:
+    """Writes a file that must not be there yet, whole or not at all.
+
+    Raises:
+        ConfigError: something of that name is there.
+        WriteError: it cannot be written.
+    """
+    data = content.encode()
+    with writing(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("xb")
+        except FileExistsError:
+            raise ConfigError(f"{path}: exists, and is not written over; give another name") from None
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)  # it is ours: it was not there before
+            raise
+
+
 def append(path: Path, data: bytes) -> None:
     """Adds to the end of a file; an object is written again, with it.
 

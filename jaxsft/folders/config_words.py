@@ -124,7 +124,7 @@ def _scaling(kind: str, rope: Config, config: Any) -> tuple[Config | None, tuple
     original: Any = rope.get("original_max_position_embeddings")
     beside: Config = {}
     problems: list[str] = []
-    if kind in ("linear", "dynamic"):
+    if kind in ("linear", "dynamic") and "alpha" not in rope:
         rope = {"factor": float(rope["factor"])}
     if kind == "yarn" and "factor" not in rope:
         rope["factor"] = config.max_position_embeddings / original

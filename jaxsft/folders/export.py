@@ -43,6 +43,10 @@ from jaxsft.hosts.sealing import problem_together, seal_together
 __all__ = ["TOKENIZER_FILES", "ExportError", "export_dtype", "export_folder", "export_problem"]
 
 
+CARD = "README.md"
+"""The model card, as the hub calls it."""
+
+
 class ExportError(OSError):
     """The folder of an export could not be written; what was there before is untouched. Its text is shown as it is."""
 
@@ -80,6 +84,7 @@ def export_folder(
     max_shard_bytes: int = 50 * 10**9,
     merge: Mapping[str, Made] | None = None,
     has_new_rows: bool = False,
+    card: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes a Hugging Face folder: weights, config, tokenizer with chat template, generation_config.
@@ -101,6 +106,7 @@ def export_folder(
         tokenizer_folder: where the tokenizer came from; its files are kept where they still say the same.
         max_shard_bytes: largest safetensors file, where `stored` says nothing; a larger tensor has a file to itself.
         merge, has_new_rows: see `write_weights`.
+        card: text of README.md, on process 0; None: it has none.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -119,6 +125,7 @@ def export_folder(
         save_tokenizer(aside, tokenizer)
         _write_configs(aside, hf_config, source, tokenizer=tokenizer, stop_ids=stop_ids, dtype=into)
         settle_tokenizer(aside, tokenizer, pathlib.Path(tokenizer_folder) if tokenizer_folder else None)
+        write_card(aside, card)
 
     def write(aside: pathlib.Path) -> dict[str, Entry | None]:
         return write_weights(
@@ -178,6 +185,12 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the Rust library raises plain Exceptions
         raise ExportError(f"the tokenizer could not be written: {error}") from error
+
+
+def write_card(folder: pathlib.Path, card: str | None) -> None:
+    """Writes the model card, where there is one."""
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _write_configs(

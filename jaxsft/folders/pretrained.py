@@ -466,6 +466,11 @@ def adapted_model(pretrained: Pretrained, weights: Any) -> AdaptedModel:
     )
 
 
+def is_exported_as_adapter(pretrained: Pretrained, *, merge: bool = False) -> bool:
+    """Whether an export is an adapter beside its base, and not a whole model."""
+    return pretrained.lora is not None and pretrained.stored is not None and not merge
+
+
 def export_model(
     pretrained: Pretrained,
     tokenizer: OpenTokenizer,
@@ -473,6 +478,7 @@ def export_model(
     folder: pathlib.Path,
     *,
     merge: bool = False,
+    card: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes the model as a folder that transformers opens, or its adapters as one that PEFT opens.
@@ -484,12 +490,13 @@ def export_model(
         folder: where to.
         merge: write a model with its adapters in its weights; so are those of a model that began with random weights,
             which lie nowhere else.
+        card: text of README.md, on process 0; None: it has none.
         say: is told what of an earlier export was not ours.
     """
     sources = [pretrained.folder]
     sources += [pretrained.source.adapter.folder] if pretrained.source.adapter is not None else []
     tokenizer_folder = _tokenizer_folder(pretrained.config, pretrained.source)
-    if pretrained.lora is not None and pretrained.stored is not None and not merge:
+    if is_exported_as_adapter(pretrained, merge=merge):
         export_adapter(
             folder,
             adapted_model(pretrained, params),
@@ -498,6 +505,7 @@ def export_model(
             stop_ids=tokenizer.stops,
             source_folders=sources,
             tokenizer_folder=tokenizer_folder,
+            card=card,
             say=say,
         )
         return
@@ -528,6 +536,7 @@ def export_model(
         tokenizer_folder=tokenizer_folder,
         merge=merge_with,
         has_new_rows=bool(pretrained.token_ids),
+        card=card,
         say=say,
     )
 

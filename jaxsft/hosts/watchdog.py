@@ -87,6 +87,7 @@ class Watchdog:
         """What is done inside is no step, and may take `LONG_SECONDS` more; `doing` names it."""
         begin = time.monotonic()
         with self._lock:
+            self._look(begin)  # Of what is finished from now on it is not known how long it took.
             before, self._busy = self._busy, doing
         try:
             yield

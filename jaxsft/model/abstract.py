@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -78,8 +79,8 @@ def random_weights(
     """
     abstract = only(abstract_model(make_decoder).weights)
 
-    def init() -> Any:
-        return only(nnx.state(make_decoder(nnx.Rngs(seed))))
+    def init(seed: jax.Array) -> Any:
+        return only(nnx.state(make_decoder(nnx.Rngs(jax.random.key(seed)))))
 
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=shardings(mesh, abstract))()
+    with jax.set_mesh(mesh):  # The seed is given, so that another one finds the program compiled.
+        return jax.jit(init, out_shardings=shardings(mesh, abstract))(np.uint32(seed))

@@ -74,6 +74,7 @@ class DecoderConfig:
     """Norm of queries and keys: of each head, with one weight for all or with its own; or of all heads at once."""
     qk_norm_kind: NormKind | None = None
     """As `norm`, where left out."""
+    qk_norm_after_rope: bool = False
     attention_scale: float | None = None
     """Scores are multiplied by it; left out: 1 / sqrt(head_dim)."""
     attention_soft_cap: float | None = None
@@ -84,6 +85,8 @@ class DecoderConfig:
     learned_positions: bool = False
     """A table of positions is added to the embeddings, and there are no others than its `max_position`."""
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    """What enters the first layer is normed, by the norm that ends the last one."""
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None

@@ -41,6 +41,10 @@ NUMBERS: dict[str, Number] = {
     **dict.fromkeys(
         ("intermediate_size", "n_inner", "moe_intermediate_size", "block_ff_dim", "block_multiple_of"), MLP_WIDTH
     ),
+    **dict.fromkeys(("shared_expert_intermediate_size",), MLP_WIDTH),
+    **dict.fromkeys(("moe_topk", "num_shared_expert", "moe_layer_num_skipped"), EXPERTS),
+    **dict.fromkeys(("attention_head_dim", "rotary_dim"), HEADS),
+    **dict.fromkeys(("shared_intermediate_size",), MLP_WIDTH._replace(least=0)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_heads"), HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
@@ -48,9 +52,10 @@ NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("original_max_position_embeddings",), POSITION._replace(least=2)),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "max_window_layers", "layer_switch"), COUNT),
     **dict.fromkeys(("no_rope_layer_interval", "decoder_sparse_step"), COUNT),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "block_norm_eps"), EPSILON),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILON),
+    **dict.fromkeys(("norm_eps", "block_norm_eps"), EPSILON),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), SHARE),
-    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), SHARE),
+    **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "residual_dropout"), SHARE),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), Number(1e-6, 1)),
     **dict.fromkeys(("initializer_range",), Number(0, 1e3)),
     **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier"), SIGNED),
@@ -63,10 +68,13 @@ NUMBERS: dict[str, Number] = {
 }
 """Field -> what it may be, where it is not null."""
 
+OF_EACH_LAYER = {"hunyuan_v1_moe": ("moe_intermediate_size", "moe_topk", "num_shared_expert")}
+"""model_type -> fields that may be a list, with such a number for each layer."""
+
 ROPE_NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("rope_theta",), THETA),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), FACTOR),
-    **dict.fromkeys(("attention_factor",), FACTOR),
+    **dict.fromkeys(("attention_factor", "alpha"), FACTOR),
     **dict.fromkeys(("mscale", "mscale_all_dim", "llama_4_scaling_beta"), Number(0, 1e6)),
     **dict.fromkeys(("original_max_position_embeddings",), POSITION._replace(least=2)),
     **dict.fromkeys(("max_position_embeddings",), POSITION),
@@ -93,7 +101,12 @@ MOST_EXPERTS = 2**18
 
 def problems_of(raw: dict[str, Any]) -> list[str]:
     """A sentence for each number of a `config.json` that cannot be meant."""
-    problems = [text for key, kind in NUMBERS.items() if (text := problem_of(key, raw.get(key), kind))]
+    lists = OF_EACH_LAYER.get(str(raw.get("model_type")), ())
+    problems = []
+    for key, kind in NUMBERS.items():
+        value = raw.get(key)
+        text = _problem_of_list(key, value, kind) if key in lists and value else problem_of(key, value, kind)
+        problems += [text] if text else []
     pattern = raw.get("sliding_window_pattern")
     if not isinstance(pattern, str) and (text := problem_of("sliding_window_pattern", pattern, COUNT)):
         problems.append(text)  # EXAONE has letters there
@@ -125,6 +138,15 @@ def problem_of(key: str, value: Any, kind: Number) -> str | None:
         return None
     what = "a whole number" if kind.is_whole else "a number"
     return f"{key}: {shown(value)}; expected {what} from {kind.least:,} to {kind.most:,}"
+
+
+def _problem_of_list(key: str, value: Any, kind: Number) -> str | None:
+    """What is wrong with a number, or with the first of a list that is none."""
+    if not isinstance(value, list):
+        return problem_of(key, value, kind)
+    if len(value) > LAYERS.most:
+        return f"{key}: a list of {len(value):,} numbers; expected at most {LAYERS.most:,}, one for each layer"
+    return next((text for at, each in enumerate(value) if (text := problem_of(f"{key}[{at}]", each, kind))), None)
 
 
 def _rope_problems(where: str, value: Any) -> Iterator[str]:
@@ -165,11 +187,12 @@ def size_problems(config: DecoderConfig) -> list[str]:
     """A sentence for what is too large about a model whose every size is possible."""
     sizes = config.sizes
     num_experts = max(sizes["e"], 1)
+    shared = 3 * sizes["d"] * (config.routing.shared_size if config.routing else 0)
     heads = 2 * sizes["d"] * sizes["h"] * (sizes["n"] + sizes["k"])
     mlp = (3 if config.gated else 2) * sizes["d"] * sizes["f"] * num_experts
     tables = sizes["v"] * sizes["d"] * (1 if config.tie_embeddings else 2)
     tables += sizes["p"] * sizes["d"] * config.learned_positions
-    total = sizes["l"] * (heads + mlp) + tables
+    total = sizes["l"] * (heads + mlp + shared) + tables
     problems = []
     if total > MOST_PARAMETERS:
         problems.append(f"its sizes make a model of {total:,} parameters; expected at most {MOST_PARAMETERS:,}")

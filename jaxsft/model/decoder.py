@@ -105,11 +105,13 @@ class Attention(nnx.Module):
         config = self.config
         projected = Linear.each([self.q_proj, self.k_proj, self.v_proj], x, slots.keys)
         q, k, v = (constrain(y, f"b t {heads} h") for y, heads in zip(projected, "nkk", strict=True))
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and not config.qk_norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         if kind.rope is not None:
             interleaved = config.ropes[kind.rope].interleaved
             q, k = (rotate(x, slots.rotations[kind.rope], interleaved=interleaved) for x in (q, k))
+        if self.q_norm is not None and self.k_norm is not None and config.qk_norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cached is not None:
             old_k, old_v = cached
             k = jax.lax.dynamic_update_slice_in_dim(old_k, k.astype(old_k.dtype), slots.start, axis=1)
@@ -190,7 +192,7 @@ class Layers(nnx.Module):
             mlp_input = normed  # one norm for both
         router = None
         if isinstance(self.mlp, MixtureMLP):
-            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0)
+            out, router = self.mlp(mlp_input, slots.q_segment_ids > 0, slots.keys)
         else:
             out = self.mlp(mlp_input, slots.keys)
         return self._add(after, out, self.post_mlp_norm), ({kind.mixer: own}, router)
@@ -321,6 +323,8 @@ class Decoder(nnx.Module):
             hidden = noisy(constrain(hidden, "b t d"), keys, scale)
         if self.embed_positions is not None:
             hidden += self.embed_positions(positions, self.compute_dtype)
+        if self.config.embedding_norm:
+            hidden = self.norm(hidden)
         return constrain(hidden, "b t d")
 
     def _slots(

@@ -130,6 +130,26 @@ def choose(probabilities: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
     return jax.shard_map(local, in_specs=tokens, out_specs=(tokens, tokens))(probabilities)
 
 
+def choose_by(preferences: jax.Array, scores: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """The scores [B, T, top_k] of those that are preferred most, and whose they are; `choose` prefers by scores.
+
+    Args:
+        preferences: [B, T, E]; no gradient goes through them.
+        scores: [B, T, E].
+        top_k: how many are chosen.
+    """
+
+    def local(preferences: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ids = jax.lax.top_k(preferences, top_k)[1]
+        return jnp.take_along_axis(scores, ids, axis=-1), ids
+
+    preferences = jax.lax.stop_gradient(preferences)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(preferences, scores)
+    tokens = partition_spec("b t d")
+    return jax.shard_map(local, in_specs=(tokens, tokens), out_specs=(tokens, tokens))(preferences, scores)
+
+
 Inputs = tuple[jax.Array, jax.Array, jax.Array, ExpertWeights]
 """x, chosen, scores and weights."""
 

@@ -5,16 +5,16 @@ routers' losses are made of. How tokens get to their experts is the business of 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
-from jaxsft.model.adapter import Adapter
-from jaxsft.model.dispatch import ExpertWeights, Gating, choose, experts_of_tokens, fill_up
-from jaxsft.model.layers import Linear, Sizes
+from jaxsft.model.adapter import Adapter, Frozen
+from jaxsft.model.dispatch import ExpertWeights, Gating, choose, choose_by, experts_of_tokens, fill_up
+from jaxsft.model.layers import MLP, Linear, Sizes
 from jaxsft.model.quantized import QuantizedExperts, QuantizedWeight
 
 
@@ -28,13 +28,41 @@ class Routing:
     normalise: bool
     """Chosen probabilities are divided by their sum. A softmax over the chosen logits alone is the same."""
     router_bias: bool
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits: of all experts together, or of each by itself."""
+    correction_bias: bool = False
+    """Experts are chosen by their scores plus a number of each that is in the files and is never trained."""
+    least_sum: float = 0.0
+    """Chosen scores are divided by no less than that."""
+    shared_size: int = 0
+    """Width of the expert that every token goes to; 0: there is none."""
+    shared_gate: bool = False
+    """What that one adds is multiplied by a sigmoid of a product with the token."""
+
+
+class SharedExpert(MLP):
+    """The MLP of all tokens beside the chosen experts, perhaps with a gate of its own."""
+
+    def __init__(
+        self, sizes: Sizes, *, gate: bool, gating: Gating, bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        super().__init__(sizes, activation=gating, gated=True, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        shape = (sizes["l"], sizes["d"])
+        self.gate = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes="l d") if gate else None
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        out = super().__call__(x, keys)
+        if self.gate is None:
+            return out
+        products = jnp.einsum("btd,d->bt", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
+        return (out.astype(jnp.float32) * jax.nn.sigmoid(products)[..., None]).astype(out.dtype)
 
 
 class RouterSums(NamedTuple):
     """What the auxiliary losses of a layer are made of: float32 sums over its real tokens."""
 
     probabilities: jax.Array
-    """[E]: of softmax(router logits)."""
+    """[E]: of softmax(router logits); with sigmoids, of each one's share of the sum of all."""
     counts: jax.Array
     """[E]: of choices; whole numbers, so exact to 2^24."""
     z: jax.Array
@@ -113,21 +141,30 @@ class MixtureMLP(nnx.Module):
         self.gating = gating
         self.router = Linear("d -> e", sizes, bias=routing.router_bias, std=std, dtype=dtype, rngs=rngs)
         self.experts = Experts(sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
+        # In float32 whatever the others are: it decides who is chosen.
+        correction = jnp.zeros([sizes[letter] for letter in "le"], jnp.float32)
+        self.correction_bias = Frozen(correction, axes="l e") if routing.correction_bias else None
+        shared: dict[str, Any] = dict(bias=bias, std=std, dtype=dtype, rngs=rngs)
+        wide = {**sizes, "f": routing.shared_size}
+        self.shared_expert = (
+            SharedExpert(wide, gate=routing.shared_gate, gating=gating, **shared) if routing.shared_size else None
+        )
 
-    def __call__(self, x: jax.Array, is_token: jax.Array) -> tuple[jax.Array, RouterSums]:
+    def __call__(
+        self, x: jax.Array, is_token: jax.Array, keys: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterSums]:
         """One layer: [B, T, D] -> [B, T, D], and what its router did.
 
         Args:
             x: [B, T, D]; its dtype is the dtype of the matmuls, the router and all sums are float32.
-            is_token: bool [B, T]; padding goes to no expert, and its output is 0.
+            is_token: bool [B, T]; padding goes to no expert but the shared one.
+            keys: uint32 [B, T, 2], what adapters of the shared expert drop inputs by.
         """
+        shared = None if self.shared_expert is None else self.shared_expert(x, keys)
         num_rows, length = is_token.shape
         x, is_token = fill_up(x, is_token)
         logits = constrain(self.router(x.astype(jnp.float32)), "b t e")
-        probabilities = jax.nn.softmax(logits)
-        scores, chosen = choose(probabilities, self.routing.top_k)
-        if self.routing.normalise:
-            scores = scores / scores.sum(axis=-1, keepdims=True)
+        probabilities, scores, chosen = self._choose(logits)
 
         num_experts = self.routing.num_experts
         is_chosen = (chosen[..., None] == jnp.arange(num_experts)) & is_token[..., None, None]
@@ -146,4 +183,22 @@ class MixtureMLP(nnx.Module):
         own = (*(each.weight for each in maps), *(each.bias for each in maps))
         is_trained = tuple(isinstance(each, nnx.Param) for each in own)
         y = experts_of_tokens(x, chosen, scores, weights, gating=self.gating, is_trained=is_trained)
-        return y[:num_rows, :length], sums
+        y = y[:num_rows, :length]
+        return (y if shared is None else y + shared), sums
+
+    def _choose(self, logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Probabilities [B, T, E] of router logits, and the weights and the numbers [B, T, top_k] of those chosen."""
+        routing = self.routing
+        if routing.scoring == "softmax":
+            scores = probabilities = jax.nn.softmax(logits)
+        else:
+            scores = jax.nn.sigmoid(logits)
+            probabilities = scores / jnp.maximum(scores.sum(axis=-1, keepdims=True), 1e-20)
+        if self.correction_bias is None:
+            weights, chosen = choose(scores, routing.top_k)
+        else:
+            weights, chosen = choose_by(scores + self.correction_bias[...], scores, routing.top_k)
+        if routing.normalise:
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = weights / (jnp.maximum(total, routing.least_sum) if routing.least_sum else total)
+        return probabilities, weights, chosen

@@ -39,7 +39,10 @@ HARMLESS = frozenset([
 LAYER_TYPES = frozenset(["full_attention", "sliding_attention"])
 
 DROPOUTS = frozenset(
-    ["attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout", "resid_pdrop"]
+    [
+        *("attention_dropout", "attn_pdrop", "embd_pdrop", "embedding_dropout", "hidden_dropout", "resid_pdrop"),
+        "residual_dropout",
+    ]
 )
 """Fields that ask for dropout in training. We train without, and say so."""
 
@@ -147,19 +150,33 @@ class Fields:
         """The RMS norm with the config's eps."""
         return NormKind(self.number("rms_norm_eps"), **kind)
 
-    def rope(self, layer_type: str | None = None, *, interleaved: bool = False, partial: bool = False) -> Rope:
+    def rope(
+        self,
+        layer_type: str | None = None,
+        *,
+        interleaved: bool = False,
+        partial: bool = False,
+        fixed_alpha: bool = False,
+    ) -> Rope:
         """The rope of all layers, or that of one layer type where `rope_parameters` has one for each.
 
         Args:
             layer_type: which.
             interleaved: pairs are neighbours.
             partial: the family reads `partial_rotary_factor` of an unscaled rope, too; all read that of a scaled one.
+            fixed_alpha: the family stretches theta once and for all where rope_type "dynamic" has an `alpha`.
         """
         fields = self._rope_fields(layer_type)
         kind: Any = fields("rope_type") or "default"
         fields("type")
         dim = self._rotated_dims(fields, kind, partial=partial)
         theta = float(fields("rope_theta"))
+        if fixed_alpha and kind == "dynamic" and fields("alpha"):
+            # It has no effect what else Hunyuan's files say there.
+            for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                fields(key)
+            fields.finish()
+            return Rope(dim, theta * fields.number("alpha") ** (dim / (dim - 2)), interleaved=interleaved)
         if kind not in list(ROPE_SCALINGS):
             known = ", ".join(ROPE_SCALINGS)
             self.problem(f"{fields.where}.rope_type: {kind!r}; computed are {known}")

@@ -102,7 +102,8 @@ def _from(first: int) -> str:
 
 
 def _paths(decoder: Decoder) -> list[str]:
-    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(decoder))]
+    """Of all weights that can be trained."""
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(decoder, nnx.Param))]
 
 
 def _part_layers(decoder: Decoder, at: int) -> None:

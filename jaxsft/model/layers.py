@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import constrain
-from jaxsft.model.adapter import Adapter
+from jaxsft.model.adapter import Adapter, Frozen
 from jaxsft.model.products import product, products
 from jaxsft.model.quantized import QuantizedWeight, quantized_products
 from jaxsft.model.remat import keep
@@ -91,6 +91,7 @@ class NormKind:
     bias: bool = False
     offset: float = 0.0
     """Added to the weight; gemma stores weights around 0."""
+    has_weight: bool = True
 
 
 class Norm(nnx.Module):
@@ -100,7 +101,7 @@ class Norm(nnx.Module):
         """Weight with these axes, 1 (and bias 0) to begin with; the mean is taken over the last `over` dims of `x`."""
         self.kind, self.over = kind, over
         shape = [sizes[letter] for letter in axes.split()]
-        self.weight = nnx.Param(jnp.full(shape, 1 - kind.offset, dtype), axes=axes)
+        self.weight = nnx.Param(jnp.full(shape, 1 - kind.offset, dtype), axes=axes) if kind.has_weight else None
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if kind.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,8 +110,14 @@ class Norm(nnx.Module):
         if self.kind.kind == "layer":
             x_float = x_float - mean(x_float)
         normed = x_float * jax.lax.rsqrt(mean(jnp.square(x_float)) + self.kind.eps)
-        normed *= self.weight[...].astype(jnp.float32) + self.kind.offset
+        if self.weight is not None:
+            normed *= self.weight[...].astype(jnp.float32) + self.kind.offset
         return (normed if self.bias is None else normed + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def squared_relu(x: jax.Array) -> jax.Array:
+    """`max(x, 0)^2` (So et al., 2021, Primer)."""
+    return jnp.square(jax.nn.relu(x))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -121,6 +128,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_fast": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": squared_relu,
 }
 """Name of an activation in config.json -> its formula."""
 
@@ -133,6 +141,33 @@ def gated(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return ACTIVATIONS[name](gate) * up
 
     return product
+
+
+def xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: jax.Array, eps: jax.Array) -> jax.Array:
+    """`p x^2 + beta x` above 0, and `n (exp(min(x, eps)) - 1 - x) + beta x` below, in float32, cast back once.
+
+    p is softplus(alpha_p) and n is beta + softplus(alpha_n) (Huang and Schlag, 2024, xIELU).
+    """
+    x_float = x.astype(jnp.float32)
+    alpha_p, alpha_n, beta, eps = (each.astype(jnp.float32) for each in (alpha_p, alpha_n, beta, eps))
+    above = jax.nn.softplus(alpha_p) * jnp.square(x_float)
+    below = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(x_float, eps)) - x_float)
+    return (jnp.where(x_float > 0, above, below) + beta * x_float).astype(x.dtype)
+
+
+class Xielu(nnx.Module):
+    """The activation `xielu` with numbers of each layer: two are trained, two are kept as the files have them."""
+
+    def __init__(self, sizes: Sizes, *, dtype: jnp.dtype):
+        """Both slopes begin as 0.8, as in transformers."""
+        of_layers = (sizes["l"], 1)
+        self.alpha_p = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.8)), dtype), axes="l z")
+        self.alpha_n = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.3)), dtype), axes="l z")
+        self.beta = Frozen(jnp.full(of_layers, 0.5, jnp.float32), axes="l z")
+        self.eps = Frozen(jnp.full(of_layers, -1e-6, jnp.float32), axes="l z")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return xielu(x, self.alpha_p[...], self.alpha_n[...], self.beta[...], self.eps[...])
 
 
 class MLP(nnx.Module):
@@ -150,13 +185,15 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
+        self.act_fn = Xielu(sizes, dtype=dtype) if activation is xielu else None
         self.gate_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs) if gated else None
         self.up_proj = Linear("d -> f", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
         self.down_proj = Linear("f -> d", sizes, bias=bias, std=std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         inner = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
-        return self.down_proj(constrain(self.activation(*Linear.each(inner, x, keys)), "b t f"), keys)
+        activation = self.activation if self.act_fn is None else self.act_fn
+        return self.down_proj(constrain(activation(*Linear.each(inner, x, keys)), "b t f"), keys)
 
 
 @dataclasses.dataclass(frozen=True)

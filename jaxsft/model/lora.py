@@ -51,6 +51,16 @@ class Map(NamedTuple):
         letters = weight.layout.ours if isinstance(weight, QuantizedWeight) else weight.get_metadata("axes")
         return tuple(letters.split())
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Letter of a dim of its weight to its size; maps of one model may differ in the width of their MLPs."""
+        weight: Any = self.module.weight
+        if isinstance(weight, QuantizedWeight):
+            shape = (*weight.codes.shape[: len(self.leading.split())], *weight.layout.shape)
+        else:
+            shape = weight.shape
+        return dict(zip(self.axes, shape, strict=True))
+
 
 class Shape(NamedTuple):
     """Of the adapter of one map."""
@@ -86,12 +96,15 @@ def maps_of(decoder: Decoder) -> Iterator[Map]:
             yield Map(f"layers.conv.{name}_proj", "convolution", module, inputs, outputs, "l")
     if isinstance(mlp, MixtureMLP):
         yield Map("layers.mlp.router", "router", mlp.router, "d", "e", "l")
-        prefix, leading, inner = "layers.mlp.experts", "l e", mlp.experts
+        parts: list[tuple[str, str, Any]] = [("layers.mlp.experts", "l e", mlp.experts)]
+        if mlp.shared_expert is not None:
+            parts.append(("layers.mlp.shared_expert", "l", mlp.shared_expert))
     else:
-        prefix, leading, inner = "layers.mlp", "l", mlp  # type: ignore[assignment]
-    for name, inputs, outputs in (("gate", "d", "f"), ("up", "d", "f"), ("down", "f", "d")):
-        if (module := getattr(inner, f"{name}_proj")) is not None:
-            yield Map(f"{prefix}.{name}_proj", "mlp", module, inputs, outputs, leading)
+        parts = [("layers.mlp", "l", mlp)]
+    for prefix, leading, inner in parts:
+        for name, inputs, outputs in (("gate", "d", "f"), ("up", "d", "f"), ("down", "f", "d")):
+            if (module := getattr(inner, f"{name}_proj")) is not None:
+                yield Map(f"{prefix}.{name}_proj", "mlp", module, inputs, outputs, leading)
     if decoder.lm_head is not None:
         yield Map("lm_head", "table", decoder.lm_head, "d", "v", "")
 
@@ -196,7 +209,7 @@ def add_adapters(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple
         adapter = Adapter(
             place.inputs,
             place.outputs,
-            {**decoder.config.sizes, "l": len(shape.ranks) if place.leading else 0},
+            place.sizes,
             ranks=shape.ranks,
             scales=shape.scales(lora),
             dropout=lora.dropout,

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 _IMPLEMENTATION = "threefry2x32"
 
 
-def row_keys(seed: int, step: jax.Array, num_rows: int) -> jax.Array:
+def row_keys(seed: ArrayLike, step: jax.Array, num_rows: int) -> jax.Array:
     """Keys uint32 [B, 2] of the rows of a batch, from row 0 on."""
     of_step = jax.random.fold_in(jax.random.key(seed, impl=_IMPLEMENTATION), step)
     return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(of_step, jnp.arange(num_rows)))

@@ -26,6 +26,8 @@ class Rope:
     scaling: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
     interleaved: bool = False
     """Pairs are (2i, 2i + 1), not (i, i + dim / 2)."""
+    backwards: bool = False
+    """Pairs are turned the other way."""
     factor: float = 1.0
     original_max_position: int = 0
     """Positions of the pretraining before the context was stretched."""
@@ -128,6 +130,8 @@ def rotation(rope: Rope, positions: jax.Array, lengths: jax.Array | None = None)
             stretch = rope.factor * ratio - (rope.factor - 1)
             exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(max(rope.dim - 2, 1))
             frequencies = frequencies / stretch**exponents
+    if rope.backwards:
+        frequencies = -frequencies
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor)
 

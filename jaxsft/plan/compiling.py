@@ -89,7 +89,7 @@ def trace_step(config: Config, planned: Planned) -> Any:
     """The train step, traced (`jax.stages.Traced`)."""
     model, _, mesh = planned
     rows, length = config.train.batch_size, config.data.seq_len
-    step: Any = make_train_step(
+    step = make_train_step(
         model, config.optim, num_steps=1000, num_microbatches=config.train.num_microbatches, mesh=mesh
     )
     dtypes = Batch(jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32)

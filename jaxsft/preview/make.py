@@ -20,6 +20,7 @@ from jaxsft.preview import reports
 from jaxsft.preview.choice import Choice, choose, ends_in_stop
 from jaxsft.preview.pieces import injections, make_pieces
 from jaxsft.preview.records import Example, Gap, Preview, Row, Segment, Totals
+from jaxsft.preview.row_lengths import row_lengths
 
 MOST_TOKENS = 40_000
 """Tokens that are shown one by one, in all: a page that a browser opens and a mailbox takes."""
@@ -71,6 +72,12 @@ def make_preview(
         reports.counts(report),
         tuple(dict.fromkeys([*notes, *report["notes"]]))[:MOST_NOTES],
         reports.length_bars(dataset),
+        row_lengths(
+            [source.lengths for source in dataset.sources],
+            [float(draws) for draws in dataset.draws],
+            seq_len=loader.shape[1],
+            packing=loader.is_packed,
+        ),
         tuple(rows.made),
         examples,
     )

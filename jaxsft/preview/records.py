@@ -74,6 +74,14 @@ class Bar(NamedTuple):
     num_examples: int
 
 
+class RowLength(NamedTuple):
+    """How full rows of some length would be."""
+
+    seq_len: int
+    fill: float
+    """Share of their positions that would hold tokens."""
+
+
 class Totals(NamedTuple):
     """All sources together."""
 
@@ -173,6 +181,8 @@ class Preview(NamedTuple):
     notes: tuple[str, ...]
     """What the user should know about tokenizer and template, in sentences."""
     lengths: tuple[Bar, ...]
+    row_lengths: tuple[RowLength, ...]
+    """Values of `data.seq_len` that keep the same examples whole, that of the run among them, the shortest first."""
     rows: tuple[Row, ...]
     examples: tuple[Example, ...]
 

@@ -13,6 +13,7 @@ from jaxsft.batches import lengths
 from jaxsft.batches.mixture import Dataset
 from jaxsft.chat.turns import FOUND_BY
 from jaxsft.preview.records import Bar, Count, Longest, Loss, Preview, Source
+from jaxsft.preview.row_lengths import best
 
 MEANINGS = {
     "straddling_tokens": "tokens that begin before an answer and end in it; they are trained",
@@ -163,8 +164,15 @@ def facts(preview: Preview) -> Iterator[Fact]:
     span = "window" if preview.stream else "epoch"
     padding = totals.step_positions - totals.step_tokens
     yield Fact(
-        "Padding", f"{1 - totals.fill:.1%}", f"of {totals.packed_rows * preview.seq_len:,} positions in {span} 1"
+        "Padding",
+        f"{1 - totals.fill:.1%}",
+        f"of {totals.packed_rows * preview.seq_len:,} positions in {span} 1: about {1 / totals.fill:.2f} x the time of "
+        "full rows",
     )
+    tried = ", ".join(f"{each.seq_len:,} {each.fill:.1%}" for each in preview.row_lengths)
+    fullest = best(preview.row_lengths)
+    now = ", as it is" * (fullest.seq_len == preview.seq_len)
+    yield Fact("Best data.seq_len", f"{fullest.seq_len:,}{now}", f"rows would be full to: {tried}")
     yield Fact(f"Steps per {span}", f"{totals.steps_per_epoch:,}", f"of {preview.batch_size:,} rows each")
     yield Fact(
         "Step 0",

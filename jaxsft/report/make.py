@@ -30,6 +30,7 @@ def report(
     columns: Mapping[str, str] | None = None,
     names: Sequence[str] = (),
     command: str = "",
+    verdict: str = "",
 ) -> Report:
     """Reads the runs and writes their overlay into the folder `out`.
 
@@ -41,13 +42,14 @@ def report(
         columns: our key to their column, for files that have it.
         names: of the runs, as many as there are, or none.
         command: what makes it again; made from the paths where it is empty.
+        verdict: the first sentences of the page; that nothing is judged, where it is empty.
 
     Raises:
         ConfigError: a path that is no run, a number of names that is not that of the runs, a folder that is taken, or
             nothing that can be aligned by tokens.
     """
     folder = epath.Path(place(out, "--out"))
-    _check_folder(folder)
+    check_folder(folder)
     runs = read_all(paths, names=names, columns=columns or {})
     lacking = unaligned(runs)
     if align == "tokens" and len(lacking) == len(runs):
@@ -55,7 +57,7 @@ def report(
     made = Report(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         command=command or f"python run.py report {shlex.join(paths)}",
-        verdict=f"{len(runs)} run{'s' * (len(runs) != 1)} side by side; nothing is judged.",
+        verdict=verdict or f"{len(runs)} run{'s' * (len(runs) != 1)} side by side; nothing is judged.",
         passed=None,
         checks=(),
         runs=runs,
@@ -83,6 +85,18 @@ def read_all(paths: Sequence[str], *, names: Sequence[str], columns: Mapping[str
     )
 
 
+def check_folder(folder: epath.Path) -> None:
+    """Raises ConfigError where a folder is there that is not one of a report of ours, which is left alone."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--out {folder}: a file is there, expected a folder")
+    if others := sorted(each.name for each in folder.iterdir() if each.name not in FILES):
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ConfigError(f"--out {folder}: holds more than a report ({shown}); name a new folder with --out")
+    refuse_other_pages(folder / name for name in FILES)
+
+
 def text_table(runs: Sequence[Run]) -> str:
     """Loss, speed and memory for the terminal."""
     head = ("run", "last loss", "best eval loss", "tokens/s", "trained tokens/s", "memory GiB")
@@ -103,15 +117,3 @@ def text_table(runs: Sequence[Run]) -> str:
         right = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         lines.append(f"{name.ljust(widths[0])}  {right}")
     return "\n".join(lines)
-
-
-def _check_folder(folder: epath.Path) -> None:
-    """Leaves alone what is not a report of ours."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"--out {folder}: a file is there, expected a folder")
-    if others := sorted(each.name for each in folder.iterdir() if each.name not in FILES):
-        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise ConfigError(f"--out {folder}: holds more than a report ({shown}); name a new folder with --out")
-    refuse_other_pages(folder / name for name in FILES)

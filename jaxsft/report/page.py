@@ -106,7 +106,12 @@ def _verdict(report: Report) -> str:
 
 
 def _curves(report: Report, by: Axis, smooth: float) -> str:
-    """Each panel by step and by trained tokens, smoothed and raw; the style sheet shows one of the four."""
+    """Each panel by step and by trained tokens, smoothed and raw; the style sheet shows one of the four.
+
+    Nothing where no run was made, as in a comparison of 0 steps.
+    """
+    if not report.runs:
+        return ""
     views = []
     lacking = unaligned(report.runs)
     axes: list[Axis] = ["step"] if len(lacking) == len(report.runs) else ["step", "tokens"]

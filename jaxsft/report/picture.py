@@ -28,16 +28,14 @@ def plot_run(folder: epath.Path, *, say: Callable[[str], None] = lambda text: No
     Raises:
         WriteError: it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # there may be no screen
-    from matplotlib import pyplot
+    # Without pyplot, which would want a screen, or change what draws a notebook's own pictures.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     lines = read_metrics(folder / "metrics.jsonl")
     matches = _series(lines, "eval_exact_match")
-    figure, axes = pyplot.subplots(
-        2 if matches[0] else 1, 1, figsize=(7, 5.4 if matches[0] else 3.6), sharex=True, squeeze=False
-    )
+    figure = Figure(figsize=(7, 5.4 if matches[0] else 3.6))
+    axes = figure.subplots(2 if matches[0] else 1, 1, sharex=True, squeeze=False)
     loss = axes[0, 0]
     loss.plot(*_series(lines, "loss"), color=TRAINED, linewidth=1.2, label="training")
     held_out = _series(lines, "eval_loss")
@@ -54,7 +52,7 @@ def plot_run(folder: epath.Path, *, say: Callable[[str], None] = lambda text: No
         match.plot(*matches, color=RIGHT, marker="o", markersize=4)
         match.set_ylabel("held-out exact match")
         match.set_ylim(0, 1.02)
-        match.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(xmax=1))
+        match.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes[-1, 0].set_xlabel("step")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
@@ -65,7 +63,6 @@ def plot_run(folder: epath.Path, *, say: Callable[[str], None] = lambda text: No
     path = folder / PICTURE
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=120, format="png", metadata={"Software": MAKER})
-    pyplot.close(figure)
     try:
         write_page(path, drawn.getvalue())
     except ConfigError:  # A damaged picture must not be the reason for which a run fails at its end.

@@ -67,6 +67,8 @@ def figures_card(runs: Sequence[Run]) -> str:
             if index:
                 cells.append(f'<td class="ratio">{_ratio(values[0], value) if has_ratio else ""}</td>')
         rows.append(f"<tr><th>{name}</th>{''.join(cells)}</tr>")
+    if not rows:
+        return ""
     heads = "".join(
         f"<th>{swatch(index)} {escape(run.name)}<br><small>{KINDS.get(run.kind, escape(run.kind))}</small></th>"
         + '<th class="ratio">ratio</th>' * bool(index)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxsft.config import SourceConfig
 from jaxsft.rows.messages import READ_KEYS
+from jaxsft.rows.nearest import as_yaml, describe_columns, guess, nearest
 from jaxsft.rows.readings import FORMATS, PREFERENCE
 from jaxsft.rows.roles import check_role
 from jaxsft.rows.sources import DataError, Row
@@ -52,7 +53,7 @@ def choose_format(rows: Sequence[Row], source: SourceConfig) -> Chosen:
             columns = folded | columns
             found, _ = _detected(rows, columns)
         if found is None:
-            raise DataError(f"{source.path}: {error or 'no rows that can be read'}")
+            raise DataError(f"{source.path}: no rows that can be read" if error is None else str(error))
         format = found
         reason = f"has the columns {', '.join(columns.get(name, name) for name in FORMATS[format].columns)}"
     known = FORMATS[format]
@@ -71,10 +72,12 @@ def _detected(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str | No
     first: DataError | None = None
     for row in rows:
         fields = rename(row.fields, columns)
-        try:
-            found[detect_format(name for name, value in fields.items() if value is not None)] += 1
-        except DataError as error:
-            first = first or error
+        there = {name: value for name, value in fields.items() if value is not None}
+        format = _fitting(there)
+        if format is not None:
+            found[format] += 1
+        elif first is None:
+            first = DataError(f"{row.origin}: {_no_format(there)}")
     return (found.most_common(1)[0][0] if found else None), first
 
 
@@ -120,27 +123,47 @@ def detect_format(columns: Iterable[str]) -> str:
         detect_format(["id", "messages", "prompt", "completion"]) == "messages"
 
     Raises:
-        DataError: no format fits; lists the columns and what every format needs.
+        DataError: no format fits; says what the columns could be, and how to map them.
     """
-    columns = list(columns)
-    if set(_FLAT_TREE) <= set(columns):
-        raise DataError(
+    fields = dict.fromkeys(columns)
+    found = _fitting(fields)
+    if found is None:
+        raise _no_format(fields)
+    return found
+
+
+def _fitting(columns: Iterable[str]) -> str | None:
+    there = set(columns)
+    if set(_FLAT_TREE) <= there:
+        return None
+    return next((name for name, known in FORMATS.items() if set(known.columns) <= there), None)
+
+
+def _no_format(fields: Mapping[str, Any]) -> DataError:
+    """The error of a row that no format fits: the line that helps first, then the nearest formats."""
+    if set(_FLAT_TREE) <= fields.keys():
+        return DataError(
             f"columns {', '.join(_FLAT_TREE)}: messages of OpenAssistant's trees, one a row; use the files of whole "
             "trees, one tree a row (columns message_tree_id and prompt)"
         )
-    for name, known in FORMATS.items():
-        if set(known.columns) <= set(columns):
-            return name
-    given = f"no known format has the columns {', '.join(columns) or '(none)'}"
-    if {"chosen", "rejected"} <= set(columns):
-        raise DataError(f"{given}: {PREFERENCE}")
-    if columns == [str(number) for number in range(1, len(columns) + 1)]:
-        given += " (numbers stand for a first line that holds no names); name them by `columns`, such as "
-        given += "columns={question: '1', answer: '2'}"
+    given = f"no known format has the columns {describe_columns(fields) or '(none)'}"
+    if {"chosen", "rejected"} <= fields.keys():
+        return DataError(f"{given}: {PREFERENCE}")
+    if fields and list(fields) == [str(number) for number in range(1, len(fields) + 1)]:
+        given += " (numbers stand for a first line that holds no names)"
+    near = nearest(list(fields))
+    found = guess(fields)
+    if found is not None:
+        near = list(dict.fromkeys([found.format, *near]))
+        condition = f", {found.condition}" if found.condition else ""
+        help_ = f"they are {found.format} by columns={as_yaml(found.columns)}{condition}"
     else:
-        given += "; name them by `columns` (ours: theirs), such as columns={prompt: inputs, completion: targets}"
-    needs = "\n".join(f"  {name}: {', '.join(known.columns)}" for name, known in FORMATS.items())
-    raise DataError(f"{given}. The formats need:\n{needs}")
+        lacking = [name for name in FORMATS[near[0]].columns if name not in fields]
+        has_part = len(lacking) < len(FORMATS[near[0]].columns)
+        help_ = f"{near[0]}, the nearest, lacks {', '.join(lacking)}; " * has_part
+        help_ += "name them by `columns` (ours: theirs), such as columns={prompt: inputs, completion: targets}"
+    needs = "\n".join(f"  {name}: {', '.join(FORMATS[name].columns)}" for name in near)
+    return DataError(f"{given}; {help_}\nthe nearest formats and their columns (docs/formats.md has all):\n{needs}")
 
 
 _FLAT_TREE = ("message_id", "parent_id", "text", "role")

@@ -44,6 +44,8 @@ from jaxsft.training.bucket_arrays import BucketArrays
 from jaxsft.training.local_copies import LocalCopies, hold
 
 META, PROGRESS = "meta.json", "progress.json"
+LAST, BEST = "last", "best"
+"""What users call the newest checkpoint, and that with the smallest held-out loss."""
 
 
 class SaveError(RuntimeError):
@@ -298,15 +300,25 @@ class Checkpointer:
         return float(first_text("best_loss", repr(found)))
 
     def best_step(self) -> int:
-        """That of the finished checkpoint with the smallest held-out loss.
+        """That of the finished checkpoint with the smallest held-out loss, the same on every process.
 
         Raises:
             ConfigError: of none it is known.
         """
         losses = {step: self._eval_loss(step) for step in sealed_steps(self.folder)}
-        if not any(math.isfinite(loss) for loss in losses.values()):
+        known = [step for step, loss in losses.items() if math.isfinite(loss)]
+        found = int(first_text("best_step", str(min(known, key=losses.__getitem__) if known else NONE_FOUND)))
+        if found == NONE_FOUND:
             raise ConfigError(f"{self.folder}: no checkpoint has a held-out loss (data.eval and eval.every measure it)")
-        return min(losses, key=losses.__getitem__)
+        return found
+
+    def step_of(self, asked: int | str) -> int | None:
+        """The step of a checkpoint as users ask for it: a number, "best", or "last", which is None here.
+
+        Raises:
+            ConfigError: as `best_step`.
+        """
+        return self.best_step() if asked == BEST else None if asked == LAST else int(asked)
 
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""

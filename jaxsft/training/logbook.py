@@ -27,6 +27,7 @@ from jaxsft.training.metrics import (
     summarise,
 )
 from jaxsft.training.metrics_file import MetricsFile
+from jaxsft.training.patience import Patience
 from jaxsft.training.summary import describe_lost
 from jaxsft.training.writers import Writer, open_writers
 
@@ -63,7 +64,9 @@ class Logbook:
             saved: what `progress` gave when this step was saved; nothing where the run begins.
             check: raises if this process may not write into the folder any more.
         """
-        self._config, self._folder, self._loader, self._console = config, folder, loader, console
+        self._config, self._loader, self._console = config, loader, console
+        self.folder = folder
+        """Of the run."""
         self._num_steps, self._speedometer = num_steps, speedometer
         self._check, self.say = check, console.say
         self._file = MetricsFile(folder / "metrics.jsonl", step=step, sealed=saved.get("metrics"), say=console.say)
@@ -79,6 +82,7 @@ class Logbook:
             skipped=int(self.totals.skipped_steps),
             in_a_row=saved.get("skipped_in_a_row", 0),
         )
+        self.patience = Patience(config.eval.patience, saved.get("patience", {}))
         self._lost: dict[str, int] = {}
         self.watch = Stopwatch()
 
@@ -90,7 +94,7 @@ class Logbook:
         """
         self._writers = open_writers(
             self._config.log,
-            self._folder,
+            self.folder,
             step=self._step,
             file=self._file,
             settings=self._config.model_dump(),
@@ -158,6 +162,7 @@ class Logbook:
             "window": dump_steps(jax.device_get(self._window)),
             "window_seconds": self.watch.so_far(),
             "skipped_in_a_row": self.skips.in_a_row,
+            "patience": self.patience.state(),
         }
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
@@ -21,7 +22,7 @@ def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def step_key(seed: int, step: jax.Array) -> jax.Array:
+def step_key(seed: ArrayLike, step: jax.Array) -> jax.Array:
     """The key of a step, from 0, of a run."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 

@@ -7,6 +7,7 @@ gradient that is not finite leaves parameters and optimizer as they were and is 
 
 import collections
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from jaxsft.training.compiler_options import compiler_options
 from jaxsft.training.loss import LossSums, next_token_objective
 from jaxsft.training.metrics import StepMetrics
 from jaxsft.training.objective import PLAIN
-from jaxsft.training.optim import make_optimizer, make_schedule
+from jaxsft.training.optim import Course, make_course, make_optimizer, rate_at
 from jaxsft.training.optimizers.optimizer import Given, Optimizer
 from jaxsft.training.optimizers.schedule_free import averaged, is_averaging
 from jaxsft.training.rounding import step_key
@@ -265,6 +266,37 @@ def divisor(weight_sum: jax.Array) -> jax.Array:
     return jnp.where(weight_sum > 0, weight_sum, 1.0)
 
 
+class Numbers(NamedTuple):
+    """What a step is given of the config as numbers, so that runs which differ in nothing else share its program."""
+
+    course: Course
+    """Of the learning rate."""
+    clip_norm: np.float32
+    """Infinite: no clipping."""
+    weight_decay: np.float32
+    """Outside of all groups."""
+    seed: np.uint32
+
+
+class TrainStep(NamedTuple):
+    """`(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is used up."""
+
+    program: Any
+    """The jitted function, of the three and `numbers`, as what is compiled ahead of time is called, too."""
+    numbers: Numbers
+
+    def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return self.program(state, frozen, batch, self.numbers)
+
+    def trace(self, state: TrainState, frozen: Any, batch: Batch) -> Any:
+        """The `jax.stages.Traced`, of arrays or of their shapes."""
+        return self.program.trace(state, frozen, batch, self.numbers)
+
+    def lower(self, state: TrainState, frozen: Any, batch: Batch) -> Any:
+        """The `jax.stages.Lowered`, of arrays or of their shapes."""
+        return self.program.lower(state, frozen, batch, self.numbers)
+
+
 def make_train_step(
     model: Model,
     optim: OptimConfig,
@@ -274,8 +306,11 @@ def make_train_step(
     mesh: AnyMesh,
     loss: LossConfig = PLAIN,
     seed: int = 0,
-) -> Callable:
-    """Compiles `(state, frozen, batch) -> (state, StepMetrics)`; batch leaves are [B, T]; the state is donated.
+) -> TrainStep:
+    """The step of a run, compiled at its first call; the state is donated.
+
+    Learning rate, warm-up, number of steps, clipping, weight decay and seed are no part of the program: another run
+    that differs in them alone finds it compiled.
 
     Args:
         model: structure of the decoder; its `params` are those trained, its `frozen` are given to each step.
@@ -285,28 +320,31 @@ def make_train_step(
         mesh: where everything lives.
         seed: of what is drawn in a step, such as adapters' dropout, noise on embeddings, or what is rounded at random.
     """
-    schedule, optimizer = make_schedule(optim, num_steps), make_optimizer(optim)
+    optimizer, schedule = make_optimizer(optim), optim.schedule
+    clip_norm = math.inf if optim.clip_norm is None else optim.clip_norm
+    numbers = Numbers(
+        make_course(optim, num_steps), np.float32(clip_norm), np.float32(optim.weight_decay), np.uint32(seed)
+    )
     decoder = nnx.merge(*model)
     config, draws_by_rows = decoder.config, decoder.drops_inputs or loss.neftune_alpha > 0
 
-    def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, frozen: Any, batch: Batch, numbers: Numbers) -> tuple[TrainState, StepMetrics]:
         microbatches = split_microbatches(batch, num_microbatches)
         noise = None
         if draws_by_rows:
-            noise = split_rows(row_keys(seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
+            noise = split_rows(row_keys(numbers.seed, state.step, batch.tokens.shape[0]), num_microbatches, "w")
         summed, sums, router, objective = summed_gradients(
             model.graphdef, state.params, frozen, microbatches, optim=optim, loss=loss, noise=noise
         )
         weight_sum = divisor(sums.weight_sum)
         grad_norm = optax.tree.norm(summed) / weight_sum
         factor = 1.0 / weight_sum
-        if optim.clip_norm is not None:
-            factor *= jnp.minimum(1.0, optim.clip_norm / jnp.maximum(grad_norm, 1e-30))
+        factor *= jnp.minimum(1.0, numbers.clip_norm / jnp.maximum(grad_norm, 1e-30))
 
-        learning_rate = schedule(state.step)
+        learning_rate = rate_at(schedule, numbers.course, state.step)
         is_finite = jnp.isfinite(sums.loss_sum) & jnp.isfinite(grad_norm)
 
-        given = Given(summed, factor, learning_rate, step_key(seed, state.step))
+        given = Given(summed, factor, learning_rate, step_key(numbers.seed, state.step), numbers.weight_decay)
         params, opt_state = _updated(optimizer, state, given, is_finite=is_finite)
         metrics = StepMetrics(
             sums=sums,
@@ -321,13 +359,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model.params, optim, mesh))
-    return jax.jit(
+    program = jax.jit(
         train_step,
-        in_shardings=(state_shardings, shardings(mesh, model.frozen), batch_sharding(mesh)),
+        in_shardings=(state_shardings, shardings(mesh, model.frozen), batch_sharding(mesh), replicated(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
     )
+    return TrainStep(program, numbers)
 
 
 def _updated(optimizer: Optimizer, state: TrainState, given: Given, *, is_finite: jax.Array) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from jaxsft.training.metrics_file import metrics_problem
 from jaxsft.training.run_folder import FINGERPRINT
 
 SOUND, DAMAGED = 0, 1
-EXPORTS = r"export(-best|-step-[0-9]+)?(-merged)?"
+EXPORTS = r"export(-best|-last|-step-[0-9]+)?(-merged)?"
 """Names of the folders that `train` and `export` write into a run folder."""
 
 

@@ -542,8 +542,15 @@ def test_a_refusal_of_the_template_is_said_in_its_words(make_tokenizer):
         with pytest.raises(MaskError, match=f"the chat template of tiny {reason}") as error:
             encode(TURNS, make_tokenizer(template))
         assert error.value.code == "template-refuses"
-    with pytest.raises(MaskError, match="the tokenizer tiny has no chat template; give one as data.chat_template"):
+    with pytest.raises(
+        MaskError, match="the tokenizer tiny has no chat template; give one as data.chat_template"
+    ) as error:
         encode(TURNS, make_tokenizer(None))
+    # Templates of ours, by what the tokenizer has: its control tokens are those of ChatML.
+    assert error.value.code == "no-template" and "chatml, whose control tokens it has; zephyr, tulu," in str(
+        error.value
+    )
+    assert "llama3 or gemma, whose tokens are added to it (docs/templates_named.md" in str(error.value)
 
 
 def test_a_text_that_transformers_renders_otherwise_is_refused(make_tokenizer):

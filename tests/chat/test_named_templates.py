@@ -3,6 +3,7 @@
 `JAXSFT_WRITE_DOCS=1` makes the test of docs/templates_named.md write the page instead.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -10,7 +11,7 @@ import random
 import jinja2
 import pytest
 
-from jaxsft.chat.named_templates import NAMED_TEMPLATES, template_text
+from jaxsft.chat.named_templates import NAMED_TEMPLATES, template_text, that_show, that_suit
 
 NAMES = list(NAMED_TEMPLATES)
 TEXT_ONLY = [name for name in NAMES if name != "chatml"]
@@ -270,6 +271,39 @@ def test_what_a_template_cannot_show_is_refused_with_its_name_and_the_turn(named
     for messages, reason in refused:
         with pytest.raises(jinja2.TemplateError, match=f"template {name}: .*{reason}"):
             render(tokenizer, messages)
+
+
+def test_the_templates_that_an_error_names_show_what_it_misses(make):
+    """`that_show` against what each of them renders, for every role and field."""
+    ask, secret = message("user", "a"), "s3cret"
+    cases = {
+        ("system", "content"): ([message("system", secret), ask, message("assistant", "b")], None),
+        ("developer", "content"): ([message("developer", secret), ask, message("assistant", "b")], None),
+        ("user", "content"): ([message("user", secret), message("assistant", "b")], None),
+        ("assistant", "content"): ([ask, message("assistant", secret)], None),
+        ("assistant", "reasoning_content"): ([ask, message("assistant", "b", reasoning_content=secret)], None),
+        ("assistant", "tool call"): ([ask, message("assistant", "", tool_calls=[call(secret, {})])], None),
+        ("tool", "content"): (
+            [ask, message("assistant", "", tool_calls=[call("f", {})]), message("tool", secret)],
+            None,
+        ),
+        ("", "function"): (CHAT, [{"type": "function", "function": {"name": secret, "parameters": {}}}]),
+    }
+    for (role, field), (messages, tools) in cases.items():
+        shown = []
+        for name in NAMES:
+            with contextlib.suppress(jinja2.TemplateError):
+                shown += [name] * (secret in render(make(template_text(name)), messages, tools=tools))
+        assert tuple(shown) == that_show(role, field), (role, field)
+
+
+def test_templates_are_named_by_what_a_tokenizer_has():
+    assert that_suit({"<start_of_turn>", "<end_of_turn>", "<|im_start|>"}.__contains__) == (
+        "gemma, whose control tokens it has; zephyr, tulu, alpaca, stanford_alpaca or plain, which need no tokens of "
+        "their own; chatml or llama3, whose tokens are added to it"
+    )
+    assert that_suit(lambda token: True).startswith("chatml, llama3 or gemma, whose")
+    assert "added" not in that_suit(lambda token: True) and "it has" not in that_suit(lambda token: False)
 
 
 @pytest.mark.parametrize("name", TEXT_ONLY)

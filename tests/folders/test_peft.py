@@ -32,12 +32,35 @@ THEIR_TARGETS = {
     "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
     "glm": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]},
     **dict.fromkeys(
-        ("mixtral", "qwen3_moe", "olmoe"),
+        ("mixtral", "qwen3_moe", "olmoe", "minimax_m2"),
         {
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "target_parameters": [*EXPERTS, "mlp.gate.weight"],
         },
     ),
+    "qwen2_moe": {
+        "target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],
+        "target_parameters": [*EXPERTS, "mlp.gate.weight"],
+    },
+    "hunyuan_v1_moe": {
+        "target_modules": ATTENTION,
+        "target_parameters": [
+            *(*EXPERTS, "mlp.gate.wg.weight"),
+            *(f"mlp.shared_mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+        ],
+    },
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared"),
+        {
+            "target_modules": [*ATTENTION, "input_linear", "output_linear"],
+            "target_parameters": [
+                *("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"),
+                "block_sparse_moe.router.weight",
+            ],
+        },
+    ),
+    "starcoder2": {"target_modules": [*ATTENTION, "c_fc", "c_proj"]},
+    "nanochat": {"target_modules": [*ATTENTION, "fc1", "fc2"]},
     "gpt_oss": {"target_modules": ATTENTION, "target_parameters": [*EXPERTS, "mlp.router.weight"]},
 }
 THEIR_TARGETS["glm4"] = THEIR_TARGETS["glm"]

@@ -335,7 +335,7 @@ TEXT_AND_IMAGES = dict(model_type="gemma3", text_config=GEMMA3_1B, vision_config
     [
         (REAL["Llama-2-7B"][0], {"attn_logit_softcapping": 30.0}, ["attn_logit_softcapping: 30.0 is not known"]),
         (REAL["Llama-2-7B"][0], {"sliding_window": 4096}, ["sliding_window: 4096"]),
-        (REAL["Llama-2-7B"][0], {"hidden_act": "relu2"}, ["hidden_act: 'relu2'"]),
+        (REAL["Llama-2-7B"][0], {"hidden_act": "mish"}, ["hidden_act: 'mish'"]),
         (REAL["Llama-2-7B"][0], {"num_key_value_heads": 5}, ["num_key_value_heads: 5 does not divide"]),
         (REAL["Llama-2-7B"][0], {"quantization_config": {"bits": 4}}, ["quantization_config"]),
         (REAL["Llama-2-7B"][0], {"rope_scaling": {"type": "su", "factor": 2.0}}, ["rope_parameters.rope_type: 'su'"]),

@@ -95,6 +95,18 @@ def test_trained_pieces_join_to_what_the_assistants_said_and_the_stop_token(make
         assert [piece.text for piece in example.pieces if piece.is_stop] == ["<|end|>"] * len(answers)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_report_says_what_padding_costs_and_which_length_fills_rows_best(make, packing):
+    preview = make(packing=packing)
+    told, fill = all_facts(preview), preview.totals.fill
+    assert told["Padding"].value == f"{1 - fill:.1%}" and f"about {1 / fill:.2f} x the time" in told["Padding"].note
+    (now,) = [each for each in preview.row_lengths if each.seq_len == preview.seq_len]
+    assert now.fill == pytest.approx(fill, abs=0.02)
+    assert f"{preview.seq_len} {now.fill:.1%}" in told["Best data.seq_len"].note
+    assert any(make(each.seq_len, packing=packing).totals.fill == pytest.approx(each.fill, abs=0.02)
+               for each in preview.row_lengths if each is not now)  # fmt: skip
+
+
 def test_examples_stand_in_the_order_that_step_0_trains_them(make):
     class Recorded(Loader):
         def __init__(self, *args, **keys):

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import rich.console
+from phones import PHONE, in_frame, widths
 
 from jaxsft.batches.loader import Loader
 from jaxsft.batches.mixture import make_dataset
@@ -238,6 +239,13 @@ def test_a_screenshot_shows_the_page_in_its_scheme(browse, preview, tmp_path, is
     assert pixels.std() > 0.05
     greenish = (pixels[..., 1] > pixels[..., 0] + 0.1) & (pixels[..., 1] > pixels[..., 2] + 0.05)
     assert greenish.mean() > 0.002, "nothing is seen to be trained"
+
+
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(browse, preview):
+    page = make_html(preview)
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    scroll, inner = widths(browse(in_frame(page))[0])
+    assert scroll <= inner == PHONE
 
 
 @pytest.mark.parametrize("width", [1280, 480])

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from phones import PHONE, in_frame, widths
 
 from jaxsft.report.page import make_html, write_report
 from jaxsft.report.records import Check, Report, Run, TokenDifference, as_json, from_json
@@ -219,6 +220,15 @@ def test_nothing_is_wider_than_the_page(browse, report, width):
         assert scroll <= inner
 
 
+def test_a_phone_shows_all_of_it_without_scrolling_sideways(browse, report):
+    runs = tuple(make_run("n" * 80 + str(number), "csv", settings={"s" * 90: "v" * 300}) for number in range(8))
+    for shown in (report, report._replace(title="t" * 300, verdict="v" * 300, runs=runs)):
+        page = make_html(shown, smooth=4)
+        assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+        scroll, inner = widths(browse(in_frame(page))[0])
+        assert scroll <= inner == PHONE
+
+
 def test_the_json_twin_is_the_report_again(report, tmp_path):
     lines = (*report.runs[0].lines, {"step": 201, "loss": float("nan")})
     report = report._replace(runs=(report.runs[0]._replace(lines=lines), report.runs[1]))
@@ -236,3 +246,5 @@ def test_a_report_without_runs_or_checks_is_a_page(browse, tmp_path):
     page = write_report(empty, tmp_path / "made").read_text()
     dom, said = browse(page)
     assert "Nothing." in text_of(dom) and "CONSOLE" not in said
+    # As of a comparison of 0 steps: no card is empty.
+    assert "Curves" not in page and "Loss, speed and memory" not in page

@@ -365,7 +365,7 @@ def test_a_step_moves_adapters_alone():
         for _ in range(8):
             state, metrics = step(state, frozen, batch)
             losses.append(float(metrics.sums.loss_sum))
-    assert step._cache_size() == 1
+    assert step.program._cache_size() == 1
     assert losses[-1] < losses[0] * 0.95
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(frozen), before)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 3 * sum(

@@ -103,7 +103,7 @@ def test_a_step_is_compiled_once_continued_to_the_bit_and_skipped_whole(run, tmp
         after, metrics = step(ends[0], FROZEN, jax.device_put(infinite, batches[0].tokens.sharding))
         assert float(metrics.skipped) == 1
         jax.tree.map(np.testing.assert_array_equal, before[1:], jax.device_get(after)[1:])
-    assert step._cache_size() == 1
+    assert step.program._cache_size() == 1
     for leaf, expected in zip(jax.tree.leaves(after), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
 

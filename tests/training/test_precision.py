@@ -61,18 +61,19 @@ def make_batch(vocab_size):
     )
 
 
-def gradients_of(make, several_params, batch, mesh, *, num_microbatches=1):
-    """Of the loss sum by each of several parameters, all float64 and on the host."""
-    graphdef = abstract_model(make).graphdef
+def gradients_of(make, several_weights, batch, mesh, *, num_microbatches=1):
+    """Of the loss sum by the parameters, for each of several states, all float64 and on the host."""
+    model = abstract_model(make)
 
     @jax.jit
-    def compute(params, batch):
+    def compute(weights, batch):
+        params, frozen = model.split(weights)
         microbatches = split_microbatches(batch, num_microbatches)
-        return summed_gradients(graphdef, params, nnx.State({}), microbatches, optim=OptimConfig()).gradients
+        return summed_gradients(model.graphdef, params, frozen, microbatches, optim=OptimConfig()).gradients
 
     with jax.set_mesh(mesh):
         placed = put_batch(lambda rows: jax.tree.map(lambda leaf: leaf[rows], batch), batch.tokens.shape, mesh)
-        found = [jax.device_get(compute(place(params, mesh), placed)) for params in several_params]
+        found = [jax.device_get(compute(place(each, mesh), placed)) for each in several_weights]
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), found)
 
 
@@ -112,6 +113,10 @@ FAMILIES = {
     "learned positions, all biases": "gpt2",
     "mixture": "olmoe",
     "mixture with biases, sinks, windows": "gpt_oss",
+    "mixture with a shared expert": "qwen2_moe",
+    "mixture with sigmoids and a correction": "minimax_m2",
+    "norms after rope, without weights": "nanochat",
+    "trained activation": "apertus",
 }
 
 

@@ -325,7 +325,7 @@ def test_a_mixture_compiles_its_step_once_and_reports_its_routers(mixture):
             batch = put_batch(functools.partial(loader.batch, index), loader.shape, mesh)
             state, metrics = step(state, FROZEN, batch)
             steps.append(jax.device_get(metrics))
-    assert step._cache_size() == 1
+    assert step.program._cache_size() == 1
     line, _ = summarise(steps, Totals(), batch_positions=loader.shape[0] * loader.shape[1])
     assert 1.9 < line["router_balance"] < 4 and line["router_z"] > 0 and 1 < line["router_max_share"] < 2
     expert = state.params["layers"]["mlp"]["experts"]["up_proj"]["weight"].get_value()
@@ -350,7 +350,7 @@ def test_a_run_compiles_its_step_once(run, sizes):
     with jax.set_mesh(mesh):
         for index in range(3):
             state, _ = step(state, FROZEN, put_batch(functools.partial(loader.batch, index), loader.shape, mesh))
-    assert step._cache_size() == 1
+    assert step.program._cache_size() == 1
     _, pretrained, _ = run
     eval_step = make_eval_step(pretrained.model, mesh)
     with jax.set_mesh(mesh):

@@ -15,7 +15,7 @@ from jaxsft.config import LoraConfig
 from jaxsft.folders.peft.places import Place, a_in_file, b_in_file, magnitude_in_file, rank_factors, take
 from jaxsft.folders.peft.settings import Settings
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.lora import maps_of
+from jaxsft.model.lora import Map, maps_of
 
 
 class Part(NamedTuple):
@@ -75,7 +75,6 @@ def parts_of(
 def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """The `lora` section that asks for these adapters, and their values, stacked over layers and experts."""
     maps = {place.path: place for place in maps_of(decoder)}
-    sizes = decoder.config.sizes
     by_path: dict[str, list[Part]] = {}
     for part in parts:
         by_path.setdefault(part.path, []).append(part)
@@ -89,10 +88,8 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
         letters = place.leading.split()
         layers = decoder.config.layers_of(path) if place.leading else ()
 
-        def empty(
-            axes: str, letters: list[str] = letters, width: int = width, num_layers: int = len(layers)
-        ) -> np.ndarray:
-            all_sizes = {**sizes, "l": num_layers, "r": width}
+        def empty(axes: str, place: Map = place, letters: list[str] = letters, width: int = width) -> np.ndarray:
+            all_sizes = {**place.sizes, "r": width}
             return np.zeros([all_sizes[letter] for letter in (*letters, *axes.split())], np.float32)
 
         a, b = empty(f"{place.inputs} r"), empty(f"r {place.outputs}")
@@ -112,7 +109,10 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
             name = path if not layer else path.replace("layers.", f"layers.{layers[layer[0]]}.", 1)
             ranks[name], alphas[name] = rank, alpha
         is_everywhere = len(by_layer) == (len(layers) if place.leading else 1)
-        words = [path.split(".")[-1]] if is_everywhere else [name for name in ranks if _path_of(name) == path]
+        # Two maps of a layer may have the same last word: those of a shared expert, and those of the others.
+        like_it = [other for other in maps if other.split(".")[-1] == path.split(".")[-1]]
+        word = path.split(".")[-1] if len(like_it) == 1 else ".".join(path.split(".")[-2:])
+        words = [word] if is_everywhere else [name for name in ranks if _path_of(name) == path]
         targets += words
         values |= {f"{path}.adapter.a": a, f"{path}.adapter.b": b}
         if magnitude is not None:

@@ -102,14 +102,14 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
         as_in_files: as transformers had models before version 5, with modules for each expert.
     """
     table = dict(family.WEIGHTS) | ({} if as_in_files else getattr(family, "IN_MEMORY", {}))
-    all_sizes = {**decoder.config.sizes, "v": vocab_size}
     groups: dict[str, tuple[str, str]] = {}
     members: dict[str, list[Member]] = {}
     for place in maps_of(decoder):
         template, layout = table[f"{place.path}.weight"]
-        sizes = all_sizes | ({"l": len(decoder.config.layers_of(place.path))} if place.leading else {})
+        sizes = {**decoder.config.sizes, **place.sizes, "v": vocab_size}
         weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
-        is_parameter = (place.kind == "router" or place.leading == "l e") and not as_in_files
+        is_parameter = place.kind == "router" or place.leading == "l e"
+        is_parameter = (is_parameter or place.path in getattr(family, "AS_PARAMETERS", ())) and not as_in_files
         if place.leading:
             weight = dataclasses.replace(weight, layers=decoder.config.layers_of(place.path))
         for index in weight.indices():

@@ -20,7 +20,14 @@ from flax import nnx
 
 from jaxsft.config import LoraConfig
 from jaxsft.disk.seal import Entry as SealEntry
-from jaxsft.folders.export import check_target, save_tokenizer, target_of, write_generation_config, write_whole_folder
+from jaxsft.folders.export import (
+    check_target,
+    save_tokenizer,
+    target_of,
+    write_card,
+    write_generation_config,
+    write_whole_folder,
+)
 from jaxsft.folders.peft.places import (
     PREFIX,
     Member,
@@ -86,6 +93,7 @@ def export_adapter(
     stop_ids: Sequence[int],
     source_folders: Sequence[pathlib.Path],
     tokenizer_folder: pathlib.Path,
+    card: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Writes the folder; every process must call this.
@@ -98,6 +106,7 @@ def export_adapter(
         stop_ids: every id that ends an answer.
         source_folders: where the model came from: the base first, then an adapter that was trained on.
         tokenizer_folder: where the tokenizer came from.
+        card: text of README.md, on process 0; None: it has none.
         say: is told where files went that stood in an earlier export and are not known to be ours.
 
     Raises:
@@ -114,6 +123,7 @@ def export_adapter(
         write_generation_config(aside, hf_config, source_folders[0], tokenizer=tokenizer, stop_ids=stop_ids)
         settle_tokenizer(aside, tokenizer, tokenizer_folder)
         (aside / CONFIG_FILE).write_bytes(dump_json(settings))
+        write_card(aside, card)
 
     def write(aside: pathlib.Path) -> dict[str, SealEntry | None]:
         return {WEIGHTS_FILE: _write(aside / WEIGHTS_FILE, entries)}

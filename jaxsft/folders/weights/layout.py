@@ -7,6 +7,7 @@ which `load.py` reads and `save.py` writes. The language of the table:
     "(n h) d"       dims of one tensor in the order of the file; a group is one dim there
     "(n+k*+k h) d"  a dim that several weights share; this one lies at the term with the star
     "d (f 1*+1)"    1 is a term of size 1: even columns are this weight's, odd columns another's
+    ""              a tensor without dims: one number, with us a dim of size 1
 """
 
 import dataclasses
@@ -61,6 +62,8 @@ class Weight:
     """The factors of each dim of a tensor."""
     layers: tuple[int, ...] | None = None
     """Numbers of our layers, where we are some of the layers."""
+    is_scalar: bool = False
+    """A tensor is one number, and has no dims; `dims` has one of size 1."""
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -68,7 +71,7 @@ class Weight:
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+        return () if self.is_scalar else tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
 
     @property
     def to_ours(self) -> tuple[int, ...]:
@@ -185,11 +188,13 @@ def make_weight(path: str, axes: tuple[str, ...], template: str, layout: str, si
     """Reads one line of a table; `sizes` has those of all letters that the layout names."""
     split = tuple(re.findall(r"{(\w)}", template))
     assert split == axes[: len(split)], (path, axes, template)
-    groups = [group or letter for group, letter in re.findall(r"\(([^()]*)\)|(\S+)", layout)]
+    inner = layout or " ".join(axes[len(split) :])
+    groups = [group or letter for group, letter in re.findall(r"\(([^()]*)\)|(\S+)", inner)]
     dims = tuple(tuple(_factor(text, sizes) for text in group.split()) for group in groups)
     letters = [factor.letter for dim in dims for factor in dim if factor.letter]
     assert sorted(letters) == sorted(axes[len(split) :]), (path, axes, template, layout)
-    return Weight(path, axes, tuple(sizes[letter] for letter in axes), template, len(split), dims)
+    shape = tuple(sizes[letter] for letter in axes)
+    return Weight(path, axes, shape, template, len(split), dims, is_scalar=not layout)
 
 
 def _factor(text: str, sizes: Mapping[str, int]) -> Factor:

@@ -82,7 +82,7 @@ def _read(part: Part) -> np.ndarray:
     """The tensor of a file, in the shape of its factors."""
     assert part.original is not None
     tensor = part.original
-    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
+    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, math.prod(tensor.shape[-1:])))
     return read.reshape([factor.size for factor in part.weight.factors])
 
 

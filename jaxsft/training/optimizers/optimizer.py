@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jaxsft.config import OptimConfig
 from jaxsft.training.optimizers.params import by_path, decays, matrix, rate_factors, replaced
@@ -28,6 +29,8 @@ class Given(NamedTuple):
     """float32 scalar, outside of all groups."""
     key: jax.Array
     """Of this step, for what is rounded at random."""
+    weight_decay: ArrayLike | None = None
+    """float32 scalar, outside of all groups; None: as the config has it, as a constant of the program."""
 
 
 class Optimizer(NamedTuple):
@@ -49,7 +52,8 @@ def by_optax(config: OptimConfig, transformation: optax.GradientTransformation) 
     inner = optax.chain(_with_moment_dtype(transformation, jnp.dtype(config.moment_dtype)), _decayed(config))
 
     def update(given: Given, state: Any, params: Any) -> tuple[Any, Any]:
-        return inner.update(jax.tree.map(lambda g: g * given.factor, given.summed), state, params)
+        gradients = jax.tree.map(lambda g: g * given.factor, given.summed)
+        return inner.update(gradients, state, params, weight_decay=_usual_decay(config, given))
 
     def move(given: Given, state: Any, params: Any) -> Any:
         directions, factors = by_path(update(given, state, params)[0]), by_path(rate_factors(config, params))
@@ -73,7 +77,8 @@ class Weight(NamedTuple):
     """float32."""
     rate: jax.Array
     """Its learning rate."""
-    decay: float | None
+    decay: Any
+    """A number, a float32 scalar, or None: no decay."""
 
 
 class LeafwiseState(NamedTuple):
@@ -107,7 +112,10 @@ def leafwise(
         return LeafwiseState(scalars(), {path: init(param) for path, param in by_path(params).items()})
 
     def weights(given: Given, params: Any) -> dict[str, Callable[[Any, Any], Weight]]:
-        all_decays, factors = by_path(decays(config, params)), by_path(rate_factors(config, params))
+        all_decays, factors = (
+            by_path(decays(config, params, usual=_usual_decay(config, given))),
+            by_path(rate_factors(config, params)),
+        )
 
         def weight_of(path: str, axes: str) -> Callable[[Any, Any], Weight]:
             rate, decay = _rate(given, factors[path].get_value()), all_decays[path].get_value()
@@ -187,21 +195,25 @@ def _stepped(config: OptimConfig, old: jax.Array, rate: jax.Array, direction: ja
     return new.astype(old.dtype)
 
 
-def with_decay(direction: jax.Array, param: jax.Array, decay: float | None) -> jax.Array:
+def with_decay(direction: jax.Array, param: jax.Array, decay: Any) -> jax.Array:
     """The direction of one parameter plus its decay times the parameter, in float32."""
     return direction if decay is None else direction + decay * param.astype(jnp.float32)
 
 
-def _decayed(config: OptimConfig) -> optax.GradientTransformation:
-    def update(directions: Any, state: Any, params: Any) -> Any:
-        values, all_decays = by_path(params), by_path(decays(config, params))
+def _usual_decay(config: OptimConfig, given: Given) -> Any:
+    return config.weight_decay if given.weight_decay is None else given.weight_decay
+
+
+def _decayed(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    def update(directions: Any, state: Any, params: Any, *, weight_decay: Any) -> Any:
+        values, all_decays = by_path(params), by_path(decays(config, params, usual=weight_decay))
 
         def of_leaf(path: str, direction: Any) -> jax.Array:
             return with_decay(direction.get_value(), values[path].get_value(), all_decays[path].get_value())
 
         return replaced(directions, of_leaf), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _with_moment_dtype(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:

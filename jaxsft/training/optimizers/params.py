@@ -70,13 +70,18 @@ def is_decayed(path: str, param: Any) -> bool:
     return len(sides(param.get_metadata("axes"))) > 1 and path.rpartition(".")[2] != "bias"
 
 
-def decays(config: OptimConfig, params: Any) -> Any:
-    """The weight decay of each parameter: that of its group, or of all that are decayed; None where it is 0."""
+def decays(config: OptimConfig, params: Any, *, usual: Any) -> Any:
+    """The weight decay of each parameter: that of its group, or of all that are decayed; None where it is 0.
 
-    def of_param(path: str, param: Any) -> float | None:
+    `usual` is `config.weight_decay`, as a number or an array.
+    """
+
+    def of_param(path: str, param: Any) -> Any:
         given = [group.weight_decay for group in config.groups if _is_in(path, group)]
-        usual = config.weight_decay if is_decayed(path, param) else 0.0
-        return next((decay for decay in reversed(given) if decay is not None), usual) or None
+        of_group = next((decay for decay in reversed(given) if decay is not None), None)
+        if of_group is not None:
+            return of_group or None
+        return usual if is_decayed(path, param) and config.weight_decay > 0 else None
 
     return replaced(params, of_param)
 
