@@ -464,7 +464,7 @@ def idle_keys(value: Callable[[str], Any]) -> list[str]:
         "optim.stochastic_rounding": value("model.param_dtype") != "bfloat16",
         "eval": not value("data.eval"),
         "eval.patience": value("eval.every") is None,
-        "checkpoint.export": not value("data.eval"),
+        "checkpoint.export": not value("data.eval") or value("eval.every") is None,
         "data.shuffle_buffer": not value("data.stream"),
         "data.mixture_ends": bool(value("data.stream")),
         "checkpoint.local_dir": value("checkpoint.local_every") is None,
@@ -657,6 +657,8 @@ class Config(Section):
             raise ValueError(f"{keys}: no effect without held-out rows; give data.eval")
         if not self.data.eval and self.checkpoint.export == "best":
             raise ValueError("checkpoint.export: best: nothing is measured without held-out rows; give data.eval")
+        if self.eval.every is None and self.checkpoint.export == "best":
+            raise ValueError("checkpoint.export: best: only the last one is measured without eval.every")
         if self.optim.stochastic_rounding and self.model.param_dtype != "bfloat16":
             raise ValueError(
                 f"optim.stochastic_rounding: no effect with model.param_dtype {self.model.param_dtype}; it rounds to "

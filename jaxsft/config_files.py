@@ -126,6 +126,8 @@ def load_run_config(
     folder = place(run_dir).resolve()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: not the folder of a run, which has a config.yaml")
+    if given := next((each for each in overrides if each.partition("=")[0] == "run_dir"), None):
+        raise ConfigError(f"{given}: the run is that of {run_dir}; leave run_dir out, or name the other run")
     config = load_config(str(folder / "config.yaml"), overrides, say=say)
     return config.model_copy(update={"run_dir": str(folder)})
 
@@ -157,9 +159,17 @@ def _apply_override(tree: dict, override: str) -> str | None:
     *sections, leaf = key.split(".")
     for section, inner in zip(sections, [*sections, leaf][1:], strict=True):
         found = tree.get(section)
-        if inner.isdigit() and isinstance(found, str | list):
-            # Sources may be given as a path or a list; by number, as an override has them, they are a mapping.
-            found = dict(enumerate(as_sources(found)))
+        if inner.isdigit():
+            # Sources may be given as a path, a list or one mapping; by number, as an override has them, they are a
+            # mapping of such.
+            if isinstance(found, dict) and not all(str(name).isdigit() for name in found):
+                found = {0: found}
+            elif isinstance(found, str | list):
+                found = dict(enumerate(as_sources(found)))
+            count = len(found or {})
+            if inner != str(int(inner)) or int(inner) > count:
+                there = f"there are {count}, from 0 on" if count else "there is none yet; the first is 0"
+                return f"{override!r}: no number {inner} of {section}: {there}"
         tree[section] = {str(name): value for name, value in (found or {}).items()} if _is_open(found) else found
         tree = tree[section]
         if not isinstance(tree, dict):

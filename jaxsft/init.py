@@ -18,7 +18,7 @@ import yaml
 
 from jaxsft.config import Config, ConfigError, DataConfig, ModelConfig
 from jaxsft.config_files import load_config
-from jaxsft.disk.writing import at_home, place, writing
+from jaxsft.disk.writing import at_home, place, write_new
 from jaxsft.folders.pretrained import OpenTokenizer, Pretrained, open_model, open_tokenizer
 from jaxsft.model.lora import of_files
 from jaxsft.rows.strict import DataError
@@ -121,13 +121,7 @@ def init(
     )
     text = _text(path, chosen, rows, run_dir, how)
     Setup(load_config(yaml.safe_load(text))).check_fit()
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise ConfigError(f"{out}: exists already, and is left as it is; give another name as -o") from None
+    write_new(path, text)
 
 
 def _asked(

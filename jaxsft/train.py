@@ -124,6 +124,9 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             export = folder / "export"
             is_done = first >= setup.num_steps or logbook.patience.is_over
             is_finished = is_done and share("looking for the export", export.exists(), all)
+            if is_finished and checkpointer.exported_step() != _wanted_step(config, checkpointer, first):
+                console.say(f"{export}: not, or not known to be, of the checkpoint that is asked for; exporting again")
+                is_finished = False
             if is_finished and (problem := export_problem(export)) is not None:
                 console.say(f"{export}: {problem}; exporting again, from checkpoint {first}")
                 is_finished = False
@@ -160,6 +163,7 @@ def run(config: Config, *, restart: bool = False) -> Iterator[Event]:
             weights = _weights(config, exported, frozen)
             card = setup.card(int(exported.step), facts) if jax.process_index() == 0 else None
             export_model(setup.pretrained, setup.tokenizer, weights, export, card=card, say=console.say)
+            checkpointer.note_export(int(exported.step))
             if jax.process_index() == 0:
                 console.say(f"loss curve: {plot_run(folder, say=console.say)}")
     kind = "adapters, ready for PEFT" if (export / "adapter_config.json").exists() else "model, ready for transformers"
@@ -239,7 +243,7 @@ def _steps(
                     eval_loss = logbook.patience.loss_at(done)
                     # Not while steps are skipped: what was good before must not make room for what may not be.
                     if (due.save or is_last or eval_loss < best_loss) and (is_last or not logbook.skips.in_a_row):
-                        best_loss = min(eval_loss, best_loss)
+                        best_loss = min(best_loss, eval_loss)  # in this order, as eval_loss may be NaN
                         yield _save(done, state, logbook, checkpointer)
                     elif due.save_local and not logbook.skips.in_a_row:
                         checkpointer.save_local(done, state, progress=logbook.progress())
@@ -260,6 +264,11 @@ def _steps(
 
 def _ended_at(step: int, setup: Setup, logbook: Logbook) -> str:
     return f"ended after step {step} of {setup.num_steps}: {logbook.patience.describe()}"
+
+
+def _wanted_step(config: Config, checkpointer: Checkpointer, last: int) -> int:
+    """That of the checkpoint of which a run that ended after `last` steps has its export."""
+    return checkpointer.best_step() if config.checkpoint.export == BEST else last
 
 
 def _best_state(setup: Setup, checkpointer: Checkpointer, last_state: TrainState) -> TrainState:

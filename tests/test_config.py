@@ -224,7 +224,10 @@ log: {to: wandb, project: p}
             ["optim.decay_ratio: 0.1 (no effect now)"],
         ),
         (["data.eval=null"], ["eval (no effect now)", "checkpoint.export: best (no effect now)"]),
-        (["eval.every=null"], ["eval.patience: 2 (no effect now)"]),
+        (
+            ["eval.every=null"],
+            ["eval.patience: 2 (no effect now)", "checkpoint.export: best (no effect now)"],
+        ),
         (["model.param_dtype=null"], ["optim.stochastic_rounding: True (no effect now)"]),
         (["checkpoint.local_every=null"], ["checkpoint.local_dir: /tmp/x (no effect now)"]),
         (["log.to=tensorboard"], ["log.project: p (no effect now)"]),
@@ -290,3 +293,24 @@ def test_every_key_that_is_null_is_left_out(tmp_path):
     )
     assert list(config.data.eval) == ["two"] and [each.path for each in config.data.train] == ["a"]
     assert config.data.chat_template_kwargs == {"x": None}  # a template may tell null from nothing
+
+
+@pytest.mark.parametrize(
+    ("train", "override", "expected"),
+    [
+        ("{path: a, count: 3}", "data.train.0.weight=0.5", "no number"),
+        ("a", "data.train.1.path=b", None),
+        ("[a, b]", "data.train.5.path=x", "no number 5 of train: there are 2, from 0 on"),
+        ("[a, b]", "data.train.00.path=x", "no number 00 of train"),
+    ],
+)
+def test_sources_have_numbers_from_0_on(tmp_path, train, override, expected):
+    path = write(tmp_path, f"model: {{path: m}}\ndata: {{train: {train}}}\n")
+    if train.startswith("{"):
+        config = load_config(path, ["data.train.0.epochs=2", "data.train.0.count=null"])
+        assert (config.data.train[0].path, config.data.train[0].epochs) == ("a", 2)
+    elif expected is None:
+        assert [source.path for source in load_config(path, [override]).data.train] == ["a", "b"]
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            load_config(path, [override])

@@ -153,3 +153,35 @@ def test_an_export_has_a_card_which_is_the_same_when_it_is_made_again(ended, tmp
     assert main(["export", str(folder), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again.before-1" / "README.md").read_text() == "mine"
     assert contents(tmp_path / "again") == contents(folder / "export")
+
+
+def test_an_export_that_is_not_what_is_asked_for_is_made_anew(ended, tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(ended[0], folder)
+    last, best = (folder / "export" / "model.safetensors").read_bytes(), None
+    command = ["train", str(tiny_config), *WORSENING, f"run_dir={folder}"]
+    assert main([*command, "checkpoint.export=last"]) == 0
+    assert "exporting again" in capsys.readouterr().out
+    last, best = (folder / "export" / "model.safetensors").read_bytes(), last
+    assert last != best
+    assert main([*command, "checkpoint.export=last"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    # As after a kill between the last checkpoint and the export: what is there is of an earlier end.
+    (folder / "progress.json").write_text(json.dumps({"sealed": max(eval_losses(folder))}))
+    assert main([*command, "checkpoint.export=best"]) == 0
+    assert (folder / "export" / "model.safetensors").read_bytes() == best
+
+
+def test_a_card_may_be_written_on(ended, tiny_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(ended[0], folder)
+    (folder / "export" / "README.md").write_text("mine")
+    assert main(["train", str(tiny_config), *WORSENING, "checkpoint.export=best", f"run_dir={folder}"]) == 0
+    assert "this run is finished" in capsys.readouterr().out
+    assert (folder / "export" / "README.md").read_text() == "mine"
+    assert main(["verify", str(folder)]) == 0 == main(["verify", str(folder / "export")])
+
+
+def test_a_run_is_named_once(ended, capsys):
+    assert main(["evaluate", str(ended[0]), "run_dir=elsewhere"]) == 1
+    assert "run_dir=elsewhere: the run is that of" in capsys.readouterr().err

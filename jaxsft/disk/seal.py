@@ -84,12 +84,13 @@ def read_object(path: epath.Path) -> dict[str, Any]:
     return found
 
 
-def problem_of(folder: epath.Path, *, look: Look | None = None) -> str | None:
+def problem_of(folder: epath.Path, *, look: Look | None = None, free: Collection[str] = ()) -> str | None:
     """What is wrong with a sealed folder, None when every file is as it was sealed; others may stand beside them.
 
     Args:
         folder: the folder.
         look: says of each file that the seal names what is there, as `found_of` does, which looks at all of them.
+        free: files that may have been changed or removed since.
     """
     if not (folder / SEAL).exists():
         return UNFINISHED
@@ -97,6 +98,7 @@ def problem_of(folder: epath.Path, *, look: Look | None = None) -> str | None:
         sealed = read_seal(folder / SEAL)
         if not sealed:
             return f"it cannot be read: {SEAL} names no file"
+        sealed = {name: entry for name, entry in sealed.items() if name not in free}
         found = (look or found_of)(folder, sealed)
     except (OSError, ValueError) as error:
         return f"it cannot be read: {error}"

@@ -261,8 +261,11 @@ def _write_config(path: pathlib.Path, config: dict[str, Any], source: pathlib.Pa
 
 
 def export_problem(folder: pathlib.Path) -> str | None:
-    """What is wrong with an export that was written before, None when every file is as it was sealed."""
-    return problem_together(epath.Path(folder))
+    """What is wrong with an export that was written before, None when every file is as it was sealed.
+
+    Its card may have been written on, as cards are there for. Every process must call this.
+    """
+    return problem_together(epath.Path(folder), free=(CARD,))
 
 
 def write_whole_folder(

@@ -1,7 +1,8 @@
 """An export on its way to the hub.
 
 In: the folder of an export, which is compared with its seal first, and the name of a repository. Out: the files that
-were sealed, in one commit there. Only the model card may have been changed since, as cards are there to be written on.
+were sealed, in one commit there, and none of a former export beside them. Only the model card may have been changed
+since, as cards are there to be written on.
 """
 
 import glob
@@ -13,10 +14,16 @@ from typing import Any
 from etils import epath
 
 from jaxsft.config import ConfigError
-from jaxsft.disk.seal import SEAL, Entry, found_of, problem_of, read_seal
+from jaxsft.disk.seal import SEAL, checksum, problem_of, read_seal
 from jaxsft.disk.writing import at_home
 from jaxsft.folders.export import CARD
 from jaxsft.folders.peft.settings import CONFIG_FILE
+
+OF_EXPORTS = [
+    *(SEAL, "config.json", "generation_config.json", CONFIG_FILE, "adapter_model.safetensors"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+]
+"""What exports may hold, each in place of another."""
 
 
 class PushError(RuntimeError):
@@ -64,6 +71,8 @@ def push(path: str, repo: str, *, private: bool = False, say: Callable[[str], No
                 repo_id=repo,
                 folder_path=folder,
                 allow_patterns=[glob.escape(name) for name in names],
+                # Left beside these, files of a former export would be loaded in their place, or beside them.
+                delete_patterns=OF_EXPORTS,
                 commit_message="Export of jaxsft",
             )
     except Exception as error:  # the client raises many kinds, of three libraries
@@ -84,19 +93,13 @@ def _checked(folder: pathlib.Path, path: str) -> list[str]:
         raise ConfigError(f"{path}: no export: there is neither config.json nor {CONFIG_FILE}")
     if not (folder / SEAL).exists():
         raise ConfigError(f"{path}: no export of jaxsft: without {SEAL}, nothing says what it should hold")
-    changed_card = []
-
-    def look(folder: epath.Path, entries: dict[str, Entry]) -> dict[str, Entry | None]:
-        found = found_of(folder, entries)
-        if found.get(CARD) not in (None, entries.get(CARD)):
-            changed_card.append(CARD)
-            found[CARD] = entries[CARD]
-        return found
-
-    if (problem := problem_of(epath.Path(folder), look=look)) is not None:
+    if (problem := problem_of(epath.Path(folder), free=(CARD,))) is not None:
         raise ConfigError(f"{path}: {problem}; nothing was sent")
+    sealed = read_seal(epath.Path(folder) / SEAL)
+    has_card = (folder / CARD).exists()
     # A seal that does not fit the card would be taken for damage by whoever verifies what they have got.
-    return [*read_seal(epath.Path(folder) / SEAL), *([] if changed_card else [SEAL])]
+    fits = CARD not in sealed or (has_card and checksum(epath.Path(folder) / CARD) == sealed[CARD])
+    return [name for name in sealed if name != CARD] + [CARD] * has_card + [SEAL] * fits
 
 
 def _notes(folder: pathlib.Path) -> list[str]:

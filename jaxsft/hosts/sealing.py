@@ -6,7 +6,7 @@ it; and later on what is no longer as it says, the same on every process.
 
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -42,10 +42,10 @@ def seal_together(folder: epath.Path, sums: Callable[[], Mapping[str, Entry]]) -
     done_by_first("sealed", lambda: write_seal(folder, entries))
 
 
-def problem_together(folder: epath.Path) -> str | None:
+def problem_together(folder: epath.Path, *, free: Collection[str] = ()) -> str | None:
     """As `problem_of`: each process reads its share of the bytes, and all of them get the same answer."""
     if jax.process_count() == 1:
-        return problem_of(folder)
+        return problem_of(folder, free=free)
     this, count = jax.process_index(), jax.process_count()
     found: dict[str, Entry | None] = {}
     sealed: dict[str, Entry] = {}
@@ -55,7 +55,7 @@ def problem_together(folder: epath.Path) -> str | None:
         found.update(found_of(folder, {name: entries[name] for name in shares(entries, count)[this]}))
         return dict(entries) | found
 
-    told: dict[str, Any] = {"problem": problem_of(folder, look=look)}
+    told: dict[str, Any] = {"problem": problem_of(folder, look=look, free=free)}
     if sealed:
         told["seal"] = zlib.crc32(json.dumps(sealed).encode())
         if told["problem"] is not None:

@@ -24,6 +24,7 @@ from jaxsft.config import ConfigError
 from jaxsft.config_files import config_changes
 from jaxsft.disk.seal import problem_of
 from jaxsft.disk.writing import place, read_file
+from jaxsft.folders.export import CARD
 from jaxsft.hosts.exits import BUG, START_AGAIN
 from jaxsft.report.make import check_folder, report
 from jaxsft.report.readers import read_run
@@ -192,7 +193,7 @@ def is_finished(trial: Trial) -> bool:
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError):
         return False  # It is damaged, and `train` says so.
     changes = [change for change in changes if not change.startswith("run_dir: ")]  # from where the sweep was started
-    return not changes and problem_of(folder / "export") is None
+    return not changes and problem_of(folder / "export", free=(CARD,)) is None
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -320,6 +320,25 @@ class Checkpointer:
         """
         return self.best_step() if asked == BEST else None if asked == LAST else int(asked)
 
+    def note_export(self, step: int) -> None:
+        """Notes of which checkpoint the export is; what is sealed later takes the note away. Every process calls this.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            note = {"sealed": max(sealed_steps(self.folder), default=None), "exported": step}
+            write_whole(self.folder.parent / PROGRESS, json.dumps(note) + "\n")
+
+    def exported_step(self) -> int | None:
+        """Of which checkpoint the export is, the same on every process; None where that is not known."""
+        found: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            found = read_object(self.folder.parent / PROGRESS).get("exported")
+        told = json.loads(first_text("exported", json.dumps(found)))
+        return told if isinstance(told, int) else None
+
     def newest_before(self, step: int) -> epath.Path | None:
         """The newest finished checkpoint of a state before an earlier step than `step`; None where there is none."""
         steps = [saved for saved in sealed_steps(self.folder) if saved < step]

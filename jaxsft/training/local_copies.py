@@ -123,7 +123,7 @@ class LocalCopies:
             abstract: what is asked of it, with shardings.
             after: only of a later step than this.
         """
-        mine = {step: problem for step in self._steps() if step > after for problem in [self._misfit(step, abstract)]}
+        mine = {step: self._misfit(step, abstract, after) for step in self._steps() if step > after}
         parts = [json.loads(text) for text in gather_texts("local copies", json.dumps(list(mine.items())))]
         tables = [dict(part) for part in parts]
         for step in sorted({step for table in tables for step in table}, reverse=True):
@@ -188,12 +188,19 @@ class LocalCopies:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _misfit(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> str | None:
+    def _misfit(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct], after: int) -> str | None:
         """Why a copy is of no use to this start; what its meta.json says is not compared with its seal yet."""
         try:
-            return self._misfit_of(step, abstract)
+            return self._misfit_of(step, abstract) or self._lost_best(step, after)
         except (OSError, ValueError, KeyError, TypeError, IndexError):
             return f"their {META} does not say what they hold"
+
+    def _lost_best(self, step: int, after: int) -> str | None:
+        """A best checkpoint that was saved before this copy and never finished would be missing for good."""
+        best = read_object(self.folder / str(step) / META)["progress"].get("patience", {}).get("best_step")
+        if best is not None and best > max(after, 0):
+            return f"checkpoint {best}, which was the best by then, was not finished"
+        return None
 
     def _misfit_of(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> str | None:
         about = self._about(self.folder / str(step))

@@ -41,7 +41,7 @@ def read_matmuls(traced: Any) -> list[Matmul]:
     """
     jaxpr = _inner(getattr(traced, "jaxpr", traced))
     needed, _ = partial_eval.dce_jaxpr(jaxpr, True)
-    return list(_matmuls(needed, _Visit(1, 1, "", is_open=False)))
+    return list(_matmuls(needed, _Visit(1, 1, 1, "", is_open=False)))
 
 
 def _inner(jaxpr: Any) -> Any:
@@ -54,12 +54,15 @@ class _Visit(NamedTuple):
 
     times: int
     """How often it runs, on all devices; in an open loop, in a turn on one of them."""
+    turns: int
+    """Of all scans around it; of those around an open loop."""
     runs: int
-    """The same without what is within one device's own program, or within an open loop."""
+    """Of all scans around the innermost program that is given by hand for each device (`shard_map`); of all, where
+    there is none."""
     path: str
     is_open: bool
-    is_local: bool = False
-    """In the program of one device."""
+    is_by_hand: bool = False
+    """Within such a program."""
 
 
 def _matmuls(jaxpr: Any, visit: _Visit) -> Iterator[Matmul]:
@@ -73,13 +76,15 @@ def _matmuls(jaxpr: Any, visit: _Visit) -> Iterator[Matmul]:
             yield Matmul(flops, str(out.dtype), out.shape, name, AGAIN in name, visit.is_open, visit.runs)
         inner, branches = visit._replace(path=name), list(_parts(params))
         if kind == "scan":
-            runs = visit.runs if visit.is_local or visit.is_open else visit.runs * params["length"]
-            inner = inner._replace(times=visit.times * params["length"], runs=runs)
+            turns = visit.turns * (1 if visit.is_open else params["length"])
+            runs = visit.runs if visit.is_by_hand else turns
+            inner = inner._replace(times=visit.times * params["length"], turns=turns, runs=runs)
         elif kind in ("while", "pallas_call") and not visit.is_open:
             inner = inner._replace(times=1, is_open=True)
-        elif kind == "shard_map":  # the shapes inside are those of one device
-            count = 1 if visit.is_open else math.prod(params["mesh"].shape.values())
-            inner = inner._replace(times=visit.times * count, is_local=True)
+        elif kind == "shard_map":  # the shapes inside are parts along the axes that are given by hand from here on
+            sizes = (params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            count = 1 if visit.is_open else math.prod(sizes)
+            inner = inner._replace(times=visit.times * count, runs=visit.turns, is_by_hand=True)
         of_branches = [list(_matmuls(part, inner)) for part in branches]
         if kind == "cond":
             yield from max(of_branches, key=lambda each: sum(matmul.flops for matmul in each), default=[])

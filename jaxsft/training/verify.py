@@ -13,7 +13,7 @@ from etils import epath
 from jaxsft.config import ConfigError
 from jaxsft.disk.seal import SEAL, UNFINISHED, Entry, problem_of, read_object, read_seal, read_sealed_object
 from jaxsft.disk.writing import place
-from jaxsft.folders.export import UNFINISHED_MARK
+from jaxsft.folders.export import CARD, UNFINISHED_MARK
 from jaxsft.training.checkpoint import META, PROGRESS, all_steps, checkpoint_problem, newest_run
 from jaxsft.training.metrics_file import metrics_problem
 from jaxsft.training.run_folder import FINGERPRINT
@@ -47,7 +47,7 @@ def verify(path: str, *, say: Callable[[str], None]) -> int:
             "seals, so that nothing says what it should hold"
         )
     if (folder / SEAL).exists() or is_model:
-        findings = [_sealed(folder, folder.name, problem_of(folder))]
+        findings = [_sealed(folder, folder.name, problem_of(folder, free=(CARD,)))]
     elif (folder / "checkpoints").exists() or (folder / FINGERPRINT).exists():
         findings = _run_findings(folder)
     else:
@@ -71,7 +71,7 @@ def _run_findings(folder: epath.Path) -> list[Finding]:
         if (problem := checkpoint_problem(checkpoints / str(step))) is not UNFINISHED:
             findings.append(_sealed(checkpoints / str(step), f"checkpoints/{step}", problem))
     exports = [each for each in sorted(folder.glob("export*")) if re.fullmatch(EXPORTS, each.name)]
-    findings += [_sealed(each, each.name, problem_of(each)) for each in exports]
+    findings += [_sealed(each, each.name, problem_of(each, free=(CARD,))) for each in exports]
     findings.append(_file(folder / FINGERPRINT, _fingerprint_problem(folder)))
     if (folder / PROGRESS).exists() or newest_run(checkpoints):  # Earlier versions wrote none.
         findings.append(_file(folder / PROGRESS, _progress_problem(folder)))

@@ -20,6 +20,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The requests of an upload; keeps what was committed."""
 
     def do_GET(self):
+        if "/tree/" in self.path:
+            files = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in self.server.files]
+            return self._answer(files)
         self._answer({"id": REPO, "modelId": REPO, "private": self.server.is_private, "siblings": [], "tags": []})
 
     def do_POST(self):
@@ -35,8 +38,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self._answer({"warnings": [], "errors": []})
         if self.server.refuses:
             return self._answer({"error": "You have no right to write here"}, 403)
-        lines = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
-        self.server.files |= {line["path"]: base64.b64decode(line["content"]) for line in lines}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "deletedFile":
+                del self.server.files[line["value"]["path"]]
+            elif line["key"] == "file":
+                self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         return self._answer({"commitUrl": f"{constants.ENDPOINT}/{REPO}/commit/0", "commitOid": "0", "hookOutput": ""})
 
     def _answer(self, value, status=200):
@@ -103,6 +109,21 @@ def test_a_card_that_was_written_on_goes_along_without_the_seal(hub, export):
     assert hub.files["README.md"] == b"# My card"
 
 
+def test_a_later_one_leaves_nothing_of_a_former_one_beside_it(hub, export):
+    former = ("adapter_config.json", "adapter_model.safetensors", "model-00001-of-00002.safetensors")
+    hub.files = {name: b"old" for name in ("seal.json", "notes.md", "config.json", *former)}
+    (export / "README.md").write_text("# My card")
+    assert main(["push", str(export), REPO]) == 0
+    there = {name: data for name, data in contents(export).items() if name != "seal.json"}
+    assert hub.files == there | {"notes.md": b"old"}
+
+
+def test_without_a_card_the_rest_goes(hub, export):
+    (export / "README.md").unlink()
+    assert main(["push", str(export), REPO]) == 0
+    assert hub.files == {name: data for name, data in contents(export).items() if name != "seal.json"}
+
+
 def test_private_is_made_so_and_a_public_one_gets_nothing(hub, export, capsys):
     assert main(["push", str(export), REPO, "--private"]) == 1
     assert "all can see it" in capsys.readouterr().err and not hub.files
@@ -121,10 +142,6 @@ def remove(export):
     (export / "tokenizer.json").unlink()
 
 
-def remove_card(export):
-    (export / "README.md").unlink()
-
-
 def unseal(export):
     (export / "seal.json").unlink()
 
@@ -139,7 +156,6 @@ def empty(export):
     [
         (damage, "model[1].safetensors: 7 bytes"),
         (remove, "tokenizer.json: 2 bytes"),
-        (remove_card, "README.md: 6 bytes"),
         (unseal, "no export of jaxsft: without seal.json"),
         (empty, "no export: there is neither config.json nor adapter_config.json"),
         (shutil.rmtree, "no export: there is neither"),

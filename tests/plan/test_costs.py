@@ -109,10 +109,12 @@ def test_flops_are_those_of_the_formula(config):
         ({}, (), 11),
         ({"fsdp": 4, "expert": 2, "tensor": 2}, ("train.microbatch_size=8",), 11),
         ({"fsdp": 2, "context": 2}, ("model.remat=none",), 11),
+        ({"data": 2, "fsdp": 2}, ("train.microbatch_size=8",), 11),
+        ({"data": 2}, ("train.microbatch_size=4",), 11),
         # Gradients by weights are left out.
         ({"fsdp": 4}, ("lora.rank=4", "lora.targets=attention", "train.microbatch_size=4"), 8),
     ],
-    ids=["one device", "expert, tensor", "context", "frozen"],
+    ids=["one device", "expert, tensor", "context", "copies", "copies alone", "frozen"],
 )
 def test_of_experts_what_is_chosen_counts(mixture, config, sizes, overrides, products):
     """Three products forward and eight backward, in which gate and up are computed again."""
@@ -122,6 +124,10 @@ def test_of_experts_what_is_chosen_counts(mixture, config, sizes, overrides, pro
     found = count_flops(matmuls, planned.model, planned.structure, run, planned.mesh.shape)
     assert found.experts == 2 * LAYERS * products * WIDTH * 2 * WIDTH * TOP_K * ROWS * LENGTH
     assert found.needed <= found.all - found.again
+    attention = 4 * WIDTH**2 if "lora" not in str(overrides) else 0
+    if attention:  # and routers; three products each, forward and backward
+        again = 4 if "remat=none" not in str(overrides) else 3
+        assert found.maps == pytest.approx(2 * LAYERS * again * (attention + 8 * WIDTH) * ROWS * LENGTH, rel=0.02)
 
 
 def test_bytes_of_memory_and_adapters(config):

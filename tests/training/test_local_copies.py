@@ -147,3 +147,15 @@ def test_a_copy_for_which_there_is_no_room_is_said_and_the_former_one_kept(make,
     assert len(said) == 1 and said[0].startswith("WARNING: no local copy of step 2: process 0: ")
     assert "No space left" in said[0] and copies(tmp_path) == [1]
     assert restored_step(make()) == 1
+
+
+def test_a_copy_after_a_best_checkpoint_that_was_never_finished_is_passed_over(make):
+    said = []
+    checkpointer = make()
+    checkpointer.save(5, make_state(5))
+    for step, best in ((7, 5), (9, 8)):
+        checkpointer.wait()
+        checkpointer.save_local(step, make_state(step), progress={"patience": {"best_step": best}})
+    checkpointer.close()
+    assert restored_step(make(said)) == 5
+    assert "passed over the local copies of step 9: checkpoint 8, which was the best by then, was not finished" in said
