@@ -204,9 +204,10 @@ def expected_collectives(
     of_row = config.data.seq_len * itemsize
     hidden = rows * of_row // mesh_shape["context"] * structure.hidden_size
     add("all-reduce", ("tensor",), hidden, 6 * layers * microbatches)
+    attending = len(structure.layers_of("layers.self_attn"))
     keys = 2 * rows * of_row * structure.num_kv_heads * structure.head_dim // mesh_shape["tensor"]
-    add("all-gather", ("context",), keys, (1 if config.model.remat == "none" else 2) * layers * microbatches)
-    add("reduce-scatter", ("context",), keys * 4 // itemsize, layers * microbatches)
+    add("all-gather", ("context",), keys, (1 if config.model.remat == "none" else 2) * attending * microbatches)
+    add("reduce-scatter", ("context",), keys * 4 // itemsize, attending * microbatches)
     return found
 
 
