@@ -336,6 +336,8 @@ COMPILING = (train_command, quickstart_command, evaluate_command, chat_command, 
 """Commands whose compiled programs are kept for the next start."""
 TAKE_CONFIG = ("train", "preview", "evaluate", "plan", "compare")
 """Commands whose first argument is a config."""
+CONFIG_OPTIONS = ("config", "c", "config_file", "config-file", "cfg")
+"""Options by which others are given a config."""
 WATCHED = (train_command, quickstart_command, evaluate_command, doctor_command)
 """Commands that end together where several processes run them."""
 
@@ -360,7 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(args, "overrides") and (advice := _as_overrides(words, wrong)):
             print(f"error: {advice}", file=sys.stderr)
             return BUG
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        # Without values, of which one may be a token: those of "--key value" and behind "=".
+        names = [word.partition("=")[0] for word in wrong if word.startswith("-")] or wrong
+        parser.error(f"unrecognized arguments: {' '.join(names)}")
     if rest:  # overrides that stand behind an option
         args.overrides += rest
     if arguments is None:
@@ -412,7 +416,9 @@ def _advice(words: Sequence[str]) -> str | None:
     if name.endswith((".yaml", ".yml")):
         return f"{name}: a config needs a command before it: python run.py train {name}"
     if name in TAKE_CONFIG and len(words) > 1 and "=" in words[1] and not os.path.exists(words[1]):
-        return f"{words[1]}: the config stands before what changes it: python run.py {name} CONFIG {words[1]}"
+        key = words[1].partition("=")[0]
+        shown = words[1] if _is_shown(key) else f"{key}=..."
+        return f"{shown}: the config stands before what changes it: python run.py {name} CONFIG {shown}"
     return None
 
 
@@ -427,8 +433,10 @@ def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
             value = words[at + 1]
         answer = _as_override(name, value, command=words[0])
         is_any_known |= answer is not None
+        # The value of a key that is none of ours is not shown: it may be a token.
+        shown = f"{word}{f' {value}' if value and not equals else ''}" if _is_shown(name) else word.partition("=")[0]
         answer = answer or "no such key; keys are written key=value, and `python run.py keys` lists them"
-        told.append(f"{word}{f' {value}' if value and not equals else ''}: {answer}")
+        told.append(f"{shown}: {answer}")
     if not is_any_known:
         return None
     if len(told) == 1:
@@ -436,9 +444,15 @@ def _as_overrides(words: Sequence[str], wrong: Sequence[str]) -> str | None:
     return "\n".join([f"{len(told)} arguments that are written otherwise here:", *(f"  {line}" for line in told)])
 
 
+def _is_shown(name: str) -> bool:
+    """Whether what is given for such a key may be repeated: a config, or the value of a key that is one of ours."""
+    foreign = of_others(name)
+    return name in CONFIG_OPTIONS or bool(keys_called(name)) or (foreign is not None and bool(foreign.ours))
+
+
 def _as_override(name: str, value: str, *, command: str) -> str | None:
     """How one such argument is given; None: its name is not known."""
-    if name in ("config", "c", "config_file", "config-file", "cfg"):
+    if name in CONFIG_OPTIONS:
         command = command if command in TAKE_CONFIG else "train"
         return f"a config stands by itself: python run.py {command} {value or 'CONFIG'}"
     if near := [key for key in keys_called(name) if key == name] or keys_called(name):

@@ -5,6 +5,7 @@ there is none. The errors of `config_files.py` and `cli.py` look names up in it,
 alone stand here; what becomes of values is in `convert/`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -199,6 +200,8 @@ _TAKEN: list[tuple[str, str, str]] = [
     ("predict_with_generate", "eval.exact_match", ""),
     ("save_steps save_interval save_every checkpoint_every checkpointing_steps", "checkpoint.every", "in steps"),
     ("saves_per_epoch save_strategy", "checkpoint.every", "in steps; the end is saved always"),
+    ("load_best_model_at_end", "checkpoint.export", "best; it needs data.eval"),
+    ("early_stopping_patience early_stopping_steps", "eval.patience", "it needs eval.every"),
     ("save_total_limit max_checkpoints keep_checkpoints", "checkpoint.keep", "the best one is kept besides"),
     ("logging_steps log_interval log_every log_every_n_steps logging_interval", "log.every", "in steps"),
     ("report_to use_wandb use_tensorboard use_trackio logger with_tracking", "log.to",
@@ -217,10 +220,10 @@ _NONE: dict[str, str] = {
         "restore_callback_states_from_checkpoint",
     "a command says what is done: train, evaluate, preview, chat":
         "do_train do_predict debug is_preprocess lm_eval_post_train task stage_name",
-    "the best checkpoint is kept beside the newest; checkpoint.export: best makes it the export of the run":
-        "load_best_model_at_end metric_for_best_model greater_is_better save_best_model",
-    "eval.patience ends a run after so many evaluations without a smaller loss; it needs eval.every":
-        "early_stopping_patience early_stopping_steps early_stopping_threshold",
+    "the best checkpoint is that of the smallest held-out loss; checkpoint.export: best makes it the export of the run":
+        "metric_for_best_model greater_is_better save_best_model",
+    "eval.patience counts evaluations without a smaller loss, however much smaller it is":
+        "early_stopping_threshold",
     "checkpoints hold what a run needs to go on; the model alone is RUN/export, or `export RUN --step N`":
         "save_only_model save_first_step save_on_each_node dynamic_checkpoint enable_jit_checkpoint save_safetensors",
     "a run sends nothing to the hub; `run.py push RUN ORG/NAME` does when it is finished":
@@ -228,7 +231,8 @@ _NONE: dict[str, str] = {
         "hub_model_revision push_dataset_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token "
         "hf_use_auth_token export_hub_model_id use_auth_token save_to_hub",
     "log in by the program or the environment of the hub or tracker; a config holds no secrets":
-        "hf_hub_token ms_hub_token om_hub_token wandb_entity wandb_run_id wandb_mode wandb_watch wandb_log_model "
+        "hf_token huggingface_token huggingface_hub_token wandb_api_key wandb_key api_key token hf_hub_token "
+        "ms_hub_token om_hub_token wandb_entity wandb_run_id wandb_mode wandb_watch wandb_log_model "
         "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_run_group",
     "of trackers there are tensorboard, wandb and trackio (log.to); metrics.jsonl can be sent to others":
         "use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts use_comet "
@@ -501,6 +505,22 @@ OTHER_METHODS = frozenset(
 def of_others(key: str) -> Foreign | None:
     """What a key is here by its last part, as others write it (`optim.lr`, `--max-seq-length`); None: not known."""
     return FOREIGN.get(key.rsplit(".", 1)[-1].lstrip("-").replace("-", "_").lower())
+
+
+_SECRET = re.compile(r"secret|passw|credential|api_?key|access_?key|(^|_)auth(_|$)|(^|_)tokens?$|(^|_)key$")
+_OF_TEXT = re.compile(
+    r"(eos|bos|pad|eot|unk|sep|cls|mask|image|special|added|additional_special|stop|max.*|num)_tokens?"
+)
+
+"""Names that sound like those of secrets, and are of texts."""
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key's value may be a token or a password, by its name; such a value is never shown."""
+    name = name.replace("-", "_").lower()
+    return (
+        bool(_SECRET.search(name)) and not _OF_TEXT.fullmatch(name) and name not in ("tokens", "template_thinking_key")
+    )
 
 
 def looks_foreign(tree: Mapping[str, Any]) -> bool:

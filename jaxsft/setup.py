@@ -32,7 +32,7 @@ from jaxsft.folders.pretrained import (
     check_positions,
     compute_dtype,
     is_exported_as_adapter,
-    load_weights,
+    load_frozen,
     open_model,
     open_tokenizer,
 )
@@ -283,11 +283,8 @@ class Setup:
         )
 
     def load_frozen(self) -> Any:
-        """The weights that are not trained, from where they lie; nothing is read where there are none."""
-        model = self.pretrained.model
-        if not jax.tree.leaves(model.frozen):
-            return model.frozen
-        return model.split(load_weights(self.pretrained, self.mesh, seed=self.config.seed))[1]
+        """The weights that are not trained, from where they lie; no others are read."""
+        return load_frozen(self.pretrained, self.mesh, seed=self.config.seed)
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxsft.config import LoraConfig, ModelConfig, OptimConfig
 from jaxsft.config_files import load_config
+from jaxsft.folders.pretrained import load_frozen, load_weights, open_model, open_tokenizer
+from jaxsft.folders.weights.stored import SafeTensor
 from jaxsft.train import train
+from jaxsft.training.memory import where_bytes_go
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -60,3 +64,46 @@ def test_an_expert_for_all_tokens_has_adapters_beside_codes_of_four_bits(make_fo
     trained = safetensors.numpy.load_file(export / "adapter_model.safetensors")
     of_shared = {name: each for name, each in trained.items() if "shared_expert" in name and "lora_B" in name}
     assert len(of_shared) == 2 * 3 and all(np.any(each) for each in of_shared.values())
+
+
+OF_RUNS = {
+    "all trained": ({}, {}),
+    "random": ({}, {"weights": "random"}),
+    "adapters": ({"lora": {"rank": 2, "targets": ["attention"], "dora": True}}, {}),
+    "adapters on four bits": ({"lora": {"rank": 2, "targets": ["attention"]}}, {"quantize": "nf4"}),
+    "last layer": ({"only": [r"layers\.1\..*"]}, {}),
+}
+
+
+@pytest.mark.parametrize("run", OF_RUNS)
+@pytest.mark.parametrize("name", KEPT)
+def test_a_resumed_run_reads_what_is_not_trained_and_no_more(name, run, make_folder, monkeypatch):
+    trained, options = OF_RUNS[run]
+    config = ModelConfig(path=str(make_folder(name)), remat="none", **options)
+    lora = LoraConfig(**trained["lora"]) if "lora" in trained else None
+    pretrained = open_model(config, open_tokenizer(config), lora, trained.get("only"))
+    _, expected = pretrained.model.split(load_weights(pretrained, adapters.one_device(), seed=3))
+    read = set()
+    whole_read = SafeTensor.read
+
+    def counted(tensor, rows, columns):
+        read.add(tensor.offset)
+        return whole_read(tensor, rows, columns)
+
+    monkeypatch.setattr(SafeTensor, "read", counted)
+    adapters.assert_same_state(load_frozen(pretrained, adapters.one_device(), seed=3), expected)
+    if run == "all trained":
+        tensors = pretrained.stored.tensors
+        assert read == {tensors[each].offset for each in tensors if each.endswith(KEPT[name])}
+        assert len(read) == len(KEPT[name]) * len(pretrained.decoder_config.layers)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_adapters_are_advised_though_some_numbers_are_never_trained(name, make_folder):
+    config = ModelConfig(path=str(make_folder(name)))
+    for lora in (None, LoraConfig(rank=2)):
+        model = open_model(config, open_tokenizer(config), lora).model
+        table = where_bytes_go(model, OptimConfig(), adapters.one_device(), rows=2, length=16, num_microbatches=1)
+        advised = {term.name: term.lowered_by for term in table.terms}
+        assert ("lora.rank" in advised["optimizer"]) == (lora is None)
+        assert ("model.quantize" in advised["frozen"]) == (lora is not None)

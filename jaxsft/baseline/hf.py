@@ -203,7 +203,9 @@ def make_optimizer(model: Any, request: dict[str, Any]) -> torch.optim.Optimizer
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        (spared if parameter.ndim < 2 or name.endswith("bias") else decayed).append(parameter)
+        # Norms of heads have a dim for the heads in some models.
+        is_spared = parameter.ndim < 2 or name.endswith("bias") or "norm" in name.split(".")[-2]
+        (spared if is_spared else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": request["weight_decay"]}, {"params": spared, "weight_decay": 0.0}]
     betas = (request["beta1"], request["beta2"])
     return torch.optim.AdamW(groups, lr=request["learning_rate"], betas=betas, eps=request["epsilon"])

@@ -4,7 +4,7 @@ from typing import Any
 
 from jaxsft.config import ConfigError
 from jaxsft.convert.conversion import Conversion, as_list, brief
-from jaxsft.convert.sources import hold_out, hub_or_file, is_hub, take_template
+from jaxsft.convert.sources import hold_out, lost_keys, places_of, take_template
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -136,16 +136,9 @@ def _rows(c: Conversion) -> None:
 def _sources(entry: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """The sources of one entry of `datasets`; what is lost of it goes to `notes`."""
     kind = entry.get("type")
-    files = [str(file) for file in as_list(entry.get("data_files") or [])]
     path = str(entry.get("path"))
-    if files and not is_hub(path):
-        joined = [file if path in ("json", "csv", "parquet", "text") else f"{path}/{file}" for file in files]
-        places = [place for file in joined for place in hub_or_file(file)]
-    else:
-        places = hub_or_file(path, entry.get("name"), entry.get("split"))
-        if files:
-            notes.append(f"{path}: of a hub dataset no single files are chosen; download {', '.join(files)}")
-    notes += [place.note for place in places if place.note]
+    places, lost = places_of(entry)
+    notes += lost
     more: dict[str, Any] = {}
     columns, keys = _columns(entry, kind if isinstance(kind, dict) else {})
     if isinstance(kind, dict):
@@ -164,14 +157,14 @@ def _sources(entry: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     if keys:
         more["keys"] = keys
     known = {
-        "path", "type", "name", "split", "data_files", "ds_type", "field", "text_column", "roles", "chat_template",
+        "path", "type", "name", "split", "data_files", "data_dir", "ds_type", "field", "text_column", "roles",
+        "chat_template",
         "field_messages", "field_tools", "field_thinking", "message_property_mappings", "message_field_role",
         "message_field_content", "message_field_training", "message_field_training_detail", "trust_remote_code",
         "roles_to_train", "train_on_eos", "train_on_eot", "template_thinking_key", "conversation",
         "chat_template_jinja",
     }  # fmt: skip
-    if lost := sorted(key for key in entry.keys() - known if entry[key] not in (None, False)):
-        notes.append(f"{path}: {', '.join(lost)} of a dataset has no counterpart")
+    notes += lost_keys(entry, known, path)
     return [{"path": place.path, **more} for place in places]
 
 
@@ -213,7 +206,7 @@ def _roles(roles: Any) -> dict[str, str]:
         str(theirs): str(ours)
         for ours, several in (roles.items() if isinstance(roles, dict) else [])
         for theirs in as_list(several or [])
-        if theirs != ours and usual.get(theirs) != ours
+        if str(theirs) != str(ours) and usual.get(str(theirs)) != ours
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxsft.config import USUAL, Config, ConfigError
-from jaxsft.foreign_keys import SAME, of_others
+from jaxsft.foreign_keys import SAME, is_secret, of_others
 
 IDLE: tuple[Any, ...] = (None, "", "none", "no", "None", "passive", [], {})
 """Values by which nothing is asked for, beside false and 0."""
@@ -202,9 +202,15 @@ def our_default(key: str) -> Any:
 
 
 def brief(value: Any) -> str:
-    """A value as it is shown, on one line and not too long."""
-    text = "null" if value is None else flow(value)
+    """A value as it is shown, on one line and not too long, and without tokens that stand in it."""
+    text = "null" if value is None else flow(_without_secrets(value))
     return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: "..." if is_secret(str(name)) else _without_secrets(one) for name, one in value.items()}
+    return [_without_secrets(one) for one in value] if isinstance(value, list) else value
 
 
 def flow(value: Any) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 from jaxsft.config import ConfigError
 from jaxsft.convert.conversion import Conversion, as_list, brief
-from jaxsft.convert.sources import hold_out, hub_or_file
+from jaxsft.convert.sources import Place, hold_out, hub_or_file, lost_keys
 from jaxsft.convert.training import convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -27,6 +27,7 @@ CALLED = {
     "lora_modules_to_save": "additional_target",
     "lora_model_dir": "adapter_name_or_path peft_config.adapter_name_or_path",
     "use_peft": "finetuning_type peft_config.name",
+    "early_stopping_patience": "early_stopping_steps early_stopping_patience",
     "router_aux_loss_coef": "moe_aux_loss_coef",
     "context_parallel_size": "context_parallel_size cp_size hyper_parallel_cp_size",
     "tensor_parallel_size": "tensor_model_parallel_size",
@@ -112,12 +113,19 @@ def _rows(c: Conversion, beside: pathlib.Path, *, is_text: bool) -> None:
         c.missing.append(f"data.train: the files or hub ids of {', '.join(names)}, from their dataset_info.json")
     else:
         named, notes = _named(names, info, at, is_text=is_text)
-        sources = _weighted(c, list(named.values()))
+        sources = _weighted(c, named, notes)
         mixed = ["interleave_probs"] * any("weight" in source for source in sources)
         c.take("data.train", sources, "dataset", "dataset_dir", *mixed, note="; ".join(notes))
         held_out, notes = _named(c.texts("eval_dataset"), info, at, is_text=is_text)
         if held_out:
-            c.take("data.eval", held_out, "eval_dataset", note="; ".join(notes))
+            evaluated = {}
+            for name, several in held_out.items():
+                for number, source in enumerate(several):
+                    if source.pop("count", None):
+                        notes.append(f"num_samples of {name} is left out: held-out rows are all examined once")
+                    evaluated[name if len(several) == 1 else f"{name}{number}"] = source
+            notes = [note for note in notes if note != COUNTED]
+            c.take("data.eval", evaluated, "eval_dataset", note="; ".join(dict.fromkeys(notes)))
         hold_out(c, "val_size", [source["path"] for source in sources])
         for key, lost in (("train", [*names]), ("eval", c.texts("eval_dataset"))):
             if absent := [name for name in lost if name not in named.keys() | held_out.keys()]:
@@ -143,28 +151,52 @@ def _dataset_info(folder: str, beside: pathlib.Path) -> tuple[dict[str, Any] | N
     return None, pathlib.Path(folder)
 
 
+COUNTED = "num_samples is `count` here: as many rows in every epoch, and not the same ones"
+
+KNOWN = {
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "cloud_file_name", "subset", "split", "folder",
+    "num_samples", "formatting", "columns", "tags", "ranking",
+}  # fmt: skip
+"""Keys of an entry of `dataset_info.json` that are looked at."""
+
+
 def _named(
     names: list[str], info: dict[str, Any], at: pathlib.Path, *, is_text: bool
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Name -> source, of those that are in the table, and what is lost of them."""
-    sources, notes = {}, []
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """Name -> sources, of those that are in the table, and what is lost of them."""
+    sources: dict[str, list[dict[str, Any]]] = {}
+    notes: list[str] = []
     for name in names:
         entry = info.get(name)
         if not isinstance(entry, dict):
             continue
         if hub := entry.get("hf_hub_url"):
-            (place, *_) = hub_or_file(hub, entry.get("subset"), entry.get("split"))
-            path = place.path
+            places = hub_or_file(hub, entry.get("subset"), entry.get("split"))
         elif file := entry.get("file_name") or entry.get("cloud_file_name"):
-            path = file if "://" in str(file) else str(at / str(file))
+            path = str(file) if "://" in str(file) else str(at / str(file))
+            split = entry.get("split")
+            lost = f"the split {split} of a local folder or file is not chosen" if split not in (None, "train") else ""
+            places = [Place(path, lost)]
         else:
             continue
+        notes += [f"{name}: {place.note}" for place in places if place.note]
+        if entry.get("folder"):
+            notes.append(f"{name}: folder {entry['folder']}: no part of a hub dataset is chosen; download it and give "
+                         "its path")  # fmt: skip
+        notes += lost_keys(entry, KNOWN, name)
+        more = _renamed(entry, is_text=is_text)
+        if (size := entry.get("num_samples")) is not None:
+            if type(size) is int and size > 0 and len(places) == 1:
+                more["count"] = size
+                notes.append(COUNTED)
+            else:
+                notes.append(f"{name}: num_samples {brief(size)} is left out: `count` is a number of rows of one split")
         if entry.get("ranking"):
             notes.append(f"{name}: rows of preferences are not trained on")
         if media := sorted({"images", "videos", "audios"} & _mapping(entry, "columns").keys()):
             notes.append(f"{name}: {', '.join(media)} are not trained on, and such rows are refused")
-        sources[name] = {"path": path, **_renamed(entry, is_text=is_text)}
-    return sources, notes
+        sources[name] = [{"path": place.path, **more} for place in places]
+    return sources, list(dict.fromkeys(notes))
 
 
 def _renamed(entry: dict[str, Any], *, is_text: bool) -> dict[str, Any]:
@@ -178,6 +210,7 @@ def _renamed(entry: dict[str, Any], *, is_text: bool) -> dict[str, Any]:
         if key in ours and theirs != ours[key] and (key, theirs) != ("messages", "conversations")
     }
     tags = _mapping(entry, "tags")
+    tags = {tag: str(theirs) for tag, theirs in tags.items()}
     keys = {tags[f"{key}_tag"]: key for key in ("role", "content") if f"{key}_tag" in tags}
     keys = {theirs: key for theirs, key in keys.items() if theirs not in (key, "from", "value")}
     roles = {tags[f"{role}_tag"]: role for role in ("user", "assistant", "system") if f"{role}_tag" in tags}
@@ -190,50 +223,69 @@ def _mapping(entry: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _weighted(c: Conversion, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the shares by which they are mixed."""
-    if not c.is_on("interleave_probs") or len(sources) < 2:
+def _weighted(c: Conversion, named: dict[str, list[dict[str, Any]]], notes: list[str]) -> list[dict[str, Any]]:
+    """The sources, with the shares by which they are mixed; what is lost by that goes to `notes`."""
+    if not c.is_on("interleave_probs") or len(named) < 2:
         c.leave("mix_strategy", why="without interleave_probs every row of all sources is in an epoch, in mixed order")
-        return sources
+        return [source for several in named.values() for source in several]
     shares = [c.as_number(share, "interleave_probs") for share in as_list(c.given("interleave_probs"))]
-    if len(shares) != len(sources):
-        c.problems.append(f"interleave_probs: {len(shares)} shares given, for {len(sources)} datasets")
+    if len(shares) != len(named):
+        c.problems.append(f"interleave_probs: {len(shares)} shares given, for {len(named)} datasets")
     ends = {"interleave_under": "first", "interleave_over": "all"}.get(str(c.given("mix_strategy")))
     if ends:
         c.take("data.mixture_ends", ends, "mix_strategy")
-    return [{**source, "weight": share} for source, share in zip(sources, shares, strict=False)]
+    weighted = []
+    for (name, several), share in zip(named.items(), shares, strict=False):
+        if len(several) > 1:
+            notes.append(f"{name}: its share is shared out equally over its splits")
+        if any(source.pop("count", None) for source in several):
+            notes.append(f"num_samples of {name} is left out: a source has a weight or a count")
+        weighted += [{**source, "weight": share and share / len(several)} for source in several]
+    notes[:] = [note for note in notes if note != COUNTED or any("count" in one for one in weighted)]
+    return weighted
 
 
 def _rows_of_v1(c: Conversion, value: str, beside: pathlib.Path) -> None:
     """v1 names a dataset of the hub, or a YAML file with one entry for each source."""
-    found = [parent / value for parent in (pathlib.Path(), *beside.resolve().parents) if os.path.isfile(parent / value)]
     if not value.endswith((".yaml", ".yml")):
-        c.take("data.train", [{"path": place.path} for place in hub_or_file(value)], "train_dataset")
+        places = hub_or_file(value)
+        note = "; ".join(place.note for place in places if place.note)
+        c.take("data.train", [{"path": place.path} for place in places], "train_dataset", note=note)
         return
-    if not found:
+    parents = (pathlib.Path(), beside, *beside.resolve().parents)
+    root = next((parent for parent in parents if os.path.isfile(parent / value)), None)
+    if root is None:
         c.leave("train_dataset", why=f"{value}, which names the rows, is not here")
         c.missing.append(f"data.train: what {value} names")
         return
+    file = root / value
     try:
-        entries = yaml.safe_load(found[0].read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"train_dataset: {found[0]}: not readable as YAML: {' '.join(str(error).split())}") from None
-    sources = []
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"train_dataset: {file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    sources: list[dict[str, Any]] = []
+    notes: list[str] = []
     for entry in entries.values() if isinstance(entries, dict) else []:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            c.problems.append(f"train_dataset: {found[0]}: {brief(entry)} given, expected a mapping with a path")
+            c.problems.append(f"train_dataset: {file}: {brief(entry)} given, expected a mapping with a path")
             continue
-        (place, *_) = hub_or_file(entry["path"], entry.get("subset"), entry.get("split"))
-        local = entry.get("source") == "local" and not pathlib.Path(place.path).is_absolute()
-        root = found[0].resolve().parents[len(pathlib.PurePath(value).parts) - 1]
-        count = {"count": entry["size"]} if isinstance(entry.get("size"), int) else {}
-        sources.append({"path": str(root / place.path) if local else place.path, **count})
-    c.take(
-        "data.train",
-        sources,
-        "train_dataset",
-        note="`size` is `count` here" if any("count" in one for one in sources) else "",
-    )
+        path = entry["path"]
+        if entry.get("source") == "local":
+            # Under the folder under which the file was found; an absolute name of the file does not say which that is.
+            under = [root, *(file.resolve().parents if os.path.isabs(value) else ())]
+            path = str(next((one for one in under if os.path.exists(one / path)), root).resolve() / path)
+        places = hub_or_file(path, entry.get("subset"), entry.get("split"))
+        notes += [f"{entry['path']}: {place.note}" for place in places if place.note]
+        notes += lost_keys(entry, {"path", "source", "subset", "split", "size", "converter"}, entry["path"])
+        more = {}
+        if (size := entry.get("size")) is not None:
+            if type(size) is int and size > 0 and len(places) == 1:
+                more["count"] = size
+                notes.append("`size` is `count` here")
+            else:
+                notes.append(f"{path}: size {brief(size)} is left out: `count` is a number of rows of one split")
+        sources += [{"path": place.path, **more} for place in places]
+    c.take("data.train", sources, "train_dataset", note="; ".join(dict.fromkeys(notes)))
 
 
 def _lengths(c: Conversion, *, is_text: bool) -> None:

@@ -83,6 +83,7 @@ def _fit(c: Conversion) -> None:
     keys = {taken.key for taken in c.taken}
     if "data.eval" not in keys:
         _drop(c, "eval.", "held-out rows are not given (data.eval)")
+        _drop(c, "checkpoint.export", "held-out rows are not given (data.eval)")
     if "loss.dft" in keys:
         _drop(c, "loss.label_smoothing", "not together with loss.dft")
     schedule = next((taken.value for taken in c.taken if taken.key == "optim.schedule"), "cosine")
@@ -187,7 +188,7 @@ def _report(c: Conversion, file: str, unknown: list[str], notes: list[str], coun
     if unknown:
         lines += [
             "not known, and not taken:",
-            *wrap(", ".join(f"{name}: {brief(c.theirs[name])}" for name in unknown)),
+            *wrap(", ".join(unknown)),  # without values, of which one may be a token
         ]
     if other := [taken for taken in c.taken if taken.note]:
         lines.append("means something else here:")

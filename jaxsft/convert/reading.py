@@ -3,8 +3,7 @@
 In: a path. Out: key -> value, and the project. Scripts are read and never run: only values that stand in them count.
 """
 
-import ast
-import contextlib
+import datetime
 import pathlib
 import re
 import shlex
@@ -14,6 +13,7 @@ import yaml
 
 from jaxsft.config import ConfigError
 from jaxsft.config_files import Loader
+from jaxsft.convert.script import from_python
 from jaxsft.disk.writing import at_home, is_file
 from jaxsft.foreign_keys import FOREIGN
 
@@ -76,7 +76,8 @@ def read(file: str, project: str | None) -> Read:
     notes: list[str] = []
     missing: list[str] = []
     if path.suffix == ".py":
-        theirs = _from_python(text, path, missing)
+        theirs = from_python(text, path, missing)
+        project = project or "trl"  # whose classes `CALLS` are
         notes.append("a script: only values that stand in it were read, of SFTConfig, LoraConfig and the like")
     elif path.suffix in (".sh", ".bash", ".txt", ".slurm", ".sbatch", ".cmd"):
         theirs = _from_command(text, path)
@@ -113,16 +114,22 @@ def _mapping(loader: Loader, node: yaml.MappingNode) -> dict:
 _Lenient.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
-def _from_yaml(text: str, path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, RecursionError)
+"""What the reader of YAML raises: a date that is none is a ValueError, a key that is a list a TypeError."""
+
+
+def _from_yaml(text: str, path: pathlib.Path, notes: list[str], *, is_named: bool = False) -> dict[str, Any]:
+    """The keys of a YAML or JSON file; one that holds a command line is read as such, but not where it is what the
+    `--config` of a command names, which might then be the same command again."""
     try:
         node = yaml.compose(text, _Lenient)
         _check_aliases(node)
         theirs = yaml.load(text, _Lenient)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        if "trl " in text or ".py" in text.split("\n", 1)[0]:
+    except _UNREADABLE as error:
+        if not is_named and ("trl " in text or ".py" in text.split("\n", 1)[0]):
             return _from_command(text, path)
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if isinstance(theirs, str) and "--" in theirs:
+        raise ConfigError(f"{path}: not readable as YAML: {_why(error)}") from None
+    if isinstance(theirs, str) and "--" in theirs and not is_named:
         return _from_command(text, path)
     if not isinstance(theirs, dict) or not theirs:
         kind = "nothing" if theirs is None or theirs == {} else f"a {type(theirs).__name__}"
@@ -132,6 +139,14 @@ def _from_yaml(text: str, path: pathlib.Path, notes: list[str]) -> dict[str, Any
         twice = sorted({key for key in keys if keys.count(key) > 1})
         notes += [f"{key} is given twice; the last one counts, as with them" for key in twice]
     return {str(key): value for key, value in theirs.items()}
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a YAML, and where; without the line itself, in which a token may stand."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        at = f" in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return f"{error.context}, {error.problem}{at}" if error.context else f"{error.problem}{at}"
+    return " ".join(str(error).split())
 
 
 def _check_aliases(node: yaml.Node | None) -> None:
@@ -193,123 +208,17 @@ def _with_file(theirs: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
     file = path.parent / theirs.pop("config")
     if not is_file(file):
         raise ConfigError(f"{path}: --config {file}: no such file; its keys are needed too")
-    return _from_yaml(file.read_text(encoding="utf-8-sig", errors="replace"), file, []) | theirs
+    try:
+        text = file.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path}: --config {file}: not readable: {error}") from None
+    return _from_yaml(text, file, [], is_named=True) | theirs
 
 
 def _typed(word: str) -> Any:
+    """A word as YAML reads it, but for dates, which nothing of theirs is."""
     try:
-        return yaml.load(word, _Lenient)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+        value = yaml.load(word, _Lenient)  # noqa: S506 (a SafeLoader)
+    except _UNREADABLE:
         return word
-
-
-CALLS: dict[str, dict[str, str]] = {
-    "SFTConfig": {},
-    "TrainingArguments": {},
-    "Seq2SeqTrainingArguments": {},
-    "ModelConfig": {},
-    "ScriptArguments": {},
-    "LoraConfig": {
-        "r": "lora_r",
-        "target_modules": "lora_target_modules",
-        "modules_to_save": "lora_modules_to_save",
-        "rank_pattern": "lora_rank_pattern",
-        "alpha_pattern": "lora_alpha_pattern",
-        "task_type": "lora_task_type",
-        "bias": "lora_bias",
-    },
-    "BitsAndBytesConfig": {},
-    "SFTTrainer": {"model": "model_name_or_path"},
-}
-"""Calls in a script whose arguments count -> arguments that have another name among TRL's."""
-
-_OTHERS = re.compile(
-    "(DPO|GRPO|KTO|PPO|RLOO|ORPO|CPO|BCO|GKD|XPO|TPO|PRM|Reward|OnlineDPO|NashMD|AsyncGRPO|SDFT|SDPO|SSD|GOLD)"
-    "(Config|Trainer)"
-)
-"""Calls of other methods than supervised fine-tuning."""
-
-_OF_TRAINER = ("model", "max_seq_length", "packing", "dataset_text_field", "neftune_noise_alpha", "dataset_kwargs")
-"""Arguments of `SFTTrainer` that say something; older versions had some of SFTConfig's."""
-
-
-def _from_python(text: str, path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
-    """The arguments of `CALLS`; those that are computed go to `missing`."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as Python: {error}") from None
-    values = {
-        target.id: node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    theirs: dict[str, Any] = {}
-    computed: list[tuple[str, str]] = []
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if _OTHERS.fullmatch(called):
-            raise ConfigError(f"{path}: {called}: supervised fine-tuning alone is trained here (SFTConfig)")
-        if called in CALLS:
-            for keyword in call.keywords:
-                if called == "SFTTrainer" and keyword.arg not in _OF_TRAINER:
-                    continue
-                name = CALLS[called].get(keyword.arg or "", keyword.arg or "**")
-                try:
-                    theirs[name] = _literal(keyword.value, values)
-                except ValueError:
-                    computed.append((name, f"{called}({keyword.arg or '**'}={ast.unparse(keyword.value)[:40]})"))
-            if called == "LoraConfig":
-                theirs["use_peft"] = True
-        elif called == "load_dataset" and call.args and not theirs.keys() & {"dataset_name", "datasets"}:
-            theirs |= _dataset(call, values)
-        elif called == "from_pretrained" and call.args:
-            with contextlib.suppress(ValueError):
-                theirs.setdefault("model_name_or_path", _literal(call.args[0], values))
-    if not theirs:
-        raise ConfigError(f"{path}: no SFTConfig, TrainingArguments or LoraConfig with values is called in it")
-    missing += [f"{said}: no value that stands in the script" for name, said in computed if name not in theirs]
-    return theirs
-
-
-def _literal(node: ast.expr, values: dict[str, ast.expr], depth: int = 0) -> Any:
-    """The value of an expression, of names that are given one, and of `torch.bfloat16` and the like their last name.
-
-    Raises:
-        ValueError: it is computed.
-    """
-    if depth > 20:
-        raise ValueError("a name that stands for itself")
-    if isinstance(node, ast.Name) and node.id in values:
-        return _literal(values[node.id], values, depth + 1)
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-        return node.attr
-    if isinstance(node, ast.Dict) and all(node.keys):
-        keys = [_literal(key, values, depth + 1) for key in node.keys if key is not None]
-        return dict(zip(map(str, keys), (_literal(value, values, depth + 1) for value in node.values), strict=True))
-    if isinstance(node, ast.List | ast.Tuple | ast.Set):
-        return [_literal(one, values, depth + 1) for one in node.elts]
-    try:
-        value = ast.literal_eval(node)
-    except (TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    if not (value is None or isinstance(value, str | int | float)):
-        raise ValueError(f"a {type(value).__name__}")
-    return value
-
-
-def _dataset(call: ast.Call, values: dict[str, ast.expr]) -> dict[str, Any]:
-    """What `load_dataset` names; nothing where that is computed, so that the rows are missing."""
-    try:
-        given = dict(zip(("path", "name"), (_literal(arg, values) for arg in call.args), strict=False))
-        given |= {keyword.arg: _literal(keyword.value, values) for keyword in call.keywords if keyword.arg}
-    except ValueError:
-        return {}
-    path, files = given.get("path"), given.get("data_files")
-    if path in ("json", "csv", "parquet", "text", "arrow") and files:
-        files = files.get("train") if isinstance(files, dict) else files
-        return {"datasets": [{"path": path, "data_files": files}]}
-    found = {"dataset_name": path, "dataset_config": given.get("name"), "dataset_train_split": given.get("split")}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    return word if isinstance(value, datetime.date) else value

@@ -7,7 +7,7 @@ project calls them. Rows, masks and chat templates are each project's own.
 import re
 from typing import Any
 
-from jaxsft.convert.conversion import Conversion
+from jaxsft.convert.conversion import Conversion, brief
 
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_hf adamw_apex_fused "
@@ -210,6 +210,7 @@ def _cadences(c: Conversion) -> None:
         c.leave("eval_strategy", "eval_steps", why=why)
     else:
         c.leave("eval_strategy", "eval_steps", why="nothing is evaluated")
+    _best(c)
     saving = str(c.value("save_strategy") or "steps")
     if saving == "steps":
         _every(c, "checkpoint.every", "save_steps", "save_strategy")
@@ -228,6 +229,22 @@ def _cadences(c: Conversion) -> None:
         c.take("log.project", c.given("project"), "project")
     elif not c.is_taken("log.project"):
         c.leave("project", why="a project is trackio's there; log.to does not name it")
+
+
+def _best(c: Conversion) -> None:
+    """What becomes of the smallest held-out loss: when a run ends by it, and whether its checkpoint is the export."""
+    names = ("early_stopping_patience", "load_best_model_at_end")
+    if not c.is_taken("eval.every"):
+        c.leave(*names, why="it goes by evaluations between steps, and eval.every is not known (eval_steps)")
+        return
+    patience = c.whole("early_stopping_patience")
+    if patience is not None and patience > 0:
+        note = "evaluations without a smaller held-out loss in a row, that before training included"
+        c.take("eval.patience", patience, "early_stopping_patience", note=note)
+    if c.flag("load_best_model_at_end"):
+        metric = c.given("metric_for_best_model")
+        note = "" if metric in (None, "loss", "eval_loss") else f"of the smallest held-out loss, not by {brief(metric)}"
+        c.take("checkpoint.export", "best", "load_best_model_at_end", note=note)
 
 
 def _every(c: Conversion, key: str, name: str, *others: str) -> None:

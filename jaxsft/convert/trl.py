@@ -7,8 +7,8 @@ the mixtures of the alignment handbook and open-r1, which use the same parser.
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.convert.conversion import Conversion, Taken, as_list
-from jaxsft.convert.sources import hub_or_file, take_template
+from jaxsft.convert.conversion import Conversion, Taken
+from jaxsft.convert.sources import hub_or_file, lost_keys, places_of, take_template
 from jaxsft.convert.training import LORA_NAMES, convert_lora, convert_quantisation, convert_training
 
 CALLED = {
@@ -16,6 +16,7 @@ CALLED = {
     "layers_to_transform": "peft_layers_to_transform layers_to_transform",
     "model_name_or_path": "model_name_or_path model model_id",
     "max_length": "max_length max_seq_length",
+    "tokenizer_name": "tokenizer_name tokenizer_name_or_path",
     "dtype": "dtype torch_dtype",
     "eval_strategy": "eval_strategy evaluation_strategy",
     "gradient_checkpointing": "activation_checkpointing gradient_checkpointing",
@@ -49,6 +50,10 @@ def convert_trl(theirs: dict[str, Any]) -> Conversion:
         )
     c = Conversion("TRL", theirs, called=CALLED, defaults=DEFAULTS)
     convert_training(c, has_adapters=c.flag("use_peft"))
+    if c.given("tokenizer_name") == c.given("model_name_or_path"):
+        c.leave("tokenizer_name", why="it is the model's own, which is taken where model.tokenizer is left out")
+    elif c.is_on("tokenizer_name"):
+        c.take("model.tokenizer", str(c.given("tokenizer_name")), "tokenizer_name")
     _rows(c)
     _lengths(c)
     _masks(c)
@@ -62,19 +67,26 @@ def _rows(c: Conversion) -> None:
     if isinstance(several, list) and several:
         name = "dataset_mixture" if isinstance(mixture, dict) else "datasets"
         size = mixture.get("test_split_size") if isinstance(mixture, dict) else None
-        _mixture(c, name, several, ["its test_split_size is left out: give data.eval"] * bool(size))
+        lost = ["its test_split_size is left out: give data.eval"] * bool(size)
+        if isinstance(mixture, dict):
+            lost += lost_keys(mixture, {"datasets", "test_split_size", "seed"}, name)
+        _mixture(c, name, several, lost)
         c.leave("test_split_size", why="held-out rows are given here (data.eval), not drawn")
         c.leave("dataset_name", why="`datasets` goes before it, there as here")
         return
     if isinstance(mixer := c.given("dataset_mixer"), dict):
-        train = next((split for split in c.texts("dataset_splits") if "test" not in split), "train")
+        splits = c.texts("dataset_splits")
+        train = [split for split in splits if "test" not in split] or ["train"]
+        notes = ["shares are `epochs` of each"]
+        if left := [split for split in splits if "test" in split]:
+            notes.append(f"of splits, {', '.join(left)} is left out: give data.eval")
         shares = {path: c.as_number(share, "dataset_mixer") for path, share in mixer.items()}
+        mixed = [(place, share) for path, share in shares.items() for place in hub_or_file(path, split=train)]
         sources: list[dict[str, Any]] = [
-            {"path": place.path} | ({} if share == 1 else {"epochs": share})
-            for path, share in shares.items()
-            for place in hub_or_file(path, split=train)
+            {"path": place.path} | ({} if share == 1 else {"epochs": share}) for place, share in mixed
         ]
-        c.take("data.train", sources, "dataset_mixer", "dataset_splits", note="shares are `epochs` of each")
+        notes += dict.fromkeys(place.note for place, _ in mixed if place.note)
+        c.take("data.train", sources, "dataset_mixer", "dataset_splits", note="; ".join(notes))
         return
     name = c.given("dataset_name")
     column = c.given("dataset_text_field")
@@ -90,7 +102,10 @@ def _rows(c: Conversion) -> None:
     c.take("data.train", sources, *names, note="; ".join(place.note for place in places if place.note))
     if str(c.value("eval_strategy") or "no") != "no":
         held_out = hub_or_file(name, c.given("dataset_config"), c.value("dataset_test_split"))
-        c.take("data.eval", held_out[0].path, "dataset_test_split", "dataset_name")
+        paths = [place.path for place in held_out]
+        numbered: Any = paths[0] if len(paths) == 1 else {f"eval{at}": path for at, path in enumerate(paths)}
+        note = "; ".join(place.note for place in held_out if place.note)
+        c.take("data.eval", numbered, "dataset_test_split", "dataset_name", note=note)
     c.leave("dataset_test_split", why="nothing is evaluated without eval_strategy")
     if c.flag("dataset_streaming"):
         if c.is_taken("train.steps"):
@@ -102,15 +117,13 @@ def _rows(c: Conversion) -> None:
 def _mixture(c: Conversion, name: str, several: list[Any], lost: list[str]) -> None:
     sources: list[dict[str, Any]] = []
     for entry in c.entries(name, several):
-        path = entry.get("path") or entry.get("id")
-        files = entry.get("data_files")
-        if files and path in ("json", "csv", "parquet", "text", "arrow"):
-            places = [place for file in as_list(files) for place in hub_or_file(file)]
-        else:
-            places = hub_or_file(path, entry.get("name") or entry.get("config"), entry.get("split"))
-            lost += [f"data_files of {path}"] * bool(files)
-        lost += [place.note for place in places if place.note]
+        places, of_places = places_of(entry)
+        known = {"path", "id", "name", "config", "split", "data_files", "data_dir", "fraction", "weight"}
+        lost += [*of_places, *lost_keys(entry, known, str(entry.get("path") or entry.get("id")))]
         share, part = (entry.get(key) and c.as_number(entry[key], f"{name}: {key}") for key in ("fraction", "weight"))
+        if share and len(places) > 1:
+            lost.append(f"{entry.get('path') or entry.get('id')}: its fraction is shared out equally")
+            share /= len(places)
         more = {"weight": share} if share else {"epochs": part} if part not in (None, 1) else {}
         sources += [{"path": place.path, **more} for place in places]
     if len(sources) == 1:

@@ -100,14 +100,37 @@ def open_source(folder: pathlib.Path) -> tuple[Stored, dict[str, Any]]:
     What is wrong with safetensors is noted in the `Stored`.
 
     Raises:
-        ConfigError: no config.json, or what is wrong with a GGUF.
+        ConfigError: no config.json, numbers of fewer bits that are not read, or what is wrong with a GGUF.
     """
     if is_gguf(str(folder)):
         return open_gguf(folder)
     stored, hf_config = open_folder(origin_of(folder)), load_hf_config(folder)
     if is_bnb4(hf_config):
         return dequantized(stored, hf_config)
-    return unpacked(stored, hf_config) if is_mxfp4(hf_config) else (stored, hf_config)
+    if is_mxfp4(hf_config):
+        return unpacked(stored, hf_config)
+    _refuse_quantized(folder, hf_config)
+    return stored, hf_config
+
+
+def _refuse_quantized(folder: pathlib.Path, hf_config: dict[str, Any]) -> None:
+    """Refuses weights stored with fewer bits in ways that are not read, whatever the model.
+
+    Raises:
+        ConfigError: says which way it is, and what to do.
+    """
+    quantization = hf_config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") in (None, "none"):
+        return  # What else may stand there is refused as a field.
+    method = str(quantization["quant_method"])[:40]
+    how = "load it in transformers so that it is dequantised, and save that"
+    if method == "fp8":
+        how += " (quantization_config=FineGrainedFP8Config(dequantize=True), dtype bfloat16)"
+    raise ConfigError(
+        f"{folder / 'config.json'}: quantization_config: the weights are stored with quant_method {method!r}, which is "
+        "not read; read are bfloat16, float16 and float32, mxfp4 and bitsandbytes' four bits. Convert the files to "
+        f"bfloat16 first: {how}"
+    )
 
 
 def load_generation_config(folder: pathlib.Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxsft.folders.peft.places import take
 from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import Weight, join, variables_of
 from jaxsft.folders.weights.save import Made
-from jaxsft.folders.weights.stored import Stored
+from jaxsft.folders.weights.stored import Stored, read_whole
 from jaxsft.folders.weights.together import Part, put_together
 from jaxsft.model.lora import of_files
 
@@ -113,9 +113,7 @@ def _base(of_tensor: list[tuple[Part, Weight]], stored: Stored | None, *, writes
         return whole if whole is None else whole.reshape(part.weight.file_shape)
     if not writes:
         return None
-    tensor = stored.tensors[source.name(part.at)]
-    rows = int(np.prod(tensor.shape[:-1]))
-    return tensor.read(slice(0, rows), slice(0, tensor.shape[-1])).astype(np.float32).reshape(tensor.shape)
+    return read_whole(stored.tensors[source.name(part.at)]).astype(np.float32)
 
 
 def _factors(part: Part, variables: Mapping[str, nnx.Variable]) -> Factors | None:

@@ -291,7 +291,7 @@ def decoder_maker(
         )
         if lora is not None:
             # Drawn after all weights, which are the same with and without adapters.
-            add_adapters(decoder, lora, family.WEIGHTS, key=rngs.params())
+            add_adapters(decoder, lora, family, key=rngs.params())
         if only is not None:
             train_only(decoder, only, family.WEIGHTS)
         if config.quantize != "none":
@@ -374,8 +374,27 @@ def load_weights(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
         ConfigError: what is stored is not the model, or the sizes in config.json are beyond the devices' memory.
     """
     check_memory(pretrained.model.weights, mesh)
+    weights = _loaded(pretrained, mesh, seed=seed)
+    return weights if pretrained.adapter is not None else _finished(weights, pretrained, mesh)
+
+
+def load_frozen(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
+    """The weights that are not trained, as in `load_weights`; no others are read or drawn. Nothing where all are.
+
+    Raises:
+        ConfigError: as `load_weights`.
+    """
+    model = pretrained.model
+    if not jax.tree.leaves(model.frozen):
+        return model.frozen
+    check_memory(model.frozen, mesh)
+    return _loaded(pretrained, mesh, seed=seed, only=lambda state: model.split(state)[1])
+
+
+def _loaded(pretrained: Pretrained, mesh: Mesh, *, seed: int, only: Callable[[Any], Any] = lambda state: state) -> Any:
+    """A part of all weights, without what follows from others."""
     if pretrained.stored is None:
-        return _finished(random_weights(pretrained.make_decoder, mesh, seed=seed), pretrained, mesh)
+        return random_weights(pretrained.make_decoder, mesh, seed=seed, only=only)
     abstract = of_files(pretrained.model.weights)
     weights = read_weights(
         pretrained.stored,
@@ -386,14 +405,13 @@ def load_weights(pretrained: Pretrained, mesh: Mesh, *, seed: int) -> Any:
         stored_vocab_size=pretrained.stored_vocab_size,
         mean_rows=pretrained.new_ids,
         untied=pretrained.is_untied,
+        only=only,
     )
     if pretrained.lora is None:
         return weights
-    others = random_weights(pretrained.make_decoder, mesh, seed=seed, only=not_of_files)
+    others = random_weights(pretrained.make_decoder, mesh, seed=seed, only=lambda state: only(not_of_files(state)))
     weights = nnx.merge_state(weights, others)
-    if pretrained.adapter is not None:
-        return _with_adapter(weights, pretrained.adapter)
-    return _finished(weights, pretrained, mesh)
+    return weights if pretrained.adapter is None else _with_adapter(weights, pretrained.adapter)
 
 
 def _with_adapter(weights: Any, adapter: Adapter) -> Any:

@@ -47,15 +47,16 @@ class SharedExpert(MLP):
         self, sizes: Sizes, *, gate: bool, gating: Gating, bias: bool, std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         super().__init__(sizes, activation=gating, gated=True, bias=bias, std=std, dtype=dtype, rngs=rngs)
-        shape = (sizes["l"], sizes["d"])
-        self.gate = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes="l d") if gate else None
+        # A linear map with one output, and to optimizers a matrix, as it is in files.
+        shape = (sizes["l"], sizes["d"], 1)
+        self.gate = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes="l d z") if gate else None
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         out = super().__call__(x, keys)
         if self.gate is None:
             return out
-        products = jnp.einsum("btd,d->bt", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
-        return (out.astype(jnp.float32) * jax.nn.sigmoid(products)[..., None]).astype(out.dtype)
+        products = jnp.einsum("btd,dm->btm", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
+        return (out.astype(jnp.float32) * jax.nn.sigmoid(products)).astype(out.dtype)
 
 
 class RouterSums(NamedTuple):

@@ -1,11 +1,12 @@
 """Which maps of a decoder get adapters, and which weights are trained.
 
-In: a decoder, the `lora` section, and the table that says how its weights are called in files. Out: the same decoder
-with adapters on its maps, all its own weights frozen. What an adapter computes is in `adapter.py`.
+In: a decoder, the `lora` section, and the family, whose table says how weights are called in files. Out: the same
+decoder with adapters on its maps, all its own weights frozen. What an adapter computes is in `adapter.py`.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -117,17 +118,18 @@ def names_of(place: Map, number: int | None, weights: Mapping[str, tuple[str, st
     return list(dict.fromkeys([ours, theirs]))
 
 
-def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[str, str]]) -> dict[str, Shape]:
+def shapes_of(decoder: Decoder, lora: LoraConfig, family: ModuleType) -> dict[str, Shape]:
     """The adapters that a config asks for, by the paths of their maps.
 
     Args:
         decoder: abstract or not; only its structure is looked at.
         lora: the section.
-        weights: the family's table, `path: (tensor name, layout)`.
+        family: the module of its family, by whose table maps have names.
 
     Raises:
         ConfigError: everything in the section that fits no map, and what this model's maps cannot have.
     """
+    weights: Mapping[str, tuple[str, str]] = family.WEIGHTS
     used: set[tuple[str, str]] = set()
     keys = ("targets", "exclude", "rank_pattern", "alpha_pattern")
     if problems := [problem for key in keys for problem in regex_problems(f"lora.{key}", getattr(lora, key))]:
@@ -164,7 +166,7 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[st
         problems.append("lora.targets: no map is left that gets an adapter")
     if "lm_head" in lora.targets and decoder.lm_head is None:
         problems.append("lora.targets: lm_head is one with the embedding here; model.tie_embeddings: false parts them")
-    problems += _limits(decoder, lora, shapes)
+    problems += _limits(decoder, lora, shapes, family)
     if problems:
         there = sorted({name for place in maps_of(decoder) for name in _short_names(place, weights)})
         listed = "\n  ".join(problems)
@@ -172,17 +174,33 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[st
     return shapes
 
 
-def _limits(decoder: Decoder, lora: LoraConfig, shapes: Mapping[str, Shape]) -> list[str]:
+def is_parameter(place: Map, family: ModuleType) -> bool:
+    """Whether PEFT must be given a map as a parameter, on which it can have neither dropout nor DoRA."""
+    return place.kind == "router" or place.leading == "l e" or place.path in getattr(family, "AS_PARAMETERS", ())
+
+
+def without_dropout(decoder: Decoder, paths: Collection[str], family: ModuleType) -> list[str]:
+    """Those of some maps that can have neither dropout nor DoRA, in the order of the decoder's weights."""
+    return [
+        place.path
+        for place in maps_of(decoder)
+        if place.path in paths and (place.kind == "table" or is_parameter(place, family))
+    ]
+
+
+def _limits(decoder: Decoder, lora: LoraConfig, shapes: Mapping[str, Shape], family: ModuleType) -> list[str]:
     """What some kinds of maps cannot have."""
     problems = []
-    places = {place.path: place for place in maps_of(decoder)}
-    for name, kinds, why in (
-        ("dropout", ("router", "table"), "a table's rows and a router's tokens are not dropped"),
-        ("dora", ("router", "table"), "magnitudes are those of linear maps in layers"),
+    wrong = without_dropout(decoder, shapes, family)
+    for name, why in (
+        ("dropout", "a table's rows and a router's tokens are not dropped"),
+        ("dora", "magnitudes are those of linear maps in layers"),
     ):
-        wrong = [path for path in shapes if places[path].kind in kinds or places[path].leading == "l e"]
         if getattr(lora, name) and wrong:
-            problems.append(f"lora.{name}: not possible on {', '.join(wrong)} ({why}, and experts have neither)")
+            problems.append(
+                f"lora.{name}: not possible on {', '.join(wrong)} ({why}, and experts, and what PEFT takes for some, "
+                "have neither)"
+            )
     return problems
 
 
@@ -190,19 +208,19 @@ def _short_names(place: Map, weights: Mapping[str, tuple[str, str]]) -> list[str
     return [name.split(".")[-1] for name in names_of(place, 0 if place.leading else None, weights)]  # of any layer
 
 
-def add_adapters(decoder: Decoder, lora: LoraConfig, weights: Mapping[str, tuple[str, str]], *, key: jax.Array) -> None:
+def add_adapters(decoder: Decoder, lora: LoraConfig, family: ModuleType, *, key: jax.Array) -> None:
     """Gives the maps of a decoder their adapters, in the dtype of their weights, and freezes all else.
 
     Args:
         decoder: all of whose weights are trained so far.
         lora: the section.
-        weights: the family's table.
+        family: the module of its family.
         key: of what A is drawn by; each map has a key of its own.
 
     Raises:
         ConfigError: see `shapes_of`.
     """
-    shapes = shapes_of(decoder, lora, weights)
+    shapes = shapes_of(decoder, lora, family)
     for number, place in enumerate(maps_of(decoder)):
         if (shape := shapes.get(place.path)) is None:
             continue

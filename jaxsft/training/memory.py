@@ -29,6 +29,7 @@ from jaxsft.model.quantized_maps import with_plain_weights
 from jaxsft.training.chunks import chunk_size
 from jaxsft.training.loss import is_in_blocks
 from jaxsft.training.loss_in_blocks import block_rows
+from jaxsft.training.optimizers.params import sides
 from jaxsft.training.step import abstract_state
 
 UNPACKED_BYTES = 16
@@ -101,7 +102,9 @@ def where_bytes_go(
         at_loss = gradient_sum if num_microbatches > 1 else 0
     held = sum(sizes[name] for name in ("parameters", "frozen", "optimizer", "activations"))
     peak = held + max(sizes["one layer"] + sizes["gradients"], sizes["loss"] + at_loss)
-    is_all_trained = not jax.tree.leaves(model.frozen)
+    frozen = jax.tree.leaves(model.frozen, is_leaf=_is_variable)
+    # Some models have a few numbers in each layer that nobody trains.
+    is_all_trained = not any(len(sides(leaf.get_metadata("axes"))) > 1 for leaf in frozen)
     lowered_by = _lowered_by(
         nnx.merge(*model), optim, mesh, rows=rows, is_all_trained=is_all_trained, is_quantised=unpacked > 0
     )
@@ -316,7 +319,7 @@ def _lowered_by(
     remat = less_kept[decoder.remat]
     again = [f"model.remat {remat} (now {decoder.remat})"] if remat else []
     adapters = ["adapters (lora.rank), or some weights alone (train.only)"] if is_all_trained else []
-    quantised = [] if is_quantised else ["model.quantize nf4 (now none)"]
+    quantised = [] if is_quantised or is_all_trained else ["model.quantize nf4 (now none)"]
     moments = []
     if "moment_dtype" in KEYS_OF[optim.name] and optim.moment_dtype == "float32":
         moments.append("optim.moment_dtype bfloat16 (now float32)")

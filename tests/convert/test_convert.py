@@ -412,9 +412,165 @@ def test_datasets_that_a_table_lacks_are_to_be_filled_in(made):
 
 def test_a_key_that_nobody_knows_is_said_and_one_without_a_counterpart_too(made):
     done = made(AXOLOTL | {"full_finetune": True, "liger_rope": True, "flash_attention": None})
-    assert "not known, and not taken:\n  full_finetune: true" in done.report
+    assert "not known, and not taken:\n  full_finetune\n" in done.report
     assert "liger_rope: XLA fuses the step" in done.report and "not set, or off:\n  flash_attention" in done.report
     assert (done.counts["unknown"], done.counts["without"], done.counts["idle"]) == (1, 1, 1)
+
+
+def taken(done, key="train"):
+    """The sources of a config, each by its keys."""
+    sources = yaml.safe_load(done.text)["data"][key]
+    return [
+        {"path": one} if isinstance(one, str) else one for one in ([sources] if isinstance(sources, str) else sources)
+    ]
+
+
+def said(done):
+    return " ".join(done.report.split())
+
+
+@pytest.fixture
+def factory(made, tmp_path):
+    """Converts with one dataset whose entry in `dataset_info.json` is this."""
+
+    def make(entry, **more):
+        (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"one": {"hf_hub_url": "org/one"} | entry}))
+        return made(FACTORY | more)
+
+    return make
+
+
+def test_of_llama_factory_s_table_all_that_chooses_rows_is_taken_or_said(factory):
+    done = factory({"split": "train+extra"}, eval_dataset="one")
+    assert taken(done) == [{"path": "org/one"}, {"path": "org/one:extra"}]
+    assert yaml.safe_load(done.text)["data"]["eval"] == {"one0": {"path": "org/one"}, "one1": {"path": "org/one:extra"}}
+    done = factory({"num_samples": 100, "folder": "part", "script_url": "x.py"}, eval_dataset="one")
+    assert taken(done) == [{"path": "org/one", "count": 100}]
+    assert "num_samples is `count` here" in said(done) and "one: folder part: no part of a hub dataset" in said(done)
+    assert "one: script_url of a dataset has no counterpart" in said(done)
+    assert "num_samples of one is left out: held-out rows are all examined once" in said(done)
+    done = factory({"num_samples": 100, "split": "a+b"})
+    assert "num_samples 100 is left out" in said(done) and len(taken(done)) == 2
+    done = factory({"hf_hub_url": None, "file_name": "one.json", "split": "train[:9]"})
+    assert "the split train[:9] of a local folder or file is not chosen" in said(done)
+    assert "datasets of the hub are named org/name here" in said(factory({"hf_hub_url": "gsm8k"}))
+
+
+def test_shares_and_counts_do_not_meet_in_one_source(made, tmp_path):
+    table = {"one": {"hf_hub_url": "org/one", "split": "a+b"}, "two": {"hf_hub_url": "org/two", "num_samples": 5}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(table))
+    done = made(FACTORY | {"dataset": "one,two", "mix_strategy": "interleave_under", "interleave_probs": "0.6,0.4"})
+    assert [source["weight"] for source in taken(done)] == [0.3, 0.3, 0.4]
+    assert "num_samples of two is left out" in said(done) and "`count` here" not in said(done)
+
+
+@pytest.mark.parametrize(
+    ("base", "entry", "paths", "expected"),
+    [
+        (TRL, {"data_dir": "part"}, ["org/d"], "org/d: data_dir part: no part of a hub dataset is chosen"),
+        (TRL, {"data_files": ["a.json", "b.json"]}, ["org/d"], "org/d: data_files a.json, b.json: no part"),
+        (TRL, {"revision": "v2", "columns": ["a"]}, ["org/d"], "org/d: columns, revision of a dataset has no counter"),
+        (TRL, {"path": "json", "data_dir": "rows", "data_files": "a.json"}, ["rows/a.json"], ""),
+        (TRL, {"path": "json", "data_files": {"train": "a.json", "test": "b.json"}}, ["a.json"], "data_files of test"),
+        (TRL, {"path": "json", "data_files": "a.json", "split": "train[:9]"}, ["a.json"], "the split train[:9] of a"),
+        (TRL, {"path": "gsm8k", "name": "main"}, ["gsm8k"], "and the config main is left out"),
+        (TRL, {"split": "a+b", "fraction": 0.5}, ["org/d:a", "org/d:b"], "its fraction is shared out equally"),
+        (AXOLOTL, {"data_dir": "part"}, ["org/d"], "org/d: data_dir part: no part of a hub dataset is chosen"),
+        (AXOLOTL, {"name": ["x", "y"], "split": "a"}, ["org/d@x:a", "org/d@y:a"], ""),
+        (AXOLOTL, {"name": [], "split": []}, ["org/d"], ""),
+        (AXOLOTL, {"shards": 4}, ["org/d"], "org/d: shards of a dataset has no counterpart"),
+        (AXOLOTL, {"path": "./rows", "split": "b"}, ["./rows"], "the split b of a local folder or file"),
+    ],
+)
+def test_of_a_list_of_datasets_all_that_chooses_rows_is_taken_or_said(made, base, entry, paths, expected):
+    done = made(base | {"datasets": [{"path": "org/d"} | entry]})
+    assert [source["path"] for source in taken(done)] == paths
+    assert expected in said(done)
+
+
+def test_of_splits_none_is_lost(made):
+    done = made(TRL | {"dataset_test_split": "a+b", "eval_strategy": "steps", "eval_steps": 5})
+    assert yaml.safe_load(done.text)["data"]["eval"] == {"eval0": "org/data:a", "eval1": "org/data:b"}
+    done = made(
+        {"model_name_or_path": "m", "dataset_mixer": {"o/a": 1}, "dataset_splits": ["train_a", "train_b", "test_a"]}
+    )
+    assert [source["path"] for source in taken(done)] == ["o/a:train_a", "o/a:train_b"]
+    assert "of splits, test_a is left out: give data.eval" in said(done)
+
+
+@pytest.mark.parametrize("name", ["../ds.yaml", "ABSOLUTE", "part/ds.yaml"])
+def test_v1_s_rows_are_under_the_folder_under_which_their_file_was_found(tmp_path, monkeypatch, name):
+    work = tmp_path / "work"
+    (work / "part").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    (work / "rows.jsonl").write_text("{}")
+    file = tmp_path / "ds.yaml" if name == "ABSOLUTE" else work / name
+    several = {
+        "a": {"path": "rows.jsonl", "source": "local", "size": 7, "split": "train[:9]"},
+        "b": {"path": "o/b", "split": "x+y", "weight": 2.0},
+    }
+    file.write_text(yaml.safe_dump(several))
+    (work / "v1.yaml").write_text(
+        yaml.safe_dump({"model": "org/model", "train_dataset": str(file) if name == "ABSOLUTE" else name})
+    )
+    done = convert("v1.yaml")
+    assert taken(done) == [{"path": str(work / "rows.jsonl"), "count": 7}, {"path": "o/b:x"}, {"path": "o/b:y"}]
+    assert "the split train[:9] of a local" in said(done) and "o/b: weight of a dataset has no counterpart" in said(
+        done
+    )
+
+
+def test_whatever_stands_in_an_entry_of_a_dataset_it_is_taken_or_one_error_says_why(made, factory):
+    draw = random.Random(3)
+    names = (
+        "path", "name", "split", "data_files", "data_dir", "type", "roles", "columns", "tags", "subset", "folder",
+        "num_samples", "file_name", "hf_hub_url", "fraction", "weight", "message_property_mappings", "field_messages",
+    )  # fmt: skip
+    nested = (*JUNK, {"user": [["x"]]}, {"role_tag": [1], "user_tag": {"a": 1}}, {"train": None}, {5: [None]})
+    refused = 0
+    for at in range(150):
+        entry = {draw.choice(names): draw.choice(nested) for _ in range(4)}
+        try:
+            if at % 3 == 2:
+                factory(json.loads(json.dumps(entry)))
+            else:
+                made((TRL, AXOLOTL)[at % 3] | {"datasets": [{"path": "org/d"} | entry]})
+        except ConfigError:
+            refused += 1
+    assert refused < 140
+
+
+def test_roles_that_are_no_texts_are_compared_as_texts(ours):
+    config = ours(AXOLOTL | {"datasets": [{"path": "org/d", "roles": {"user": [["x"]], "assistant": [5]}}]})
+    assert config.data.train[0].roles == {"['x']": "user", "5": "assistant"}
+
+
+EARLY = {"early_stopping_patience": 3, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "theirs"),
+    [
+        (TRL, EARLY | {"eval_strategy": "steps", "eval_steps": 5}),
+        (AXOLOTL, EARLY | {"eval_steps": 5, "val_set_size": 0.1}),
+        (
+            FACTORY,
+            {"early_stopping_steps": 3, "load_best_model_at_end": True, "eval_dataset": "three", "eval_steps": 5},
+        ),
+    ],
+)
+def test_the_end_by_the_held_out_loss_and_the_best_checkpoint_are_taken(ours, made, base, theirs):
+    config = ours(base | theirs)
+    assert (config.eval.every, config.eval.patience, config.checkpoint.export) == (5, 3, "best")
+    without = made(
+        base | {name: value for name, value in theirs.items() if name not in ("eval_steps", "eval_strategy")}
+    )
+    tree = yaml.safe_load(without.text)
+    assert "patience" not in tree.get("eval", {}) and "export" not in tree.get("checkpoint", {})
+    assert "eval.every is not known" in said(without)
+    no_rows = {name: value for name, value in theirs.items() if name not in ("val_set_size", "eval_dataset")}
+    if base is not TRL:
+        assert "export" not in yaml.safe_load(made(base | no_rows).text).get("checkpoint", {})
 
 
 JUNK = (
@@ -522,6 +678,114 @@ def test_a_script_is_read_and_what_is_computed_in_it_is_said(tmp_path):
     assert tree["model"]["path"] == "org/model" and tree["data"]["train"] == "rows.jsonl"
     assert tree["lora"]["rank"] == 4 and tree["lora"]["targets"] == ["all_linear"]
     assert done.missing == ["SFTConfig(max_length=LENGTH): no value that stands in the script"]
+
+
+TRAINED = 'SFTTrainer(model="org/model", args=SFTConfig(output_dir="out"), train_dataset=rows)\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "paths", "expected"),
+    [
+        (
+            'rows = load_dataset("org/d", data_files="a.json", data_dir="part")',
+            ["org/d"],
+            "data_files a.json and data_dir",
+        ),
+        ('rows = load_dataset("org/d", revision="v1")', ["org/d"], "org/d: revision of a dataset has no counterpart"),
+        ('rows = load_dataset("json", None, "part", "a.json")', ["part/a.json"], ""),
+        (
+            'rows = load_dataset("json", data_files="a.json", split="train[:9]")',
+            ["a.json"],
+            "split train[:9] of a local",
+        ),
+        ('rows = load_dataset("org/d", split="train").select(range(100))', ["org/d"], "rows by .select(range(100))"),
+        ('rows = load_dataset("org/d")\nrows = rows.filter(keep)', ["org/d"], "rows by .filter(keep)"),
+        ('rows = load_dataset("org/d")["extra"]', ["org/d:extra"], ""),
+        ('rows = load_dataset("org/d", "c", split="a+b", token="hf_SECRET")', ["org/d@c:a", "org/d@c:b"], ""),
+        ('rows = load_dataset("org/d")\nmore = load_dataset("org/e", split="x")', ["org/d"], "left out: org/e:x"),
+    ],
+)
+def test_of_a_script_s_rows_all_that_chooses_them_is_taken_or_said(tmp_path, line, paths, expected):
+    (tmp_path / "train.py").write_text(f"{line}\n{TRAINED}")
+    done = convert(str(tmp_path / "train.py"))
+    assert [source["path"] for source in taken(done)] == paths
+    assert expected in said(done) and "SECRET" not in done.report + done.text
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        'tok = AutoTokenizer.from_pretrained("org/tok")\nmodel = AutoModelForCausalLM.from_pretrained("org/model")',
+        'p = AutoProcessor.from_pretrained("org/p")\ntok = transformers.LlamaTokenizerFast.from_pretrained("org/tok")\n'
+        'model = FastLanguageModel.from_pretrained(model_name="org/model")',
+        'g = GenerationConfig.from_pretrained("org/g")\ntok = AutoTokenizer.from_pretrained("org/tok")\n'
+        'teacher = AutoModel.from_pretrained("org/x")\n'
+        'model = transformers.AutoModelForCausalLM.from_pretrained("org/model")',
+    ],
+)
+def test_a_script_s_model_is_what_a_model_was_made_of_and_its_tokenizer_what_a_tokenizer_was(tmp_path, lines):
+    (tmp_path / "a.py").write_text(f'{lines}\nSFTTrainer(model=model, args=SFTConfig(output_dir="out"))')
+    model = yaml.safe_load(convert(str(tmp_path / "a.py")).text)["model"]
+    assert model["path"] == "org/model" and model["tokenizer"] == "org/tok"
+
+
+def test_a_tokenizer_alone_is_no_model(tmp_path):
+    (tmp_path / "a.py").write_text('AutoTokenizer.from_pretrained("org/tok")\nSFTConfig("out", packing=True)')
+    done = convert(str(tmp_path / "a.py"))
+    tree = yaml.safe_load(done.text)
+    assert tree["model"] == {"tokenizer": "org/tok"} and tree["run_dir"] == "out"
+    assert done.missing[0].startswith("model.path: ")
+
+
+@pytest.mark.parametrize(
+    ("callback", "patience"), [("early_stopping_patience=3", 3), ("4", 4), ("", 1), ("early_stopping_threshold=0.1", 1)]
+)
+def test_a_script_s_early_stopping_is_eval_patience(tmp_path, callback, patience):
+    (tmp_path / "a.py").write_text(
+        f"ScriptArguments(dataset_name='org/d', dataset_test_split='test')\n"
+        f"a = SFTConfig(output_dir='out', eval_strategy='steps', eval_steps=5)\n"
+        f"SFTTrainer(model='org/m', args=a, callbacks=[EarlyStoppingCallback({callback})])"
+    )
+    assert yaml.safe_load(convert(str(tmp_path / "a.py")).text)["eval"] == {"every": 5, "patience": patience}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("2025-30-12", "2025-30-12"), ("2025-12-30", "2025-12-30"), ("'? [a]'", "? [a]")]
+)
+def test_a_word_of_a_command_that_is_no_value_of_yaml_is_text(tmp_path, word, expected):
+    (tmp_path / "run.sh").write_text(f"trl sft --model_name_or_path m --output_dir {word}")
+    assert yaml.safe_load(convert(str(tmp_path / "run.sh")).text)["run_dir"] == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["trl sft --config run.sh", "trl sft --config run.sh --x 'a: b: ['", "trl sft --config b.sh"]
+)
+def test_a_command_that_names_a_command_as_its_config_is_one_error(tmp_path, text):
+    (tmp_path / "run.sh").write_text(text)
+    (tmp_path / "b.sh").write_text("trl sft --config run.sh")
+    with pytest.raises(ConfigError, match=r"(run|b)\.sh: (a mapping of keys is expected|not readable as YAML)"):
+        convert(str(tmp_path / "run.sh"))
+
+
+# Tokens.
+
+
+def test_no_token_is_repeated(made, tmp_path):
+    secret = {"hf_token": "hf_SECRET", "wandb_api_key": "SECRET", "my_password": "SECRET", "odd": "SECRET"}
+    done = made(TRL | secret | {"datasets": [{"path": "org/d", "token": "hf_SECRET"}]})
+    assert "SECRET" not in done.report + done.text
+    assert "not known, and not taken: my_password, odd" in said(done)
+    assert "hf_token, wandb_api_key: log in by" in said(done)
+    with pytest.raises(ConfigError) as error:
+        made(TRL | {"datasets": [{"hub_token": "hf_SECRET"}]})
+    assert "SECRET" not in str(error.value)
+    (tmp_path / "bad.yaml").write_text("base_model: m\nhf_token: hf_SECRET: x\n")
+    with pytest.raises(ConfigError, match="not readable as YAML: .* in line 2, column 20") as error:
+        convert(str(tmp_path / "bad.yaml"))
+    assert "SECRET" not in str(error.value)
+    (tmp_path / "a.py").write_text("SFTConfig(output_dir='o', hub_token=login('SECRET'), **{'a': get('SECRET')})")
+    done = convert(str(tmp_path / "a.py"))
+    assert "SECRET" not in done.report + done.text and "SFTConfig(hub_token=...)" in done.missing[-2]
 
 
 @pytest.mark.parametrize(
@@ -661,3 +925,25 @@ def test_a_section_that_is_given_as_a_value_is_shown_as_one():
 def test_arguments_as_others_write_them_are_answered_with_ours(words, expected, capsys):
     assert main(["train", "run.yaml", *words]) == 1
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "c.yaml", "--hub_token", "hf_SECRET"],
+        ["train", "c.yaml", "--hub_token=hf_SECRET"],
+        ["train", "c.yaml", "--hf-token", "hf_SECRET", "--learning_rate", "1"],
+        ["train", "c.yaml", "--learning_rate", "1", "--nosuch=hf_SECRET", "--other", "hf_SECRET"],
+        ["train", "c.yaml", "--nosuch", "hf_SECRET"],
+        ["train", "c.yaml", "--nosuch=hf_SECRET"],
+        ["train", "hf_token=hf_SECRET", "c.yaml"],
+        ["doctor", "--nosuch", "hf_SECRET"],
+    ],
+)
+def test_values_of_keys_that_are_none_of_ours_are_not_repeated(words, capsys):
+    try:
+        assert main(words) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    err = capsys.readouterr().err
+    assert "SECRET" not in err and re.search(r"nosuch|hub_token|hf.token", err)

@@ -16,7 +16,7 @@ from jaxsft.config import ConfigError, MeshConfig
 from jaxsft.folders import export, hf
 from jaxsft.folders.export import MARK_TEXT, TOKENIZER_FILES, ExportError, export_folder, export_problem
 from jaxsft.folders.weights import load as weights
-from jaxsft.folders.weights.stored import open_folder
+from jaxsft.folders.weights.stored import open_folder, read_whole
 from jaxsft.mesh import make_mesh, shardings
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
@@ -490,3 +490,33 @@ def test_folders_that_are_not_there_and_files_that_are_not_readable_are_named(fo
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="config.json: not readable as JSON"):
         hf.load_hf_config(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "minimax_m2", "ministral3"])
+@pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors", "bitsandbytes"])
+def test_numbers_of_fewer_bits_that_are_not_read_are_to_be_converted_first(model_type, method, tmp_path):
+    sizes = {"model_type": model_type, "num_hidden_layers": 2}
+    quantization = {"quant_method": method, "weight_block_size": [128, 128], "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"quantization_config": quantization}))
+    with pytest.raises(ConfigError) as error:
+        hf.open_source(tmp_path)
+    said = ["config.json: quantization_config", f"quant_method '{method}'", "Convert the files to bfloat16 first"]
+    assert all(each in str(error.value) for each in said) and "remove it" not in str(error.value)
+    assert ("FineGrainedFP8Config(dequantize=True)" in str(error.value)) == (method == "fp8")
+
+
+def test_tensors_without_dims_and_without_numbers_are_read_whole_and_compared(tmp_path):
+    tensors = {"one": np.float32(3.5), "none": np.zeros((2, 0), np.float32), "cube": np.ones((2, 3, 4), np.float32)}
+    safetensors.numpy.save_file(
+        {name: np.asarray(each) for name, each in tensors.items()}, tmp_path / "model.safetensors"
+    )
+    stored = open_folder(tmp_path).tensors
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(read_whole(stored[name]), tensor)
+        assert read_whole(stored[name]).shape == np.shape(tensor)
+    # A folder whose tables are no tables is reported, and not a crash.
+    for table in (np.float32(1), np.zeros((320, 0), np.float32)):
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        safetensors.numpy.save_file({name: np.asarray(table) for name in names}, tmp_path / "model.safetensors")
+        with pytest.raises(ConfigError, match=r"embed_tokens.weight has shape"):
+            load(tmp_path, config=CONFIG | {"tie_word_embeddings": True})

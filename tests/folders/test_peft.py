@@ -284,6 +284,18 @@ def test_files_of_mixtures_from_before_transformers_5_name_each_expert(rslora, b
         assert apart(adapters.their_logits(adapters.with_peft(folder, out), tokens), ours) < 1e-5
 
 
+def test_tensors_without_dims_are_merged_in_another_dtype(base, tmp_path):
+    folder = base("apertus")
+    pretrained = open_ours(folder, {"rank": 2, "targets": ["up_proj"]}, export_dtype="bfloat16")
+    merged = exported(pretrained, random_adapters(pretrained), tmp_path / "merged", merge=True)
+    before, after = (safetensors.numpy.load_file(each / "model.safetensors") for each in (folder, merged))
+    scalars = [name for name, tensor in before.items() if tensor.shape == ()]
+    assert scalars and before.keys() == after.keys()
+    for name in scalars:
+        assert after[name].dtype == ml_dtypes.bfloat16 and after[name].shape == ()
+        assert after[name] == before[name].astype(ml_dtypes.bfloat16)
+
+
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 def test_a_merged_weight_is_rounded_once_from_the_stored_one_whatever_is_in_memory(compute_dtype, base, tmp_path):
     folder = tmp_path / "base"

@@ -86,7 +86,7 @@ def random_adapters(pretrained: Pretrained, *, seed: int = 0) -> Any:
 
 
 def _shapes(pretrained: Pretrained) -> dict[str, Any]:
-    return shapes_of(nnx.merge(*pretrained.model), pretrained.lora, pretrained.family.WEIGHTS)
+    return shapes_of(nnx.merge(*pretrained.model), pretrained.lora, pretrained.family)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -348,6 +348,18 @@ def test_a_field_that_asks_for_what_is_not_computed_is_refused_by_name(hf_config
         assert message in str(error.value)
 
 
+MINIMAX_M2 = json.loads((pathlib.Path(__file__).parent / "tiny" / "minimax_m2.json").read_text())
+BETAS = [f"layernorm_{place}_beta" for place in ("full_attention", "linear_attention", "mlp")]
+
+
+def test_fields_of_minimax_that_its_architecture_makes_nothing_of():
+    unused = dict.fromkeys(BETAS, 1.0) | dict(mlp_intermediate_size=8192, shared_moe_mode="sigmoid", max_model_len=32)
+    assert decoder_config(MINIMAX_M2 | unused) == decoder_config(MINIMAX_M2)
+    for key, value in (*((beta, value) for beta in BETAS for value in (0.0, 0.5)), ("max_model_len", 33)):
+        with pytest.raises(ConfigError, match=f"{key}: {value}; only "):
+            decoder_config(MINIMAX_M2 | {key: value})
+
+
 @pytest.mark.parametrize(
     "name, prefix, masks",
     [

@@ -85,7 +85,7 @@ def abstract(hf_config, kind, *, dtype="float32", remat="full", unroll=False, lo
             rngs=rngs,
         )
         if lora is not None:
-            add_adapters(decoder, lora, family(hf_config).WEIGHTS, key=rngs.params())
+            add_adapters(decoder, lora, family(hf_config), key=rngs.params())
         for place in maps_of(decoder):
             weight = place.module.weight
             if place.kind in ("attention", "mlp") and lora is None:

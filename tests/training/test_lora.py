@@ -21,7 +21,7 @@ from jaxsft.model import adapter, noise
 from jaxsft.model.abstract import abstract_model, random_weights
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.families.known import decoder_config, family
-from jaxsft.model.lora import add_adapters, of_files, shapes_of, with_magnitudes
+from jaxsft.model.lora import add_adapters, of_files, shapes_of, with_magnitudes, without_dropout
 from jaxsft.model.noise import row_keys
 from jaxsft.training.program import read_program
 from jaxsft.training.step import (
@@ -58,7 +58,7 @@ def make_model(name, lora=None, *, compute_dtype="float32", remat="none", unroll
         options = {"compute_dtype": compute_dtype, "param_dtype": "float32", "remat": remat, "unroll": unroll}
         decoder = Decoder(config, **options, rngs=rngs)
         if lora is not None:
-            add_adapters(decoder, lora, family(hf_config).WEIGHTS, key=rngs.params())
+            add_adapters(decoder, lora, family(hf_config), key=rngs.params())
         return decoder
 
     return make
@@ -107,7 +107,7 @@ def weights_of(name):
 def shapes(name, lora):
     hf_config = config_of(name)
     decoder = nnx.eval_shape(lambda: make_model(name)(nnx.Rngs(0)))
-    return shapes_of(decoder, lora, family(hf_config).WEIGHTS)
+    return shapes_of(decoder, lora, family(hf_config))
 
 
 def rank_of(variable):
@@ -457,6 +457,21 @@ def test_what_fits_no_map_is_refused_all_at_once(keys, said):
     with pytest.raises(ConfigError) as error:
         shapes("llama", LoraConfig(rank=2, **keys))
     assert all(text in str(error.value) for text in said), error.value
+
+
+def test_what_peft_takes_for_experts_has_neither_dropout_nor_magnitudes():
+    shared = [f"layers.mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        targets = ["q_proj", f"shared_expert.{name}"]
+        assert f"layers.mlp.shared_expert.{name}" in shapes("hunyuan_v1_moe", LoraConfig(rank=2, targets=targets))
+        assert shapes("qwen2_moe", LoraConfig(rank=2, targets=targets, dropout=0.1, dora=True))
+        with pytest.raises(ConfigError) as error:
+            shapes("hunyuan_v1_moe", LoraConfig(rank=2, targets=targets, dropout=0.1, dora=True))
+        for key in ("dropout", "dora"):
+            assert f"lora.{key}: not possible on layers.mlp.shared_expert.{name} (" in str(error.value)
+    assert shapes("hunyuan_v1_moe", LoraConfig(rank=2, targets=["attention"], dropout=0.1, dora=True))
+    decoder = nnx.eval_shape(lambda: make_model("hunyuan_v1_moe")(nnx.Rngs(0)))
+    assert without_dropout(decoder, [*shared, "layers.self_attn.q_proj"], family(config_of("hunyuan_v1_moe"))) == shared
 
 
 def test_targets_are_named_by_us_or_by_files():

@@ -1,5 +1,10 @@
-"""Schedules by hand-computed values, AdamW against PyTorch."""
+"""Schedules by hand-computed values, AdamW against PyTorch, and what is decayed against the run in PyTorch."""
 
+import copy
+import json
+import types
+
+import adapters
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +12,13 @@ import pytest
 from flax import nnx
 
 from jaxsft.config import KEYS_OF, OptimConfig
+from jaxsft.folders.weights.layout import join
+from jaxsft.model.abstract import abstract_model
+from jaxsft.model.decoder import Decoder
+from jaxsft.model.families.known import decoder_config, family
 from jaxsft.training.optim import make_optimizer, make_schedule, warmup_steps
 from jaxsft.training.optimizers.optimizer import Given
+from jaxsft.training.optimizers.params import is_decayed
 
 
 def rates(num_steps, **keys):
@@ -145,3 +155,28 @@ def test_moments_keep_their_dtype_whatever_that_of_the_parameters(name):
             # z of schedule_free_adamw is no moment: in bfloat16 it would lose small updates.
             expected = {moment_dtype, "float32"} if name == "schedule_free_adamw" else {moment_dtype}
             assert {str(leaf.dtype) for leaf in arrays} == expected
+
+
+@pytest.mark.parametrize("name", adapters.TINY)
+def test_what_is_decayed_is_what_the_run_in_pytorch_decays(name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from jaxsft.baseline.hf import make_optimizer as their_optimizer
+
+    hf_config = json.loads(adapters.TINY[name].read_text())
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(**copy.deepcopy(hf_config))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    request = {"weight_decay": 0.1, "beta1": 0.9, "beta2": 0.999, "learning_rate": 1e-3, "epsilon": 1e-8}
+    decayed = {id(each) for each in their_optimizer(model, request).param_groups[0]["params"]}
+    theirs = {each: id(parameter) in decayed for each, parameter in model.named_parameters()}
+
+    module = family(hf_config)
+    in_memory = types.SimpleNamespace(WEIGHTS=module.WEIGHTS | getattr(module, "IN_MEMORY", {}))
+    options = {"compute_dtype": "float32", "param_dtype": "float32", "remat": "none"}
+    params = abstract_model(lambda rngs: Decoder(decoder_config(hf_config), **options, rngs=rngs)).params
+    ours = {
+        weight.name(index): is_decayed(path, variable)
+        for path, (weight, variable) in join(params, in_memory, vocab_size=hf_config["vocab_size"]).items()
+        for index in weight.indices()
+    }
+    assert ours == {each: theirs[each] for each in ours} and ours.keys() == theirs.keys()

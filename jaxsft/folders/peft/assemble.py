@@ -7,6 +7,7 @@ import collections
 import math
 import re
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxsft.config import LoraConfig
 from jaxsft.folders.peft.places import Place, a_in_file, b_in_file, magnitude_in_file, rank_factors, take
 from jaxsft.folders.peft.settings import Settings
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.lora import Map, maps_of
+from jaxsft.model.lora import Map, maps_of, without_dropout
 
 
 class Part(NamedTuple):
@@ -157,13 +158,13 @@ def _patterns(given: dict[str, Any], default: Any) -> dict[str, Any]:
     return patterns
 
 
-def with_dropout(lora: LoraConfig, settings: Settings, parts: Sequence[Part]) -> tuple[LoraConfig, tuple[str, ...]]:
+def with_dropout(
+    lora: LoraConfig, settings: Settings, parts: Sequence[Part], decoder: Decoder, family: ModuleType
+) -> tuple[LoraConfig, tuple[str, ...]]:
     """With the file's dropout, where all its maps can have one."""
     if not settings.lora_dropout:
         return lora, ()
-    without = sorted({p.path for p in parts if "experts" in p.path or p.path in ("embed_tokens", "lm_head")})
-    without += sorted({part.path for part in parts if part.path.endswith("router")})
-    if without:
+    if without := without_dropout(decoder, {part.path for part in parts}, family):
         note = (
             f"the adapter's lora_dropout {settings.lora_dropout} is not applied in training, as it also has adapters "
             f"on {', '.join(without)}, which have no dropout here"

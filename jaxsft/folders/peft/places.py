@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsft.folders.weights.layout import Factor, Weight, make_weight
 from jaxsft.model.decoder import Decoder
-from jaxsft.model.lora import maps_of
+from jaxsft.model.lora import is_parameter, maps_of
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a model's modules."""
@@ -108,17 +108,16 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
         template, layout = table[f"{place.path}.weight"]
         sizes = {**decoder.config.sizes, **place.sizes, "v": vocab_size}
         weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
-        is_parameter = place.kind == "router" or place.leading == "l e"
-        is_parameter = (is_parameter or place.path in getattr(family, "AS_PARAMETERS", ())) and not as_in_files
+        as_parameter = is_parameter(place, family) and not as_in_files
         if place.leading:
             weight = dataclasses.replace(weight, layers=decoder.config.layers_of(place.path))
         for index in weight.indices():
             name = weight.name(index)
-            if not is_parameter:
+            if not as_parameter:
                 name, template = name.removesuffix(".weight"), template.removesuffix(".weight")
             member = Member(place.path, index, weight, tuple(place.inputs.split()), tuple(place.outputs.split()))
             members.setdefault(name, []).append(member)
-            groups[name] = (_kind(member, is_parameter=is_parameter), template)
+            groups[name] = (_kind(member, is_parameter=as_parameter), template)
     return {
         name: Place(name, kind, tuple(members[name]), template)  # type: ignore[arg-type]
         for name, (kind, template) in groups.items()

@@ -5,7 +5,6 @@ tensor that is missing, extra or misshapen, or holds what is no number. The conf
 rules of PEFT, and the file must have exactly that.
 """
 
-import math
 import pathlib
 from collections.abc import Callable
 from types import ModuleType
@@ -19,7 +18,16 @@ from jaxsft.folders.peft.places import PREFIX, Place, file_names, places_of
 from jaxsft.folders.peft.settings import CONFIG_FILE, WEIGHTS_FILE, Settings, read_settings
 from jaxsft.folders.weights.check import report
 from jaxsft.folders.weights.copying import is_finite
-from jaxsft.folders.weights.stored import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, StoredTensor, open_file
+from jaxsft.folders.weights.stored import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Stored,
+    StoredTensor,
+    as_matrix,
+    open_file,
+    read_whole,
+)
 from jaxsft.model.decoder import Decoder
 
 DELTA = "token_adapter.trainable_tokens_delta"
@@ -147,7 +155,7 @@ def read_adapter(
         files = names[place.name]
         parts += parts_of(place, settings, tensors[files.a], tensors[files.b], tensors.get(files.magnitude))
     lora, values = assembled(parts, settings, decoder)
-    lora, notes = with_dropout(lora, settings, parts)
+    lora, notes = with_dropout(lora, settings, parts, decoder, family)
     if rows:
         notes += (f"{len(opened.token_ids)} rows of tokens are those of the adapter; they are kept, and not trained",)
     return Adapter(lora, values, rows, notes)
@@ -166,8 +174,7 @@ def _places_in(opened: AdapterFolder, decoder: Decoder, family: ModuleType, voca
 
 def _read(tensor: StoredTensor) -> np.ndarray:
     """float32, whole."""
-    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, tensor.shape[-1]))
-    return read.astype(np.float32).reshape(tensor.shape)
+    return read_whole(tensor).astype(np.float32)
 
 
 def _token_rows(
@@ -234,8 +241,9 @@ def _saved_tables(
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape:
         return False
-    step, columns = max(1, (1 << 22) // one.shape[-1]), slice(0, one.shape[-1])
-    blocks = (slice(at, min(at + step, one.shape[0])) for at in range(0, one.shape[0], step))
+    num_rows, num_columns = as_matrix(one.shape)
+    step, columns = max(1, (1 << 22) // max(1, num_columns)), slice(0, num_columns)
+    blocks = (slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step))
     return all(
         np.array_equal(one.read(rows, columns).astype(np.float32), other.read(rows, columns).astype(np.float32))
         for rows in blocks

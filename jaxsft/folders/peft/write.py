@@ -49,7 +49,7 @@ from jaxsft.folders.weights.beside import file_beside
 from jaxsft.folders.weights.gathering import of_layer, rows_of
 from jaxsft.folders.weights.layout import base_prefix, variables_of
 from jaxsft.folders.weights.save import Tensor, dump_json, header_of
-from jaxsft.folders.weights.stored import Stored
+from jaxsft.folders.weights.stored import Stored, read_whole
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.lora import Shape, shapes_of
 
@@ -139,7 +139,7 @@ def write_tensors(path: pathlib.Path, model: AdaptedModel) -> None:
 def fused_maps(decoder: Decoder, family: ModuleType, lora: LoraConfig, *, vocab_size: int) -> list[str]:
     """Tensors of the base in which several maps with adapters lie: PEFT trains them as one."""
     places = places_of(decoder, family, vocab_size=vocab_size)
-    shapes = shapes_of(decoder, lora, family.WEIGHTS)
+    shapes = shapes_of(decoder, lora, family)
     return [each.place.name for each in adapted_places(places.values(), shapes) if len(each.place.members) > 1]
 
 
@@ -198,7 +198,7 @@ def adapted_places(places: Iterable[Place], shapes: Mapping[str, Shape]) -> list
 def adapter_entries(model: AdaptedModel) -> tuple[list[Entry], dict[str, Any]]:
     """The tensors of adapter_model.safetensors in order, and adapter_config.json."""
     lora, rslora = model.lora, model.lora.rslora
-    shapes = shapes_of(model.decoder, lora, model.family.WEIGHTS)
+    shapes = shapes_of(model.decoder, lora, model.family)
     places = places_of(model.decoder, model.family, vocab_size=model.vocab_size)
     adapted = adapted_places(places.values(), shapes)
     names = file_names(each.place for each in adapted)
@@ -324,8 +324,7 @@ def _norms(member: Member, stored: Stored, family: ModuleType) -> np.ndarray:
     weight = member.weight
     name = weight.name(member.at)
     found = stored.tensors.get(name) or stored.tensors[name.removeprefix(base_prefix(family))]
-    rows = found.read(slice(0, math.prod(found.shape[:-1])), slice(0, found.shape[-1]))
-    ours = take(weight, rows.astype(np.float32).reshape(found.shape))
+    ours = take(weight, read_whole(found).astype(np.float32))
     letters = weight.axes[weight.split :]
     return np.sqrt(np.square(ours).sum(axis=tuple(at for at, each in enumerate(letters) if each in member.inputs)))
 

@@ -5,7 +5,6 @@ tensor that is missing, extra or misshapen. Reading the weights is `load.py`.
 """
 
 import fnmatch
-import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -15,7 +14,7 @@ from flax import nnx
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.copying import as_bits
 from jaxsft.folders.weights.layout import base_prefix, join
-from jaxsft.folders.weights.stored import BLOCK_BYTES, DTYPES, SafeTensor, Stored, StoredTensor
+from jaxsft.folders.weights.stored import BLOCK_BYTES, DTYPES, SafeTensor, Stored, StoredTensor, as_matrix
 
 
 def check_weights(
@@ -85,8 +84,8 @@ def _check_tied(stored: Stored, family: ModuleType, extra: dict[str, StoredTenso
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    num_rows, columns = math.prod(one.shape[:-1]), slice(0, one.shape[-1])
-    step = max(1, BLOCK_BYTES // (4 * one.shape[-1]))
+    num_rows, num_columns = as_matrix(one.shape)
+    step, columns = max(1, BLOCK_BYTES // (4 * max(1, num_columns))), slice(0, num_columns)
     blocks = (slice(at, min(at + step, num_rows)) for at in range(0, num_rows, step))
     return one.dtype is None or all(
         np.array_equal(as_bits(one.read(rows, columns)), as_bits(other.read(rows, columns))) for rows in blocks

@@ -11,9 +11,9 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.check import check_weights, report
 from jaxsft.folders.weights.copying import copy, is_finite
-from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of
+from jaxsft.folders.weights.layout import Box, Factor, Weight, join, path_text, variables_of, whole_weights
 from jaxsft.folders.weights.quantizing import quantized_arrays
 from jaxsft.folders.weights.stored import BLOCK_BYTES, PAGE_BYTES, Stored, StoredTensor
 from jaxsft.mesh import partition_spec
@@ -42,22 +42,24 @@ def load_params(
     stored_vocab_size: int | None = None,
     mean_rows: Sequence[int] = (),
     untied: bool = False,
+    only: Callable[[Any], Any] = lambda state: state,
 ) -> nnx.State:
     """Reads the weights of a model, each device's shard by itself, cast to the dtypes of `abstract`.
 
     Args:
         stored: what the model's folder holds.
         family: the module of the model's family.
-        abstract: the state to fill: Variables of jax.ShapeDtypeStruct, with axes.
+        abstract: the state of all weights: Variables of jax.ShapeDtypeStruct, with axes.
         shardings: the same tree of shardings (`mesh.shardings`).
         vocab_size: rows of the vocabulary that are tokens; the rows behind them are zeros.
         stored_vocab_size: rows of the vocabulary in the files, where the model has more. Those that the files lack
             begin as the mean of those that they have, in the embedding and in the unembedding, on any mesh the same.
         mean_rows: rows of the files that begin as that mean too.
         untied: an output projection that the files lack begins as the embedding.
+        only: the part of the state that is wanted; no other tensors are read.
 
     Returns:
-        A state like `abstract`, of jax.Arrays.
+        A state like that part of `abstract`, of jax.Arrays.
 
     Raises:
         ConfigError: as `check_weights`; or the tensors that hold a number that is not finite, all in one report. Each
@@ -68,7 +70,9 @@ def load_params(
     weights = join(abstract, family, vocab_size=in_files, stored=stored.tensors, untied=untied)
     new_rows = sorted({*mean_rows, *range(in_files, vocab_size)})
     places = {path: place.get_value() for path, place in variables_of(shardings).items()}
-    parts = variables_of(abstract)
+    wanted = only(abstract)
+    parts = variables_of(wanted)
+    weights = {path: weights[path] for path in weights if path in whole_weights(parts)}
     arrays: dict[str, jax.Array] = {}
     problems: dict[str, str] = {}
 
@@ -101,7 +105,7 @@ def load_params(
     _refuse(list(problems.values()))
     return jax.tree_util.tree_map_with_path(
         lambda path, variable: variable.replace(arrays[path_text(path)]),
-        abstract,
+        wanted,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
 

@@ -8,8 +8,10 @@ is a `Stored` too.
 
 import collections
 import json
+import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import ml_dtypes
@@ -73,6 +75,17 @@ class StoredTensor(Protocol):
         """
 
 
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor, as `StoredTensor.read` sees it; one without dims is a number in a row."""
+    return math.prod(shape[:-1]), math.prod(shape[-1:])
+
+
+def read_whole(tensor: StoredTensor) -> np.ndarray:
+    """All of a tensor, in its shape."""
+    num_rows, num_columns = as_matrix(tensor.shape)
+    return tensor.read(slice(0, num_rows), slice(0, num_columns)).reshape(tensor.shape)
+
+
 class SafeTensor(NamedTuple):
     """A tensor in a safetensors file."""
 
@@ -90,7 +103,7 @@ class SafeTensor(NamedTuple):
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         assert self.dtype is not None, self
-        num_columns, itemsize = (self.shape or (1,))[-1], self.dtype.itemsize
+        num_columns, itemsize = as_matrix(self.shape)[1], self.dtype.itemsize
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         row_bytes = num_columns * itemsize
         at = self.offset + rows.start * row_bytes + columns.start * itemsize

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jaxsft.config import ConfigError
 from jaxsft.folders.weights.copying import copy
 from jaxsft.folders.weights.layout import Box, Weight, is_quantized
-from jaxsft.folders.weights.stored import StoredTensor
+from jaxsft.folders.weights.stored import StoredTensor, read_whole
 from jaxsft.model.quantized import unpacked_layer
 
 GATHER_BYTES = 1 << 24
@@ -81,9 +81,7 @@ def put_together(parts: Sequence[Part], dtype: np.dtype, *, keeps: bool) -> np.n
 def _read(part: Part) -> np.ndarray:
     """The tensor of a file, in the shape of its factors."""
     assert part.original is not None
-    tensor = part.original
-    read = tensor.read(slice(0, math.prod(tensor.shape[:-1])), slice(0, math.prod(tensor.shape[-1:])))
-    return read.reshape([factor.size for factor in part.weight.factors])
+    return read_whole(part.original).reshape([factor.size for factor in part.weight.factors])
 
 
 def _gather(part: Part, dtype: np.dtype) -> Iterator[tuple[Box, np.ndarray]]:
