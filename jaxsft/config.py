@@ -488,8 +488,8 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the inputs of A that are set to 0 in training, the others scaled up."""
     targets: Patterns = ["all_linear"]
-    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both), names of maps such as q_proj
-    or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
+    """Which maps get adapters: `attention`, `mlp` (experts included), `all_linear` (both and convolutions' maps), names
+    of maps such as q_proj or qkv_proj, `embed_tokens`, `lm_head`, or regular expressions for the whole name, such as
     layers\\.[0-9]\\..*_proj."""
     exclude: Patterns = []
     """Which of the targets get none; in the words of `targets`."""

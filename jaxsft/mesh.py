@@ -42,7 +42,8 @@ DIM_AXES: dict[str, tuple[str, ...]] = {
     "i": ("tensor",),
     "j": (),
     "l": (),
-    "m": (),
+    "m": ("tensor",),
+    "z": (),
     "o": ("tensor", "fsdp", "expert", "context"),
     "r": (),
     "s": (),
@@ -55,7 +56,7 @@ but those along `data`, which are copies: that of experts, whose number is cut o
 blocks of numbers that share a scale, of which some meshes would cut the dim into uneven parts. `u` are
 rows on the way out of a table that is cut by its width (`"u p d"`, positions not cut): the same bytes per device as
 `"b t d"`. `o`, `i` and `j` are of quantised weights (`quantized.py`): rows of codes, and the bytes of a row, cut and
-not. `m` is a dim of size 1, of what has one number in each layer.
+not. `z` is a dim of size 1, of what has one number in each layer.
 """
 
 ROW_AXES = DIM_AXES["b"]
@@ -321,6 +322,7 @@ DIM_WORDS = {
     "e": "number of experts",
     "i": "number of bytes in a row of a quantised weight",
     "l": "number of layers",
+    "m": "number of channels of a short convolution",
     "o": "number of rows of a quantised weight",
     "r": "rank of adapters",
 }

@@ -256,7 +256,7 @@ class Setup:
             np.asarray(rows.positions),
             group_size=structure.num_heads // structure.num_kv_heads,
             head_dim=structure.head_dim,
-            windows=[kind.window for kind in structure.layers],
+            windows=structure.windows,
         )
 
     @functools.cached_property

@@ -5,6 +5,7 @@ of which rank, is decided in `lora.py`; this is what they compute.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,12 @@ class Frozen(nnx.Variable):
 
 class Constant(nnx.Variable):
     """What is neither trained nor a weight of a file: it follows from the config."""
+
+
+def of_layers(variable: nnx.Variable) -> dict[str, Any]:
+    """The metadata of a Variable that says whose layers' it is, where not all have it; for one that takes its place."""
+    layers = variable.get_metadata().get("layers")
+    return {} if layers is None else {"layers": layers}
 
 
 class Adapter(nnx.Module):

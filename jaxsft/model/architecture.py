@@ -18,6 +18,11 @@ PADDED_VOCAB_MULTIPLE = 128
 """Tables of the vocabulary are filled up to this: any usual mesh cuts them, and matmuls like it."""
 
 
+Mixer = Literal["self_attn", "conv"]
+"""What mixes the tokens of a layer, by the name of its part of `decoder.Layers`."""
+MIXERS: tuple[Mixer, ...] = ("self_attn", "conv")
+
+
 class LayerKind(NamedTuple):
     """In what one layer differs from another; models repeat a few of them in a fixed order."""
 
@@ -25,6 +30,7 @@ class LayerKind(NamedTuple):
     """A query attends to so many positions up to its own; None: to all of them."""
     rope: int | None = 0
     """Index into `DecoderConfig.ropes`; None: the layer is not told positions."""
+    mixer: Mixer = "self_attn"
 
 
 def period_of(kinds: Sequence[LayerKind]) -> int:
@@ -84,6 +90,10 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    conv_width: int = 0
+    """Tokens that a short convolution sees: the one at hand and those before it."""
+    conv_bias: bool = False
+    """On the convolution and on the maps around it."""
     routing: Routing | None = None
     """How tokens find their experts; None: the model is no mixture."""
     notes: tuple[str, ...] = ()
@@ -101,8 +111,25 @@ class DecoderConfig:
             "k": self.num_kv_heads,
             "h": self.head_dim,
             "f": self.intermediate_size,
+            "m": self.hidden_size,
+            "w": self.conv_width,
             "e": self.routing.num_experts if self.routing else 0,
         }
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Those that some layer has."""
+        return tuple(mixer for mixer in MIXERS if any(kind.mixer == mixer for kind in self.layers))
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of the layers with attention."""
+        return [kind.window for kind in self.layers if kind.mixer == "self_attn"]
+
+    def layers_of(self, path: str) -> tuple[int, ...]:
+        """Numbers of the layers that have a weight of the layers, by its path, or by that of a map of it."""
+        part = path.split(".")[1]
+        return tuple(number for number, kind in enumerate(self.layers) if part not in MIXERS or kind.mixer == part)
 
     @property
     def period(self) -> int:

@@ -37,20 +37,23 @@ SIGNED = Number(-1e6, 1e6)
 THETA = Number(2, 1e18)
 NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "n_embd"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "moe_intermediate_size"), MLP_WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "block_dim", "conv_dim", "conv_dim_out"), WIDTH),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "moe_intermediate_size", "block_ff_dim", "block_multiple_of"), MLP_WIDTH
+    ),
     **dict.fromkeys(("shared_expert_intermediate_size",), MLP_WIDTH),
     **dict.fromkeys(("moe_topk", "num_shared_expert", "moe_layer_num_skipped"), EXPERTS),
     **dict.fromkeys(("attention_head_dim", "rotary_dim"), HEADS),
     **dict.fromkeys(("shared_intermediate_size",), MLP_WIDTH._replace(least=0)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), LAYERS),
-    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), HEADS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "num_heads"), HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok", "experts_per_token"), EXPERTS),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "initial_context_length"), POSITION),
     **dict.fromkeys(("original_max_position_embeddings",), POSITION._replace(least=2)),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "max_window_layers", "layer_switch"), COUNT),
     **dict.fromkeys(("no_rope_layer_interval", "decoder_sparse_step"), COUNT),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILON),
+    **dict.fromkeys(("norm_eps", "block_norm_eps"), EPSILON),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "embedding_dropout"), SHARE),
     **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "residual_dropout"), SHARE),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), Number(1e-6, 1)),
@@ -58,7 +61,9 @@ NUMBERS: dict[str, Number] = {
     **dict.fromkeys(("attention_multiplier", "embedding_multiplier", "residual_multiplier"), SIGNED),
     **dict.fromkeys(("logits_scaling", "logit_scale", "query_pre_attn_scalar"), SCALE),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), FACTOR),
-    **dict.fromkeys(("swiglu_alpha", "swiglu_limit"), FACTOR),
+    **dict.fromkeys(("swiglu_alpha", "swiglu_limit", "block_ffn_dim_multiplier"), FACTOR),
+    **dict.fromkeys(("block_mlp_init_scale", "block_out_init_scale"), FACTOR),
+    **dict.fromkeys(("conv_L_cache",), Number(1, 2**10, is_whole=True)),
     **dict.fromkeys(("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta"), THETA),
 }
 """Field -> what it may be, where it is not null."""
@@ -83,6 +88,7 @@ FLAGS = frozenset(
     [
         *("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob", "use_qk_norm"),
         *("qk_layernorm", "use_parallel_residual", "use_qkv_bias", "scale_attn_weights", "use_embedding_sharing"),
+        *("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"),
     ]
 )
 """Fields that are true or false."""

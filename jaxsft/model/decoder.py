@@ -5,6 +5,7 @@ business (`loss.py`), except for `logits`, which generation and tests use. Famil
 `config.json` and the tensors of a Hugging Face model become a `DecoderConfig` and these weights.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from flax import nnx
 from jaxsft.config import AttentionKernel
 from jaxsft.mesh import constrain
 from jaxsft.model.adapter import Constant
-from jaxsft.model.architecture import DecoderConfig, LayerKind, period_of
+from jaxsft.model.architecture import MIXERS, DecoderConfig, LayerKind, Mixer, period_of
 from jaxsft.model.attention import attention
 from jaxsft.model.balance import Order, balance, balanced_order, restore
+from jaxsft.model.convolution import ShortConvolution
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, RouterSums
 from jaxsft.model.layers import MLP, Linear, Norm
@@ -29,7 +31,8 @@ from jaxsft.model.rope import Rotation, example_lengths, rotate, rotation
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far; slots from `length` on are empty (segment 0)."""
+    """Keys and values of the tokens so far; slots from `length` on are empty (segment 0). Of layers without attention,
+    what they must know of the tokens so far; each L counts the layers of its kind."""
 
     k: jax.Array
     """[L, B, S, K, H], rotated. Where angles depend on the length (`Rope.changes_at`), a cache is made anew."""
@@ -41,6 +44,8 @@ class Cache(NamedTuple):
     """int32 [B, S]"""
     length: jax.Array
     """int32 []: slots written, the same in every row."""
+    windows: jax.Array | None = None
+    """[L, B, W - 1, M]: of each row's last tokens, what short convolutions see again; None in models without."""
 
 
 class Output(NamedTuple):
@@ -135,7 +140,11 @@ class Attention(nnx.Module):
 
 
 class Layers(nnx.Module):
-    """All layers at once (every weight has a leading `l`), or one of them (inside the scan, without it)."""
+    """All layers at once (every weight has a leading `l`), or one of them (inside the scan, without it).
+
+    Where layers differ in what mixes their tokens, the `l` of a mixer counts the layers that have it, whose numbers its
+    Variables know as `layers`; one of the layers has its own mixer, and None in place of the others.
+    """
 
     def __init__(self, config: DecoderConfig, *, kernel: AttentionKernel, dtype: jnp.dtype, rngs: nnx.Rngs):
         def norm(name: str) -> Norm | None:
@@ -143,7 +152,13 @@ class Layers(nnx.Module):
 
         self.config = config
         self.pre_attention_norm = norm("pre_attention")
-        self.self_attn = Attention(config, kernel=kernel, dtype=dtype, rngs=rngs)
+        make: dict[Mixer, Callable[[DecoderConfig], nnx.Module]] = {
+            "self_attn": lambda config: Attention(config, kernel=kernel, dtype=dtype, rngs=rngs),
+            "conv": lambda config: ShortConvolution(config, dtype=dtype, rngs=rngs),
+        }
+        mixers = {mixer: _of_some_layers(make[mixer], config, mixer) for mixer in config.mixers}
+        self.self_attn: Any = mixers.get("self_attn")
+        self.conv: Any = mixers.get("conv")
         self.post_attention_norm = norm("post_attention")
         self.pre_mlp_norm = norm("pre_mlp")
         shared: dict[str, Any] = dict(bias=config.mlp_bias, std=config.initializer_range, dtype=dtype, rngs=rngs)
@@ -157,14 +172,18 @@ class Layers(nnx.Module):
         """Of the layer, where it draws noise."""
 
     def __call__(
-        self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None, kind: LayerKind
+        self, x: jax.Array, slots: Slots, cached: dict[Mixer, Any] | None, kind: LayerKind
     ) -> tuple[jax.Array, Any]:
-        """One layer: [B, T, D] -> [B, T, D]; and its cached keys and values, and the sums of its router."""
+        """One layer: [B, T, D] -> [B, T, D]; and what its mixer keeps in the cache, and the sums of its router."""
         x = keep(x, "input")
         if slots.keys is not None and self.number is not None:
             slots = slots._replace(keys=fold(slots.keys, self.number[...]))
         normed = x if self.pre_attention_norm is None else self.pre_attention_norm(x)
-        mixed, cached = self.self_attn(normed, slots, cached, kind)
+        own = None if cached is None else cached[kind.mixer]
+        if kind.mixer == "self_attn":
+            mixed, own = self.self_attn(normed, slots, own, kind)
+        else:
+            mixed, own = self.conv(normed, slots.q_segment_ids, slots.q_positions, own, slots.order, slots.keys)
         after = keep(self._add(x, mixed, self.post_attention_norm), "residual")
         mlp_input = x if self.config.parallel else after
         if self.pre_mlp_norm is not None:
@@ -176,7 +195,7 @@ class Layers(nnx.Module):
             out, router = self.mlp(mlp_input, slots.q_segment_ids > 0, slots.keys)
         else:
             out = self.mlp(mlp_input, slots.keys)
-        return self._add(after, out, self.post_mlp_norm), (cached, router)
+        return self._add(after, out, self.post_mlp_norm), ({kind.mixer: own}, router)
 
     def _add(self, x: jax.Array, out: jax.Array, norm: Norm | None) -> jax.Array:
         out = out if norm is None else norm(out)
@@ -259,8 +278,9 @@ class Decoder(nnx.Module):
         if order is not None:
             hidden = restore(hidden, "b t d")
         if cache is not None:
-            k, v = cached
-            cache = Cache(k, v, slots.kv_segment_ids, slots.kv_positions, cache.length + tokens.shape[1])
+            k, v = cached.get("self_attn", (cache.k, cache.v))
+            rows = slots.kv_segment_ids, slots.kv_positions
+            cache = Cache(k, v, *rows, cache.length + tokens.shape[1], cached.get("conv"))
         return Output(hidden, cache, router)
 
     def residuals(self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
@@ -268,9 +288,10 @@ class Decoder(nnx.Module):
         slots, _ = self._slots(segment_ids, positions, None, None)
         stream = [self._embed(tokens, positions, None, None)]
         for stack, first, count in self._stacks():
-            graphdef, weights = nnx.split(stack)
-            for kind, of_layer in zip(self.config.layers[first : first + count], _split(weights, count), strict=True):
-                stream.append(nnx.merge(graphdef, of_layer)(stream[-1], slots, None, kind)[0])
+            graphdefs, weights = _graphdefs(stack), nnx.state(stack)
+            kinds = self.config.layers[first : first + count]
+            for kind, of_layer in zip(kinds, _split(weights, kinds), strict=True):
+                stream.append(nnx.merge(graphdefs[kind.mixer], of_layer)(stream[-1], slots, None, kind)[0])
         return jnp.stack(stream)
 
     @property
@@ -287,7 +308,7 @@ class Decoder(nnx.Module):
         """Stacks, the number of each one's first layer, and how many they are."""
         first = 0
         for stack in self.stacks:
-            count = len(jax.tree.leaves(nnx.state(stack))[0])
+            count = max(map(len, jax.tree.leaves(nnx.state(stack))))  # a mixer may be that of a few of them
             yield stack, first, count
             first += count
 
@@ -309,7 +330,8 @@ class Decoder(nnx.Module):
     def _slots(
         self, segment_ids: jax.Array, positions: jax.Array, cache: Cache | None, order: Order | None
     ) -> tuple[Slots, Any]:
-        all_segment_ids, all_positions, start, cached = segment_ids, positions, jnp.zeros((), jnp.int32), None
+        all_segment_ids, all_positions, start = segment_ids, positions, jnp.zeros((), jnp.int32)
+        cached: dict[Mixer, Any] | None = None
         if order is not None:
             # Gathered here, once for all layers.
             all_segment_ids, all_positions = (constrain(x, "b s") for x in (segment_ids, positions))
@@ -317,7 +339,9 @@ class Decoder(nnx.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             all_segment_ids = write(cache.segment_ids, segment_ids, cache.length, axis=1)
             all_positions = write(cache.positions, positions, cache.length, axis=1)
-            start, cached = cache.length, (cache.k, cache.v)
+            start, cached = cache.length, {"self_attn": (cache.k, cache.v)}
+            if cache.windows is not None:
+                cached["conv"] = cache.windows
 
         lengths = None
         if any(rope.depends_on_length for rope in self.config.ropes):
@@ -326,14 +350,14 @@ class Decoder(nnx.Module):
         return Slots(rotations, segment_ids, positions, all_segment_ids, all_positions, order, start, None), cached
 
     @jax.named_scope("layers")
-    def _run(self, x: jax.Array, slots: Slots, cached: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+    def _run(self, x: jax.Array, slots: Slots, cached: dict[Mixer, Any] | None) -> tuple[jax.Array, Any]:
         """All layers, stack by stack."""
         outs = []
         for stack, first, count in self._stacks():
             of_stack = jax.tree.map(lambda each: each[first : first + count], cached)  # noqa: B023 (used at once)
             x, out = self._run_stack(stack, self.config.layers[first : first + count], x, slots, of_stack)
             outs.append(out)
-        return x, outs[0] if len(outs) == 1 else jax.tree.map(lambda *each: jnp.concatenate(each), *outs)
+        return x, outs[0] if len(outs) == 1 else _put_together(outs, jnp.concatenate)
 
     def _run_stack(
         self,
@@ -341,10 +365,10 @@ class Decoder(nnx.Module):
         kinds: tuple[LayerKind, ...],
         x: jax.Array,
         slots: Slots,
-        cached: tuple[jax.Array, jax.Array] | None,
+        cached: dict[Mixer, Any] | None,
     ) -> tuple[jax.Array, Any]:
         """Whole periods of the layers' pattern in a scan, the rest (or all, unrolled) one after the other."""
-        graphdef, weights = nnx.split(stack)
+        graphdefs, weights = _graphdefs(stack), nnx.state(stack)
         period = period_of(kinds)
         scanned = 0 if self.unroll else len(kinds) // period * period
 
@@ -353,8 +377,8 @@ class Decoder(nnx.Module):
 
             def layer(x: jax.Array, weights: nnx.State, slots: Slots, cached: Any) -> tuple[jax.Array, Any]:
                 if number is not None:
-                    weights = jax.tree.map(lambda each: each[number], weights)
-                return nnx.merge(graphdef, weights)(x, slots, cached, kind)
+                    weights = _picked(weights, kinds, number)
+                return nnx.merge(graphdefs[kind.mixer], weights)(x, slots, cached, kind)
 
             policy = POLICIES[self.remat]
             if self.remat == "none" and (not in_scan or self.config.routing is not None):
@@ -366,10 +390,10 @@ class Decoder(nnx.Module):
 
         def run(x: jax.Array, kinds: tuple[LayerKind, ...], of_layers: Any) -> tuple[jax.Array, Any]:
             outs = []
-            for kind, of_layer in zip(kinds, _split(of_layers, len(kinds)), strict=True):
+            for kind, *of_layer in zip(kinds, *(_split(each, kinds) for each in of_layers), strict=True):
                 x, out = make_layer(kind, in_scan=False)(x, of_layer[0], slots, of_layer[1])
                 outs.append(out)
-            return x, jax.tree.map(lambda *each: jnp.stack(each), *outs)
+            return x, _put_together(outs, jnp.stack)
 
         def scan(x: jax.Array, of_layers: Any) -> tuple[jax.Array, Any]:
             def body(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
@@ -377,17 +401,20 @@ class Decoder(nnx.Module):
                 in_scan, (of_layers, cached) = scanned > period, of_period
                 outs = []
                 for number, kind in enumerate(kinds[:period]):
-                    of_layer = jax.tree.map(lambda each: each[number], cached)  # noqa: B023 (used at once)
-                    x, out = make_layer(kind, in_scan=in_scan, number=number)(x, of_layers, slots, of_layer)
+                    own, of_layer = _own(of_layers, kind), _picked(_own(cached, kind), kinds, number)
+                    x, out = make_layer(kind, in_scan=in_scan, number=number)(x, own, slots, of_layer)
                     outs.append(out)
-                return x, jax.tree.map(lambda *each: jnp.stack(each), *outs)
+                return x, _put_together(outs, jnp.stack)
 
             # What enters a layer is what the backward pass needs of it. The weights that enter the scan are there
             # anyway; of slices of them, made before a layer, it would keep copies.
             if period == 1:
                 layer = make_layer(kinds[0], in_scan=scanned > 1)
                 return jax.lax.scan(lambda x, of_layer: layer(x, of_layer[0], slots, of_layer[1]), x, of_layers)
-            periods = jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), of_layers)
+            num_periods = scanned // period
+            periods = jax.tree.map(
+                lambda leaf: leaf.reshape(num_periods, len(leaf) // num_periods, *leaf.shape[1:]), of_layers
+            )
             x, out = jax.lax.scan(body, x, periods)
             return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
 
@@ -395,10 +422,10 @@ class Decoder(nnx.Module):
             return scan(x, (weights, cached))
         if scanned == 0:
             return run(x, kinds, (weights, cached))
-        whole_periods, rest = _cut((weights, cached), scanned)
+        whole_periods, rest = _cut((weights, cached), kinds, scanned)
         x, first_out = scan(x, whole_periods)
         x, last_out = run(x, kinds[scanned:], rest)
-        return x, jax.tree.map(lambda *each: jnp.concatenate(each), first_out, last_out)
+        return x, _put_together([first_out, last_out], jnp.concatenate)
 
     @property
     def unembedding(self) -> jax.Array:
@@ -419,23 +446,91 @@ class Decoder(nnx.Module):
     def make_cache(self, batch_size: int, size: int) -> Cache:
         """An empty cache of `size` slots per row."""
         config = self.config
-        shape = (len(config.layers), batch_size, size, config.num_kv_heads, config.head_dim)
+        shape = (len(config.layers_of("layers.self_attn")), batch_size, size, config.num_kv_heads, config.head_dim)
         empty = jnp.zeros(shape, self.compute_dtype)
         rows = jnp.zeros((batch_size, size), jnp.int32)
-        return Cache(empty, empty, rows, rows, jnp.zeros((), jnp.int32))
+        windows = None
+        if num_convolutions := len(config.layers_of("layers.conv")):
+            of_windows = (num_convolutions, batch_size, config.conv_width - 1, config.sizes["m"])
+            windows = jnp.zeros(of_windows, self.compute_dtype)
+        return Cache(empty, empty, rows, rows, jnp.zeros((), jnp.int32), windows)
 
 
-def _split(tree: Any, count: int) -> list[Any]:
-    """Leaves [count, ...] to `count` trees of leaves [...]; backwards, the parts are put together in one copy."""
-    parts = jax.tree.map(lambda leaf: [part[0] for part in jax.lax.split(leaf, (1,) * count)], tree)
-    return _transposed(tree, parts, count)
+# Stacks of layers: trees whose leaves have a leading dim of all layers, or under the name of a mixer of its layers.
 
 
-def _cut(tree: Any, at: int) -> list[Any]:
-    """The first `at` of the leading dim of each leaf, and the rest."""
-    return _transposed(tree, jax.tree.map(lambda leaf: list(jax.lax.split(leaf, (at, len(leaf) - at))), tree), 2)
+def _of_some_layers(make: Callable[[DecoderConfig], nnx.Module], config: DecoderConfig, mixer: Mixer) -> nnx.Module:
+    """A mixer of the layers that have it."""
+    numbers = config.layers_of(f"layers.{mixer}")
+    if len(numbers) == len(config.layers):
+        return make(config)
+    some = make(dataclasses.replace(config, layers=tuple(config.layers[number] for number in numbers)))
+    for variable in jax.tree.leaves(nnx.state(some), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)):
+        variable.set_metadata(layers=numbers)
+    return some
 
 
-def _transposed(tree: Any, parts: Any, count: int) -> list[Any]:
-    """A tree of lists of `count` to a list of trees."""
-    return jax.tree.transpose(jax.tree.structure(tree), jax.tree.structure([0] * count), parts)
+def _graphdefs(stack: Layers) -> dict[Mixer, Any]:
+    """The structure of a layer with each mixer."""
+    graphdefs: dict[Mixer, Any] = {}
+    for mixer in stack.config.mixers:
+        layer = nnx.merge(*nnx.split(stack))  # a copy
+        for other in stack.config.mixers:
+            if other != mixer:
+                setattr(layer, other, None)
+        graphdefs[mixer] = nnx.graphdef(layer)
+    return graphdefs
+
+
+def _own(tree: Any, kind: LayerKind) -> Any:
+    """Without what belongs to other mixers than that of the layer."""
+    if tree is None:
+        return None
+    return type(tree)({name: part for name, part in tree.items() if name not in MIXERS or name == kind.mixer})
+
+
+def _mixer_at(path: tuple[Any, ...]) -> Mixer | None:
+    """The mixer that a leaf of a stack belongs to; None: all layers have it."""
+    return next((key.key for key in path if getattr(key, "key", None) in MIXERS), None)
+
+
+def _number_of(path: tuple[Any, ...], kinds: tuple[LayerKind, ...], number: int) -> int:
+    """How many of the layers before `number` have the leaf: its place among them."""
+    mixer = _mixer_at(path)
+    return number if mixer is None else sum(kind.mixer == mixer for kind in kinds[:number])
+
+
+def _picked(tree: Any, kinds: tuple[LayerKind, ...], number: int) -> Any:
+    """Of a stack that has no other mixers than its own, the layer `number`."""
+    return jax.tree_util.tree_map_with_path(lambda path, each: each[_number_of(path, kinds, number)], tree)
+
+
+def _split(tree: Any, kinds: tuple[LayerKind, ...]) -> list[Any]:
+    """A stack to trees of one layer each; backwards, the parts are put together in one copy."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * len(leaf))] for _, leaf in leaves]
+    trees = []
+    for number, kind in enumerate(kinds):
+        at = [_number_of(path, kinds, number) for path, _ in leaves]
+        # Of a mixer that is not this layer's there may be no such part.
+        of_layer = [part[i] if i < len(part) else None for part, i in zip(parts, at, strict=True)]
+        trees.append(_own(jax.tree.unflatten(structure, of_layer), kind))
+    return trees
+
+
+def _cut(tree: Any, kinds: tuple[LayerKind, ...], at: int) -> list[Any]:
+    """The first `at` layers of a stack, and the rest."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    firsts = [_number_of(path, kinds, at) for path, _ in leaves]
+    parts = [jax.lax.split(leaf, (n, len(leaf) - n)) for n, (_, leaf) in zip(firsts, leaves, strict=True)]
+    return [jax.tree.unflatten(structure, [each[i] for each in parts]) for i in range(2)]
+
+
+def _put_together(outs: list[Any], join: Callable) -> Any:
+    """What layers return beside the residual stream, stacked, or stacks of it concatenated; of each mixer by itself."""
+    cached = {
+        mixer: jax.tree.map(lambda *each: join(each), *(own[mixer] for own, _ in outs if mixer in own))
+        for mixer in MIXERS
+        if any(mixer in own for own, _ in outs)
+    }
+    return cached, jax.tree.map(lambda *each: join(each), *(router for _, router in outs))

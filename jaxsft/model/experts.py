@@ -49,7 +49,7 @@ class SharedExpert(MLP):
         super().__init__(sizes, activation=gating, gated=True, bias=bias, std=std, dtype=dtype, rngs=rngs)
         # A linear map with one output, and to optimizers a matrix, as it is in files.
         shape = (sizes["l"], sizes["d"], 1)
-        self.gate = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes="l d m") if gate else None
+        self.gate = nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), axes="l d z") if gate else None
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         out = super().__call__(x, keys)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsft.config import ConfigError
-from jaxsft.model.architecture import LayerKind
+from jaxsft.model.architecture import LayerKind, Mixer
 from jaxsft.model.bounds import problems_of
 from jaxsft.model.layers import ACTIVATIONS, NormKind
 from jaxsft.model.rope import Rope
@@ -216,11 +216,14 @@ class Fields:
             self.problem(f"{where}: {dim} of {head_dim} dims of a head would be rotated; their number must be even")
         return dim
 
-    def layers(self, *, ropes: dict[str, int | None] | None = None) -> tuple[LayerKind, ...]:
+    def layers(
+        self, *, ropes: dict[str, int | None] | None = None, mixers: dict[str, Mixer] | None = None
+    ) -> tuple[LayerKind, ...]:
         """The layers of a config with `layer_types`, or with none: full attention, or all with `sliding_window`.
 
         Args:
             ropes: index of the rope of each layer type, where not all have the first.
+            mixers: layer types without attention, and what mixes tokens there.
         """
         window = self.own("sliding_window")
         usual = ["sliding_attention" if window else "full_attention"] * self("num_hidden_layers")
@@ -232,14 +235,17 @@ class Fields:
             )
         if len(types) != self("num_hidden_layers"):
             self.problem(f"layer_types: {len(types)} entries, but num_hidden_layers is {self('num_hidden_layers')}")
-        if unknown := sorted(set(types) - LAYER_TYPES):
-            known = ", ".join(sorted(LAYER_TYPES))
+        without_attention, known_types = mixers or {}, LAYER_TYPES | (mixers or {}).keys()
+        if unknown := sorted(set(types) - known_types):
+            known = ", ".join(sorted(known_types))
             self.problem(f"layer_types: {', '.join(map(repr, unknown))}; computed are {known}")
         if "sliding_attention" in types and not window:
             self.problem("sliding_window: missing, but layer_types has sliding_attention")
         of_type = ropes or {}
         return tuple(
-            LayerKind(window=window if each == "sliding_attention" else None, rope=of_type.get(each, 0))
+            LayerKind(rope=None, mixer=without_attention[each])
+            if each in without_attention
+            else LayerKind(window=window if each == "sliding_attention" else None, rope=of_type.get(each, 0))
             for each in types
         )
 

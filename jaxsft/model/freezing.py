@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.config import ConfigError
-from jaxsft.model.adapter import Constant, Frozen, LoraParam
+from jaxsft.model.adapter import Constant, Frozen, LoraParam, of_layers
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.embedding import Embedding
 from jaxsft.model.experts import MixtureMLP, PerExpert
@@ -55,14 +55,13 @@ def train_only(decoder: Decoder, words: Sequence[str], weights: Mapping[str, tup
         used.update(hits)
         return bool(hits)
 
-    num_layers = len(decoder.config.layers)
     whole: dict[str, bool] = {}
     firsts: dict[str, int] = {}
     for path in _paths(decoder):
         if not path.startswith("layers."):
             whole[path] = is_trained(path, None)
             continue
-        trained = [is_trained(path, number) for number in range(num_layers)]
+        trained = [is_trained(path, number) for number in decoder.config.layers_of(path)]
         whole[path] = all(trained)
         if any(trained) and not all(trained):
             first = trained.index(True)
@@ -74,6 +73,11 @@ def train_only(decoder: Decoder, words: Sequence[str], weights: Mapping[str, tup
         raise ConfigError(
             f"train.only: {listed} fits no weight of this model; there are {', '.join(GROUPS)}, and names such as "
             f"{', '.join(_paths(decoder)[:4])}"
+        )
+    if firsts and len(decoder.config.mixers) > 1:
+        raise ConfigError(
+            f"train.only: {', '.join(firsts)} would be trained in some layers only, which is not possible in a model "
+            f"whose layers differ in their parts ({', '.join(decoder.config.mixers)}); name them in all layers"
         )
     if len(set(firsts.values())) > 1 or -1 in firsts.values():
         listed = "\n  ".join(f"{path}: {_from(first)}" for path, first in firsts.items())
@@ -127,7 +131,7 @@ def freeze(decoder: Decoder, is_frozen: Callable[[str], bool]) -> None:
                 value = variable.get_value()
                 if name == "weight" and is_matrix:
                     value = value.astype(decoder.compute_dtype)
-                setattr(module, name, Frozen(value, axes=variable.get_metadata("axes")))
+                setattr(module, name, Frozen(value, axes=variable.get_metadata("axes"), **of_layers(variable)))
 
 
 @jax.jit

@@ -57,7 +57,7 @@ def check_kernel(
         ConfigError: the two are further apart than rounding can bring them, or the kernel does not compile.
     """
     dtype, largest = jnp.dtype(dtype), 0.0
-    for window in sorted({kind.window for kind in config.layers}, key=lambda window: window or 0):
+    for window in sorted(set(config.windows), key=lambda window: window or 0):
         shortened = None if window is None else min(window, LONGEST_WINDOW)
         differences = jax.jit(functools.partial(_differences, wanted, config, dtype, shortened, attend))
         try:

@@ -161,10 +161,10 @@ class Xielu(nnx.Module):
     def __init__(self, sizes: Sizes, *, dtype: jnp.dtype):
         """Both slopes begin as 0.8, as in transformers."""
         of_layers = (sizes["l"], 1)
-        self.alpha_p = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.8)), dtype), axes="l m")
-        self.alpha_n = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.3)), dtype), axes="l m")
-        self.beta = Frozen(jnp.full(of_layers, 0.5, jnp.float32), axes="l m")
-        self.eps = Frozen(jnp.full(of_layers, -1e-6, jnp.float32), axes="l m")
+        self.alpha_p = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.8)), dtype), axes="l z")
+        self.alpha_n = nnx.Param(jnp.full(of_layers, jnp.log(jnp.expm1(0.3)), dtype), axes="l z")
+        self.beta = Frozen(jnp.full(of_layers, 0.5, jnp.float32), axes="l z")
+        self.eps = Frozen(jnp.full(of_layers, -1e-6, jnp.float32), axes="l z")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return xielu(x, self.alpha_p[...], self.alpha_n[...], self.beta[...], self.eps[...])

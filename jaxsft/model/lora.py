@@ -23,12 +23,12 @@ from jaxsft.model.freezing import fits, freeze, regex_problems
 from jaxsft.model.layers import Linear
 from jaxsft.model.quantized import QuantizedWeight, norms_of
 
-Kind = Literal["attention", "mlp", "router", "table"]
+Kind = Literal["attention", "convolution", "mlp", "router", "table"]
 
 PRESETS: dict[str, tuple[Kind, ...]] = {
     "attention": ("attention",),
     "mlp": ("mlp",),
-    "all_linear": ("attention", "mlp"),
+    "all_linear": ("attention", "convolution", "mlp"),
 }
 """Word of `lora.targets` -> what it stands for."""
 
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
     """Of the adapter of one map."""
 
     ranks: np.ndarray
-    """int [L], or [] of a table; 0 for a layer without one."""
+    """int [L] of the layers that have the map, or [] of a table; 0 for a layer without an adapter."""
     alphas: np.ndarray
     """float, likewise."""
 
@@ -81,7 +81,7 @@ class Shape(NamedTuple):
 def maps_of(decoder: Decoder) -> Iterator[Map]:
     """All maps that can have an adapter, in the order of the decoder's weights."""
     yield Map("embed_tokens", "table", decoder.embed_tokens, "v", "d", "")
-    attention, mlp = decoder.layers.self_attn, decoder.layers.mlp
+    attention, convolution, mlp = decoder.layers.self_attn, decoder.layers.conv, decoder.layers.mlp
     for name, inputs, outputs in (("q", "d", "n h"), ("k", "d", "k h"), ("v", "d", "k h"), ("o", "n h", "d")):
         yield Map(
             f"layers.self_attn.{name}_proj",
@@ -91,6 +91,10 @@ def maps_of(decoder: Decoder) -> Iterator[Map]:
             outputs,
             "l",
         )
+    if convolution is not None:
+        for name, inputs, outputs in (("b", "d", "m"), ("c", "d", "m"), ("x", "d", "m"), ("out", "m", "d")):
+            module = getattr(convolution, f"{name}_proj")
+            yield Map(f"layers.conv.{name}_proj", "convolution", module, inputs, outputs, "l")
     if isinstance(mlp, MixtureMLP):
         yield Map("layers.mlp.router", "router", mlp.router, "d", "e", "l")
         parts: list[tuple[str, str, Any]] = [("layers.mlp.experts", "l e", mlp.experts)]
@@ -143,10 +147,9 @@ def shapes_of(decoder: Decoder, lora: LoraConfig, family: ModuleType) -> dict[st
 
     shapes: dict[str, Shape] = {}
     alpha = lora.alpha if lora.alpha is not None else 2.0 * lora.rank
-    num_layers = len(decoder.config.layers)
     for place in maps_of(decoder):
         ranks, alphas = [], []
-        for number in range(num_layers) if place.leading else [None]:
+        for number in decoder.config.layers_of(place.path) if place.leading else [None]:
             names = names_of(place, number, weights)
             is_target = chosen("targets", lora.targets, place, names)
             is_target = is_target and not chosen("exclude", lora.exclude, place, names)
@@ -202,7 +205,7 @@ def _limits(decoder: Decoder, lora: LoraConfig, shapes: Mapping[str, Shape], fam
 
 
 def _short_names(place: Map, weights: Mapping[str, tuple[str, str]]) -> list[str]:
-    return [name.split(".")[-1] for name in names_of(place, 0 if place.leading else None, weights)]
+    return [name.split(".")[-1] for name in names_of(place, 0 if place.leading else None, weights)]  # of any layer
 
 
 def add_adapters(decoder: Decoder, lora: LoraConfig, family: ModuleType, *, key: jax.Array) -> None:

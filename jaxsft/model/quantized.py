@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.mesh import cut_axes, is_cut_evenly, partition_spec
-from jaxsft.model.adapter import Frozen
+from jaxsft.model.adapter import Frozen, of_layers
 from jaxsft.model.products import gradient_by_x, precision
 from jaxsft.model.quantize import NF4, RECORDS, Int8, Kind, Place, Quantized, dequantize, quantize
 
@@ -97,7 +97,8 @@ class QuantizedWeight(nnx.Module):
         self.layout = Layout(kind, " ".join(leading), inputs, " ".join(outputs), sizes_in_order)
         found = quantize(self.layout.matrices(weight[...]), kind)
         parts = {
-            name: Frozen(array, axes=self.layout.axes[name]) for name, array in zip(found._fields, found, strict=True)
+            name: Frozen(array, axes=self.layout.axes[name], **of_layers(weight))
+            for name, array in zip(found._fields, found, strict=True)
         }
         for name, part in parts.items():
             part.set_metadata(layout=self.layout if name == "codes" else None)

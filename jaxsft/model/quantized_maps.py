@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxsft.config import ConfigError
-from jaxsft.model.adapter import Frozen
+from jaxsft.model.adapter import Frozen, of_layers
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.lora import Map, maps_of
 from jaxsft.model.quantize import BLOCK, Kind, is_quantizable
@@ -37,12 +37,13 @@ def quantize_maps(decoder: Decoder, kind: Kind) -> None:
         if is_quantizable(_num_inputs(place), kind):
             place.module.weight = nnx.data(QuantizedWeight(weight, place.inputs, kind))
         else:
-            place.module.weight = Frozen(weight[...].astype(jnp.bfloat16), axes=weight.get_metadata("axes"))
+            rounded = weight[...].astype(jnp.bfloat16)
+            place.module.weight = Frozen(rounded, axes=weight.get_metadata("axes"), **of_layers(weight))
 
 
 def _maps(decoder: Decoder) -> list[Map]:
     """The linear maps of all layers, routers aside."""
-    return [place for place in maps_of(decoder) if place.kind in ("attention", "mlp")]
+    return [place for place in maps_of(decoder) if place.kind in ("attention", "convolution", "mlp")]
 
 
 def _num_inputs(place: Map) -> int:
@@ -78,5 +79,6 @@ def with_plain_weights(decoder: Decoder) -> int:
             leading = weight.codes.shape[: len(place.leading.split())]
             count += math.prod(leading[1:]) * math.prod(weight.layout.shape)
             shape = (*leading, *weight.layout.shape)
-            place.module.weight = Frozen(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=weight.layout.ours)
+            abstract = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            place.module.weight = Frozen(abstract, axes=weight.layout.ours, **of_layers(weight.codes))
     return count

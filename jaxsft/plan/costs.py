@@ -88,7 +88,7 @@ def count_flops(
         flops = each.flops * (each.runs * turns if each.is_open else 1)
         parts[part] += flops
         again += flops * each.is_again
-    pairs = sum(_pairs(length, kind.window) for kind in structure.layers) * (tokens // length)
+    pairs = sum(_pairs(length, window) for window in structure.windows) * (tokens // length)
     width = structure.num_heads * structure.head_dim
     if tiles := [each for each in matmuls if each.is_open and "attention" in each.name]:
         again_here = 4.0 * width * pairs * any(each.is_again for each in tiles)
@@ -204,9 +204,10 @@ def expected_collectives(
     of_row = config.data.seq_len * itemsize
     hidden = rows * of_row // mesh_shape["context"] * structure.hidden_size
     add("all-reduce", ("tensor",), hidden, 6 * layers * microbatches)
+    attending = len(structure.layers_of("layers.self_attn"))
     keys = 2 * rows * of_row * structure.num_kv_heads * structure.head_dim // mesh_shape["tensor"]
-    add("all-gather", ("context",), keys, (1 if config.model.remat == "none" else 2) * layers * microbatches)
-    add("reduce-scatter", ("context",), keys * 4 // itemsize, layers * microbatches)
+    add("all-gather", ("context",), keys, (1 if config.model.remat == "none" else 2) * attending * microbatches)
+    add("reduce-scatter", ("context",), keys * 4 // itemsize, attending * microbatches)
     return found
 
 

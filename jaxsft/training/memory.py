@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxsft.config import KEYS_OF, OptimConfig
 from jaxsft.mesh import DIM_AXES, ROW_AXES, WIDTH_AXES, AnyMesh, in_scope, shardings
 from jaxsft.model.abstract import Model
+from jaxsft.model.adapter import of_layers
 from jaxsft.model.decoder import Decoder
 from jaxsft.model.dispatch import WEIGHTS_AT_ONCE
 from jaxsft.model.quantized_maps import with_plain_weights
@@ -210,18 +211,20 @@ def _layer_bytes(decoder: Decoder, weights: list[Any], mesh: AnyMesh, tokens: tu
         layers = decoder.config.layers[:period] * (num_periods * len(decoder.stacks))
         of_some.config = dataclasses.replace(decoder.config, layers=layers)
         of_some.remat, of_some.unroll = "none", unroll
-        return _kept_bytes(of_some, _with_layers(weights, num_periods * period), tokens)
+        return _kept_bytes(of_some, _of_periods(weights, period, num_periods), tokens)
 
     # From one period to the next in a scan, as a scan of one is unrolled, and then keeps all.
     made = kept(1, unroll=True) if _is_cpu(mesh) else 2 * (kept(3, unroll=False) - kept(2, unroll=False))
     trained, all_of_layers = (
         [each for each in jax.tree.leaves(tree, is_leaf=_is_variable) if "l" in each.get_metadata("axes").split()]
-        for tree in (_with_layers(weights[:1], period), _with_layers(weights, period))
+        for tree in (_of_periods(weights[:1], period), _of_periods(weights, period))
     )
     is_cut, itemsize = _is_cut(mesh), decoder.compute_dtype.itemsize
     needed = [each for each in all_of_layers if is_cut or each.dtype.itemsize != itemsize]
     made += sum(_at_once(each, mesh, period) * itemsize for each in needed)
-    of_one_layer = (_at_once(each, mesh, period) // (1 if _is_of_experts(each) else period) * 4 for each in trained)
+    of_one_layer = (
+        _at_once(each, mesh, period) // (1 if _is_of_experts(each) else _num_layers(each)) * 4 for each in trained
+    )
     return made + is_cut * max(of_one_layer, default=0)
 
 
@@ -238,12 +241,23 @@ def _at_once(leaf: nnx.Variable, mesh: AnyMesh, period: int) -> int:
     return min(of_layer, max(one, WEIGHTS_AT_ONCE // 3)) if _is_cut(mesh) else of_layer
 
 
+def _num_layers(leaf: nnx.Variable) -> int:
+    return leaf.shape[leaf.get_metadata("axes").split().index("l")]
+
+
 def _is_of_experts(leaf: nnx.Variable) -> bool:
     return "e" in leaf.get_metadata("axes").split()
 
 
-def _with_layers(weights: list[Any], num_layers: int) -> list[Any]:
-    return [_resized(tree, lambda letter, size: num_layers if letter == "l" else size) for tree in weights]
+def _of_periods(weights: list[Any], period: int, num_periods: int = 1) -> list[Any]:
+    """Abstract weights of some periods of layers; of a mixer that only some of a period have, of those."""
+
+    def of_leaf(leaf: nnx.Variable) -> nnx.Variable:
+        numbers = of_layers(leaf).get("layers", range(period))
+        num_layers = sum(number < period for number in numbers) * num_periods
+        return _resized(leaf, lambda letter, size: num_layers if letter == "l" else size)
+
+    return [jax.tree.map(of_leaf, tree, is_leaf=_is_variable) for tree in weights]
 
 
 def _loss_bytes(decoder: Decoder, mesh: AnyMesh, num_tokens: int) -> int:

@@ -391,7 +391,7 @@ def _updated(optimizer: Optimizer, state: TrainState, given: Given, *, is_finite
 def attention_pairs(batch: Batch, config: DecoderConfig) -> jax.Array:
     """(query, key) pairs that attention looks at, of all layers: no more than a window of keys where there is one."""
     num_keys = jnp.where(batch.segment_ids > 0, batch.positions + 1, 0)
-    windows = collections.Counter(kind.window for kind in config.layers)
+    windows = collections.Counter(config.windows)
     pairs = jnp.zeros((), jnp.float32)
     for window, num_layers in windows.items():
         of_layer = num_keys if window is None else jnp.minimum(num_keys, window)

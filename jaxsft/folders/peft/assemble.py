@@ -76,7 +76,6 @@ def parts_of(
 def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """The `lora` section that asks for these adapters, and their values, stacked over layers and experts."""
     maps = {place.path: place for place in maps_of(decoder)}
-    num_layers = len(decoder.config.layers)
     by_path: dict[str, list[Part]] = {}
     for part in parts:
         by_path.setdefault(part.path, []).append(part)
@@ -88,6 +87,7 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
         place = maps[path]
         width = max(part.rank for part in of_map)
         letters = place.leading.split()
+        layers = decoder.config.layers_of(path) if place.leading else ()
 
         def empty(axes: str, place: Map = place, letters: list[str] = letters, width: int = width) -> np.ndarray:
             all_sizes = {**place.sizes, "r": width}
@@ -107,9 +107,9 @@ def assembled(parts: Sequence[Part], settings: Settings, decoder: Decoder) -> tu
                 _fill(b[part.at], part.b if own == scale else part.b * np.float32(own / scale))
                 if magnitude is not None and part.magnitude is not None:
                     _fill(magnitude[part.at], part.magnitude)
-            name = path if not layer else path.replace("layers.", f"layers.{layer[0]}.", 1)
+            name = path if not layer else path.replace("layers.", f"layers.{layers[layer[0]]}.", 1)
             ranks[name], alphas[name] = rank, alpha
-        is_everywhere = len(by_layer) == (num_layers if place.leading else 1)
+        is_everywhere = len(by_layer) == (len(layers) if place.leading else 1)
         # Two maps of a layer may have the same last word: those of a shared expert, and those of the others.
         like_it = [other for other in maps if other.split(".")[-1] == path.split(".")[-1]]
         word = path.split(".")[-1] if len(like_it) == 1 else ".".join(path.split(".")[-2:])

@@ -5,6 +5,7 @@ of ours that lie in it. Several maps in one module (`qkv_proj`) share one pair o
 has a block for each, so that the rank of the module is the sum of theirs.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -108,6 +109,8 @@ def places_of(decoder: Decoder, family: ModuleType, *, vocab_size: int, as_in_fi
         sizes = {**decoder.config.sizes, **place.sizes, "v": vocab_size}
         weight = make_weight(f"{place.path}.weight", place.axes, template, layout, sizes)
         as_parameter = is_parameter(place, family) and not as_in_files
+        if place.leading:
+            weight = dataclasses.replace(weight, layers=decoder.config.layers_of(place.path))
         for index in weight.indices():
             name = weight.name(index)
             if not as_parameter:

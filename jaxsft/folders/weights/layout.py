@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxsft.model.adapter import of_layers
 from jaxsft.model.quantized import Layout
 
 Box = tuple[tuple[int, int], ...]
@@ -59,8 +60,8 @@ class Weight:
     """How many of our leading dims lie in tensors of their own."""
     dims: tuple[tuple[Factor, ...], ...]
     """The factors of each dim of a tensor."""
-    first_layer: int = 0
-    """Number of the layer that is our first, where we are some of the layers."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of our layers, where we are some of the layers."""
     is_scalar: bool = False
     """A tensor is one number, and has no dims; `dims` has one of size 1."""
 
@@ -80,7 +81,9 @@ class Weight:
     def name(self, index: tuple[int, ...]) -> str:
         """The tensor that holds our weight at `index` of its split dims."""
         at = dict(zip(self.axes, index))  # noqa: B905 (only the split dims have an index)
-        return self.template.format(**{letter: i + self.first_layer * (letter == "l") for letter, i in at.items()})
+        if self.layers is not None and "l" in at:
+            at["l"] = self.layers[at["l"]]
+        return self.template.format(**at)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
         """The indices of the split dims; one empty one where there are none."""
@@ -133,7 +136,10 @@ def join(
                 axes = tuple(variables[path].get_metadata("axes").split())
                 sizes = letters | dict(zip(axes, variables[path].shape, strict=True)) | {"v": vocab_size}
                 weight = make_weight(path, axes, template, layout, sizes)
-                joined[path] = (dataclasses.replace(weight, first_layer=first_layer), variables[path])
+                layers = variables[path].get_metadata().get("layers")
+                if "l" in axes and layers is None and first_layer:
+                    layers = tuple(range(first_layer, first_layer + sizes["l"]))
+                joined[path] = (dataclasses.replace(weight, layers=layers), variables[path])
                 first_layer = sizes["l"] if "l" in axes else 0
     check_tiling([weight for weight, _ in joined.values() if not (untied and weight.path == "lm_head.weight")])
     return joined
@@ -158,7 +164,7 @@ def whole_weights(variables: Mapping[str, nnx.Variable]) -> dict[str, nnx.Variab
             shape = (*variable.shape[: len(layout.leading.split())], *layout.shape)
             parts = {name: variables[f"{parent}.{name}"] for name in layout.axes}
             abstract = jax.ShapeDtypeStruct(shape, np.dtype(np.float32))
-            whole[parent] = nnx.Variable(abstract, axes=layout.ours, quantized=parts)
+            whole[parent] = nnx.Variable(abstract, axes=layout.ours, quantized=parts, **of_layers(variable))
         elif f"{parent}.codes" not in variables:
             whole[path] = variable
     return whole
@@ -211,7 +217,7 @@ def check_tiling(weights: list[Weight]) -> None:
     by_template: dict[str, list[Weight]] = {}
     for weight in weights:
         # Some of the layers are not in the way of others.
-        by_template.setdefault(f"{weight.template} from {weight.first_layer}", []).append(weight)
+        by_template.setdefault(f"{weight.template} of {weight.layers}", []).append(weight)
     for template, sharing in by_template.items():
         first = sharing[0]
         assert len({(weight.file_shape, weight.axes[: weight.split]) for weight in sharing}) == 1, template

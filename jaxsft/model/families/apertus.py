@@ -10,8 +10,8 @@ WEIGHTS = llama.WEIGHTS | {
     "layers.self_attn.q_norm.weight": ("model.layers.{l}.self_attn.q_norm.weight", "h"),
     "layers.self_attn.k_norm.weight": ("model.layers.{l}.self_attn.k_norm.weight", "h"),
     "layers.pre_mlp_norm.weight": ("model.layers.{l}.feedforward_layernorm.weight", "d"),
-    "layers.mlp.act_fn.alpha_p": ("model.layers.{l}.mlp.act_fn.alpha_p", "m"),
-    "layers.mlp.act_fn.alpha_n": ("model.layers.{l}.mlp.act_fn.alpha_n", "m"),
+    "layers.mlp.act_fn.alpha_p": ("model.layers.{l}.mlp.act_fn.alpha_p", "z"),
+    "layers.mlp.act_fn.alpha_n": ("model.layers.{l}.mlp.act_fn.alpha_n", "z"),
     "layers.mlp.act_fn.beta": ("model.layers.{l}.mlp.act_fn.beta", ""),
     "layers.mlp.act_fn.eps": ("model.layers.{l}.mlp.act_fn.eps", ""),
 }

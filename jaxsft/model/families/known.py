@@ -26,6 +26,7 @@ from jaxsft.model.families import (
     granitemoeshared,
     hunyuan_v1_dense,
     hunyuan_v1_moe,
+    lfm2,
     llama,
     minimax_m2,
     ministral3,
@@ -87,6 +88,7 @@ FAMILIES: dict[str, ModuleType] = {
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoeshared,
     "minimax_m2": minimax_m2,
+    "lfm2": lfm2,
 }
 """model_type of a config.json -> the module of its family."""
 

@@ -12,7 +12,7 @@ WEIGHTS = qwen3_moe.WEIGHTS | {
     "layers.mlp.shared_expert.gate_proj.weight": ("model.layers.{l}.mlp.shared_expert.gate_proj.weight", "f d"),
     "layers.mlp.shared_expert.up_proj.weight": ("model.layers.{l}.mlp.shared_expert.up_proj.weight", "f d"),
     "layers.mlp.shared_expert.down_proj.weight": ("model.layers.{l}.mlp.shared_expert.down_proj.weight", "d f"),
-    "layers.mlp.shared_expert.gate": ("model.layers.{l}.mlp.shared_expert_gate.weight", "m d"),
+    "layers.mlp.shared_expert.gate": ("model.layers.{l}.mlp.shared_expert_gate.weight", "z d"),
 }
 IN_MEMORY = qwen3_moe.IN_MEMORY
 IGNORED = llama.IGNORED
