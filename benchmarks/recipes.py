@@ -1,10 +1,10 @@
-"""The plans in the headers of `configs/`, and the table of them in the README.
+"""The plans in the headers of `configs/`, and the tables of them in the README and in docs/recipes.md.
 
-    python benchmarks/recipes.py                              # counts all, and writes headers and table
+    python benchmarks/recipes.py                              # counts all, and writes headers and tables
     python benchmarks/recipes.py --compile configs/NAME.yaml  # compiles the step, too, by the chips' own compiler
 
 A recipe's header says by which command it is planned; what `run.py plan` counts and compiles is written around it. A
-compiled figure stays until it is compiled again. A test counts all recipes, and fails where a header or the table says
+compiled figure stays until it is compiled again. A test counts all recipes, and fails where a header or a table says
 something else.
 """
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 COMPILED = re.compile(r"([\d.]+) as compiled")
+PAGE = REPO / "docs" / "recipes.md"
 BEGIN, END = "<!-- recipes -->\n", "<!-- end of recipes -->\n"
 GIB = 2**30
 
@@ -46,8 +47,12 @@ class Recipe(NamedTuple):
 
 def recipes() -> list[Recipe]:
     """Those of `configs/` that say how they are planned."""
-    found = [read(path) for path in sorted((REPO / "configs").glob("*.yaml"))]
-    return [recipe for recipe in found if "plan" in recipe.header]
+    return [recipe for recipe in configs() if "plan" in recipe.header]
+
+
+def configs() -> list[Recipe]:
+    """All of `configs/`."""
+    return [read(path) for path in sorted((REPO / "configs").glob("*.yaml"))]
 
 
 def read(path: pathlib.Path) -> Recipe:
@@ -118,6 +123,24 @@ def table(found: list[Recipe], plans: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page_table() -> str:
+    """The table of docs/recipes.md: all configs, by what their headers say."""
+    lines = ["| recipe | what it does | hardware | time, or its bound |", "|---|---|---|---|"]
+    for recipe in configs():
+        header = recipe.header
+        said = (header["title"], header["hardware"], header.get("time", header.get("bound")))
+        assert all(said), f"{recipe.path.name}: a part of its header lacks"
+        cells = " | ".join(" ".join(str(each).split()).rstrip(".").replace("|", "\\|") for each in said)
+        lines.append(f"| [{recipe.path.name}](../configs/{recipe.path.name}) | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """A page with the table in place of that between the marks."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + table + END + rest.partition(END)[2]
+
+
 def plan_of(recipe: Recipe, *options: str) -> dict[str, Any]:
     """By a process of its own, as compilers for several chips do not go together."""
     command = [sys.executable, "run.py", "plan", *recipe.plan_arguments, "--json", *options]
@@ -141,8 +164,8 @@ def main() -> None:
         recipe.path.write_text(text_of(recipe))
         print(f"{name}: {recipe.header['memory']}", flush=True)
     readme = REPO / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(before + BEGIN + table(recipes(), plans) + END + rest.partition(END)[2])
+    readme.write_text(with_table(readme.read_text(), table(recipes(), plans)))
+    PAGE.write_text(with_table(PAGE.read_text(), page_table()))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ train: {epochs: 2, only: norms}
 optim: {name: adamw, beta2: 0.95, schedule: wsd, decay_ratio: 0.1, warmup_ratio: 0.1, stochastic_rounding: true}
 loss: {label_smoothing: 0.1}
 eval: {every: 5, patience: 2}
-checkpoint: {every: 50, local_every: 10, local_dir: /tmp/x, export: best}
+checkpoint: {every: 50, local_every: 10, local_dir: copies, export: best}
 log: {to: wandb, project: p}
 """
 
@@ -229,7 +229,7 @@ log: {to: wandb, project: p}
             ["eval.patience: 2 (no effect now)", "checkpoint.export: best (no effect now)"],
         ),
         (["model.param_dtype=null"], ["optim.stochastic_rounding: True (no effect now)"]),
-        (["checkpoint.local_every=null"], ["checkpoint.local_dir: /tmp/x (no effect now)"]),
+        (["checkpoint.local_every=null"], ["checkpoint.local_dir: copies (no effect now)"]),
         (["log.to=tensorboard"], ["log.project: p (no effect now)"]),
         (["data.stream=true", "train.steps=3"], ["train.epochs: 2 (train.steps is given)"]),
     ],

@@ -55,7 +55,7 @@ class SharedExpert(MLP):
         out = super().__call__(x, keys)
         if self.gate is None:
             return out
-        products = jnp.einsum("btd,dm->btm", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
+        products = jnp.einsum("btd,dz->btz", x.astype(jnp.float32), self.gate[...].astype(jnp.float32))
         return (out.astype(jnp.float32) * jax.nn.sigmoid(products)).astype(out.dtype)
 
 

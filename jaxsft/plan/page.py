@@ -10,9 +10,9 @@ from importlib import resources
 
 from etils import epath
 
-from jaxsft.disk.pages import GENERATOR, write_page
+from jaxsft.disk.pages import write_page
 from jaxsft.plan.make import Plan, messages_by_kind
-from jaxsft.preview.page import escape, source_hash
+from jaxsft.preview.document import document, escape
 
 GIB = 2**30
 WORDS = {
@@ -42,26 +42,12 @@ def make_html(plans: Sequence[Plan], *, command: str) -> str:
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     title = f"{plans[0].model} on {_topology(plans[0])}"
     body = _one(plans[0]) if len(plans) == 1 else _several(plans)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src '{source_hash(style)}'">
-<title>{escape(title)} · jaxsft plan</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{escape(title)}</h1>
+    content = f"""<header><h1>{escape(title)}</h1>
 <p>What a run will need, before it is paid for. Times are bounds, not forecasts: no program that does this work on these
 chips is faster.</p></header>
 {body}
-<footer>Made by jaxsft with <code>{escape(command)}</code>.</footer>
-</body>
-</html>
-"""
+<footer>Made by jaxsft with <code>{escape(command)}</code>.</footer>"""
+    return document(title, "plan", content, style=style)
 
 
 def _one(plan: Plan) -> str:

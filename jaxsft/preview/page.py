@@ -4,9 +4,6 @@ In: the `Preview`. Out: the page. The report stands in it as HTML; the examples 
 which `page.js` shows one at a time. Every text of the data is escaped here, and a text node there.
 """
 
-import base64
-import hashlib
-import html
 import json
 import os
 from collections.abc import Iterable
@@ -15,7 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from jaxsft.disk.pages import GENERATOR, write_page
+from jaxsft.disk.pages import write_page
+from jaxsft.preview.document import document, escape
 from jaxsft.preview.pieces import visible
 from jaxsft.preview.records import Loss, Preview, as_json
 from jaxsft.preview.reports import Fact, facts, headline, row_heading, source_facts
@@ -35,25 +33,12 @@ def make_html(preview: Preview) -> str:
     """The page; every text of the data is escaped."""
     files = resources.files("jaxsft.preview")
     style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    policy = f"default-src 'none'; style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
     tiles = "".join(
         f'<div class="tile"><b>{escape(fact.label)}</b><strong>{escape(fact.value)}</strong>'
         f"<span>{escape(fact.note)}</span></div>"
         for fact in headline(preview)
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(preview.title)} · jaxsft preview</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{escape(preview.title)}</h1>
+    body = f"""<header><h1>{escape(preview.title)}</h1>
 <p>What this run will train{", from the first window of its stream" * preview.stream}. Weights were traced back from the
 batches that the devices get.</p></header>
 <section class="tiles">{tiles}</section>
@@ -67,21 +52,8 @@ batches that the devices get.</p></header>
 {_sources(preview)}
 </section>
 <footer>Made by jaxsft. The same as JSON: <code>preview --json</code>.</footer>
-<script type="application/json" id="data">{_embedded(preview)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def source_hash(text: str) -> str:
-    """What a content security policy calls a style or script that stands in the page."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def escape(text: str) -> str:
-    """Text as HTML that shows it, control characters made visible."""
-    return html.escape(visible(text), quote=True)
+<script type="application/json" id="data">{_embedded(preview)}</script>"""
+    return document(preview.title, "preview", body, style=style, script=script)
 
 
 def _embedded(preview: Preview) -> str:

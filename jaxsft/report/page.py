@@ -12,8 +12,8 @@ from importlib import resources
 
 from etils import epath
 
-from jaxsft.disk.pages import GENERATOR, make_folder, refuse_other_pages, write_page
-from jaxsft.preview.page import escape, source_hash
+from jaxsft.disk.pages import make_folder, refuse_other_pages, write_page
+from jaxsft.preview.document import document, escape
 from jaxsft.report.curves import Axis, default_window, make_panels, plot, unaligned
 from jaxsft.report.records import Report, as_json
 from jaxsft.report.sections import (
@@ -66,7 +66,6 @@ def make_html(report: Report, *, by: Axis = "step", smooth: float = 0) -> str:
     own = resources.files("jaxsft.report")
     style = shared.read_text(encoding="utf-8") + (own / "page.css").read_text(encoding="utf-8")
     script = (own / "page.js").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; style-src '{source_hash(style)}'; script-src '{source_hash(script)}'"
     figures, settings = figures_card(report.runs), settings_card(report.runs)
     is_short = len(report.runs) <= 2 and 0 < len(differing(report.runs)) <= 12
     sections = [
@@ -79,25 +78,11 @@ def make_html(report: Report, *, by: Axis = "step", smooth: float = 0) -> str:
         caveats_card(report.runs),
         facts_card(report),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(report.title)} · jaxsft report</title>
-<style>{style}</style>
-</head>
-<body data-by="{by}" data-curves="{"smoothed" if smooth else "raw"}">
-<header><h1>{escape(report.title)}</h1></header>
+    body = f"""<header><h1>{escape(report.title)}</h1></header>
 {"".join(sections)}
-<footer>Made by jaxsft with <code>{escape(report.command)}</code>. The same for machines: report.json.</footer>
-<script>{script}</script>
-</body>
-</html>
-"""
+<footer>Made by jaxsft with <code>{escape(report.command)}</code>. The same for machines: report.json.</footer>"""
+    attributes = f'data-by="{by}" data-curves="{"smoothed" if smooth else "raw"}"'
+    return document(report.title, "report", body, style=style, script=script, attributes=attributes)
 
 
 def _verdict(report: Report) -> str:

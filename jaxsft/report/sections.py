@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxsft.preview.page import escape
+from jaxsft.preview.document import escape
 from jaxsft.report.records import Check, Report, Run, TokenDifference
 from jaxsft.report.svg import swatch
 

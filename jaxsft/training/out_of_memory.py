@@ -54,14 +54,14 @@ def advice(count: Callable[[int], Bytes], *, batch_size: int, rows: int, shares:
         f"out of memory: a device needs about {_gib(found.peak)} at once{there}; most are {largest.name} "
         f"({_gib(largest.num_bytes)}), fewer with {largest.lowered_by}"
     ]
-    fewer = [each for each in range(shares, rows, shares) if batch_size % each == 0]
-    if fewer and limit is None:
-        parts.append(f"train.microbatch_size {fewer[-1]} (now {rows}) takes less")
-    elif fits := [each for each in fewer if limit is not None and count(each).peak <= limit]:
-        parts.append(f"as counted, train.microbatch_size {fits[-1]} (now {rows}) would fit")
-    elif limit is not None and found.peak <= limit:
+    fewer = [each for each in range(shares, rows, shares) if batch_size % each == 0][::-1]
+    if limit is None:
+        parts += [f"train.microbatch_size {each} (now {rows}) takes less" for each in fewer[:1]]
+    elif fits := next((each for each in fewer if count(each).peak <= limit), None):
+        parts.append(f"as counted, train.microbatch_size {fits} (now {rows}) would fit")
+    elif found.peak <= limit:
         parts.append("as counted it fits: something else holds memory of this device, or XLA cuts it up")
-    elif limit is not None:
+    else:
         parts.append("as counted, no fewer rows at once would fit")
     return "; ".join([*parts, f"JAX says: {said}"])
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -56,8 +57,16 @@ def test_what_is_counted_is_near_to_what_was_compiled(recipe, plans):
 
 
 def test_the_table_of_the_readme_is_current(repo, plans):
-    written = (repo / "README.md").read_text().partition(recipes.BEGIN)[2].partition(recipes.END)[0]
-    assert written == recipes.table(FOUND, plans), "run benchmarks/recipes.py"
+    page = (repo / "README.md").read_text()
+    assert recipes.with_table(page, recipes.table(FOUND, plans)) == page, "run benchmarks/recipes.py"
+
+
+def test_the_page_lists_every_recipe_as_its_header_says(repo):
+    page = recipes.PAGE.read_text()
+    assert recipes.with_table(page, recipes.page_table()) == page, "run benchmarks/recipes.py"
+    assert set(re.findall(r"\(\.\./configs/(\w+\.yaml)\)", page)) == {
+        path.name for path in (repo / "configs").glob("*.yaml")
+    }
 
 
 @pytest.mark.parametrize("run", published.RUNS, ids=lambda run: f"{run.name}, {run.topology}")
